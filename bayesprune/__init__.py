@@ -1,0 +1,37 @@
+"""Bayesian pruning of trained models: weights become posteriors, and what has no signal is removed."""
+
+from importlib.util import find_spec as _find_spec
+
+from bayesprune import priors
+from bayesprune.convert import conversion_table, to_deterministic, to_variational
+from bayesprune.evaluate import report
+from bayesprune.layers import VariationalLayer, register_layer
+from bayesprune.predictive import Prediction, predict, sampling
+from bayesprune.prune import SNRImportance, compress, prune_channels, prune_weights, signal_to_noise
+from bayesprune.storage import load, save
+from bayesprune.train import attach, kl_divergence
+
+if _find_spec("timm"):
+    from bayesprune.hosts import timm as _timm  # noqa: F401  (makes `timm.create_model("local-dir:...")` know us)
+
+__all__ = [
+    "Prediction",
+    "SNRImportance",
+    "VariationalLayer",
+    "attach",
+    "compress",
+    "conversion_table",
+    "kl_divergence",
+    "load",
+    "predict",
+    "priors",
+    "prune_channels",
+    "prune_weights",
+    "register_layer",
+    "report",
+    "sampling",
+    "save",
+    "signal_to_noise",
+    "to_deterministic",
+    "to_variational",
+]

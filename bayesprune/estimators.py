@@ -1,0 +1,122 @@
+"""How one forward pass of a layer sees the posterior of its weights: pure functions.
+
+An estimator takes the layer's operation `operation(x, weight, bias)`, linear in weight and bias unless said
+otherwise, the input and the two posteriors, and returns an output whose distribution over the noise is the
+(exact or approximate) distribution of the layer's output under the posterior.
+
+Shapes: N examples, I / O input / output features, K kernel taps; `x` is (N, ..., I) for a linear layer and
+(N, I, *spatial) for a convolution; `feature_dim` is the (negative) dimension of the features in `x`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bayesprune import noise
+
+Operation = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+class Gaussian(NamedTuple):
+    """An elementwise independent Gaussian: mean, and a std that broadcasts to the mean's shape (float32)."""
+
+    mean: Tensor
+    std: Tensor
+
+
+def sample(posterior: Gaussian) -> Tensor:
+    """One draw of a tensor, in the mean's dtype; differentiable in mean and std."""
+    return posterior.mean + _deviation(posterior)
+
+
+def mean(operation: Operation, x: Tensor, weight: Gaussian, bias: Gaussian | None, feature_dim: int) -> Tensor:
+    """The output at the posterior means."""
+    return operation(x, weight.mean, None if bias is None else bias.mean)
+
+
+def weight_sampling(
+    operation: Operation, x: Tensor, weight: Gaussian, bias: Gaussian | None, feature_dim: int
+) -> Tensor:
+    """The output at one draw of the weights, shared by all examples and positions (Blundell et al., 2015).
+
+    The only estimator for an operation that is not linear in its weight.
+    """
+    return operation(x, sample(weight), None if bias is None else sample(bias))
+
+
+def flipout(operation: Operation, x: Tensor, weight: Gaussian, bias: Gaussian | None, feature_dim: int) -> Tensor:
+    """One draw of the weights whose signs are flipped per example (Eq. 4 of Wen et al., 2018).
+
+    y = f(x, mean) + f(x * r, std * eps) * s with random signs r (N, I) and s (N, O): the noise of two examples is
+    uncorrelated, the noise of two positions of one example is shared as the weight is shared.
+    """
+    output = mean(operation, x, weight, bias, feature_dim)
+    flipped = x * _example_signs(x, feature_dim)
+    deviation = operation(flipped, _deviation(weight), None if bias is None else _deviation(bias))
+    return output + deviation * _example_signs(deviation, feature_dim)
+
+
+def local_reparameterization(
+    operation: Operation, x: Tensor, weight: Gaussian, bias: Gaussian | None, feature_dim: int
+) -> Tensor:
+    """Independent Gaussian outputs with the right mean and variance (Eq. 6 of Kingma et al., 2015).
+
+    y = f(x, mean) + sqrt(f(x^2, std^2)) * eps. Exact where a weight meets one position of each example; elsewhere the
+    noise is independent between positions, although the weight is shared, and averages away downstream.
+    """
+    output = mean(operation, x, weight, bias, feature_dim)
+    variance = _output_variance(operation, x, weight, bias)
+    eps = noise.normal(variance.shape, device=variance.device, dtype=variance.dtype)
+    # The clamp keeps the gradient of the root finite where an input is all zeros.
+    std = variance.clamp_min(torch.finfo(variance.dtype).tiny).sqrt()
+    return output + (std * eps).to(output.dtype)
+
+
+_FUNCTIONS: dict[str, Callable[[Operation, Tensor, Gaussian, Gaussian | None, int], Tensor]] = {
+    "mean": mean,
+    "weight_sampling": weight_sampling,
+    "flipout": flipout,
+    "local_reparameterization": local_reparameterization,
+}
+ESTIMATORS = ("auto", *_FUNCTIONS)
+
+
+def check(name: str) -> str:
+    """The name itself if it is an estimator's.
+
+    Raises:
+        ValueError: the name is not one of `ESTIMATORS`.
+    """
+    if name not in ESTIMATORS:
+        raise ValueError(f"estimator is {name!r}; expected one of {', '.join(ESTIMATORS)}.")
+    return name
+
+
+def run(
+    name: str, operation: Operation, x: Tensor, weight: Gaussian, bias: Gaussian | None, feature_dim: int
+) -> Tensor:
+    """The output of the estimator of that name (any but "auto", which a layer resolves from its input)."""
+    return _FUNCTIONS[name](operation, x, weight, bias, feature_dim)
+
+
+def _output_variance(operation: Operation, x: Tensor, weight: Gaussian, bias: Gaussian | None) -> Tensor:
+    """f(x^2, std^2), in float32 or better: squares of small stds underflow in half precision."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        weight_variance = weight.std.to(dtype).square().expand(weight.mean.shape)
+        bias_variance = None if bias is None else bias.std.to(dtype).square().expand(bias.mean.shape)
+        return operation(x.to(dtype).square(), weight_variance, bias_variance)
+
+
+def _deviation(posterior: Gaussian) -> Tensor:
+    mean_, std = posterior
+    eps = noise.normal(mean_.shape, device=mean_.device, dtype=std.dtype)
+    return (std * eps).to(mean_.dtype)
+
+
+def _example_signs(x: Tensor, feature_dim: int) -> Tensor:
+    kept = {0, x.dim() + feature_dim}
+    shape = tuple(size if dim in kept else 1 for dim, size in enumerate(x.shape))
+    return noise.signs(shape, device=x.device, dtype=x.dtype)

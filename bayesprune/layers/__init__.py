@@ -1,0 +1,20 @@
+"""Variational layers, the structures of their stds, and the registry of stock types."""
+
+from bayesprune.estimators import Gaussian
+from bayesprune.layers import stock  # noqa: F401  (registers torch's layers)
+from bayesprune.layers.base import Posterior, VariationalLayer, named_posteriors, variational_layers
+from bayesprune.layers.registry import register_layer, registered_types, variational_type
+from bayesprune.layers.structures import STRUCTURES, part_shapes
+
+__all__ = [
+    "STRUCTURES",
+    "Gaussian",
+    "Posterior",
+    "VariationalLayer",
+    "named_posteriors",
+    "part_shapes",
+    "register_layer",
+    "registered_types",
+    "variational_layers",
+    "variational_type",
+]

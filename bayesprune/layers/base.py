@@ -1,0 +1,298 @@
+"""What a variational layer is: a stock layer whose parameters are posterior means, with their log stds beside them.
+
+A model is converted by exact class swap, so parameters, hooks, device, dtype, tied weights and state-dict keys of the
+stock layer survive; outside training and outside `sampling(...)` the stock forward runs, bit for bit.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from bayesprune import estimators
+from bayesprune.estimators import Gaussian
+from bayesprune.layers import masks
+from bayesprune.layers.structures import SUFFIXES
+
+
+class VariationalLayer(nn.Module):
+    """Mixin in front of a stock layer's class: posteriors over its parameters, and a forward that draws from them.
+
+    Beside a posterior parameter `weight` stand `weight_log_std` (or `weight_row_log_std` and `weight_column_log_std`),
+    float32 whatever the layer's dtype, and, once single weights were removed, the bool buffer `weight_mask`.
+
+    Attributes:
+        is_linear_in_weight: Whether the layer multiplies inputs by weights, adds, and does no more; the variance of its
+            output is then the same operation on squares.
+        std: Structure of the stds: "per_weight", "rank_one" or "per_channel".
+        estimator: What runs while the layer is in training mode.
+        estimator_override: What runs in any mode, set by `sampling`; None outside it.
+    """
+
+    stock_type: ClassVar[type[nn.Module]]
+    posterior_names: ClassVar[tuple[str, ...]] = ("weight", "bias")
+    is_linear_in_weight: ClassVar[bool] = True
+    fallback_reason: ClassVar[str | None] = None
+
+    std: str
+    estimator: str
+    estimator_override: str | None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The stock forward at the means in eval mode; the estimator's output in training or under `sampling`."""
+        if not args:  # the input came by its name, "input" in torch's layers
+            args = (kwargs.pop(next(iter(kwargs), "input")),)
+        x, rest = args[0], args[1:]
+        estimator = self.running_estimator(x)
+        if estimator == "mean" and not (self.training and self.masked_names()):
+            return super().forward(*args, **kwargs)
+        posteriors = self.posteriors()
+
+        def operation(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return self.operation(x, weight, bias, *rest, **kwargs)
+
+        weight, bias = posteriors["weight"], posteriors.get("bias")
+        return estimators.run(estimator, operation, x, weight, bias, self.feature_dim)
+
+    @property
+    def feature_dim(self) -> int:
+        """The (negative) dimension of the input and the output that holds features or channels."""
+        return -1
+
+    @property
+    def unit_dims(self) -> tuple[int, ...]:
+        """Dimensions of the weight that number its output units."""
+        return (0,)
+
+    def operation(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+        """The stock forward with these tensors in place of weight and bias."""
+        with self.substituted(weight=weight, bias=bias):
+            return super().forward(x, *args, **kwargs)
+
+    def meets_one_position(self, x: Tensor) -> bool:
+        """Whether each weight meets one position of each example, so that its noise is not shared."""
+        return False
+
+    def running_estimator(self, x: Tensor) -> str:
+        """The estimator that a forward on `x` uses now, with "auto" and fallbacks resolved."""
+        chosen = self.estimator_override or (self.estimator if self.training else "mean")
+        if chosen == "auto":
+            local = self.is_linear_in_weight and self.meets_one_position(x)
+            return "local_reparameterization" if local else "weight_sampling"
+        if chosen != "mean" and not self.is_linear_in_weight:
+            return "weight_sampling"
+        return chosen
+
+    def active_names(self) -> list[str]:
+        """Names of the parameters that have a posterior."""
+        return [name for name in self.posterior_names if self._part_names(name)]
+
+    def masked_names(self) -> list[str]:
+        """Names of the parameters of which single weights were removed."""
+        return [name for name in self.posterior_names if self.mask(name) is not None]
+
+    def mask(self, name: str) -> Tensor | None:
+        """True where the weight is kept; None while nothing was removed."""
+        return self._buffers.get(f"{name}_mask")
+
+    def log_std_parts(self, name: str) -> list[nn.Parameter]:
+        """The parameters whose broadcast sum is the log std of this parameter."""
+        return [part for part in map(self._parameters.get, self._part_names(name)) if part is not None]
+
+    def log_std(self, name: str) -> Tensor:
+        """Log std of a parameter, broadcastable to its shape.
+
+        Raises:
+            ValueError: stds and means no longer fit, because a tool changed the one without the other.
+        """
+        shape = getattr(self, name).shape
+        parts = self.log_std_parts(name)
+        for part in parts:
+            if len(part.shape) != len(shape) or any(p not in (1, m) for p, m in zip(part.shape, shape, strict=True)):
+                raise ValueError(
+                    f"{type(self).__name__}.{name} has shape {tuple(shape)} but a log std of shape "
+                    f"{tuple(part.shape)}; expected equal or 1 in every dimension. The layer was resized without its "
+                    "stds: construct SNRImportance() before pruning with torch-pruning, or use prune_channels."
+                )
+        return sum(parts[1:], start=parts[0])
+
+    def posteriors(self) -> dict[str, Gaussian]:
+        """Mean and std by parameter name, in the graph; both zero where the mask removed the weight."""
+        return {name: self._posterior(name) for name in self.active_names()}
+
+    def _posterior(self, name: str) -> Gaussian:
+        mean, std, mask = getattr(self, name), self.log_std(name).exp(), self.mask(name)
+        return Gaussian(mean, std) if mask is None else Gaussian(mean * mask, std * mask)
+
+    def set_mask(self, name: str, keep: Tensor) -> None:
+        """Removes the weights where `keep` is False: they are zero from now on, also through further training."""
+        if self.mask(name) is None:
+            self.register_buffer(f"{name}_mask", keep)
+        else:
+            self._buffers[f"{name}_mask"] = keep
+        masks.enforce_from_now_on(self)
+
+    def apply_masks(self) -> None:
+        """Sets removed weights to zero again, in place."""
+        for name in self.masked_names():
+            self._parameters[name].data.mul_(self.mask(name))  # type: ignore[union-attr]
+
+    def drop_masks(self) -> None:
+        """Forgets what was removed: the zeros stay, and nothing keeps them."""
+        self.apply_masks()
+        masks.release(self)
+        for name in self.masked_names():
+            del self._buffers[f"{name}_mask"]
+
+    @contextmanager
+    def substituted(self, **tensors: Tensor | None) -> Iterator[None]:
+        """Inside, attribute access finds these tensors instead of the parameters of the same names."""
+        self.__dict__.update(tensors)  # found before nn.Module.__getattr__ looks at the parameters
+        try:
+            yield
+        finally:
+            for name in tensors:
+                del self.__dict__[name]
+
+    def cut(self, name: str, dim: int, kept: list[int], old_size: int) -> None:
+        """Keeps these indices of the stds and the mask of a parameter that was cut from `old_size` along `dim`."""
+        keys = [*self._part_names(name), f"{name}_mask"]
+        for key in keys:
+            companion = self._parameters.get(key, self._buffers.get(key))
+            if companion is None or companion.dim() <= dim or companion.shape[dim] != old_size or old_size == 1:
+                continue
+            index = torch.as_tensor(kept, dtype=torch.long, device=companion.device)
+            data = companion.data.index_select(dim, index)
+            if isinstance(companion, nn.Parameter):
+                self._parameters[key] = nn.Parameter(data, requires_grad=companion.requires_grad)
+            else:
+                self._buffers[key] = data
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A pruned parameter that says what was kept of it (`_bayesprune_kept`) takes its companions along."""
+        kept = getattr(value, "_bayesprune_kept", None) if name in self.posterior_names else None
+        old = self._parameters.get(name) if kept is not None else None
+        super().__setattr__(name, value)
+        if kept is not None and old is not None:
+            dim, indices = kept
+            self.cut(name, dim, torch.as_tensor(indices).tolist(), old.shape[dim])
+            del value._bayesprune_kept
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Casts to half precision leave the stds in float32, where they can take small steps."""
+        parts = [part for name in self.active_names() for part in self.log_std_parts(name)]
+        companions = [tensor for part in parts for tensor in (part, part.grad)]
+
+        def apply(tensor: Tensor) -> Tensor:
+            applied = fn(tensor)
+            is_narrowed = applied.dtype in (torch.float16, torch.bfloat16)
+            return tensor.to(applied.device) if is_narrowed and any(tensor is c for c in companions) else applied
+
+        return super()._apply(apply, recurse)
+
+    def _part_names(self, name: str) -> list[str]:
+        return [key for key in (f"{name}_{suffix}" for suffix in SUFFIXES) if key in self._parameters]
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: Any,
+        missing_keys: Any,
+        unexpected_keys: Any,
+        error_msgs: Any,
+    ) -> None:
+        """Masks in the file are taken up; a stock checkpoint leaves the stds as they are."""
+        for name in self.active_names():
+            if f"{prefix}{name}_mask" in state_dict and self.mask(name) is None:
+                self.set_mask(name, torch.ones_like(getattr(self, name), dtype=torch.bool))
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        parts = {f"{prefix}{key}" for name in self.active_names() for key in self._part_names(name)}
+        if parts.isdisjoint(state_dict):
+            missing_keys[:] = [key for key in missing_keys if key not in parts]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.masked_names():
+            masks.enforce_from_now_on(self)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        # The class may have been made at run time, so a pickle or a copy names the stock class instead.
+        return _rebuild, (self.stock_type,), self.__dict__.copy()
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """The posterior of one parameter of a model.
+
+    Attributes:
+        name: The parameter's name in the model, as in its state dict.
+        layer: The layer that holds it.
+        parameter: Its name in the layer.
+    """
+
+    name: str
+    layer: VariationalLayer
+    parameter: str
+
+    @property
+    def mean(self) -> nn.Parameter:
+        """The posterior means: the stock parameter itself."""
+        return getattr(self.layer, self.parameter)
+
+    @property
+    def log_std(self) -> Tensor:
+        """Log stds, broadcastable to the means."""
+        return self.layer.log_std(self.parameter)
+
+    @property
+    def mask(self) -> Tensor | None:
+        """True where the weight is kept; None while nothing was removed."""
+        return self.layer.mask(self.parameter)
+
+    @property
+    def log_std_parts(self) -> list[nn.Parameter]:
+        """The parameters whose broadcast sum is the log std."""
+        return self.layer.log_std_parts(self.parameter)
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether it is a weight, not a bias."""
+        return self.mean.dim() > 1
+
+    @property
+    def unit_dims(self) -> tuple[int, ...]:
+        """Dimensions that number output units; empty for a bias."""
+        return self.layer.unit_dims if self.is_weight else ()
+
+
+def variational_layers(model: nn.Module) -> Iterator[tuple[str, VariationalLayer]]:
+    """Name and layer of every variational layer, shared ones once."""
+    for name, module in model.named_modules():
+        if isinstance(module, VariationalLayer):
+            yield name, module
+
+
+def named_posteriors(model: nn.Module) -> Iterator[Posterior]:
+    """Every posterior of a model; a tied parameter once, under its first name."""
+    seen: set[int] = set()
+    for prefix, layer in variational_layers(model):
+        for name in layer.active_names():
+            mean = getattr(layer, name)
+            if id(mean) not in seen:
+                seen.add(id(mean))
+                yield Posterior(f"{prefix}.{name}" if prefix else name, layer, name)
+
+
+def _rebuild(stock_type: type[nn.Module]) -> VariationalLayer:
+    from bayesprune.layers.registry import variational_type  # the registry needs this module
+
+    found = variational_type(stock_type)
+    assert found is not None, f"{stock_type.__name__} was converted once, so it has a variational type"
+    return found.__new__(found)

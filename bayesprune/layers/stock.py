@@ -1,0 +1,119 @@
+"""The variational forms of torch's own layers.
+
+`operation` is written out for each so that `torch.compile` sees plain functions; a layer of another library needs only
+a registered class, since the default `operation` runs the stock forward.
+"""
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from bayesprune.estimators import sample
+from bayesprune.layers.base import VariationalLayer
+from bayesprune.layers.registry import register_layer
+
+
+@register_layer(nn.Linear)
+class VariationalLinear(VariationalLayer, nn.Linear):
+    """Linear layer with a posterior over weight (O, I) and bias (O)."""
+
+    def operation(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x weight^T + bias."""
+        return F.linear(x, weight, bias)
+
+    def meets_one_position(self, x: Tensor) -> bool:
+        """An input of (N, I), not of tokens (N, T, I)."""
+        return x.dim() <= 2
+
+
+class _VariationalConv(VariationalLayer, _ConvNd):
+    """What convolutions share: weight (O, I / groups, *K), input (N, I, *spatial)."""
+
+    @property
+    def feature_dim(self) -> int:
+        """Channels stand before the spatial dimensions."""
+        return -len(self.kernel_size) - 1
+
+    def meets_one_position(self, x: Tensor) -> bool:
+        """An input of one pixel, as in squeeze-and-excitation blocks."""
+        return all(size == 1 for size in x.shape[self.feature_dim + 1 :])
+
+
+class _VariationalForwardConv(_VariationalConv):
+    def operation(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The convolution, padding mode included."""
+        return self._conv_forward(x, weight, bias)  # type: ignore[attr-defined]
+
+
+@register_layer(nn.Conv1d)
+class VariationalConv1d(_VariationalForwardConv, nn.Conv1d):
+    """1-D convolution with a posterior over weight (O, I / groups, K) and bias (O)."""
+
+
+@register_layer(nn.Conv2d)
+class VariationalConv2d(_VariationalForwardConv, nn.Conv2d):
+    """2-D convolution with a posterior over weight (O, I / groups, K, K) and bias (O)."""
+
+
+@register_layer(nn.Conv3d)
+class VariationalConv3d(_VariationalForwardConv, nn.Conv3d):
+    """3-D convolution with a posterior over weight (O, I / groups, K, K, K) and bias (O)."""
+
+
+class _VariationalTransposedConv(_VariationalConv, _ConvTransposeNd):
+    """Transposed convolutions: weight (I, O / groups, *K); the default `operation` keeps their `output_size`."""
+
+    @property
+    def unit_dims(self) -> tuple[int, ...]:
+        """The second dimension; with groups both, since each group has outputs of its own."""
+        return (1,) if self.groups == 1 else (0, 1)
+
+
+@register_layer(nn.ConvTranspose1d)
+class VariationalConvTranspose1d(_VariationalTransposedConv, nn.ConvTranspose1d):
+    """1-D transposed convolution with a posterior over weight (I, O / groups, K) and bias (O)."""
+
+
+@register_layer(nn.ConvTranspose2d)
+class VariationalConvTranspose2d(_VariationalTransposedConv, nn.ConvTranspose2d):
+    """2-D transposed convolution with a posterior over weight (I, O / groups, K, K) and bias (O)."""
+
+
+@register_layer(nn.ConvTranspose3d)
+class VariationalConvTranspose3d(_VariationalTransposedConv, nn.ConvTranspose3d):
+    """3-D transposed convolution with a posterior over weight (I, O / groups, K, K, K) and bias (O)."""
+
+
+@register_layer(nn.MultiheadAttention)
+class VariationalMultiheadAttention(VariationalLayer, nn.MultiheadAttention):
+    """Multi-head attention with posteriors over its input projections; `out_proj` has its own and is drawn here.
+
+    torch's attention reads the raw weights of all projections at once, so weight sampling is what there is. `bias_k` and
+    `bias_v`, tokens beside the keys and values, stay deterministic.
+    """
+
+    posterior_names = (
+        "in_proj_weight",
+        "q_proj_weight",
+        "k_proj_weight",
+        "v_proj_weight",
+        "in_proj_bias",
+    )
+    is_linear_in_weight = False
+    fallback_reason = "torch's attention reads its raw weights: weight sampling, whatever the estimator"
+
+    def forward(self, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """The stock forward at the means in eval mode; at one draw of all projections otherwise."""
+        estimator = self.running_estimator(query)
+        layers = [layer for layer in (self, self.out_proj) if isinstance(layer, VariationalLayer)]
+        if estimator == "mean" and not (self.training and any(layer.masked_names() for layer in layers)):
+            return nn.MultiheadAttention.forward(self, query, *args, **kwargs)
+        with ExitStack() as stack:
+            for layer in layers:
+                posteriors = layer.posteriors().items()
+                draws = {name: p.mean if estimator == "mean" else sample(p) for name, p in posteriors}
+                stack.enter_context(layer.substituted(**draws))
+            return nn.MultiheadAttention.forward(self, query, *args, **kwargs)

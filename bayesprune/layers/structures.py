@@ -1,0 +1,41 @@
+"""How the stds of one weight tensor are parametrised: log stds that add up, each of a broadcastable shape.
+
+`per_weight` is the mean field; `per_channel`, one std per output unit or kernel, is that of extended variational
+inference (Dera et al., 2019); `rank_one` is an outer product of a std per output and one per input.
+A structure maps the tensor's shape and its output dimensions to the shapes of its parts.
+"""
+
+from collections.abc import Callable
+
+Shape = tuple[int, ...]
+Structure = Callable[[Shape, Shape], dict[str, Shape]]
+
+
+def per_weight(shape: Shape, unit_dims: Shape) -> dict[str, Shape]:
+    """One log std for every weight."""
+    return {"log_std": shape}
+
+
+def per_channel(shape: Shape, unit_dims: Shape) -> dict[str, Shape]:
+    """One log std for every output unit."""
+    return {"log_std": _broadcastable(shape, unit_dims)}
+
+
+def rank_one(shape: Shape, unit_dims: Shape) -> dict[str, Shape]:
+    """A log std for every output plus one for every input (of a group, in a grouped convolution)."""
+    row = unit_dims[-1:]
+    column = (1 - row[0],)
+    return {"row_log_std": _broadcastable(shape, row), "column_log_std": _broadcastable(shape, column)}
+
+
+STRUCTURES: dict[str, Structure] = {"per_weight": per_weight, "rank_one": rank_one, "per_channel": per_channel}
+SUFFIXES = ("log_std", "row_log_std", "column_log_std")
+
+
+def part_shapes(std: str, shape: Shape, unit_dims: Shape) -> dict[str, Shape]:
+    """The shapes of the log-std parts by suffix; a bias (one dimension) has one std for every entry."""
+    return STRUCTURES["per_weight" if len(shape) < 2 else std](shape, unit_dims)
+
+
+def _broadcastable(shape: Shape, dims: Shape) -> Shape:
+    return tuple(size if dim in dims else 1 for dim, size in enumerate(shape))

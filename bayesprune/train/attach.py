@@ -1,0 +1,278 @@
+"""Trains posteriors inside any ordinary training loop: a hook that runs before each step of the user's optimizer.
+
+The hook adds the closed-form gradient of temperature * KL / num_data to the gradients of the means, moves the log stds
+with an Adam of its own and hides them from the user's optimizer. It runs once per optimizer step, so gradient
+accumulation and data-parallel training need no correction, and the loss stays the plain mean negative log-likelihood.
+"""
+
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
+
+from bayesprune.errors import UnsupportedModelError
+from bayesprune.layers import Posterior
+from bayesprune.priors import BoundPrior, Gaussian, Prior
+from bayesprune.train.kl import bind_prior, sum_kl
+
+_CHECK_EVERY = 100  # steps between two looks for collapsed layers
+_MIN_LOG_STD = -20.0  # exp(-20) = 2e-9: below the resolution of float32 beside any weight
+
+
+class Attachment:
+    """What `attach` returns: the hook's state, and the means to look at it, save it and end it.
+
+    Attributes:
+        temperature: Weight of the KL; may be changed at any time.
+        num_data: Number of training examples (label tokens for a language model).
+        warmup_steps: Optimizer steps over which the weight of the KL rises linearly from zero.
+        step: Optimizer steps taken so far.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        bound: dict[Posterior, BoundPrior],
+        *,
+        num_data: int,
+        temperature: float,
+        warmup_steps: int,
+        std_lr: float,
+    ) -> None:
+        """Use `attach`."""
+        self.num_data, self.temperature, self.warmup_steps, self.step = num_data, temperature, warmup_steps, 0
+        self._bound = bound
+        parts = {id(part): part for posterior in bound for part in posterior.log_std_parts}  # frozen ones may thaw
+        self._stds = list(parts.values())
+        self._std_optimizer = Adam(
+            self._stds, lr=std_lr, fused=all(part.device.type in ("cpu", "cuda") for part in self._stds)
+        )
+        self._optimizer = optimizer
+        self._added = _add_to_first_group(optimizer, self._stds)
+        self._warned: set[tuple[str, str]] = set()
+        self._handle = optimizer.register_step_pre_hook(self._before_step)
+
+    @property
+    def kl_weight(self) -> float:
+        """What the next step multiplies the KL by, relative to a loss that is a mean per example."""
+        ramp = min(1.0, (self.step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        return self.temperature * ramp / self.num_data
+
+    def kl_divergence(self) -> Tensor:
+        """KL divergence from the attached prior, in nats: a differentiable scalar."""
+        return sum_kl(self._bound)
+
+    def detach(self) -> None:
+        """Ends it: the optimizer is as it was before `attach`, and moves no std that it did not hold then."""
+        self._handle.remove()
+        added = {id(part) for part in self._added}
+        for group in self._optimizer.param_groups:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in added]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Step, the std optimizer's state and the prior's constants; tensors and numbers only."""
+        return {
+            "step": self.step,
+            "std_optimizer": self._std_optimizer.state_dict(),
+            "prior": {posterior.name: prior.state() for posterior, prior in self._bound.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from the state of an attachment to the same model.
+
+        Raises:
+            ValueError: the state belongs to other posteriors.
+        """
+        names = [posterior.name for posterior in self._bound]
+        if list(state["prior"]) != names:
+            differing = sorted(set(state["prior"]) ^ set(names))[:5]
+            raise ValueError(
+                f"the attachment's state has {len(state['prior'])} posteriors, the model {len(names)}; differing: "
+                f"{differing or 'the order'}. Convert the model as in the run that was saved."
+            )
+        self.step = state["step"]
+        self._std_optimizer.load_state_dict(state["std_optimizer"])
+        for posterior, prior in self._bound.items():
+            self._bound[posterior] = replace(prior, **state["prior"][posterior.name])  # type: ignore[type-var]
+
+    def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._update(optimizer)
+            return None
+
+        def closure_and_update() -> Any:  # Lightning computes the gradients inside the step
+            loss = closure()
+            self._update(optimizer)
+            return loss
+
+        return args[:1], {**kwargs, "closure": closure_and_update}
+
+    @torch.no_grad()
+    def _update(self, optimizer: Optimizer) -> None:
+        scale, overflow = _grad_scaler_state(optimizer)
+        for posterior in self._bound:
+            self._add_gradients(posterior, scale)
+        if not overflow:
+            self._std_optimizer.step()
+            self._clamp()
+            self.step += 1
+        for part in self._stds:
+            part.grad = None
+        if self.step % _CHECK_EVERY == 0:
+            self._warn_of_collapse()
+
+    def _add_gradients(self, posterior: Posterior, scale: float) -> None:
+        mean, parts = posterior.mean, posterior.log_std_parts
+        if mean.grad is None and all(part.grad is None for part in parts):
+            return  # not part of this step; torch's weight decay leaves such parameters alone, too
+        mean_gradient, std_gradient = self._bound[posterior].kl_gradient(mean, posterior.log_std, posterior.mask)
+        if mean.grad is not None:
+            mean.grad.add_(mean_gradient.to(mean.grad.dtype), alpha=self.kl_weight * scale)
+        for part in parts:
+            if part.grad is not None:
+                part.grad.div_(scale).add_(std_gradient.sum_to_size(part.shape), alpha=self.kl_weight)
+        if mean.grad is not None and all(part.grad is None for part in parts) and parts[0].requires_grad:
+            self._warn(
+                "noise",
+                posterior.name,
+                "its gradient does not come from a draw: the weight is used without calling the layer's forward, or "
+                "the layer is in eval mode. Its std stays as it is and says nothing; use filter_fn.",
+            )
+
+    def _clamp(self) -> None:
+        for posterior, prior in self._bound.items():
+            parts = [part for part in posterior.log_std_parts if part.requires_grad]
+            if len(parts) == 1:
+                parts[0].clamp_(_MIN_LOG_STD, prior.max_log_std)
+                continue
+            for part in parts:
+                part.clamp_(min=_MIN_LOG_STD)
+            if parts and prior.max_log_std < float("inf"):  # rank one: the row gives way
+                excess = (posterior.log_std - prior.max_log_std).clamp_min(0)
+                reduced = [dim for dim, size in enumerate(parts[0].shape) if size == 1]
+                parts[0].sub_(excess.amax(reduced, keepdim=True))
+
+    def _warn_of_collapse(self) -> None:
+        for posterior in self._bound:
+            kept = posterior.mask is None or bool(posterior.mask.any())
+            if not (posterior.is_weight and kept):
+                continue
+            largest = float((posterior.mean.abs() / posterior.log_std.exp()).max())
+            if largest < 1:
+                self._warn(
+                    "collapse",
+                    posterior.name,
+                    f"every weight has an SNR below 1 (largest {largest:.2g}) at step {self.step}: the prior has "
+                    "switched the whole layer off. Lower the temperature, warm it up, or use a fixed prior scale.",
+                )
+
+    def _warn(self, kind: str, name: str, message: str) -> None:
+        if (kind, name) not in self._warned:
+            self._warned.add((kind, name))
+            warnings.warn(f"{name}: {message}", stacklevel=2)
+
+
+def attach(
+    optimizer: Optimizer,
+    model: nn.Module,
+    *,
+    num_data: int,
+    prior: Prior | None = None,
+    temperature: float = 0.1,
+    warmup_steps: int = 0,
+    std_lr: float = 1e-2,
+) -> Attachment:
+    """Makes each step of this optimizer a step on mean NLL + temperature * KL / num_data; the loop stays as it is.
+
+    The loss must be a mean per example (label token). The stds are moved by the attachment alone, whether the optimizer
+    holds them or not: learning rate, schedule and weight decay do not touch them. Parameters that the optimizer did not
+    hold are put into its first group, so that a gradient scaler and `zero_grad` reach them; attach before loading an
+    optimizer state that was saved with an attachment.
+
+    Args:
+        optimizer: Any torch optimizer without a closure, or accelerate's wrapper of one.
+        model: The variational model whose means the optimizer trains (a DDP or compiled wrapper is fine).
+        num_data: Number of training examples (label tokens for a language model).
+        prior: The prior; None is `priors.Gaussian("layer_rms")`, fixed at the present weights.
+        temperature: Weight of the KL; below 1 the posterior is colder than Bayes' rule says.
+        warmup_steps: Optimizer steps over which the weight of the KL rises linearly from zero.
+        std_lr: Learning rate of the log stds.
+
+    Raises:
+        ValueError: a number is out of range, the model has no variational layer, the optimizer holds none of it, or has
+            an attachment to it already.
+        UnsupportedModelError: DeepSpeed or FSDP 1, which cut means and stds apart.
+    """
+    if not num_data > 0:
+        raise ValueError(f"num_data is {num_data!r}; expected the number of training examples, above 0.")
+    if temperature < 0 or warmup_steps < 0 or std_lr < 0:
+        raise ValueError(
+            f"temperature={temperature!r}, warmup_steps={warmup_steps!r}, std_lr={std_lr!r}; expected none below 0."
+        )
+    for kind in (type(optimizer), type(model)):
+        if kind.__module__.startswith("deepspeed") or kind.__name__ in _REFUSED:
+            raise UnsupportedModelError(
+                f"attach got {kind.__name__}, which flattens parameters, steps inside backward or calls its closure "
+                "several times; expected a first-order optimizer, with DDP or FSDP2 where training is distributed."
+            )
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner  # accelerate's wrapper calls the step of the inner one
+    model = getattr(model, "_orig_mod", model)
+    model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    bound = bind_prior(model, Gaussian() if prior is None else prior)
+    _check_groups(optimizer, bound)
+    return Attachment(
+        optimizer,
+        bound,
+        num_data=num_data,
+        temperature=temperature,
+        warmup_steps=warmup_steps,
+        std_lr=std_lr,
+    )
+
+
+_REFUSED = ("FullyShardedDataParallel", "DeepSpeedOptimizerWrapper", "LBFGS")
+
+
+def _check_groups(optimizer: Optimizer, bound: dict[Posterior, BoundPrior]) -> None:
+    means = {id(posterior.mean) for posterior in bound}
+    held = 0
+    decay = 0.0
+    for group in optimizer.param_groups:
+        count = sum(id(parameter) in means for parameter in group["params"])
+        held += count
+        decay = max(decay, group.get("weight_decay", 0.0) if count else 0.0)
+    attached = [getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_pre_hooks.values()]
+    if any(isinstance(other, Attachment) and not other._bound.keys().isdisjoint(bound) for other in attached):
+        raise ValueError(
+            f"{type(optimizer).__name__} has an attachment to this model already; call its detach() first."
+        )
+    if not held:
+        raise ValueError(
+            f"{type(optimizer).__name__} holds none of the model's {len(means)} posterior means; expected the "
+            "optimizer of this very model. Create it from model.parameters() and attach both together."
+        )
+    if decay:
+        warnings.warn(
+            f"{type(optimizer).__name__} has weight_decay={decay:g} on posterior means, a second Gaussian prior beside "
+            "the one attached; set weight_decay=0 for them, unless that is meant.",
+            stacklevel=3,
+        )
+
+
+def _add_to_first_group(optimizer: Optimizer, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+    """Puts those that the optimizer does not hold into its first group; schedulers count groups, not parameters."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    added = [parameter for parameter in parameters if id(parameter) not in held]
+    optimizer.param_groups[0]["params"].extend(added)
+    return added
+
+
+def _grad_scaler_state(optimizer: Optimizer) -> tuple[float, bool]:
+    """Scale of the gradients and whether they overflowed: a gradient scaler leaves both to fused optimizers."""
+    scale, found = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+    return (1.0 if scale is None else float(scale)), found is not None and bool(found)
