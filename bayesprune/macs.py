@@ -1,0 +1,94 @@
+"""Multiply-accumulates of a model by module, counted on the operations that a forward really runs.
+
+torch's `FlopCounterMode` counts two FLOPs for one MAC, in matrix products, convolutions and fused attention alike.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+COUNTER = "torch.utils.flop_counter, FLOPs / 2"
+
+
+def macs_by_module(model: nn.Module, example_inputs: Any) -> dict[str, int]:
+    """MACs of one evaluation forward on the example inputs, by the innermost module that ran the operation.
+
+    Modules without any are left out, a module that runs twice counts twice, and the products of an attention module
+    stand under its own name. The numbers are for all examples of the batch together; their sum is the model's.
+
+    Args:
+        model: On any device; its mode and state are as before afterwards.
+        example_inputs: A tensor, a tuple of positional arguments, or a mapping of keyword arguments.
+    """
+    macs: dict[str, int] = {}
+    inside = [0]
+    handles = []
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    # The counter hooks tensors that require a gradient, and fails on views of parameters made without one.
+    with torch.no_grad(), eval_mode(model), requires_grad(model, False), FlopCounterMode(display=False) as counter:
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)  # its fused operators are unknown to the counter
+            for name, module in model.named_modules():
+                enter, leave = _hooks(name, counter, inside, macs)
+                handles.append(module.register_forward_pre_hook(enter))
+                handles.append(module.register_forward_hook(leave))
+            run_forward(model, example_inputs)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast_path)
+            for handle in handles:
+                handle.remove()
+    return {name: count for name, count in macs.items() if count}
+
+
+def run_forward(model: nn.Module, inputs: Any) -> Any:
+    """The model's output for a tensor, a tuple of positional arguments, or a mapping of keyword arguments."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in evaluation mode; afterwards every module has its own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def requires_grad(model: nn.Module, required: bool) -> Iterator[None]:
+    """Inside, every parameter requires a gradient, or none does; afterwards each is as it was."""
+    before = [(p, p.requires_grad) for p in model.parameters() if p.is_floating_point()]
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(required)
+        yield
+    finally:
+        for parameter, was in before:
+            parameter.requires_grad_(was)
+
+
+def _hooks(
+    name: str, counter: FlopCounterMode, inside: list[int], macs: dict[str, int]
+) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Book what was counted between entering and leaving a module, less what its children booked."""
+    entered: list[int] = []
+
+    def enter(*_: Any) -> None:
+        entered.append(counter.get_total_flops())
+        inside.append(0)
+
+    def leave(*_: Any) -> None:
+        total = counter.get_total_flops() - entered.pop()
+        macs[name] = macs.get(name, 0) + (total - inside.pop()) // 2
+        inside[-1] += total
+
+    return enter, leave

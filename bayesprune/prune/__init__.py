@@ -1,0 +1,19 @@
+"""Scores of weights and channels, and their removal."""
+
+from bayesprune.prune.channels import ChannelReport, prune_channels
+from bayesprune.prune.importance import SNRImportance
+from bayesprune.prune.scores import signal_to_noise
+from bayesprune.prune.search import Compression, Trial, compress
+from bayesprune.prune.weights import WeightReport, prune_weights
+
+__all__ = [
+    "ChannelReport",
+    "Compression",
+    "SNRImportance",
+    "Trial",
+    "WeightReport",
+    "compress",
+    "prune_channels",
+    "prune_weights",
+    "signal_to_noise",
+]

@@ -1,0 +1,83 @@
+"""What `prune_channels` did or would do."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from bayesprune.macs import COUNTER
+
+
+@dataclass(frozen=True)
+class ChannelRow:
+    """Output channels of one layer before and after, and the layers that lose the same channels with it."""
+
+    layer: str
+    channels: int
+    kept: int
+    along: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ChannelReport:
+    """What `prune_channels` did, or would do with `dry_run=True`; prints as a table.
+
+    Attributes:
+        rows: Every group of channels that could be cut, under its root layer.
+        macs_before: MACs on the example inputs, all examples together, counted on the dense model.
+        macs_after: The same, counted on the cut model.
+        params_before: Parameters of the dense model, stds apart.
+        params_after: Parameters of the cut model, stds apart.
+        target: As asked for.
+        left_whole: Why a layer keeps all its output channels, by name.
+        removed: Indices of the removed channels, by root layer, in the dense model's numbering.
+        dry_run: Whether the model was left as it was.
+        counter: What counted the MACs.
+    """
+
+    rows: tuple[ChannelRow, ...]
+    macs_before: int
+    macs_after: int
+    params_before: int
+    params_after: int
+    target: dict[str, float]
+    left_whole: dict[str, str]
+    removed: dict[str, tuple[int, ...]]
+    dry_run: bool = False
+    counter: str = COUNTER
+
+    @property
+    def achieved(self) -> dict[str, float]:
+        """Kept fractions of the MACs and of the parameters."""
+        return {"macs": self.macs_after / self.macs_before, "params": self.params_after / self.params_before}
+
+    def __str__(self) -> str:
+        """The table as plain text."""
+        macs, params = self.achieved["macs"], self.achieved["params"]
+        title = (
+            f"{'would keep' if self.dry_run else 'kept'} {macs:.1%} of {self.macs_before:,} MACs ({self.counter}) and "
+            f"{params:.1%} of {self.params_before:,} parameters; target {self.target}"
+        )
+        table = Table()
+        for heading in ("layer", "channels", "kept", "share", "along with it"):
+            table.add_column(heading, overflow="fold")
+        for row in self.rows:
+            share = f"{row.kept / row.channels:.0%}"
+            table.add_row(row.layer, f"{row.channels}", f"{row.kept}", share, shown(row.along))
+        layers: dict[str, list[str]] = defaultdict(list)
+        for layer, reason in self.left_whole.items():
+            layers[reason].append(layer)
+        console = Console(width=120, no_color=True)
+        with console.capture() as capture:
+            console.print(title, markup=False, highlight=False)
+            console.print(table)
+            for reason, names in layers.items():
+                console.print(f"left whole: {shown(names)}: {reason}", markup=False, highlight=False)
+        return capture.get()
+
+
+def shown(names: tuple[str, ...] | list[str], *, most: int = 3) -> str:
+    """The first names, and how many more there are."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,269 @@
+"""Removes channels from a model, physically: fewer MACs, fewer parameters, less time.
+
+torch-pruning's graph says what must go together, a criterion says what is worth least, and the selection here meets the
+target with as little removed as possible: the stock pruner skips a group whose channels all fall under its threshold,
+checks caps only between steps, and does not say what it skipped.
+"""
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bayesprune.errors import InfeasibleTargetError, UnsupportedModelError
+from bayesprune.layers import VariationalLayer
+from bayesprune.macs import macs_by_module
+from bayesprune.prune import plan
+from bayesprune.prune.channel_report import ChannelReport, ChannelRow, shown
+from bayesprune.prune.groups import ChannelGroup, find_groups
+from bayesprune.prune.importance import SNRImportance, removed_weights
+from bayesprune.prune.recalibrate import recalibrate_batch_norm
+from bayesprune.prune.removal import Selection, remove
+from bayesprune.prune.trace import quiet
+from bayesprune.prune.verify import misplaced
+
+_LOGGER = logging.getLogger(__name__)
+
+# What a model's own code raises when its sizes no longer fit each other.
+_SHAPE_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+_WRONG_GRAPH = "another order of its channels changes the output, so the dependency graph is wrong about it"
+
+Importance = Callable[[Any], Tensor | None]
+
+
+def prune_channels(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    target: Mapping[str, float],
+    importance: Importance | None = None,
+    uniform: bool = False,
+    round_to: int = 1,
+    dry_run: bool = False,
+    data: Iterable[Any] | None = None,
+    ignored_layers: Iterable[nn.Module] = (),
+) -> ChannelReport:
+    """Removes the channels that are worth least until the target is met, in place; what was done is in the report.
+
+    Output layers and the heads of attention stay whole, and so does what cannot be cut rightly; the report names each
+    with the reason. Stds and masks follow their means. Modes, `requires_grad` and tied weights stay as they were.
+    Parameters are new objects afterwards: make the optimizer, and attach to it, after this call.
+
+    Every group keeps at least a tenth of its channels and `round_to`. Channels that a grouped convolution ties are
+    ranked by their mean score.
+
+    Args:
+        model: With variational layers, or any model when `importance` is given. On any device, not wrapped.
+        example_inputs: A tensor, a tuple of positional arguments, or a mapping of keyword arguments.
+        target: {"macs": f} or {"params": f}, the fraction of the model as it is now that is kept, or {"snr": t}: remove
+            the channels whose root mean square SNR, over all weights that leave with them, is below t.
+        importance: A torch-pruning importance; None is `SNRImportance()`. A target of "snr" takes none.
+        uniform: Remove the same fraction of every group, ranking inside groups alone.
+        round_to: Kept channels are a multiple of this, where the size of the layer allows.
+        dry_run: Only report; the model is as before afterwards.
+        data: Batches (inputs, or tuples that start with them) for recalibrating batch norm, forward passes only.
+        ignored_layers: Layers, with everything inside them, whose output channels all stay.
+
+    Raises:
+        InfeasibleTargetError: the target cannot be reached; nothing was changed.
+        UnsupportedModelError: the model is wrapped, cannot be traced, or has no variational layer and no importance.
+        ValueError: an option is not one of those named, or the importance gives scores that cannot be ranked.
+    """
+    what, value = _checked(target, importance, uniform, round_to)
+    _check_model(model, importance)
+    macs = macs_by_module(model, example_inputs)
+    structure = find_groups(model, example_inputs, ignored_layers=ignored_layers)
+    left_whole = dict(structure.left_whole)
+    wrong = misplaced(model, structure.groups, example_inputs)
+    left_whole |= {layer: _WRONG_GRAPH for group in wrong for layer in group.layers}
+    groups = tuple(group for group in structure.groups if group not in wrong)
+    score = _rms_snr if what == "snr" else _mean_scores(importance or SNRImportance())
+    scores = {group: values for group in groups if (values := score(group)) is not None}
+    left_whole |= {
+        layer: "nothing in its group has a score (no variational layer)"
+        for group in groups
+        if group not in scores
+        for layer in group.layers
+    }
+    params = _num_parameters(model)
+    while True:
+        groups = tuple(scores)
+        costs = plan.cost_model(model, groups, macs)
+        counts = _choose(costs, list(scores.values()), what, value, uniform, round_to, left_whole)
+        selection = [(g, _lowest(g, scores[g], count)) for g, count in zip(groups, counts, strict=True)]
+        failures, undo, macs_after = _attempt(model, selection, example_inputs)
+        if not failures:
+            break
+        left_whole |= {layer: failures[group] for group in failures for layer in group.layers}
+        scores = {group: values for group, values in scores.items() if group not in failures}
+    if macs_after != costs.cost("macs", counts):
+        _LOGGER.info("counted %d MACs after the cut, planned %d", macs_after, costs.cost("macs", counts))
+    report = ChannelReport(
+        rows=tuple(
+            ChannelRow(g.name, g.num_channels, g.num_channels - g.unit_size * len(units), tuple(g.layers[1:]))
+            for g, units in selection
+        ),
+        macs_before=sum(macs.values()),
+        macs_after=macs_after,
+        params_before=params,
+        params_after=_num_parameters(model),
+        target=dict(target),
+        left_whole=left_whole,
+        removed={
+            g.name: tuple(sorted(channel for unit in units for channel in unit)) for g, units in selection if units
+        },
+        dry_run=dry_run,
+    )
+    if dry_run:
+        undo()
+    elif data is not None:
+        try:
+            recalibrate_batch_norm(model, data)
+        except BaseException:
+            undo()
+            raise
+    return report
+
+
+def _checked(
+    target: Mapping[str, float], importance: Importance | None, uniform: bool, round_to: int
+) -> tuple[str, float]:
+    if len(target) != 1 or (what := next(iter(target))) not in ("macs", "params", "snr"):
+        raise ValueError(f'target is {dict(target)!r}; expected one of {{"macs": f}}, {{"params": f}}, {{"snr": t}}.')
+    value = target[what]
+    if what == "snr":
+        if not 0 < value < float("inf"):
+            raise ValueError(f"target snr is {value!r}; expected a positive number, 1.0 say.")
+        if importance is not None or uniform:
+            raise ValueError('target {"snr": t} is a criterion of its own; it takes no importance and no uniform=True.')
+    elif not 0 < value < 1:
+        raise ValueError(f"target {what} is {value!r}; expected the fraction to keep, between 0 and 1.")
+    if round_to < 1:
+        raise ValueError(f"round_to is {round_to!r}; expected 1 or more.")
+    return what, value
+
+
+def _check_model(model: nn.Module, importance: Importance | None) -> None:
+    if any(module._compiled_call_impl is not None for module in model.modules()):
+        raise UnsupportedModelError("prune_channels got a compiled model; cut the model first, then compile it.")
+    if hasattr(model, "_orig_mod") or type(model).__module__.startswith(("torch.nn.parallel", "torch.distributed")):
+        raise UnsupportedModelError(
+            f"prune_channels got a model wrapped in {type(model).__name__}; pass the model inside it, and wrap it "
+            "again afterwards."
+        )
+    if importance is None and not any(isinstance(module, VariationalLayer) for module in model.modules()):
+        raise UnsupportedModelError(
+            "prune_channels ranks by the posterior, and this model has no variational layer: call to_variational and "
+            "train, or pass a torch-pruning importance, such as torch_pruning.importance.MagnitudeImportance()."
+        )
+
+
+def _mean_scores(importance: Importance) -> Callable[[ChannelGroup], list[float] | None]:
+    @torch.no_grad()
+    def score(group: ChannelGroup) -> list[float] | None:
+        with quiet():
+            scores = importance(group.group)
+        if scores is None:
+            return None
+        name = type(importance).__name__
+        if scores.shape != (group.num_channels,):
+            raise ValueError(
+                f"{name} gave scores of shape {tuple(scores.shape)} for {group.name}; expected one for each of its "
+                f"{group.num_channels} channels."
+            )
+        if torch.isnan(scores).any():
+            raise ValueError(f"{name} gave NaN for channels of {group.name}; check its weights and gradients.")
+        values = scores.double().cpu()
+        return [float(values[list(unit)].mean()) for unit in group.units]
+
+    return score
+
+
+@torch.no_grad()
+def _rms_snr(group: ChannelGroup) -> list[float] | None:
+    removed = removed_weights(group.group, power=2)
+    if removed is None:
+        return None
+    score, count = (values.double().cpu() for values in removed)
+    return [float((score[list(u)].sum() / count[list(u)].sum().clamp(min=1)).sqrt()) for u in group.units]
+
+
+def _lowest(group: ChannelGroup, scores: list[float], count: int) -> list[tuple[int, ...]]:
+    ranked = sorted(range(len(scores)), key=scores.__getitem__)
+    return [group.units[index] for index in ranked[:count]]
+
+
+def _choose(
+    costs: plan.CostModel,
+    scores: list[list[float]],
+    what: str,
+    value: float,
+    uniform: bool,
+    round_to: int,
+    left_whole: dict[str, str],
+) -> list[int]:
+    """Units that leave each group; none is an answer where the target is an SNR."""
+    if what == "snr":
+        return plan.below(costs.groups, scores, value, round_to)
+    levels = plan.blocks(costs.groups, scores, uniform=uniform, round_to=round_to)
+    dense = costs.cost(what, [0] * len(scores))
+    counts = plan.fewest(costs, levels, what, value * dense)
+    if (reached := costs.cost(what, counts)) <= value * dense:
+        return counts
+    parts = costs.parts(what, counts)
+    layers: dict[str, list[str]] = defaultdict(list)
+    for layer, reason in left_whole.items():
+        layers[reason].append(layer)
+    shares = {reason: sum(parts.get(layer, 0) for layer in found) / dense for reason, found in layers.items()}
+    whole = [
+        f"{shown(layers[reason])} ({shares[reason]:.4f}, {reason})"
+        for reason in sorted(shares, key=shares.__getitem__, reverse=True)
+    ]
+    raise InfeasibleTargetError(
+        f"target {what} {value:g} cannot be reached: at least {reached / dense:.4f} of the {what} stay. What limits "
+        f"it: each of the {len(scores)} groups of channels keeps a tenth and round_to={round_to}; left whole are "
+        f"{'; '.join(whole[:4]) or 'no layers'}. Ask for a larger fraction. Nothing was changed."
+    )
+
+
+def _attempt(
+    model: nn.Module, selection: Selection, example_inputs: Any
+) -> tuple[dict[ChannelGroup, str], Callable[[], None], int]:
+    """Cuts the model and counts its MACs; where that fails, leaves it as it was and says which groups are at fault."""
+    try:
+        return {}, *_cut_and_count(model, selection, example_inputs)
+    except _SHAPE_ERRORS as error:
+        failures = {}
+        for group, units in selection:
+            try:
+                undo, _ = _cut_and_count(model, [(group, units)], example_inputs)
+                undo()
+            except _SHAPE_ERRORS as fault:
+                failures[group] = f"the model does not run without some of its channels ({_first_line(fault)})"
+        if failures:
+            return failures, lambda: None, 0
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not run after the cut ({_first_line(error)}), though it does after the cut "
+            "of any one group; nothing was changed. Name layers that should stay whole in ignored_layers."
+        ) from error
+
+
+def _cut_and_count(model: nn.Module, selection: Selection, example_inputs: Any) -> tuple[Callable[[], None], int]:
+    undo = remove(model, selection)
+    try:
+        return undo, sum(macs_by_module(model, example_inputs).values())
+    except BaseException:
+        undo()
+        raise
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def _num_parameters(model: nn.Module) -> int:
+    return sum({id(p): p.numel() for _, p in plan.stock_parameters(model)}.values())

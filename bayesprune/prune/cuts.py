@@ -1,0 +1,110 @@
+"""One side of one layer: how long it is, which parameters it cuts, and whether torch-pruning can cut it rightly."""
+
+from dataclasses import dataclass
+
+import torch_pruning as tp
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch_pruning.dependency import Dependency
+
+from bayesprune.layers import VariationalLayer
+from bayesprune.layers.structures import SUFFIXES
+from bayesprune.prune.trace import ROOT_TYPES
+
+Axis = tuple[str, str]
+"""A layer's name, and "out" or "in"."""
+
+CUTTABLE = (*ROOT_TYPES, _BatchNorm, _InstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.PReLU, nn.Embedding, nn.Parameter)
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One side of one layer that loses channels with its group.
+
+    Attributes:
+        axis: Its name and side.
+        dependency: torch-pruning's edge, which knows how to cut it.
+        size: Length of the axis.
+        positions: Positions along the axis by root channel.
+    """
+
+    axis: Axis
+    dependency: Dependency
+    size: int
+    positions: dict[int, list[int]]
+
+    @property
+    def layer(self) -> nn.Module | nn.Parameter:
+        """The layer, or a parameter that stands in the model by itself."""
+        return self.dependency.layer
+
+    @property
+    def num_covered(self) -> int:
+        """How much of the axis the group covers."""
+        return len({position for positions in self.positions.values() for position in positions})
+
+
+def side(dependency: Dependency) -> str:
+    """The side that a dependency cuts; layers whose two sides are one (norms, depthwise convolutions) have "out"."""
+    return "in" if dependency.handler.__name__ == "prune_in_channels" else "out"
+
+
+def axis_size(graph: tp.DependencyGraph, dependency: Dependency) -> int | None:
+    """Length of the axis that a dependency cuts; None for a layer without one (a PReLU of one slope)."""
+    return (graph.get_in_channels if side(dependency) == "in" else graph.get_out_channels)(dependency.target)
+
+
+def cut_parameters(layer: nn.Module, side: str) -> list[tuple[str, int]]:
+    """Name and dimension of the parameters of a layer that its side cuts."""
+    if isinstance(layer, nn.Embedding):
+        return [("weight", 1)]
+    transposed = isinstance(layer, _ConvNd) and layer.transposed and not is_depthwise(layer)
+    if side == "in":
+        return [("weight", 0 if transposed else 1)]
+    found = [("weight", 1 if transposed else 0), ("bias", 0)]
+    return [(name, dim) for name, dim in found if layer._parameters.get(name) is not None]
+
+
+def is_depthwise(layer: nn.Module | nn.Parameter) -> bool:
+    """Whether torch-pruning cuts both sides of this convolution at once."""
+    return isinstance(layer, _ConvNd) and layer.groups == layer.out_channels > 1
+
+
+def num_blocks(member: Member) -> int:
+    """Equal blocks that an axis falls into, and that must stay equal: those of grouped convolutions and group norms."""
+    layer = member.layer
+    if isinstance(layer, nn.GroupNorm):
+        return layer.num_groups
+    return layer.groups if isinstance(layer, _ConvNd) and not is_depthwise(layer) else 1
+
+
+def misfit(member: Member) -> str | None:
+    """Why this side cannot be cut rightly, if so."""
+    layer, (name, _) = member.layer, member.axis
+    if unknown := _unknown_parameters(layer):
+        return f"torch-pruning does not know {name}.{unknown[0]}"
+    if isinstance(layer, ROOT_TYPES) and layer._parameters.get("weight") is None:
+        return f"the weight of {name} is computed, not a parameter"
+    covered = [position for positions in member.positions.values() for position in positions]
+    if max(covered) >= member.size or (isinstance(layer, nn.Parameter) and member.num_covered != member.size):
+        return f"the indices of the dependency graph do not fit {name}"
+    if isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) > 1:
+        return f"{name} normalises over more than channels"
+    if num_blocks(member) > 1:
+        if isinstance(layer, _ConvNd) and layer.transposed:
+            return f"torch-pruning cannot cut {name}, a grouped transposed convolution"
+        if member.num_covered != member.size:
+            return f"{name} works on blocks of channels of which only some are in this group"
+    return None
+
+
+def _unknown_parameters(layer: nn.Module | nn.Parameter) -> list[str]:
+    """Parameters beside weight, bias and their stds, as a gain, which would keep their size."""
+    if isinstance(layer, nn.Parameter):
+        return []
+    known = {"weight", "bias"}
+    if isinstance(layer, VariationalLayer):
+        known |= {f"{name}_{suffix}" for name in ("weight", "bias") for suffix in SUFFIXES}
+    return [name for name, parameter in layer._parameters.items() if parameter is not None and name not in known]

@@ -1,0 +1,111 @@
+"""Tag and follow: when torch-pruning cuts a posterior mean, its stds and masks are cut alike.
+
+torch-pruning knows `weight` and `bias`; an extra parameter of a layer stays at its old shape, evaluation still runs,
+and the next training step crashes. Its `customized_pruners` do not help: depthwise roots bypass them, and every
+built-in importance compares bound methods and skips a customised layer. So the one function through which every
+built-in pruner makes a smaller parameter is wrapped: the new parameter is tagged with what was kept of it, and
+`VariationalLayer.__setattr__` cuts the companions by that tag. The function is private, hence the self-test.
+"""
+
+import functools
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+from torch_pruning.pruner.function import BasePruningFunc
+from torch_pruning.utils import op_counter
+
+from bayesprune.convert import to_variational
+from bayesprune.layers import VariationalLayer, registered_types, variational_type
+
+TAG = "_bayesprune_kept"
+
+_LOGGER = logging.getLogger(__name__)
+_WRAPPED = "_prune_parameter_and_grad"
+
+PruneParameter = Callable[[BasePruningFunc, nn.Parameter, Sequence[int], int], nn.Parameter]
+
+
+def install() -> bool:
+    """Whether stds and masks now follow their means through torch-pruning; wraps it at the first call.
+
+    Parameters that torch-pruning cuts also keep their `requires_grad` from then on, and variational layers count in
+    its MAC counter. Where the installed torch-pruning does not work as expected, a warning says so and the answer is
+    False: `prune_channels` then cuts stds and masks itself, a pruner of the user's own does not.
+    """
+    _count_operations()
+    original = getattr(BasePruningFunc, _WRAPPED, None)
+    if getattr(original, "follows", False):
+        return True
+    if original is not None:
+        setattr(BasePruningFunc, _WRAPPED, tagging(original))
+    problem = f"BasePruningFunc has no {_WRAPPED}" if original is None else _self_test()
+    if problem is None:
+        return True
+    if original is not None:
+        setattr(BasePruningFunc, _WRAPPED, original)
+    warnings.warn(
+        f"torch-pruning {tp.__version__} is not as bayesprune expects ({problem}), so the stds of variational layers "
+        "do not follow their means in a torch-pruning pruner of your own; use bayesprune.prune_channels, or a "
+        "torch-pruning in the range that bayesprune names in its requirements.",
+        stacklevel=3,
+    )
+    return False
+
+
+def tagging(prune: PruneParameter) -> PruneParameter:
+    """The same function; its result keeps `requires_grad` and says which indices of which dimension it holds."""
+
+    @functools.wraps(prune)
+    def prune_and_tag(
+        pruner: BasePruningFunc, weight: nn.Parameter, keep_idxs: Sequence[int], pruning_dim: int
+    ) -> nn.Parameter:
+        pruned = prune(pruner, weight, keep_idxs, pruning_dim)
+        pruned.requires_grad_(weight.requires_grad)
+        setattr(pruned, TAG, (pruning_dim % weight.dim(), tuple(int(index) for index in keep_idxs)))
+        return pruned
+
+    prune_and_tag.follows = True  # type: ignore[attr-defined]
+    return prune_and_tag
+
+
+def _self_test() -> str | None:
+    """What goes wrong when two small layers are cut, or None."""
+    generator = torch.Generator().manual_seed(0)
+    for stock in (nn.Linear(3, 4), nn.Conv2d(3, 4, 1)):
+        layer = to_variational(stock)
+        assert isinstance(layer, VariationalLayer)
+        for name in layer.active_names():
+            values = torch.rand(getattr(layer, name).shape, generator=generator)
+            getattr(layer, name).data.copy_(values)
+            layer.log_std_parts(name)[0].data.copy_(values)
+        cut_out, cut_in = (
+            (tp.prune_linear_out_channels, tp.prune_linear_in_channels)
+            if isinstance(layer, nn.Linear)
+            else (tp.prune_conv_out_channels, tp.prune_conv_in_channels)
+        )
+        try:
+            cut_out(layer, [1])
+            cut_in(layer, [0])
+            follows = [_agree(getattr(layer, name), layer.log_std_parts(name)[0]) for name in layer.active_names()]
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            _LOGGER.debug("the self-test of tag and follow failed", exc_info=True)
+            return f"{type(error).__name__}: {error}"
+        if not all(follows):
+            return f"the stds of {type(stock).__name__} did not follow"
+    return None
+
+
+def _agree(mean: Tensor, log_std: Tensor) -> bool:
+    return mean.shape == log_std.shape and torch.equal(mean, log_std)
+
+
+def _count_operations() -> None:
+    """torch-pruning's counter looks types up exactly; unknown ones count zero MACs."""
+    for stock in registered_types():
+        variational = variational_type(stock)
+        if variational is not None and stock in op_counter.MODULES_MAPPING:
+            op_counter.MODULES_MAPPING.setdefault(variational, op_counter.MODULES_MAPPING[stock])

@@ -1,0 +1,276 @@
+"""Which channels of a model must leave together, and which layers have to stay whole, with the reason.
+
+torch-pruning's dependency graph says what hangs together. What it cannot know is decided here: heads of attention, the
+model's outputs, tied weights, the equal blocks that grouped convolutions ask for.
+"""
+
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch_pruning import ops
+from torch_pruning.dependency import Group
+
+from bayesprune.prune.cuts import CUTTABLE, Axis, Member, axis_size, cut_parameters, misfit, num_blocks, side
+from bayesprune.prune.trace import ROOT_TYPES, Trace, quiet, trace
+
+# Parts of the names that autograd gives products of activations, which mix channels in a way that no graph shows.
+_PRODUCTS = ("Bmm", "Baddbmm", "ttention", "Einsum")
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGroup:
+    """Channels of one root layer, and everything that leaves with each.
+
+    Attributes:
+        name: The root layer.
+        group: torch-pruning's group of all its channels.
+        units: Sets of root channels that can only leave together, all of one size.
+        members: What loses channels.
+    """
+
+    name: str
+    group: Group
+    units: tuple[tuple[int, ...], ...]
+    members: tuple[Member, ...]
+
+    @property
+    def unit_size(self) -> int:
+        """Channels in a unit: the number of groups of a grouped convolution, usually 1."""
+        return len(self.units[0])
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of the root layer."""
+        return len(self.units) * self.unit_size
+
+    @property
+    def layers(self) -> list[str]:
+        """Layers with weights whose output channels leave, the root first."""
+        found = [m.axis[0] for m in self.members if m.axis[1] == "out" and isinstance(m.layer, ROOT_TYPES)]
+        return sorted(found, key=lambda name: name != self.name)
+
+    def positions_per_unit(self, member: Member) -> int:
+        """Positions along the member's axis that one unit takes along."""
+        return _num_positions(member, self.units[0])
+
+
+@dataclass(frozen=True)
+class ChannelStructure:
+    """What of a model can be removed, in the model's order.
+
+    Attributes:
+        groups: Its groups of channels.
+        left_whole: Why a layer keeps all its output channels, by name.
+    """
+
+    groups: tuple[ChannelGroup, ...]
+    left_whole: dict[str, str]
+
+
+def find_groups(model: nn.Module, example_inputs: Any, *, ignored_layers: Iterable[nn.Module] = ()) -> ChannelStructure:
+    """The channel groups of a model; the model is as before afterwards.
+
+    Args:
+        model: With variational layers or without.
+        example_inputs: A tensor, a tuple of positional arguments, or a mapping of keyword arguments.
+        ignored_layers: Layers, with everything inside them, whose output channels all stay.
+
+    Raises:
+        UnsupportedModelError: torch-pruning cannot trace the model.
+    """
+    finder = _Finder(model, trace(model, example_inputs), ignored_layers)
+    modules = finder.trace.graph.module2node
+    groups: dict[str, ChannelGroup] = {}
+    left_whole: dict[str, str] = {}
+    done: set[nn.Module | nn.Parameter] = set()
+    for root in [module for module in modules if isinstance(module, ROOT_TYPES)]:
+        if root in done:
+            continue
+        try:
+            found = finder.group_of(root)
+            groups[found.name] = found
+        except _LeftWholeError as left:
+            left_whole |= {finder.names[id(layer)]: left.reason for layer in (root, *left.layers)}
+            done |= set(left.layers)
+        else:
+            done |= {member.layer for member in found.members if member.axis[1] == "out"}
+    for name, module in model.named_modules():
+        if isinstance(module, ROOT_TYPES) and module not in modules:
+            left_whole[name] = "the trace does not see it: it is not called, or another module uses its weight"
+    order = {name: number for number, (name, _) in enumerate(model.named_modules())}
+    return ChannelStructure(
+        tuple(sorted(groups.values(), key=lambda group: order[group.name])),
+        {name: left_whole[name] for name in sorted(left_whole.keys() - groups.keys(), key=order.__getitem__)},
+    )
+
+
+class _LeftWholeError(Exception):
+    """Some layers keep all their channels."""
+
+    def __init__(self, reason: str, layers: Iterable[nn.Module] = ()) -> None:
+        super().__init__(reason)
+        self.reason, self.layers = reason, list(layers)
+
+
+class _Finder:
+    """Examines one root layer after the other."""
+
+    def __init__(self, model: nn.Module, trace: Trace, ignored_layers: Iterable[nn.Module]) -> None:
+        self.trace = trace
+        self.names = {id(module): name for name, module in model.named_modules()}
+        self.names |= {id(parameter): name for name, parameter in model.named_parameters()}
+        self.ignored = {module for layer in ignored_layers for module in layer.modules()}
+        self.holders = tied_parameters(model)
+        self.claimed: dict[Axis, set[int]] = defaultdict(set)
+
+    def group_of(self, root: nn.Module) -> ChannelGroup:
+        self._check_layer(root)  # before its group is built: that does not end for some attention with rotary positions
+        group = self._full_group(root)
+        layers = [i.dep.layer for i in group if side(i.dep) == "out" and isinstance(i.dep.layer, ROOT_TYPES)]
+        try:
+            for item in group:
+                self._check_node(item.dep.target.module, side(item.dep))
+            members = list(self._members(group))
+            self._check_members(members)
+            units = self._units(group, members)
+        except _LeftWholeError as left:
+            raise _LeftWholeError(left.reason, layers) from None
+        for member in members:
+            self.claimed[member.axis] |= {p for positions in member.positions.values() for p in positions}
+        return ChannelGroup(self.names[id(root)], group, tuple(units), tuple(members))
+
+    def _full_group(self, root: nn.Module, channels: list[int] | None = None) -> Group:
+        graph = self.trace.graph
+        pruner = graph.get_pruner_of_module(root)
+        assert pruner is not None, "roots are of types that torch-pruning knows"
+        channels = list(range(pruner.get_out_channels(root))) if channels is None else channels
+        try:
+            with quiet():
+                return graph.get_pruning_group(root, pruner.prune_out_channels, channels)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise _LeftWholeError(f"torch-pruning fails on it ({type(error).__name__}: {error})") from error
+
+    def _check_layer(self, layer: nn.Module) -> None:
+        if layer in self.ignored:
+            raise _LeftWholeError("ignored_layers")
+        if layer in self.trace.outputs:
+            raise _LeftWholeError("it is an output of the model")
+        if layer in self.trace.inside_attention:
+            raise _LeftWholeError("its outputs are dimensions of attention heads")
+
+    def _check_node(self, node: Any, cut_side: str) -> None:
+        if isinstance(node, ops._OutputOp):
+            raise _LeftWholeError("it is an output of the model")
+        if isinstance(node, ops._ElementWiseOp) and any(part in str(node._grad_fn) for part in _PRODUCTS):
+            raise _LeftWholeError("its outputs enter a product of activations, as in attention")
+        if cut_side == "out" and isinstance(node, nn.Module):
+            self._check_layer(node)
+        if id(node) in self.names and not isinstance(node, CUTTABLE):
+            raise _LeftWholeError(f"{self.names[id(node)]} ({type(node).__name__}) stays whole")
+
+    def _members(self, group: Group) -> Iterator[Member]:
+        for item in group:
+            layer = item.dep.layer
+            if id(layer) not in self.names or (size := axis_size(self.trace.graph, item.dep)) is None:
+                continue  # an operation, or a layer without channels of its own
+            if None in item.root_idxs:
+                raise _LeftWholeError("grouped-query attention shares its outputs among heads")
+            positions: dict[int, list[int]] = defaultdict(list)
+            for position, root in zip(item.idxs, item.root_idxs, strict=True):
+                positions[root].append(position)
+            in_order = {root: sorted(found) for root, found in positions.items()}
+            yield Member((self.names[id(layer)], side(item.dep)), item.dep, size, in_order)
+
+    def _check_members(self, members: list[Member]) -> None:
+        for member in members:
+            if reason := misfit(member):
+                raise _LeftWholeError(reason)
+            if any(self.claimed[member.axis].intersection(p) for p in member.positions.values()):
+                raise _LeftWholeError(f"{member.axis[0]} would lose a channel to two groups")
+        cuts: dict[tuple[int, str], set] = defaultdict(set)
+        for member in members:
+            if isinstance(member.layer, nn.Module):
+                where = frozenset((root, *sorted(p)) for root, p in member.positions.items())
+                for name, dim in cut_parameters(member.layer, member.axis[1]):
+                    cuts[id(member.layer), name].add((dim, where))
+        for holders in self.holders.values():
+            found = [cuts.get((id(module), name), set()) for module, name in holders]
+            if any(cut != found[0] for cut in found):
+                shown = " and ".join(f"{self.names[id(module)]}.{name}" for module, name in holders)
+                raise _LeftWholeError(f"{shown} are tied and would be cut differently")
+
+    def _units(self, group: Group, members: list[Member]) -> list[tuple[int, ...]]:
+        channels = group[0].idxs
+        parents = {channel: channel for channel in channels}
+        for member in members:
+            block = member.size // num_blocks(member)
+            first: dict[int, int] = {}
+            for root, positions in member.positions.items() if block < member.size else ():
+                for position in positions:
+                    _join(parents, root, first.setdefault(position % block, root))
+        for one, other in self._linked_channels(group, members):
+            _join(parents, one, other)
+        found: dict[int, list[int]] = defaultdict(list)
+        for channel in channels:
+            found[_representative(parents, channel)].append(channel)
+        units = [tuple(unit) for unit in found.values()]
+        if len(units) < 2:
+            raise _LeftWholeError("its channels can only leave all together")
+        for counts in ([len(u) for u in units], *([_num_positions(m, u) for u in units] for m in members)):
+            if len(set(counts)) > 1:
+                raise _LeftWholeError("its channels hang together in sets of different sizes")
+        return units
+
+    def _linked_channels(self, group: Group, members: list[Member]) -> Iterator[tuple[int, int]]:
+        """Pairs of root channels of which one takes the other along, as the two halves of a gated linear unit do.
+
+        A full group does not show them: it merges positions that are reached from two roots.
+        """
+        root, channels = group[0].dep.layer, group[0].idxs
+        some = random.Random(0).sample(channels, len(channels) // 2)
+        if not list(self._surplus(root, some, members)):
+            return
+        for bit in range(max(channels).bit_length()):
+            for value in (0, 1):
+                yield from self._surplus(root, [c for c in channels if c >> bit & 1 == value], members)
+
+    def _surplus(self, root: nn.Module, channels: list[int], members: list[Member]) -> Iterator[tuple[int, int]]:
+        """Pairs of a channel and another one of the root that loses positions with it."""
+        if not channels:
+            return
+        owner = {(m.axis, p): r for m in members for r, positions in m.positions.items() for p in positions}
+        for item in self._full_group(root, sorted(channels)):
+            name = self.names.get(id(item.dep.layer), "")
+            for position, channel in zip(item.idxs, item.root_idxs, strict=True):
+                linked = owner.get(((name, side(item.dep)), position))
+                if linked is not None and linked != channel:
+                    yield channel, linked
+
+
+def tied_parameters(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Modules and names that hold one parameter, for the parameters with several, by id."""
+    holders: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                holders[id(parameter)].append((module, name))
+    return {key: found for key, found in holders.items() if len(found) > 1}
+
+
+def _num_positions(member: Member, unit: tuple[int, ...]) -> int:
+    return sum(len(member.positions.get(channel, ())) for channel in unit)
+
+
+def _join(parents: dict[int, int], one: int, other: int) -> None:
+    parents[_representative(parents, one)] = _representative(parents, other)
+
+
+def _representative(parents: dict[int, int], channel: int) -> int:
+    while parents[channel] != channel:
+        parents[channel] = parents[parents[channel]]
+        channel = parents[channel]
+    return channel

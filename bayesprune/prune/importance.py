@@ -1,0 +1,127 @@
+"""A torch-pruning criterion: how much of the posterior's signal leaves with a channel.
+
+The score of one weight with posterior N(mu, sigma^2) in a layer whose means have root mean square s is
+(mu / s)^2 (s / sigma)^p, a pure number: p = 2 is the squared signal-to-noise ratio, that is Optimal Brain Damage under
+a Laplace posterior (LeCun et al., 1989); p = 0 is the squared magnitude relative to the layer. A channel's score is
+the sum over all weights that are removed with it, in every layer of its dependency group.
+Unlike torch-pruning's own importances it scores the exact block of a grouped convolution that a channel takes along.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch_pruning.dependency import Group
+
+from bayesprune.layers import VariationalLayer
+from bayesprune.prune.follow import install
+
+
+class RemovedWeights(NamedTuple):
+    """What leaves with each root channel of a dependency group, of C root channels.
+
+    Attributes:
+        score: Sum of the weights' scores, (C,).
+        number: How many of those weights were not removed before, (C,).
+    """
+
+    score: Tensor
+    number: Tensor
+
+
+class SNRImportance(tp.importance.Importance):
+    """Score per channel: sum of (mu / s)^2 (s / sigma)^power over the weights that leave with it.
+
+    s is the root mean square of a layer's means at scoring time. Deterministic layers of a group contribute nothing,
+    and a group without any variational layer gets no score (None): torch-pruning then leaves it alone. Biases do not
+    count, nor do the projections inside `nn.MultiheadAttention`. Constructing it makes stds and masks follow their
+    means through torch-pruning from then on.
+
+    torch-pruning's own global ranking skips a group whole once all of its channels fall under the threshold, so that
+    it removes less than asked for; `bayesprune.prune_channels` keeps a share of every group instead and meets the
+    target.
+
+    Args:
+        power: Weight given to the stds: 2 is the squared signal-to-noise ratio, 0 ignores the stds.
+        reduction: "sum" is what removing the channel costs; "mean" divides by the number of weights.
+
+    Example:
+        >>> import torch, torch_pruning as tp, bayesprune as bp
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> model = bp.to_variational(model)
+        >>> pruner = tp.pruner.BasePruner(
+        ...     model, torch.randn(1, 4), bp.SNRImportance(), pruning_ratio=0.5, ignored_layers=[model[2]]
+        ... )
+        >>> pruner.step()
+        >>> model[0].out_features
+        4
+
+    Raises:
+        ValueError: the reduction is unknown or the power negative.
+    """
+
+    def __init__(self, power: float = 1.0, *, reduction: Literal["sum", "mean"] = "sum") -> None:
+        if reduction not in ("sum", "mean"):
+            raise ValueError(f'reduction is {reduction!r}; expected "sum" or "mean".')
+        if not 0 <= power < float("inf"):
+            raise ValueError(f"power is {power!r}; expected 0 (stds ignored), 1, 2 (SNR^2), or between.")
+        self.power = power
+        self.reduction = reduction
+        install()
+
+    @torch.no_grad()
+    def __call__(self, group: Group) -> Tensor | None:  # type: ignore[override]
+        """Scores (C,) of the root channels of a dependency group; None where nothing in it is variational."""
+        removed = removed_weights(group, self.power)
+        if removed is None:
+            return None
+        return removed.score if self.reduction == "sum" else removed.score / removed.number.clamp(min=1)
+
+
+def removed_weights(group: Group, power: float) -> RemovedWeights | None:
+    """Score and number of the weights that leave with each root channel; None where no layer is variational."""
+    roots = {channel: index for index, channel in enumerate(group[0].idxs)}
+    removed: RemovedWeights | None = None
+    for item in group:
+        layer, root_idxs = item.dep.layer, item.root_idxs
+        if not item.idxs or root_idxs is None or any(root is None for root in root_idxs):
+            continue  # members that grouped-query attention reaches have no root of their own
+        if not isinstance(layer, VariationalLayer) or "weight" not in layer.active_names():
+            continue
+        scores = weight_scores(layer, power)
+        mask = layer.mask("weight")
+        if removed is None:
+            zeros = torch.zeros(len(roots), device=scores.device)
+            removed = RemovedWeights(zeros, zeros.clone())
+        positions = torch.tensor(item.idxs, device=scores.device)
+        targets = torch.tensor([roots[root] for root in root_idxs], device=removed.score.device)
+        into_inputs = item.dep.handler.__name__ == "prune_in_channels"
+        for total, values in zip(removed, (scores, torch.ones_like(scores) if mask is None else mask), strict=True):
+            per_position = per_channel_sums(layer, values, into_inputs=into_inputs)[positions]
+            total.scatter_add_(0, targets, per_position.to(total))
+    return removed
+
+
+def weight_scores(layer: VariationalLayer, power: float) -> Tensor:
+    """(mu / s)^2 (s / sigma)^power of the layer's weights, in the weight's shape; 0 where the mean is zero."""
+    mean, std = layer.posteriors()["weight"]
+    mean, std = mean.detach().float(), std.detach()
+    rms = mean.square().mean().sqrt()
+    return ((mean / rms).square() * (rms / std).pow(power)).masked_fill(mean == 0, 0.0)
+
+
+def per_channel_sums(layer: nn.Module, values: Tensor, *, into_inputs: bool) -> Tensor:
+    """Sums of weight-shaped values by input or output channel of the layer, (channels,).
+
+    Of a grouped convolution, an input channel takes along its column in the rows of its own group alone.
+    """
+    is_conv = isinstance(layer, _ConvNd)
+    groups = layer.groups if is_conv else 1
+    transposed = is_conv and layer.transposed
+    if isinstance(layer, nn.Embedding):
+        into_inputs = True  # (vocabulary, features): its features stand where inputs do
+    rows, columns = values.shape[0] // groups, values.shape[1] if values.dim() > 1 else 1
+    blocks = values.reshape(groups, rows, columns, -1)
+    return blocks.sum((2, 3) if into_inputs == transposed else (1, 3)).flatten()

@@ -1,0 +1,59 @@
+"""Batch-norm statistics for a model whose channels have changed: forward passes only."""
+
+from collections.abc import Iterable, Mapping
+from itertools import chain, islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bayesprune.errors import UnsupportedModelError
+from bayesprune.macs import eval_mode, run_forward
+
+
+def recalibrate_batch_norm(model: nn.Module, data: Iterable[Any], *, max_batches: int = 50) -> nn.Module:
+    """The model with running means and variances of its batch norms measured anew, in place; nothing else changes.
+
+    All other modules are in evaluation mode meanwhile: torch's `update_bn` puts the whole model in training mode, where
+    dropout and sampled weights would distort the statistics.
+
+    Args:
+        model: Without any batch norm it is left as it is, and no batch is drawn.
+        data: Batches: a tensor, a tuple whose first item are the inputs, or a mapping of keyword arguments.
+        max_batches: No more batches than these are used.
+
+    Raises:
+        ValueError: there was no batch.
+        UnsupportedModelError: the model has no parameter to tell the device from.
+    """
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    if not norms:
+        return model
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        raise UnsupportedModelError("the model has no parameter, so nothing says on which device its batches belong.")
+    momenta = [norm.momentum for norm in norms]
+    batches = islice(data, max_batches)
+    first = next(batches, None)
+    if first is None:
+        raise ValueError("data has no batch; expected an iterable of input batches.")
+    with torch.no_grad(), eval_mode(model):
+        try:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # a plain average over the batches
+                norm.training = True
+            for batch in chain([first], batches):
+                inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+                run_forward(model, _moved(inputs, parameter.device))
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+    return model
+
+
+def _moved(inputs: Any, device: torch.device) -> Any:
+    if isinstance(inputs, Mapping):
+        return {name: _moved(value, device) for name, value in inputs.items()}
+    return inputs.to(device) if isinstance(inputs, Tensor) else inputs

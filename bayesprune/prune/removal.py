@@ -1,0 +1,123 @@
+"""Cuts a model by a plan, in place, such that it can be undone.
+
+Every axis is cut once, by the positions of all groups together, so no index ever shifts under another group.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from bayesprune.layers import VariationalLayer
+from bayesprune.prune.cuts import Axis, Member, cut_parameters, is_depthwise
+from bayesprune.prune.follow import TAG, install
+from bayesprune.prune.groups import ChannelGroup, tied_parameters
+
+Selection = Sequence[tuple[ChannelGroup, Sequence[tuple[int, ...]]]]
+"""Groups, and the units that leave each."""
+
+
+@dataclass(frozen=True)
+class _State:
+    attributes: dict
+    parameters: dict
+    buffers: dict
+
+
+def remove(model: nn.Module, selection: Selection) -> Callable[[], None]:
+    """Cuts the channels out of the model, in place; what it returns undoes it.
+
+    Stds, masks and gradients follow their means; `requires_grad`, ties and modes stay as they were. Optimizers keep the
+    old parameters.
+    """
+    follows = install()
+    undo = snapshot(model)
+    try:
+        ties, frozen = tied_parameters(model), _frozen(model)
+        for member, positions in _positions(selection):
+            _cut(model, member, positions, follows=follows)
+        _tie(ties)
+        for module, name in frozen:
+            module.get_parameter(name).requires_grad_(False)
+        _check_companions(model)
+    except BaseException:
+        undo()
+        raise
+    return undo
+
+
+def snapshot(model: nn.Module) -> Callable[[], None]:
+    """Remembers the attributes of every module by reference; what it returns puts them back.
+
+    That suffices while changes make new tensors and leave the old ones alone, as cutting does.
+    """
+    before = {m: _State(dict(m.__dict__), dict(m._parameters), dict(m._buffers)) for m in model.modules()}
+
+    def undo() -> None:
+        for module, state in before.items():
+            for current, old in ((module._parameters, state.parameters), (module._buffers, state.buffers)):
+                current.clear()
+                current.update(old)
+            module.__dict__.clear()
+            module.__dict__.update(state.attributes)
+
+    return undo
+
+
+def _positions(selection: Selection) -> Iterable[tuple[Member, list[int]]]:
+    members: dict[Axis, Member] = {}
+    positions: dict[Axis, set[int]] = defaultdict(set)
+    for group, units in selection:
+        for member in group.members if units else ():
+            members[member.axis] = member
+            positions[member.axis].update(p for unit in units for root in unit for p in member.positions.get(root, ()))
+    return [(member, sorted(positions[axis])) for axis, member in members.items() if positions[axis]]
+
+
+def _cut(model: nn.Module, member: Member, positions: list[int], *, follows: bool) -> None:
+    layer, dependency = member.layer, member.dependency
+    cut = dependency(positions)
+    if isinstance(layer, nn.Parameter):
+        path, _, name = member.axis[0].rpartition(".")
+        setattr(model.get_submodule(path), name, cut)
+        _untag(cut)
+        return
+    if isinstance(layer, VariationalLayer) and not follows:
+        _cut_companions(layer, member, positions)
+    for parameter in layer._parameters.values():
+        _untag(parameter)
+
+
+def _untag(parameter: nn.Parameter | None) -> None:
+    if hasattr(parameter, TAG):
+        delattr(parameter, TAG)
+
+
+def _cut_companions(layer: VariationalLayer, member: Member, positions: list[int]) -> None:
+    kept = sorted(set(range(member.size)) - set(positions))
+    blocks = layer.groups if isinstance(layer, _ConvNd) and member.axis[1] == "in" and not is_depthwise(layer) else 1
+    for name, dim in cut_parameters(layer, member.axis[1]):
+        layer.cut(name, dim, kept[: len(kept) // blocks], member.size // blocks)
+
+
+def _tie(ties: dict[int, list[tuple[nn.Module, str]]]) -> None:
+    for holders in ties.values():
+        (first, name), *others = holders
+        parameter = first._parameters[name]
+        for module, key in others:
+            module._parameters[key] = parameter
+
+
+def _frozen(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    return [(m, n) for m in model.modules() for n, p in m._parameters.items() if p is not None and not p.requires_grad]
+
+
+def _check_companions(model: nn.Module) -> None:
+    for layer in (module for module in model.modules() if isinstance(module, VariationalLayer)):
+        for name in layer.active_names():
+            layer.log_std(name)
+            mask, shape = layer.mask(name), getattr(layer, name).shape
+            if mask is not None and mask.shape != shape:
+                raise ValueError(f"{name}_mask has shape {tuple(mask.shape)}, its weight {tuple(shape)}.")

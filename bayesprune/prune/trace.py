@@ -1,0 +1,124 @@
+"""torch-pruning's dependency graph of a model, with what else a forward shows: outputs and the insides of attention."""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from bayesprune.errors import UnsupportedModelError
+from bayesprune.macs import eval_mode, requires_grad, run_forward
+
+ROOT_TYPES = (_ConvNd, nn.Linear)
+HEAD_ATTRIBUTES = ("num_heads", "num_attention_heads", "num_key_value_groups", "n_heads", "n_head", "heads")
+# What may stand between an attention module's last layer and its output; a reshape means that heads come out.
+_PASS_THROUGH = ("Add", "Mul", "Clone", "ToCopy", "NativeBatchNorm", "NativeLayerNorm", "NativeDropout")
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one forward in evaluation mode shows.
+
+    Attributes:
+        graph: torch-pruning's dependency graph.
+        outputs: Layers whose output is an output of the model.
+        inside_attention: Layers whose output units are dimensions of attention heads.
+    """
+
+    graph: tp.DependencyGraph
+    outputs: frozenset[nn.Module]
+    inside_attention: frozenset[nn.Module]
+
+
+def trace(model: nn.Module, example_inputs: Any) -> Trace:
+    """Traces the model; its mode and `requires_grad` are as before afterwards.
+
+    torch-pruning follows autograd's graph, so gradients are enabled meanwhile, for frozen parameters too.
+
+    Raises:
+        UnsupportedModelError: torch-pruning fails on the model.
+    """
+    layer_of: dict[Any, nn.Module] = {}
+    attention: list[tuple[nn.Module, Any]] = []
+    ends: set[Any] = set()
+
+    def saw_layer(module: nn.Module, _: Any, output: Any) -> None:
+        layer_of[output.grad_fn] = module
+
+    def saw_attention(module: nn.Module, _: Any, output: Any) -> None:
+        attention.extend((module, tensor.grad_fn) for tensor in tensors_in(output))
+
+    def outputs_with_history(output: Any) -> list[Tensor]:
+        found = [tensor for tensor in tensors_in(output) if tensor.grad_fn is not None]
+        ends.update(tensor.grad_fn for tensor in found)
+        return found
+
+    handles = [m.register_forward_hook(saw_layer) for m in model.modules() if isinstance(m, ROOT_TYPES)]
+    handles += [m.register_forward_hook(saw_attention) for m in model.modules() if _has_heads(m)]
+    try:
+        with torch.enable_grad(), eval_mode(model), requires_grad(model, True), quiet():
+            graph = tp.DependencyGraph().build_dependency(
+                model,
+                example_inputs,
+                forward_fn=run_forward,
+                output_transform=outputs_with_history,
+                verbose=False,
+            )
+    except (AssertionError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UnsupportedModelError(
+            f"torch-pruning {tp.__version__} cannot trace {type(model).__name__} ({type(error).__name__}: {error}); "
+            "expected a model whose forward runs on example_inputs under autograd, not wrapped, compiled or scripted. "
+            "Single weights can be removed with prune_weights."
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    outputs = {node.module for node in graph.module2node.values() if node.grad_fn in ends}
+    inside = {child for module in model.modules() if _has_heads(module) for child in _layers_of(module)}
+    inside -= {layer for module, grad_fn in attention for layer in _last_layers(module, grad_fn, layer_of)}
+    return Trace(graph, frozenset(outputs), frozenset(inside))
+
+
+def tensors_in(output: Any) -> Iterator[Tensor]:
+    """The tensors of a model's output, which may nest them in mappings, tuples and lists."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, (list, tuple, Mapping)):
+        for part in output.values() if isinstance(output, Mapping) else output:
+            yield from tensors_in(part)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside, warnings of torch-pruning are not shown; what they warn of is in the report, by layer."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"torch_pruning\b")
+        yield
+
+
+def _has_heads(module: nn.Module) -> bool:
+    return any(isinstance(getattr(module, name, None), int) for name in HEAD_ATTRIBUTES)
+
+
+def _layers_of(attention: nn.Module) -> Iterator[nn.Module]:
+    return (child for child in attention.children() if isinstance(child, ROOT_TYPES))
+
+
+def _last_layers(attention: nn.Module, grad_fn: Any, layer_of: dict[Any, nn.Module]) -> Iterator[nn.Module]:
+    """Layers of the attention module whose units are its output's units: the projection behind the heads."""
+    pending, seen = [grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in layer_of:
+            if layer_of[node] in attention.children():
+                yield layer_of[node]
+        elif node.name().startswith(_PASS_THROUGH):
+            pending.extend(following for following, _ in node.next_functions)
