@@ -1,0 +1,1 @@
+"""Libraries whose models bayesprune names, rebuilds and trains; one file each, imported only where it is installed."""

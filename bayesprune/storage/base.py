@@ -1,0 +1,106 @@
+"""Which library a model comes from, under what name it builds it, and the registry of such libraries.
+
+A host teaches `save` and `load` one library: `bayesprune.hosts.timm` is the example to follow.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from bayesprune.errors import StorageError
+
+
+@dataclass(frozen=True)
+class Base:
+    """The dense model that a saved model was made from.
+
+    Attributes:
+        library: Name of the library's host, such as "timm".
+        name: The library's name for the architecture.
+        args: What the library needs beside the name to build it; JSON values.
+        config: What the library keeps with a model and does not build from, such as the input normalisation; JSON.
+    """
+
+    library: str
+    name: str
+    args: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Any, where: str) -> "Base":
+        """The base of a file's JSON value.
+
+        Raises:
+            StorageError: a field is missing or of another type; `where` says in which file.
+        """
+        expected = {"library": str, "name": str, "args": dict, "config": dict}
+        for key, kind in expected.items():
+            if not isinstance(value, dict) or not isinstance(value.get(key), kind):
+                raise StorageError(f"{where}: base holds no {key!r} of type {kind.__name__}. The file is damaged.")
+        return cls(**{key: value[key] for key in expected})
+
+
+@dataclass(frozen=True)
+class Host:
+    """How one library's models are named, built, and saved in the library's own form.
+
+    Attributes:
+        library: The name that saved directories carry.
+        describe: `describe(model, model_args)` is the model's base, or None where it is not of this library.
+            `model_args` are constructor arguments that the model does not show, from `save`.
+        build: `build(base)` is the dense model, on the CPU, at any weights.
+        files: `files(base, spec, save_id)` are the library's own JSON files by name, for its stock loading call.
+    """
+
+    library: str
+    describe: Callable[[nn.Module, dict[str, Any] | None], Base | None]
+    build: Callable[[Base], nn.Module]
+    files: Callable[[Base, dict[str, Any], str], dict[str, Any]]
+
+
+_HOSTS: dict[str, Host] = {}
+
+
+def register_host(host: Host) -> Host:
+    """The host itself, known from now on to `save` and `load`; one of the same name is replaced."""
+    _HOSTS[host.library] = host
+    return host
+
+
+def describe(model: nn.Module, model_args: dict[str, Any] | None) -> Base | None:
+    """The model's base by the first host that knows it; None for a plain module."""
+    for host in _HOSTS.values():
+        base = host.describe(model, model_args)
+        if base is not None:
+            return base
+    return None
+
+
+def host_of(base: Base) -> Host:
+    """The host of a base's library.
+
+    Raises:
+        StorageError: there is none.
+    """
+    if base.library not in _HOSTS:
+        known = ", ".join(_HOSTS) or "none"
+        raise StorageError(
+            f"the saved model is {base.name!r} of the library {base.library!r}; known libraries: {known}. "
+            f"Install it (pip install {base.library}) and import bayesprune again, or build the dense model yourself "
+            "and pass it: load(directory, model=...)."
+        )
+    return _HOSTS[base.library]
+
+
+def build(base: Base) -> nn.Module:
+    """The dense base, built by its host; the global random numbers stay where they were."""
+    host = host_of(base)
+    with torch.random.fork_rng(devices=[]):
+        return host.build(base)

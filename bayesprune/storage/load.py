@@ -1,0 +1,126 @@
+"""Reads a directory that `save` wrote, and gives the model back."""
+
+import reprlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from bayesprune.errors import StorageError
+from bayesprune.storage import base as bases
+from bayesprune.storage.base import Base
+from bayesprune.storage.files import FORMAT_VERSION, RECORD, TENSORS, read_json, read_tensors
+from bayesprune.storage.rebuild import rebuild, shape_differences
+from bayesprune.storage.spec import Spec
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The contents of a saved directory, checked against each other.
+
+    Attributes:
+        base: What the model was made from; None for a plain module.
+        spec: What was made of it.
+        save_id: The same in all files of one save.
+        tensors: By state-dict name, without the tied names.
+        versions: Of the packages that wrote it.
+    """
+
+    base: Base | None
+    spec: Spec
+    save_id: str
+    tensors: dict[str, Tensor]
+    versions: dict[str, str]
+
+
+def load(directory: str | Path, *, model: nn.Module | None = None) -> nn.Module:
+    """The saved model, in eval mode; a timm model on the CPU, built from its recorded name.
+
+    The dense model is built in the ordinary way, not on torch's meta device: buffers that are not part of a state dict
+    get their values only there. Nothing in the files is executed, and no attribute is made that the dense model does
+    not have.
+
+    Args:
+        directory: What `save` wrote.
+        model: For a plain module, the dense model (or one that has the saved shapes already), from the same
+            constructor. It is changed in place, keeps its device, and is what is returned. Attributes with plain values
+            get their saved values.
+
+    Raises:
+        StorageError: the directory or a file of it is missing, truncated, of an unknown version, of another save than
+            the others, or does not fit the model; the message says which, and what differs. A `model` without the
+            recorded layers is left unchanged.
+        TypeError: `model` is not a module.
+    """
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"load got model={reprlib.repr(model)}; expected a torch.nn.Module.")
+    directory = Path(directory)
+    saved = read(directory)
+    if model is None:
+        if saved.base is None:
+            raise StorageError(
+                f"{directory} holds a plain module, which no library builds by name; build the dense model and "
+                "pass it: load(directory, model=...)."
+            )
+        model = bases.build(saved.base)
+    return fill(model, saved, directory).eval()
+
+
+def fill(model: nn.Module, saved: Saved, directory: Path) -> nn.Module:
+    """The model with the saved shapes and values, in place.
+
+    Raises:
+        StorageError: it has other layers than the saved one.
+    """
+    try:
+        return rebuild(model, saved.spec, saved.tensors)
+    except StorageError as error:
+        versions = ", ".join(f"{name} {version}" for name, version in saved.versions.items())
+        raise StorageError(f"{directory} (saved with {versions}) cannot be loaded: {error}") from error
+
+
+def read(directory: Path) -> Saved:
+    """The contents of a saved directory.
+
+    Raises:
+        StorageError: a file is missing or damaged, or the files do not fit each other.
+    """
+    path = directory / RECORD
+    record = read_json(path)
+    version = record.get("format_version")
+    if version != FORMAT_VERSION or type(version) is not int:
+        raise StorageError(
+            f"{path} has format_version {reprlib.repr(version)}; this version of bayesprune reads {FORMAT_VERSION}. "
+            f"It was written with bayesprune {_versions(record).get('bayesprune', '(unknown version)')}: use that one."
+        )
+    save_id = record.get("save_id")
+    if not isinstance(save_id, str) or not save_id:
+        raise StorageError(f"{path} holds no save_id but {reprlib.repr(save_id)}. The file is damaged.")
+    base = None if record.get("base") is None else Base.from_json(record["base"], str(path))
+    spec = Spec.from_json(record.get("spec"), str(path))
+    tensors, header = read_tensors(directory / TENSORS)
+    check_same_save(str(directory / TENSORS), header.get("save_id"), str(path), save_id)
+    recorded = {name: shape for name, shape in spec.shapes.items() if name not in spec.tied}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if problems := shape_differences(found, recorded, TENSORS):
+        raise StorageError(f"{directory / TENSORS} does not fit {RECORD}.\n" + "\n".join(problems))
+    return Saved(base, spec, save_id, tensors, _versions(record))
+
+
+def check_same_save(first: str, first_id: Any, second: str, second_id: Any) -> None:
+    """Refuses files that two saves left behind.
+
+    Raises:
+        StorageError: their save ids differ.
+    """
+    if first_id != second_id:
+        raise StorageError(
+            f"{first} (save id {first_id}) and {second} (save id {second_id}) come from two saves: one was "
+            "interrupted, or files were copied or rewritten by another tool. Save the model again."
+        )
+
+
+def _versions(record: dict[str, Any]) -> dict[str, str]:
+    versions = record.get("versions")
+    return {k: v for k, v in versions.items() if isinstance(v, str)} if isinstance(versions, dict) else {}

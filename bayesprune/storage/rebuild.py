@@ -1,0 +1,199 @@
+"""Turns a dense model into a recorded one: attributes, shapes, tied names, variational layers, then the tensors.
+
+What does not fit is found before the model is touched, and told as a list of differences.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bayesprune.convert import to_variational
+from bayesprune.errors import StorageError
+from bayesprune.layers import VariationalLayer, variational_layers
+from bayesprune.storage.spec import (
+    Shape,
+    Spec,
+    module_classes,
+    module_constants,
+    plain_attributes,
+    tied_names,
+    unsaved_buffers,
+)
+
+_LOGGER = logging.getLogger(__name__)
+_MAX_LINES = 12
+
+
+def rebuild(model: nn.Module, spec: Spec, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """The model as the spec says, in place; with the values of `tensors`, else with its own, cut or repeated to size.
+
+    A parameter that keeps shape and dtype stays the same object. Attributes are set only where the model has one of
+    this name that holds a plain value.
+
+    Args:
+        model: The dense model, or one that has the recorded shapes already.
+        spec: What to make of it.
+        tensors: By state-dict name, without the tied names; they set the dtypes as well.
+
+    Raises:
+        StorageError: the model has other layers than those recorded; it was not changed then.
+    """
+    _check_layers(model, spec)
+    _set_attributes(model, spec.attributes)
+    _resize(model, spec, tensors)
+    state = None if tensors is None else {name: tensors[spec.tied.get(name, name)] for name in spec.shapes}
+    try:
+        if state is not None and spec.variational:
+            model.load_state_dict(state, strict=False)  # the stds start at the scale of the weights
+        _make_variational(model, spec.variational)
+        if state is not None:
+            model.load_state_dict(state)
+    except (RuntimeError, ValueError) as error:
+        raise StorageError(f"the saved tensors do not go into the model: {error}") from error
+    _check_result(model, spec, with_masks=tensors is not None)
+    return model
+
+
+def difference(what: str, found: str, items: Sequence[str]) -> str:
+    """A readable list: `what`, where it was found, and the first of its items."""
+    lines = [f"{what} ({len(items)}) {found}:", *(f"  {item}" for item in items[:_MAX_LINES])]
+    if len(items) > _MAX_LINES:
+        lines.append(f"  and {len(items) - _MAX_LINES} more")
+    return "\n".join(lines)
+
+
+def shape_differences(found: Mapping[str, Shape], recorded: Mapping[str, Shape], holder: str) -> list[str]:
+    """What is missing, not expected, or of another shape in `found`, as text; empty where all is equal."""
+    missing = [f"{name} {_size(shape)}" for name, shape in recorded.items() if name not in found]
+    unexpected = [f"{name} {_size(shape)}" for name, shape in found.items() if name not in recorded]
+    changed = [
+        f"{name}: {_size(shape)} in {holder}, {_size(recorded[name])} recorded"
+        for name, shape in found.items()
+        if name in recorded and shape != recorded[name]
+    ]
+    lists = (("missing tensors", missing), ("tensors nobody recorded", unexpected), ("other shapes", changed))
+    return [difference(what, f"in {holder}", items) for what, items in lists if items]
+
+
+def _check_layers(model: nn.Module, spec: Spec) -> None:
+    found = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    recorded = {  # log stds and masks come with the conversion
+        name: shape for name, shape in spec.shapes.items() if name in found or not _is_companion(name, spec)
+    }
+    resized = {  # any size is fine, as long as it is cut or repeated from something
+        name: recorded[name]
+        if name in recorded and len(shape) == len(recorded[name]) and (0 not in shape or 0 in recorded[name])
+        else shape
+        for name, shape in found.items()
+    }
+    problems = shape_differences(resized, recorded, "the model")
+    classes, constants = module_classes(model), module_constants(model)
+    every = dict.fromkeys([*classes, *spec.classes])
+    pairs = [(name, classes.get(name), spec.classes.get(name)) for name in every]
+    pairs += [(name, constants[name], value) for name, value in spec.constants.items() if name in constants]
+    other = [
+        f"{name or '(model)'}: {a or 'nothing'} in the model, {b or 'nothing'} recorded"
+        for name, a, b in pairs
+        if (a or "Identity") != (b or "Identity")  # without a module, the input passes on as well
+    ]
+    if other:
+        problems.append(difference("other classes or functions", "in the model", other))
+    if absent := [name for name in spec.variational if name not in modules]:
+        problems.append(difference("missing layers", "in the model", absent))
+    if problems:
+        raise StorageError("the model does not have the layers that were recorded.\n" + "\n".join(problems))
+
+
+def _set_attributes(model: nn.Module, attributes: Mapping[str, Mapping[str, Any]]) -> None:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    unknown: list[str] = []
+    for module_name, values in attributes.items():
+        module = modules.get(module_name)
+        known = plain_attributes(module) if module is not None else {}
+        for name, value in values.items():
+            if name in known:
+                setattr(module, name, value)
+            else:
+                unknown.append(f"{module_name}.{name}".lstrip("."))
+    if unknown:
+        _LOGGER.warning("%s", difference("recorded attributes", "that this model does not have are left out", unknown))
+
+
+def _resize(model: nn.Module, spec: Spec, tensors: Mapping[str, Tensor] | None) -> None:
+    """Gives every tensor its recorded shape and dtype, and every tied name the same tensor."""
+    new: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for module_name, module in model.named_modules(remove_duplicate=False):
+        for key, old in [*module._parameters.items(), *module._buffers.items()]:
+            name = f"{module_name}.{key}" if module_name else key
+            if old is None or name not in spec.shapes:
+                continue
+            first = spec.tied.get(name, name)
+            if first not in new:
+                dtype = old.dtype if tensors is None else tensors[first].dtype
+                fits = tuple(old.shape) == spec.shapes[name] and old.dtype == dtype and id(old) not in taken
+                new[first] = old if fits else _resized(old, spec.shapes[name], dtype)
+                taken.add(id(new[first]))
+            if new[first] is not old:
+                setattr(module, key, new[first])
+    if tensors is None:
+        return
+    for name, buffer in unsaved_buffers(model).items():
+        owner, _, key = name.rpartition(".")
+        if name in spec.buffers:
+            setattr(model.get_submodule(owner), key, buffer.to(getattr(torch, spec.buffers[name])))
+
+
+def _resized(old: Tensor, shape: Shape, dtype: torch.dtype) -> Tensor:
+    data = old.detach()
+    for dim, size in enumerate(shape):
+        if size != data.shape[dim]:
+            index = torch.arange(size, device=data.device) % data.shape[dim]
+            data = data.index_select(dim, index)
+    data = data.to(dtype, copy=True)
+    if not isinstance(old, nn.Parameter):
+        return data
+    return nn.Parameter(data, requires_grad=old.requires_grad and (dtype.is_floating_point or dtype.is_complex))
+
+
+def _make_variational(model: nn.Module, variational: Mapping[str, Mapping[str, str]]) -> None:
+    if variational.keys() - _names(variational_layers(model)):
+        std = next(iter(variational.values()))["std"]
+        to_variational(model, std=std, filter_fn=lambda _, name: name in variational)
+    for name, layer in variational_layers(model):
+        if name in variational:
+            layer.estimator = variational[name]["estimator"]
+
+
+def _check_result(model: nn.Module, spec: Spec, *, with_masks: bool) -> None:
+    found = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    recorded = (
+        spec.shapes if with_masks else {k: v for k, v in spec.shapes.items() if k in found or not k.endswith("_mask")}
+    )
+    problems = shape_differences(found, recorded, "the model")
+    left = _names(variational_layers(model)) ^ spec.variational.keys()
+    if left:
+        problems.append(difference("layers", "that are variational in only one of model and file", sorted(left)))
+    if tied_names(model) != spec.tied:
+        shared = sorted(set(tied_names(model).items()) ^ set(spec.tied.items()))
+        problems.append(
+            difference("names", "that share a tensor in only one of model and file", [f"{a}, {b}" for a, b in shared])
+        )
+    if problems:
+        raise StorageError("the model does not become what was recorded.\n" + "\n".join(problems))
+
+
+def _is_companion(name: str, spec: Spec) -> bool:
+    return name.rpartition(".")[0] in spec.variational and name.endswith(("_log_std", "_mask"))
+
+
+def _names(layers: Iterable[tuple[str, VariationalLayer]]) -> set[str]:
+    return {name for name, _ in layers}
+
+
+def _size(shape: Shape) -> str:
+    return f"({', '.join(map(str, shape))})"

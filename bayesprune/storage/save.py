@@ -1,0 +1,156 @@
+"""Writes a model to a directory, so that a fresh process loads it with one call."""
+
+import json
+import uuid
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bayesprune.errors import StorageError, UnsupportedModelError
+from bayesprune.storage import base as bases
+from bayesprune.storage.base import Base
+from bayesprune.storage.files import FORMAT_VERSION, RECORD, TENSORS, Writer, json_writer, tensor_writer, write_together
+from bayesprune.storage.rebuild import difference, rebuild
+from bayesprune.storage.spec import Spec, describe_model, state_tensors, unsaved_buffers
+
+_PACKAGES = ("bayesprune", "torch", "safetensors", "timm", "transformers", "torch-pruning")
+
+
+def save(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    model_args: Mapping[str, Any] | None = None,
+    plain: bool = False,
+    history: Any = None,
+    report: Any = None,
+) -> None:
+    """Writes `model.safetensors`, `bayesprune.json` and, for a timm model, timm's `config.json` to a directory.
+
+    The files hold no pickle and no code. What is written was rebuilt and compared with the model before the directory
+    is touched; a save that fails leaves the previous one in that directory as it was. A model that is still variational
+    is saved with its stds and masks. Where several processes train one model, one of them saves.
+
+    Args:
+        model: A timm model (then `load(directory)` builds it again) or any module (then `load(directory, model=...)`
+            wants the dense one). On any device, in any mode; neither it nor the global random numbers are changed.
+        directory: Made where it is missing.
+        model_args: Constructor arguments of the timm model that it does not show, such as `{"img_size": 64}`, as JSON
+            values; recent timm versions remember them. None leaves out one that timm remembers.
+        plain: True saves a timm model like any other module: for one whose layers were replaced by others.
+        history: What was done to the model, as JSON values; kept in `bayesprune.json`.
+        report: What was measured, as JSON values; kept in `bayesprune.json`.
+
+    Raises:
+        StorageError: the base cannot be rebuilt to the model (the message says where they differ), or the directory
+            cannot be written.
+        UnsupportedModelError: the model is wrapped (DDP, FSDP, compiled), or holds tensors that safetensors does not.
+        ValueError: `model_args` for a module that is not timm's.
+        TypeError: `history` or `report` are not JSON values.
+    """
+    _check_unwrapped(model)
+    base = None if plain else bases.describe(model, None if model_args is None else dict(model_args))
+    if base is None and model_args is not None:
+        raise ValueError(
+            f"model_args={dict(model_args)!r} for a {type(model).__name__} that is saved as a plain module; they are "
+            "for models that timm builds. Leave model_args out, and pass the dense model to load."
+        )
+    _check_json(history=history, report=report)
+    spec = describe_model(model) if base is None else _spec_against(model, base)
+    save_id = uuid.uuid4().hex
+    record = {
+        "format_version": FORMAT_VERSION,
+        "save_id": save_id,
+        "versions": _versions(),
+        "base": None if base is None else base.to_json(),
+        "spec": spec.to_json(),
+        "history": history,
+        "report": report,
+    }
+    header = {"format": "pt", "save_id": save_id, "format_version": str(FORMAT_VERSION)}
+    writers: dict[str, Writer] = {TENSORS: tensor_writer(_tensors_to_write(model, spec), header)}
+    if base is not None:
+        files = bases.host_of(base).files(base, spec.to_json(), save_id)
+        writers |= {name: json_writer(value) for name, value in files.items()}
+    writers[RECORD] = json_writer(record)
+    write_together(Path(directory), writers)
+
+
+def _spec_against(model: nn.Module, base: Base) -> Spec:
+    """The spec relative to the base, after a try that it rebuilds the model."""
+    skeleton = bases.build(base)
+    spec = describe_model(model, skeleton)
+    try:
+        rebuild(skeleton, spec)
+        _check_buffers(model, skeleton)
+    except StorageError as error:
+        raise StorageError(
+            f"{base.library} model {base.name!r} built with {base.args} does not become the model to save: {error}\n"
+            "Pass the constructor arguments that are missing as model_args={...}, or save with plain=True and load "
+            "with load(directory, model=...). Nothing was written."
+        ) from error
+    return spec
+
+
+def _check_buffers(model: nn.Module, rebuilt: nn.Module) -> None:
+    found = unsaved_buffers(rebuilt)
+    other = [
+        name
+        for name, buffer in unsaved_buffers(model).items()
+        if name not in found or not torch.equal(found[name].to(buffer.dtype), buffer.cpu())
+    ]
+    if other:
+        raise StorageError(difference("buffers", "that are not in the state dict and have other values", other))
+
+
+def _tensors_to_write(model: nn.Module, spec: Spec) -> dict[str, Tensor]:
+    """One contiguous CPU tensor for every name but the tied ones, no two in one storage."""
+    tensors: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in state_tensors(model).items():
+        if name in spec.tied:
+            continue
+        value = tensor.detach().cpu().contiguous()
+        if value.untyped_storage().data_ptr() in storages:
+            value = value.clone()
+        storages.add(value.untyped_storage().data_ptr())
+        tensors[name] = value
+    return tensors
+
+
+def _check_unwrapped(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"save got a {type(model).__name__}; expected a torch.nn.Module.")
+    wrapper = type(model)
+    modules = ("torch.nn.parallel", "torch.distributed.fsdp", "torch._dynamo", "torch.jit", "deepspeed")
+    if wrapper.__module__.startswith(modules):
+        raise UnsupportedModelError(
+            f"save got a model wrapped in {wrapper.__name__}; pass the model inside it (usually `.module`, for a "
+            "compiled one `._orig_mod`)."
+        )
+
+
+def _check_json(**values: Any) -> None:
+    for name, value in values.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"{name} is not a JSON value ({error}); expected numbers, strings, lists, dicts."
+            ) from error
+
+
+def _versions() -> dict[str, str]:
+    installed = {name: _version(name) for name in _PACKAGES}
+    return {name: version for name, version in installed.items() if version is not None}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
