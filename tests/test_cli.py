@@ -1,0 +1,106 @@
+"""The command line: the main job end to end on little data, and what it says to wrong input."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import bayesprune as bp
+from bayesprune import cli
+from bayesprune.data import load_data
+
+pytest.importorskip("timm")
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+
+SMALL = ["--epochs", "1", "--image-size", "16", "--model", "timm:resnet10t"]
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of a command."""
+    old = sys.argv
+    sys.argv = ["bayesprune", *arguments]
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    finally:
+        sys.argv = old
+    captured = capsys.readouterr()
+    return ended.value.code or 0, captured.out, captured.err
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory):
+    out = tmp_path_factory.mktemp("cli") / "digits"
+    command = [sys.executable, "-m", "bayesprune.cli", "compress", "--out", str(out), *SMALL]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def test_compress_leaves_a_smaller_model_that_loads(compressed):
+    out, text = compressed
+    model = bp.load(out)
+    assert sum(p.numel() for p in model.parameters()) < 0.9 * 4_927_186
+    assert all(stage in text for stage in ("[1/5]", "[5/5]", "epoch 1/1"))
+    report = json.loads((out / "report.json").read_text())
+    assert report["after"]["macs"] <= 0.5 * report["before"]["macs"]
+    data = load_data("digits", image_size=16)
+    images, _ = next(iter(data.test))
+    assert model(images).shape == (64, 10)
+
+
+def test_report_and_inspect_show_it_again(compressed, capsys):
+    out, _ = compressed
+    code, text, _ = run(capsys, "report", str(out))
+    assert code == 0
+    assert "MAC" in text
+    code, text, _ = run(capsys, "inspect", str(out))
+    assert code == 0
+    assert "resnet10t" in text
+    assert "fc.weight" in text
+
+
+def test_the_same_seed_gives_the_same_model(compressed, tmp_path, capsys):
+    out, _ = compressed
+    code, _, _ = run(capsys, "compress", "--out", str(tmp_path), *SMALL)
+    assert code == 0
+    one, other = bp.load(out).state_dict(), bp.load(tmp_path).state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--target", "macs=half"], "expected"),
+        (["--target", "macs=0.5", "--tolerance", "0.01"], "one of them"),
+        (["--model", "resnet18"], "timm:NAME"),
+        (["--model", "timm:resnet1800"], "no architecture"),
+        (["--data", "no/such/folder"], "no folder"),
+        (["--checkpoint", "missing.pth"], "no checkpoint"),
+        (["--epochs", "0"], "greater than or equal to 1"),
+        (["--std", "per_kernel"], "per_channel"),
+    ],
+)
+def test_wrong_input_is_told_before_any_training(arguments, said, tmp_path, capsys):
+    code, out, err = run(capsys, "compress", "--out", str(tmp_path / "out"), *arguments)
+    assert code != 0
+    assert said in out + err
+    assert "epoch" not in out
+
+
+def test_an_output_that_is_a_file_is_told_before_any_training(tmp_path, capsys):
+    path = tmp_path / "taken"
+    path.write_text("")
+    code, out, err = run(capsys, "compress", "--out", str(path))
+    assert code == 1
+    assert "taken" in err
+    assert "epoch" not in out
+
+
+def test_report_of_a_directory_without_one(tmp_path, capsys):
+    code, out, err = run(capsys, "report", str(tmp_path))
+    assert code != 0
+    assert "report.json" in out + err

@@ -1,0 +1,104 @@
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from bayesprune import noise
+from tests.oracles import assert_mean
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def as_rank(monkeypatch):
+    """Makes the process believe that it is one of several."""
+
+    def pretend(rank: int, world_size: int = 2) -> None:
+        monkeypatch.setattr(torch.distributed, "is_available", lambda: True)
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: world_size)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+
+    return pretend
+
+
+def drawn(seed: int = 0, count: int = 1, size: int = 1000) -> list[torch.Tensor]:
+    torch.manual_seed(seed)
+    return [noise.normal((size,), device=CPU, dtype=torch.float64) for _ in range(count)]
+
+
+def test_one_process_uses_the_default_stream():
+    torch.manual_seed(3)
+    first, second = noise.normal((5, 2), device=CPU, dtype=torch.float32), torch.rand(3)
+    torch.manual_seed(3)
+    assert torch.equal(first, torch.randn(5, 2))
+    assert torch.equal(second, torch.rand(3))
+
+
+def test_a_group_of_one_process_uses_the_default_stream(as_rank):
+    alone = drawn()
+    as_rank(0, world_size=1)
+    assert torch.equal(alone[0], drawn()[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_shape_and_dtype(dtype, world_size, as_rank):
+    as_rank(1, world_size)
+    for draw in (noise.normal, noise.signs):
+        values = draw((2, 3), device=CPU, dtype=dtype)
+        assert values.shape == (2, 3)
+        assert values.dtype == dtype
+
+
+def test_signs_are_signs(as_rank):
+    for world_size in (1, 2):
+        as_rank(1, world_size)
+        values = noise.signs((10_000,), device=CPU, dtype=torch.float32)
+        assert set(values.tolist()) == {-1.0, 1.0}
+        assert_mean(values, 0.0)
+
+
+def test_ranks_with_one_seed_draw_independent_noise(as_rank):
+    draws = {}
+    for rank in range(4):
+        as_rank(rank, world_size=4)
+        draws[rank] = drawn(size=10_000)[0]
+        assert_mean(draws[rank], 0.0, f"mean of rank {rank}")
+        assert_mean(draws[rank].square(), 1.0, f"variance of rank {rank}")
+    for one in range(4):
+        for other in range(one):
+            assert_mean(draws[one] * draws[other], 0.0, f"correlation of ranks {one} and {other}")
+
+
+def test_a_rank_draws_anew_each_time_and_repeats_under_its_seed(as_rank):
+    as_rank(1)
+    first, second = drawn(count=2)
+    assert_mean(first * second, 0.0, "correlation of two draws")
+    assert all(torch.equal(a, b) for a, b in zip((first, second), drawn(count=2), strict=True))
+    assert not torch.equal(first, drawn(seed=1)[0])
+
+
+def test_all_ranks_advance_the_default_stream_alike(as_rank):
+    """Augmentation and dropout that ranks share by a common seed stay shared."""
+    after = []
+    for rank in range(2):
+        as_rank(rank)
+        drawn(count=3)
+        after.append(torch.rand(4))
+    assert torch.equal(*after)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_restored_stream_repeats_the_noise(world_size, as_rank):
+    """Gradient checkpointing runs a forward twice and must meet the same noise."""
+    as_rank(1, world_size)
+    log_std = torch.zeros(50, requires_grad=True)
+
+    def block(x):
+        return (x + log_std.exp() * noise.normal((50,), device=CPU, dtype=torch.float32)).square()
+
+    gradients = []
+    for run in (block, lambda x: checkpoint(block, x, use_reentrant=False)):
+        torch.manual_seed(5)
+        gradients += torch.autograd.grad(run(torch.ones(50)).sum(), log_std)
+    assert torch.equal(*gradients)

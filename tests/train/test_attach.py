@@ -1,0 +1,492 @@
+"""A step with the hook is a step on the ELBO, whatever the loop does."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import bayesprune as bp
+from bayesprune.errors import UnsupportedModelError
+from bayesprune.priors import ARD, Gaussian, LogUniform
+from tests.cases import structures
+from tests.train.reference import (
+    NUM_DATA,
+    OPTIMIZERS,
+    assert_same_parameters,
+    batches,
+    losses,
+    net,
+    others_of,
+    stds_of,
+    stock_net,
+    train,
+    train_on_elbo,
+)
+
+optimizers = pytest.mark.parametrize("name", OPTIMIZERS)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+@structures
+@optimizers
+def test_the_hook_is_the_elbo(name, std, accumulation):
+    model = net(std)
+    start, expected = copy.deepcopy(model), copy.deepcopy(model)
+    optimizer = OPTIMIZERS[name](model.parameters())
+    bp.attach(optimizer, model, num_data=NUM_DATA)
+    train(model, optimizer, accumulation=accumulation)
+    train_on_elbo(expected, OPTIMIZERS[name], accumulation=accumulation)
+    assert_same_parameters(model, expected, start)
+
+
+@pytest.mark.parametrize("prior", [Gaussian(0.1), Gaussian(0.3, centered=True), ARD(), ARD("weight"), ARD("layer"), LogUniform()])
+@structures
+def test_with_every_prior(std, prior):
+    model = net(std)
+    start, expected = copy.deepcopy(model), copy.deepcopy(model)
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    bp.attach(optimizer, model, num_data=NUM_DATA, prior=prior, temperature=1.0)
+    train(model, optimizer)
+    train_on_elbo(expected, OPTIMIZERS["sgd"], prior=prior, temperature=1.0)
+    assert_same_parameters(model, expected, start)
+
+
+@optimizers
+def test_an_optimizer_made_before_conversion(name):
+    model = stock_net()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    bp.to_variational(model, relative_std=0.2).double()
+    start, expected = copy.deepcopy(model), copy.deepcopy(model)
+    bp.attach(optimizer, model, num_data=NUM_DATA)
+    train(model, optimizer)
+    train_on_elbo(expected, OPTIMIZERS[name])
+    assert_same_parameters(model, expected, start)
+
+
+def test_temperature_and_warmup():
+    model = net()
+    start, expected = copy.deepcopy(model), copy.deepcopy(model)
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    options = {"temperature": 0.7, "warmup_steps": 3, "std_lr": 0.03}
+    attachment = bp.attach(optimizer, model, num_data=NUM_DATA, **options)
+    weights = [attachment.kl_weight]
+    train(model, optimizer, after_step=lambda: weights.append(attachment.kl_weight))
+    assert weights == pytest.approx([0.7 / NUM_DATA * ramp for ramp in (1 / 3, 2 / 3, 1, 1, 1)])
+    assert attachment.step == 4
+    train_on_elbo(expected, OPTIMIZERS["sgd"], **options)
+    assert_same_parameters(model, expected, start)
+
+
+def test_the_temperature_may_change_on_the_way():
+    model, other = net(), net()
+    for one, temperature in ((model, 0.1), (other, 0.4)):
+        optimizer = OPTIMIZERS["sgd"](one.parameters())
+        attachment = bp.attach(optimizer, one, num_data=NUM_DATA, temperature=temperature)
+        attachment.temperature = 0.4
+        train(one, optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("made", ["before", "after"])
+def test_schedule_and_weight_decay_do_not_touch_the_stds(made):
+    """A scheduler that was built before `attach` goes on; decay and rate act on the means alone."""
+
+    def make(parameters):
+        return torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.3)
+
+    def schedule(step):
+        return 1 / (1 + step)
+
+    model = stock_net() if made == "before" else net()
+    optimizer = make(model.parameters())
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    model = bp.to_variational(model, relative_std=0.2).double()
+    start, expected = copy.deepcopy(model), copy.deepcopy(model)
+    with pytest.warns(UserWarning, match=r"AdamW has weight_decay=0\.3 on posterior means, a second Gaussian prior"):
+        bp.attach(optimizer, model, num_data=NUM_DATA)
+    train(model, optimizer, after_step=scheduler.step)
+    train_on_elbo(expected, make, schedule=schedule)
+    assert_same_parameters(model, expected, start)
+    assert not any(part in optimizer.state for part in stds_of(model).values())
+
+
+def test_a_rate_of_zero_still_moves_the_stds():
+    model = net()
+    start = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    bp.attach(optimizer, model, num_data=NUM_DATA)
+    train(model, optimizer)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, start.get_parameter(name)) == (not name.endswith("log_std")), name
+
+
+def test_weight_decay_elsewhere_is_no_warning():
+    model = net()
+    norm = [*model[1].parameters()]
+    rest = [parameter for parameter in model.parameters() if all(parameter is not n for n in norm)]
+    groups = [{"params": rest, "weight_decay": 0.0}, {"params": norm, "weight_decay": 0.1}]
+    bp.attach(torch.optim.AdamW(groups, lr=0.1), model, num_data=NUM_DATA)
+
+
+@structures
+def test_tied_weights(std):
+    """Gradients of both uses and one KL."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16), nn.Linear(16, 3)).double()
+    model[3].weight = model[1].weight
+    bp.to_variational(model, std=std, relative_std=0.2).double()
+    start, expected = copy.deepcopy(model), copy.deepcopy(model)
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    bp.attach(optimizer, model, num_data=NUM_DATA)
+    train(model, optimizer)
+    train_on_elbo(expected, OPTIMIZERS["adamw"])
+    assert_same_parameters(model, expected, start)
+
+
+@optimizers
+def test_after_pruning(name):
+    """Removed weights stay zero and count in neither gradient; the others move as the ELBO says."""
+    model = net()
+    bp.prune_weights(model, sparsity=0.5)
+    start, expected = copy.deepcopy(model), copy.deepcopy(model)
+    optimizer = OPTIMIZERS[name](model.parameters())
+    bp.attach(optimizer, model, num_data=NUM_DATA)
+    train(model, optimizer)
+    train_on_elbo(expected, OPTIMIZERS[name])
+    assert_same_parameters(model, expected, start)
+    for layer in (model[0], model[4], model[5]):
+        assert layer.weight[~layer.weight_mask].abs().max() == 0
+
+
+@pytest.mark.parametrize("as_keyword", [True, False])
+@optimizers
+def test_closures(name, as_keyword):
+    """Lightning computes the gradients inside the step."""
+    model = net()
+    expected = copy.deepcopy(model)
+    optimizer = OPTIMIZERS[name](model.parameters())
+    bp.attach(optimizer, model, num_data=NUM_DATA)
+    torch.manual_seed(2)
+    for batch in batches():
+
+        def closure(batch=batch):
+            optimizer.zero_grad()
+            (loss,) = losses(model, batch, 1)
+            loss.backward()
+            return loss
+
+        loss = optimizer.step(closure=closure) if as_keyword else optimizer.step(closure)
+        assert loss.item() > 0
+    other = OPTIMIZERS[name](expected.parameters())
+    bp.attach(other, expected, num_data=NUM_DATA)
+    train(expected, other)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("unscale", [False, True])
+@pytest.mark.parametrize("made", ["before", "after"])
+@optimizers
+def test_gradient_scaler(name, made, unscale):
+    """Scaled losses, one of them overflowing: the same run as without a scaler and without that step."""
+    model = stock_net() if made == "before" else net()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    model = bp.to_variational(model, relative_std=0.2).double()
+    start, expected = copy.deepcopy(model), copy.deepcopy(model)
+    attachment = bp.attach(optimizer, model, num_data=NUM_DATA)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=2)
+    data = batches()
+    steps = []
+    torch.manual_seed(2)
+    for number, batch in enumerate([data[0], data[1], None, data[2], data[3]]):
+        optimizer.zero_grad()
+        state = torch.get_rng_state()
+        (loss,) = losses(model, data[0] if batch is None else batch, 1)
+        scaler.scale(loss * float("inf") if batch is None else loss).backward()
+        before = {key: value.clone() for key, value in model.named_parameters()}
+        if unscale:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        if batch is None:
+            torch.set_rng_state(state)
+            assert all(torch.equal(value, before[key]) for key, value in model.named_parameters()), number
+        steps.append(attachment.step)
+    assert steps == [1, 2, 2, 3, 4]
+    train_on_elbo(expected, OPTIMIZERS[name])
+    for module in (model, expected):  # batch statistics saw the overflowing batch once more
+        module.eval()
+    assert_same_parameters(model, expected, start)
+
+
+def test_a_single_overflowing_std_skips_the_step_of_all():
+    model = net()
+    optimizer = OPTIMIZERS["adamw_fused"](others_of(model).values())
+    attachment = bp.attach(optimizer, model, num_data=NUM_DATA)
+    before = copy.deepcopy(model.state_dict())
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    (loss,) = losses(model, batches()[0], 1)
+    scaler.scale(loss).backward()
+    model[0].weight_log_std.grad[0, 0, 0, 0] = float("inf")
+    scaler.step(optimizer)
+    scaler.update()
+    assert attachment.step == 0
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_a_model_in_half_precision():
+    model = bp.to_variational(stock_net().to(torch.bfloat16), relative_std=0.2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    bp.attach(optimizer, model, num_data=NUM_DATA)
+    start = copy.deepcopy(model)
+    train(model, optimizer, data=[(x.bfloat16(), y) for x, y in batches()])
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == (torch.float32 if name.endswith("log_std") else torch.bfloat16)
+        assert parameter.isfinite().all()
+        assert not torch.equal(parameter, start.get_parameter(name)), name
+
+
+@structures
+def test_stds_are_at_most_the_priors(std):
+    model = net(std)
+    before = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    attachment = bp.attach(optimizer, model, num_data=NUM_DATA, prior=Gaussian(0.03), std_lr=0.0)
+    for part in stds_of(model).values():
+        part.data += torch.randn_like(part)
+    before.load_state_dict(model.state_dict())
+    train(model, optimizer, data=batches(1))
+    for posterior, prior in attachment._bound.items():
+        old = before.get_submodule(posterior.name.rpartition(".")[0]).log_std(posterior.parameter)
+        now, largest = posterior.log_std, prior.max_log_std
+        assert (old > largest).any()
+        assert now.max() <= largest + 1e-12
+        if std == "rank_one" and posterior.is_weight:  # a whole row gives way
+            excess = (old - largest).flatten(1).amax(1).clamp_min(0)
+            torch.testing.assert_close(now, old - excess.view(-1, *[1] * (old.dim() - 1)), rtol=0, atol=1e-12)
+        else:
+            assert torch.equal(now, old.clamp_max(largest))
+
+
+@structures
+def test_stds_have_a_floor(std):
+    """Far below the resolution of float32, so that a std never underflows to zero."""
+    model = net(std)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    bp.attach(optimizer, model, num_data=NUM_DATA, std_lr=0.0)
+    for part in stds_of(model).values():
+        part.data.fill_(-100.0)
+    train(model, optimizer, data=batches(1))
+    assert all((part == -20).all() for part in stds_of(model).values())
+
+
+def test_frozen_layers_neither_move_nor_count():
+    model = net()
+    model[0].requires_grad_(False)
+    start = copy.deepcopy(model)
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    bp.attach(optimizer, model, num_data=NUM_DATA)
+    train(model, optimizer)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, start.get_parameter(name)) == name.startswith("0."), name
+
+
+def test_a_model_that_is_frozen_so_far():
+    """Gradual unfreezing: what is thawed later trains like the rest."""
+    model = net()
+    for index in (0, 4, 5):
+        model[index].requires_grad_(False)
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    bp.attach(optimizer, model, num_data=NUM_DATA)
+    train(model, optimizer)
+    model.requires_grad_(True)
+    start, expected = copy.deepcopy(model), copy.deepcopy(model)
+    train(model, optimizer)
+    other = OPTIMIZERS["sgd"](expected.parameters())
+    bp.attach(other, expected, num_data=NUM_DATA)
+    train(expected, other)
+    assert_same_parameters(model, expected, start)
+
+
+def test_what_a_step_does_not_use_stays():
+    """torch's weight decay leaves parameters without a gradient alone, too."""
+    model = nn.ModuleDict({"used": nn.Linear(4, 3), "unused": nn.Linear(4, 3)})
+    bp.to_variational(model)
+    start = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    bp.attach(optimizer, model, num_data=1, temperature=1.0)
+    model["used"](torch.randn(5, 4)).square().mean().backward()
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, start.get_parameter(name)) == name.startswith("unused"), name
+
+
+@pytest.mark.parametrize("made", ["before", "after"])
+def test_detach(made):
+    model = stock_net() if made == "before" else net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    groups = [list(group["params"]) for group in optimizer.param_groups]
+    bp.to_variational(model, relative_std=0.2).double()
+    attachment = bp.attach(optimizer, model, num_data=NUM_DATA)
+    train(model, optimizer)
+    attachment.detach()
+    assert all(
+        [id(p) for p in group["params"]] == [id(p) for p in before]
+        for group, before in zip(optimizer.param_groups, groups, strict=True)
+    )
+    expected = copy.deepcopy(model)
+    plain = torch.optim.SGD((others_of(expected) if made == "before" else dict(expected.named_parameters())).values(), lr=0.05)
+    train(model, optimizer)
+    train(expected, plain)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+    assert attachment.step == 4
+
+
+@pytest.mark.parametrize("prior", [None, Gaussian(0.3, centered=True), ARD()], ids=repr)
+@optimizers
+def test_a_restored_run_continues_bit_for_bit(name, prior, tmp_path):
+    """Model, optimizer and attachment from files, without pickled classes; the prior's constants are the old ones."""
+
+    def build():
+        model = net("rank_one")
+        optimizer = OPTIMIZERS[name](model.parameters())
+        return model, optimizer, bp.attach(optimizer, model, num_data=NUM_DATA, prior=prior, warmup_steps=6)
+
+    run = build()
+    train(run[0], run[1])
+    torch.save([part.state_dict() for part in run], tmp_path / "run.pt")
+    other = build()
+    other[0].load_state_dict(torch.load(tmp_path / "run.pt", weights_only=True)[0])
+    other = other[0], OPTIMIZERS[name](other[0].parameters())
+    other = *other, bp.attach(other[1], other[0], num_data=NUM_DATA, prior=prior, warmup_steps=6)
+    for part, state in zip(other, torch.load(tmp_path / "run.pt", weights_only=True), strict=True):
+        part.load_state_dict(state)
+    for model, optimizer, _ in (run, other):
+        train(model, optimizer)
+    assert run[2].step == other[2].step == 8
+    for (key, value), restored in zip(run[0].state_dict().items(), other[0].state_dict().values(), strict=True):
+        assert torch.equal(value, restored), key
+
+
+def test_a_state_of_another_model_is_refused():
+    attachments = []
+    for model in (net(), bp.to_variational(nn.Linear(4, 3))):
+        attachments.append(bp.attach(torch.optim.SGD(model.parameters(), lr=0.1), model, num_data=1))
+    with pytest.raises(ValueError, match=r"state has 2 posteriors, the model 5; differing: \['0.weight', '4.bias', '4.weight'"):
+        attachments[0].load_state_dict(attachments[1].state_dict())
+
+
+def test_kl_divergence_is_from_the_attached_prior():
+    model = net()
+    attachment = bp.attach(torch.optim.SGD(model.parameters(), lr=0.1), model, num_data=1)
+    assert torch.equal(attachment.kl_divergence(), bp.kl_divergence(model))
+    with torch.no_grad():
+        for parameter in others_of(model).values():
+            parameter *= 3
+    assert attachment.kl_divergence() > 2 * bp.kl_divergence(model), "the scale stays that of the start"
+
+
+def test_a_collapsed_layer_is_said_once():
+    model = net()
+    model[5].weight_log_std.data.fill_(3.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    attachment = bp.attach(optimizer, model, num_data=NUM_DATA, prior=LogUniform(), std_lr=0.0)
+    attachment.step = 98
+    train(model, optimizer, data=batches(1))
+    with pytest.warns(UserWarning, match=r"^5\.weight: every weight has an SNR below 1 \(largest 0\.\d+\) at step 100"):
+        train(model, optimizer, data=batches(1))
+    attachment.step = 199
+    train(model, optimizer, data=batches(1))
+
+
+def test_a_removed_layer_has_not_collapsed():
+    model = net()
+    model[5].set_mask("weight", torch.zeros(3, 3, dtype=torch.bool))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    attachment = bp.attach(optimizer, model, num_data=NUM_DATA)
+    attachment.step = 99
+    train(model, optimizer, data=batches(1))
+
+
+@pytest.mark.parametrize("how", ["raw weight", "eval"])
+def test_a_weight_without_noise_is_said(how):
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    bp.attach(optimizer, model, num_data=NUM_DATA)
+    x = torch.randn(4, 3).double()
+    if how == "eval":
+        model[5].eval()
+    output = model[5](x) if how == "eval" else nn.functional.linear(x, model[5].weight)
+    output.square().mean().backward()
+    with pytest.warns(UserWarning, match=r"5\.(weight|bias): its gradient does not come from a draw"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_data": 0}, "num_data is 0; expected the number of training examples, above 0"),
+        ({"num_data": -5}, "num_data is -5"),
+        ({"num_data": float("nan")}, "num_data is nan"),
+        ({"num_data": 1, "temperature": -0.1}, "temperature=-0.1, .*; expected none below 0"),
+        ({"num_data": 1, "warmup_steps": -1}, "warmup_steps=-1"),
+        ({"num_data": 1, "std_lr": -1.0}, r"std_lr=-1\.0"),
+    ],
+)
+def test_numbers_are_checked(options, message):
+    model = net()
+    with pytest.raises(ValueError, match=message):
+        bp.attach(torch.optim.SGD(model.parameters(), lr=0.1), model, **options)
+
+
+def test_wrong_optimizers_are_refused():
+    model = net()
+    with pytest.raises(ValueError, match=r"SGD holds none of the model's 5 posterior means"):
+        bp.attach(torch.optim.SGD(net().parameters(), lr=0.1), model, num_data=1)
+    with pytest.raises(ValueError, match="SGD holds none"):
+        bp.attach(torch.optim.SGD(model[1].parameters(), lr=0.1), model, num_data=1)
+    with pytest.raises(ValueError, match="no variational layer"):
+        bp.attach(torch.optim.SGD(model[1].parameters(), lr=0.1), model[1], num_data=1)
+    with pytest.raises(UnsupportedModelError, match="attach got LBFGS"):
+        bp.attach(torch.optim.LBFGS(model.parameters()), model, num_data=1)
+
+    class FullyShardedDataParallel(nn.Module):
+        pass
+
+    with pytest.raises(UnsupportedModelError, match="attach got FullyShardedDataParallel"):
+        bp.attach(torch.optim.SGD(model.parameters(), lr=0.1), FullyShardedDataParallel(), num_data=1)
+
+
+def test_attaching_twice_is_refused():
+    """A notebook cell run twice would count the KL twice."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    first = bp.attach(optimizer, model, num_data=1)
+    with pytest.raises(ValueError, match=r"has an attachment to this model already; call its detach\(\) first"):
+        bp.attach(optimizer, model, num_data=1)
+    first.detach()
+    bp.attach(optimizer, model, num_data=1)
+    other = nn.ModuleList([bp.to_variational(nn.Linear(2, 2))])
+    optimizer.add_param_group({"params": list(other.parameters())})
+    bp.attach(optimizer, other, num_data=1)
+
+
+def test_wrappers():
+    """A compiled model and a wrapper in the manner of accelerate's give the run of what they wrap."""
+
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+        param_groups = property(lambda self: self.optimizer.param_groups)
+
+        def step(self, closure=None):
+            self.optimizer.step(closure)
+
+    model, expected = net(), net()
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    bp.attach(Wrapper(optimizer), torch.compile(model, backend="eager"), num_data=NUM_DATA)
+    train(model, optimizer)
+    other = OPTIMIZERS["adamw"](expected.parameters())
+    bp.attach(other, expected, num_data=NUM_DATA)
+    train(expected, other)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
