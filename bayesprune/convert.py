@@ -230,7 +230,8 @@ def _reason_of_its_own(module: nn.Module, name: str, filter_fn: Filter | None) -
         return "its weight is parametrized"
     if "forward" in vars(module):
         return "its forward was replaced on the instance, by a device map for example"
-    computed = [k for k in found.posterior_names if k not in module._parameters and getattr(module, k, None) is not None]
+    no_parameters = [key for key in found.posterior_names if key not in module._parameters]
+    computed = [key for key in no_parameters if getattr(module, key, None) is not None]
     weights = [p for key in found.posterior_names if (p := module._parameters.get(key)) is not None and p.dim() > 1]
     if computed or not weights:
         return f"its {(computed or ['weight'])[0]} is not a parameter (computed, quantized or pruned by another tool)"

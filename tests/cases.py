@@ -83,6 +83,7 @@ class TimmCase:
 
 
 _SMALL = {"img_size": 64}
+_QKV = ("attn.qkv.weight",)
 TIMM = [
     TimmCase("resnet18"),
     TimmCase("tf_efficientnet_b0"),
@@ -94,10 +95,8 @@ TIMM = [
     TimmCase("regnetx_002"),
     TimmCase("densenet121"),
     TimmCase("resnetv2_50x1_bit"),
-    TimmCase(
-        "beit_base_patch16_224", kwargs={**_SMALL, "depth": 2, "embed_dim": 48, "num_heads": 3}, raw=("attn.qkv.weight",)
-    ),
-    TimmCase("eva02_tiny_patch14_224", size=70, kwargs={"img_size": 70, "depth": 2}, raw=("attn.qkv.weight",)),
+    TimmCase("beit_base_patch16_224", kwargs={**_SMALL, "depth": 2, "embed_dim": 48, "num_heads": 3}, raw=_QKV),
+    TimmCase("eva02_tiny_patch14_224", size=70, kwargs={"img_size": 70, "depth": 2}, raw=_QKV),
     TimmCase("deit_tiny_distilled_patch16_224", kwargs={**_SMALL, "depth": 3}),
     TimmCase("cait_xxs24_224", kwargs={**_SMALL, "depth": 2}),
     TimmCase("mixer_s32_224", kwargs=_SMALL),

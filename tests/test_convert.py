@@ -119,7 +119,8 @@ def test_the_table_says_what_becomes_of_each_module():
     bp.to_variational(model, filter_fn=keep_last)
     assert list(bp.conversion_table(model, filter_fn=keep_last)) == expected
     assert before.summary() == "1 converted, 0 fallback, 2 left"
-    assert [cell in str(before) for cell in ("LayerNorm is not a registered type", "filter_fn", "1 converted")] == [True] * 3
+    for cell in ("LayerNorm is not a registered type", "filter_fn", "1 converted"):
+        assert cell in str(before)
     assert type(model[2]) is nn.Linear
 
 
@@ -382,7 +383,7 @@ def test_weights_that_are_not_finite_are_refused(parameter, value):
 
 
 def test_models_without_a_layer_to_convert():
-    with pytest.raises(ValueError, match=r"matched no layer: the model has LayerNorm \(1\); registered types are Linear,"):
+    with pytest.raises(ValueError, match=r"no layer: the model has LayerNorm \(1\); registered types are Linear,"):
         bp.to_variational(nn.Sequential(nn.LayerNorm(4), nn.ReLU()))
     with pytest.raises(ValueError, match=r"the model has Linear \(1\); .*Left because: filter_fn"):
         bp.to_variational(nn.Linear(2, 2), filter_fn=lambda module, name: False)

@@ -72,7 +72,7 @@ def test_mean_in_training_is_the_stock_forward():
 def test_sampling_refuses():
     with pytest.raises(ValueError, match="estimator is 'moments'; expected one of"), bp.sampling(net(), "moments"):
         pass
-    with pytest.raises(ValueError, match="without variational layers; call to_variational first"), bp.sampling(nn.ReLU()):
+    with pytest.raises(ValueError, match="without variational layers; call to_"), bp.sampling(nn.ReLU()):
         pass
 
 

@@ -213,6 +213,7 @@ class VariationalLayer(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        self.apply_masks()
         parts = {f"{prefix}{key}" for name in self.active_names() for key in self._part_names(name)}
         if parts.isdisjoint(state_dict):
             missing_keys[:] = [key for key in missing_keys if key not in parts]

@@ -91,8 +91,8 @@ class VariationalConvTranspose3d(_VariationalTransposedConv, nn.ConvTranspose3d)
 class VariationalMultiheadAttention(VariationalLayer, nn.MultiheadAttention):
     """Multi-head attention with posteriors over its input projections; `out_proj` has its own and is drawn here.
 
-    torch's attention reads the raw weights of all projections at once, so weight sampling is what there is. `bias_k` and
-    `bias_v`, tokens beside the keys and values, stay deterministic.
+    torch's attention reads the raw weights of all projections at once, so weight sampling is what there is. `bias_k`
+    and `bias_v`, tokens beside the keys and values, stay deterministic.
     """
 
     posterior_names = (

@@ -11,6 +11,7 @@ import functools
 import logging
 import warnings
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 
 import torch
 import torch_pruning as tp
@@ -48,9 +49,9 @@ def install() -> bool:
     if original is not None:
         setattr(BasePruningFunc, _WRAPPED, original)
     warnings.warn(
-        f"torch-pruning {tp.__version__} is not as bayesprune expects ({problem}), so the stds of variational layers "
-        "do not follow their means in a torch-pruning pruner of your own; use bayesprune.prune_channels, or a "
-        "torch-pruning in the range that bayesprune names in its requirements.",
+        f"torch-pruning {version('torch-pruning')} is not as bayesprune expects ({problem}), so the stds of "
+        "variational layers do not follow their means in a torch-pruning pruner of your own; use "
+        "bayesprune.prune_channels, or a torch-pruning in the range that bayesprune names in its requirements.",
         stacklevel=3,
     )
     return False

@@ -163,8 +163,6 @@ class _Finder:
             raise _LeftWholeError("its outputs are dimensions of attention heads")
 
     def _check_node(self, node: Any, cut_side: str) -> None:
-        if isinstance(node, ops._OutputOp):
-            raise _LeftWholeError("it is an output of the model")
         if isinstance(node, ops._ElementWiseOp) and any(part in str(node._grad_fn) for part in _PRODUCTS):
             raise _LeftWholeError("its outputs enter a product of activations, as in attention")
         if cut_side == "out" and isinstance(node, nn.Module):

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ class Trace:
 
     Attributes:
         graph: torch-pruning's dependency graph.
-        outputs: Layers whose output is an output of the model.
+        outputs: Layers and operations whose output is an output of the model.
         inside_attention: Layers whose output units are dimensions of attention heads.
     """
 
@@ -71,9 +72,9 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
             )
     except (AssertionError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UnsupportedModelError(
-            f"torch-pruning {tp.__version__} cannot trace {type(model).__name__} ({type(error).__name__}: {error}); "
-            "expected a model whose forward runs on example_inputs under autograd, not wrapped, compiled or scripted. "
-            "Single weights can be removed with prune_weights."
+            f"torch-pruning {version('torch-pruning')} cannot trace {type(model).__name__} ({type(error).__name__}: "
+            f"{error}); expected a model whose forward runs on example_inputs under autograd, not wrapped, compiled or "
+            "scripted. Single weights can be removed with prune_weights."
         ) from error
     finally:
         for handle in handles:

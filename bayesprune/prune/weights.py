@@ -87,7 +87,7 @@ def prune_weights(
         score: Score of a posterior's weights, the lowest going first: `scores.snr`, or `scores.magnitude` as a control.
 
     Raises:
-        ValueError: not exactly one target, one out of range, scores that are NaN, or a model without variational layers.
+        ValueError: not exactly one target, one out of range, NaN scores, or a model without variational layers.
     """
     posteriors = [posterior for posterior in named_posteriors(model) if posterior.is_weight]
     _check(posteriors, sparsity, snr_below, pattern, scope)

@@ -45,7 +45,8 @@ def write_together(directory: Path, writers: Mapping[str, Writer]) -> None:
     """Writes the files under temporary names beside their own, and renames all of them once all are on the disk.
 
     Whatever fails before or between the renames, the previous files stay as they were and no temporary one is left.
-    Only a process killed between two renames leaves files of two saves, which `load` tells from their save ids.
+    A killed process leaves temporary ones (`.NAME.MARK.new`, `.old`), which nobody reads and anybody may delete; killed
+    between two renames, it leaves files of two saves, which `load` tells from their save ids.
 
     Raises:
         StorageError: the directory cannot be made or written.

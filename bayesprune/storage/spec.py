@@ -5,7 +5,6 @@ only what differs from it is recorded, so whatever a pruning tool changed on wha
 `normalized_shape`, ...) follows without a list of names.
 """
 
-import json
 import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -172,8 +171,7 @@ def _attributes(model: nn.Module, skeleton: nn.Module | None) -> dict[str, dict[
 
 
 def _changed(attributes: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
-    # As JSON text, so that 1, 1.0 and True differ and NaN equals itself.
-    return {k: v for k, v in attributes.items() if k in dense and _text(v) != _text(dense[k])}
+    return {name: value for name, value in attributes.items() if name in dense and value != dense[name]}
 
 
 def _variational(model: nn.Module) -> dict[str, dict[str, str]]:
@@ -200,10 +198,6 @@ def _kind(value: Any) -> str:
     if not isinstance(value, Tensor):
         return type(value).__name__
     return f"{type(value).__name__} of layout {value.layout} on device {value.device}"
-
-
-def _text(value: Any) -> str:
-    return json.dumps(_encode(value))
 
 
 def _encode(value: Any) -> Any:

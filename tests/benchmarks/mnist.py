@@ -35,7 +35,6 @@ NETWORKS = ("variational", "deterministic")
 class Phase:
     """One training: the learning rate falls linearly to 0, the weight of the KL rises to `temperature`."""
 
-    epochs: int
     lr: float
     temperature: float = 1.0
     warmup_epochs: int = 0
@@ -47,14 +46,16 @@ class Settings:
     """All that a run depends on beside its seed and network.
 
     Attributes:
-        scratch: Training from scratch.
-        stage: Retraining at each of FRACTIONS in turn. In its first half the weights go gradually (cubic schedule),
-            scored anew at each of `prunings` cuts.
+        epochs: Length of the training from scratch.
+        stage_epochs: Length of the retraining at each of FRACTIONS in turn. In its first half the weights go gradually
+            (cubic schedule), scored anew at each of `prunings` cuts.
         validation: Whether the last tenth of the training set is held back, and measured instead of the test set.
     """
 
-    scratch: Phase = Phase(epochs=40, lr=1e-3, warmup_epochs=10)
-    stage: Phase = Phase(epochs=5, lr=2e-3)
+    epochs: int = 40
+    scratch: Phase = Phase(lr=1e-3, warmup_epochs=10)
+    stage_epochs: tuple[int, ...] = (2, 2, 3, 3, 4, 6)
+    stage: Phase = Phase(lr=2e-3)
     prunings: int = 20
     batch_size: int = 128
     relative_std: float = 0.1
@@ -99,11 +100,11 @@ def run(network: str, seed: int, data: Data, settings: Settings) -> dict[str, An
         at_once, staged, estimator = scores, scores, "mean"
     model = nn.Sequential(nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10))
     bp.to_variational(model, relative_std=settings.relative_std, estimator=estimator)
-    num_epochs = settings.scratch.epochs + len(staged) * len(FRACTIONS) * settings.stage.epochs
+    num_epochs = settings.epochs + len(staged) * sum(settings.stage_epochs)
     with tqdm(total=num_epochs, desc=f"{network}, seed {seed}", unit="epoch", dynamic_ncols=True) as progress:
-        train(model, data, settings, settings.scratch, progress)
+        train(model, data, settings, settings.scratch, settings.epochs, progress)
         steps_per_epoch = len(data.labels) // settings.batch_size
-        steps = settings.scratch.epochs * steps_per_epoch
+        steps = settings.epochs * steps_per_epoch
         result: dict[str, Any] = {"network": network, "seed": seed, "error": error(model, data)}
         if network == "variational":
             result |= remove_below_one(model, data)
@@ -116,9 +117,10 @@ def run(network: str, seed: int, data: Data, settings: Settings) -> dict[str, An
         progress.write(_line(rows))
         for name, score in staged.items():
             cut = copy.deepcopy(model)
-            for stage, (before, fraction) in enumerate(pairwise((1.0, *FRACTIONS)), start=1):
-                retrain(cut, data, settings, before, fraction, score, progress)
-                spent = steps + stage * settings.stage.epochs * steps_per_epoch
+            spent = steps
+            for epochs, (before, fraction) in zip(settings.stage_epochs, pairwise((1.0, *FRACTIONS)), strict=True):
+                retrain(cut, data, settings, epochs, before, fraction, score, progress)
+                spent += epochs * steps_per_epoch
                 rows.append(_row(name, fraction, error(cut, data), spent, retrained=True))
             progress.write(_line(rows[-len(FRACTIONS) :]))
     return result | {"rows": rows, "seconds": round(time.monotonic() - started)}
@@ -129,12 +131,13 @@ def train(
     data: Data,
     settings: Settings,
     phase: Phase,
+    epochs: int,
     progress: tqdm,
     before_step: Callable[[int], None] | None = None,
 ) -> None:
     """Adam on shuffled batches; a network whose estimator is not "mean" is trained with its posteriors."""
     steps_per_epoch = len(data.labels) // settings.batch_size
-    num_steps = phase.epochs * steps_per_epoch
+    num_steps = epochs * steps_per_epoch
     means = [parameter for name, parameter in model.named_parameters() if not name.endswith("log_std")]
     optimizer = torch.optim.Adam(means, lr=phase.lr, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / num_steps)
@@ -149,7 +152,7 @@ def train(
             std_lr=phase.std_lr,
         )
     model.train()
-    for _ in range(phase.epochs):
+    for _ in range(epochs):
         batches = torch.randperm(len(data.labels)).split(settings.batch_size)[:steps_per_epoch]
         for chosen in batches:
             if before_step is not None:
@@ -166,13 +169,14 @@ def retrain(
     model: nn.Module,
     data: Data,
     settings: Settings,
+    epochs: int,
     before: float,
     fraction: float,
     score: Callable[[Posterior], Tensor],
     progress: tqdm,
 ) -> None:
     """One stage: gradually from `before` of the weights to `fraction`, then on at that fraction."""
-    every = settings.stage.epochs * (len(data.labels) // settings.batch_size) // (2 * settings.prunings)
+    every = epochs * (len(data.labels) // settings.batch_size) // (2 * settings.prunings)
 
     def cut(step: int) -> None:
         number, rest = divmod(step, every)
@@ -180,7 +184,7 @@ def retrain(
             kept = fraction + (before - fraction) * (1 - number / settings.prunings) ** 3
             bp.prune_weights(model, sparsity=1 - kept, score=score)
 
-    train(model, data, settings, settings.stage, progress, cut)
+    train(model, data, settings, settings.stage, epochs, progress, cut)
 
 
 def random(posterior: Posterior) -> Tensor:
@@ -199,7 +203,7 @@ def remove_below_one(model: nn.Module, data: Data) -> dict[str, float]:
 def error(model: nn.Module, data: Data) -> float:
     """Percent of the test images (of the validation images) given another label, at the posterior means."""
     model.eval()
-    return 100 * float((model(data.test_images).argmax(1) != data.test_labels).float().mean())
+    return round(100 * float((model(data.test_images).argmax(1) != data.test_labels).double().mean()), 2)
 
 
 def _read(path: Path, *, header: int) -> Tensor:
@@ -212,7 +216,7 @@ def _row(score: str, fraction: float, error_: float, steps: int, *, retrained: b
         "score": score,
         "fraction": fraction,
         "retrained": retrained,
-        "error": round(error_, 2),
+        "error": error_,
         "gradient_evaluations": steps,
     }
 

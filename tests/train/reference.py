@@ -23,9 +23,7 @@ BATCHES = 4
 def stock_net() -> nn.Module:
     torch.manual_seed(0)
     conv = nn.Conv2d(1, 4, 3, bias=False)
-    return nn.Sequential(
-        conv, nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3), nn.Linear(3, 3)
-    ).double()
+    return nn.Sequential(conv, nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3), nn.Linear(3, 3)).double()
 
 
 def net(std: str = "per_weight") -> nn.Module:

@@ -40,7 +40,11 @@ def test_the_hook_is_the_elbo(name, std, accumulation):
     assert_same_parameters(model, expected, start)
 
 
-@pytest.mark.parametrize("prior", [Gaussian(0.1), Gaussian(0.3, centered=True), ARD(), ARD("weight"), ARD("layer"), LogUniform()])
+@pytest.mark.parametrize(
+    "prior",
+    [Gaussian(0.1), Gaussian(0.3, centered=True), ARD(), ARD("weight"), ARD("layer"), LogUniform()],
+    ids=repr,
+)
 @structures
 def test_with_every_prior(std, prior):
     model = net(std)
@@ -334,7 +338,8 @@ def test_detach(made):
         for group, before in zip(optimizer.param_groups, groups, strict=True)
     )
     expected = copy.deepcopy(model)
-    plain = torch.optim.SGD((others_of(expected) if made == "before" else dict(expected.named_parameters())).values(), lr=0.05)
+    held = others_of(expected) if made == "before" else dict(expected.named_parameters())
+    plain = torch.optim.SGD(held.values(), lr=0.05)
     train(model, optimizer)
     train(expected, plain)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
@@ -371,7 +376,7 @@ def test_a_state_of_another_model_is_refused():
     attachments = []
     for model in (net(), bp.to_variational(nn.Linear(4, 3))):
         attachments.append(bp.attach(torch.optim.SGD(model.parameters(), lr=0.1), model, num_data=1))
-    with pytest.raises(ValueError, match=r"state has 2 posteriors, the model 5; differing: \['0.weight', '4.bias', '4.weight'"):
+    with pytest.raises(ValueError, match=r"state has 2 posteriors, the model 5; differing: \['0.weight', '4.b"):
         attachments[0].load_state_dict(attachments[1].state_dict())
 
 

@@ -54,7 +54,9 @@ def test_shared_and_tied_weights_count_once():
     torch.testing.assert_close(bp.kl_divergence(tied), bp.kl_divergence(tied[1]))
 
 
-@pytest.mark.parametrize("prior", [Gaussian(), Gaussian(0.2), Gaussian(0.2, centered=True), ARD("layer"), ARD(), LogUniform()])
+@pytest.mark.parametrize(
+    "prior", [Gaussian(), Gaussian(0.2), Gaussian(0.2, centered=True), ARD("layer"), ARD(), LogUniform()], ids=repr
+)
 def test_removed_weights_do_not_count(prior):
     """Half the inputs gone: the KL is that of a layer that never had them."""
     layer = nn.Linear(8, 3)
