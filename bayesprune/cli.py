@@ -88,7 +88,7 @@ def compress(
     train_lr: Annotated[float, Option(help="Learning rate of training without a checkpoint.")] = 3e-3,
     lr: Annotated[float, Option(help="Learning rate of the fine-tuning stages.")] = 1e-3,
     batch_size: Annotated[int, Option(min=1)] = 64,
-    std: Annotated[str, Option(help="per_weight, rank_one or per_channel.")] = "per_weight",
+    std: Annotated[str, Option(help="per_weight, rank_one or per_channel.")] = "per_channel",
     estimator: Annotated[str, Option(help="auto, weight_sampling, flipout, local_reparameterization.")] = "auto",
     seed: Annotated[int, Option()] = 0,
     device: Annotated[str | None, Option(help="cpu, cuda, ... [default: cuda if there is one]")] = None,

@@ -176,7 +176,7 @@ class VariationalLayer(nn.Module):
         kept = getattr(value, "_bayesprune_kept", None) if name in self.posterior_names else None
         old = self._parameters.get(name) if kept is not None else None
         super().__setattr__(name, value)
-        if kept is not None and old is not None:
+        if kept is not None and old is not None and value.shape != old.shape:
             dim, indices = kept
             self.cut(name, dim, torch.as_tensor(indices).tolist(), old.shape[dim])
             del value._bayesprune_kept

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from bayesprune.errors import UnsupportedModelError
-from bayesprune.layers import Posterior
+from bayesprune.layers import Posterior, VariationalLayer
 from bayesprune.priors import BoundPrior, Gaussian, Prior
 from bayesprune.train.kl import bind_prior, sum_kl
 
@@ -93,6 +93,13 @@ class Attachment:
                 f"the attachment's state has {len(state['prior'])} posteriors, the model {len(names)}; differing: "
                 f"{differing or 'the order'}. Convert the model as in the run that was saved."
             )
+        for posterior, prior in self._bound.items():
+            saved, attached = set(state["prior"][posterior.name]), set(prior.state())
+            if saved != attached:
+                raise ValueError(
+                    f"the attachment's state has a prior with {sorted(saved) or 'no constants'} for {posterior.name}, the "
+                    f"one attached has {sorted(attached) or 'none'}; expected the prior of the run that was saved."
+                )
         self.step = state["step"]
         self._std_optimizer.load_state_dict(state["std_optimizer"])
         for posterior, prior in self._bound.items():
@@ -113,6 +120,7 @@ class Attachment:
 
     @torch.no_grad()
     def _update(self, optimizer: Optimizer) -> None:
+        self._check_that_nothing_was_replaced()
         scale, overflow = _grad_scaler_state(optimizer)
         for posterior in self._bound:
             self._add_gradients(posterior, scale)
@@ -124,6 +132,16 @@ class Attachment:
             part.grad = None
         if self.step % _CHECK_EVERY == 0:
             self._warn_of_collapse()
+
+    def _check_that_nothing_was_replaced(self) -> None:
+        stds = {id(part) for part in self._stds}
+        for posterior in self._bound:
+            is_variational = isinstance(posterior.layer, VariationalLayer)
+            if not (is_variational and all(id(part) in stds for part in posterior.log_std_parts)):
+                raise RuntimeError(
+                    f"{posterior.name} was resized or made deterministic after attach, so its stds would no longer "
+                    "move; call detach() first, then make a new optimizer and attach again where training goes on."
+                )
 
     def _add_gradients(self, posterior: Posterior, scale: float) -> None:
         mean, parts = posterior.mean, posterior.log_std_parts

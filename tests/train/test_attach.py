@@ -495,3 +495,57 @@ def test_wrappers():
     bp.attach(other, expected, num_data=NUM_DATA)
     train(expected, other)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+
+
+def test_a_state_with_another_prior_is_refused():
+    attachments = []
+    for prior in (ARD(), Gaussian()):
+        model = net()
+        attachments.append(bp.attach(torch.optim.SGD(model.parameters(), lr=0.1), model, num_data=1, prior=prior))
+    with pytest.raises(ValueError, match=r"prior with no constants for 0.weight, the one attached has \['scale'\]"):
+        attachments[1].load_state_dict(attachments[0].state_dict())
+    assert attachments[1].step == 0
+
+
+@pytest.mark.parametrize("change", ["deterministic", "resized"])
+def test_a_model_that_changed_under_the_attachment_is_said(change):
+    """Its stds would silently stand still."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attachment = bp.attach(optimizer, model, num_data=1)
+    if change == "deterministic":
+        bp.to_deterministic(model)
+    else:
+        model[5].cut("weight", 0, [0, 2], 3)
+        model[5].cut("bias", 0, [0, 2], 3)
+        for name in ("weight", "bias"):
+            setattr(model[5], name, nn.Parameter(getattr(model[5], name).detach()[[0, 2]]))
+    x, _ = batches(1)[0]
+    model(x).square().mean().backward()
+    with pytest.raises(RuntimeError, match=r"was resized or made deterministic after attach.*call detach\(\) first"):
+        optimizer.step()
+    attachment.detach()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["lookahead_adamw", "lamb", "adafactor", "muon", "nadamw"])
+def test_timms_optimizers(name):
+    """Hooks of torch's optimizers run in timm's as well: stds move and removed weights stay zero."""
+    optim = pytest.importorskip("timm.optim")
+    model = bp.to_variational(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)))
+    try:
+        optimizer = optim.create_optimizer_v2(model, opt=name, lr=0.01, weight_decay=0.0)
+    except ValueError as error:
+        pytest.skip(str(error))
+    attachment = bp.attach(optimizer, model, num_data=NUM_DATA)
+    start = copy.deepcopy(model)
+    for number in range(6):
+        if number == 3:
+            bp.prune_weights(model, sparsity=0.5)
+        optimizer.zero_grad()
+        model(torch.randn(5, 6)).square().mean().backward()
+        optimizer.step()
+    assert attachment.step == 6
+    for part, before in zip(stds_of(model).values(), stds_of(start).values(), strict=True):
+        assert not torch.equal(part, before)
+    assert all(layer.weight[~layer.weight_mask].abs().max() == 0 for layer in (model[0], model[2]))
