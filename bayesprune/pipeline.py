@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader
 from bayesprune.convert import check_options, conversion_table, to_deterministic, to_variational
 from bayesprune.data import Data
 from bayesprune.evaluate import HistoryPoint, Report, accuracy, count_parameters, report
-from bayesprune.layers import variational_layers
+from bayesprune.predictive import sampling
 from bayesprune.prune import compress, prune_channels, signal_to_noise
 from bayesprune.storage import save
-from bayesprune.train import Attachment, attach
+from bayesprune.train import attach
 
 
 class Progress(Protocol):
@@ -103,7 +103,7 @@ def run(
     progress.stage("Learn how certain each weight is")
     to_variational(model, std=recipe.std, relative_std=recipe.relative_std, estimator=recipe.estimator)
     progress.say(f"layers: {conversion_table(model).summary()}")
-    train(model, data, progress, num_epochs=recipe.num_epochs, lr=recipe.lr)
+    train(model, data, progress, num_epochs=recipe.num_epochs, lr=recipe.lr, learn_stds=True)
     ratios = signal_to_noise(model)
     progress.say(f"validation accuracy {validate(model):.2%}")
 
@@ -117,7 +117,8 @@ def run(
         assert recipe.tolerance is not None, "a recipe has a target or a tolerance"
 
         def fine_tune(candidate: nn.Module) -> None:
-            train(candidate, data, progress, num_epochs=max(1, recipe.num_epochs // 2), lr=recipe.lr)
+            with sampling(candidate, "mean"):  # as it will be used; the stds stay as they were learned
+                train(candidate, data, progress, num_epochs=max(1, recipe.num_epochs // 2), lr=recipe.lr)
 
         def score(candidate: nn.Module) -> float:
             value = validate(candidate)
@@ -161,16 +162,20 @@ def run(
     return result
 
 
-def train(model: nn.Module, data: Data, progress: Progress, *, num_epochs: int, lr: float) -> None:
-    """Trains with AdamW, one cycle of the learning rate and cross-entropy; variational models with their KL attached.
+def train(
+    model: nn.Module, data: Data, progress: Progress, *, num_epochs: int, lr: float, learn_stds: bool = False
+) -> None:
+    """Trains with AdamW, one cycle of the learning rate and cross-entropy; with the KL attached to learn the stds.
 
     Raises:
         FloatingPointError: the loss is not finite.
     """
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=num_epochs * len(data.train))
-    attachment = _attach(optimizer, model, data, num_steps=num_epochs * len(data.train))
+    num_steps = num_epochs * len(data.train)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=num_steps)
+    if learn_stds:
+        attach(optimizer, model, num_data=data.num_data, warmup_steps=num_steps // 5)
     model.train()
     for images, labels in progress.batches(data.train, num_epochs):
         optimizer.zero_grad()
@@ -181,15 +186,7 @@ def train(model: nn.Module, data: Data, progress: Progress, *, num_epochs: int, 
         optimizer.step()
         schedule.step()
         progress.loss(float(loss.detach()))
-    if attachment is not None:
-        attachment.detach()
     model.eval()
-
-
-def _attach(optimizer: torch.optim.Optimizer, model: nn.Module, data: Data, *, num_steps: int) -> Attachment | None:
-    if not any(variational_layers(model)):
-        return None
-    return attach(optimizer, model, num_data=data.num_data, warmup_steps=num_steps // 5)
 
 
 def _some(data: Data, device: torch.device) -> list[Tensor]:

@@ -22,7 +22,7 @@ from bayesprune.macs import COUNTER, run_forward
 
 REPORT_FILES = ("report.json", "report.csv", "report.html")
 
-_SECONDS_PER_REPEAT = 0.01
+_SECONDS_PER_REPEAT = 0.05
 
 
 class ParameterCount(NamedTuple):
@@ -135,7 +135,7 @@ def matrix_of(module: nn.Module) -> Tensor | None:
 def latencies(models: Sequence[nn.Module], example_inputs: ExampleInputs, *, num_repeats: int = 15) -> list[Latency]:
     """Median times of forward passes, the models taking turns so that a machine that slows down slows all of them.
 
-    Uses as many threads as torch does now (`torch.get_num_threads`). A repeat is the mean over 10 ms or one pass.
+    Uses as many threads as torch does now (`torch.get_num_threads`). A repeat is the mean over 50 ms or one pass.
     """
     if num_repeats < 1:
         raise ValueError(f"num_repeats is {num_repeats}; expected at least 1.")

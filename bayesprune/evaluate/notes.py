@@ -41,7 +41,13 @@ def _zeros(measurement: "Measurement") -> tuple[int, int]:
 def _on_comparison(before: "Measurement", after: "Measurement", side_by_side: bool) -> Iterator[str]:
     if before.macs_counter != after.macs_counter or before.batch != after.batch:
         yield "The MACs have no ratio: counter or batch differ."
-    if before.latency is None or after.latency is None or side_by_side:
+    if before.latency is None or after.latency is None:
+        return
+    quartiles = [(latency.q25_seconds, latency.q75_seconds) for latency in (before.latency, after.latency)]
+    if max(low for low, _ in quartiles) <= min(high for _, high in quartiles):
+        old, new = (f"{1e3 * low:.3g} to {1e3 * high:.3g} ms" for low, high in quartiles)
+        yield f"The latencies overlap (quartiles {old} before, {new} after): their ratio is within the scatter."
+    if side_by_side:
         return
     if before.latency.conditions != after.latency.conditions:
         yield "The latencies have no ratio: device, threads, batch or dtype differ."

@@ -264,3 +264,18 @@ def test_significant_digits(value, text):
 )
 def test_short_counts(value, text):
     assert short(value) == text
+
+
+def test_latencies_that_scatter_are_said_to():
+    measured = evaluate.measure(nn.Linear(3, 4), torch.zeros(1, 3), num_repeats=3)
+    assert measured.latency is not None
+    wide = dataclasses.replace(measured.latency, q25_seconds=0.001, median_seconds=0.005, q75_seconds=0.009)
+    tight = dataclasses.replace(measured.latency, q25_seconds=0.0019, median_seconds=0.002, q75_seconds=0.0021)
+    fast = dataclasses.replace(measured.latency, q25_seconds=0.0002, median_seconds=0.0003, q75_seconds=0.0004)
+
+    def notes(before, after):
+        pair = (dataclasses.replace(measured, latency=latency) for latency in (before, after))
+        return evaluate.report(*pair).notes
+
+    assert any("quartiles 1 to 9 ms before, 1.9 to 2.1 ms after" in note for note in notes(wide, tight))
+    assert not any("quartiles" in note for note in notes(tight, fast))
