@@ -79,6 +79,8 @@ def compress(
     pretrained: Annotated[bool, Option(help="Start from timm's pretrained weights (needs a network).")] = False,
     data: Annotated[str, Option(help="digits, torch/NAME, hfds/NAME or an image folder.")] = "digits",
     data_dir: Annotated[Path | None, Option(help="Where torch/NAME and hfds/NAME are kept.")] = None,
+    download: Annotated[bool, Option(help="Let torchvision download torch/NAME into the data directory.")] = False,
+    augment: Annotated[bool, Option(help="Random crops and mirror images in training.")] = False,
     image_size: Annotated[int | None, Option(help="Side of the images. [default: that of the data]")] = None,
     target: Annotated[str | None, Option(help="Kept fraction or threshold: macs=0.5, params=0.5, snr=1.")] = None,
     tolerance: Annotated[
@@ -118,6 +120,8 @@ def compress(
         image_size=image_size,
         batch_size=batch_size,
         seed=seed,
+        augment=augment,
+        download=download,
         config=host.data_config(name) if is_trained or pretrained else None,
     )
     network = host.create(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 COUNTER = "torch.utils.flop_counter, FLOPs / 2"
@@ -28,8 +29,15 @@ def macs_by_module(model: nn.Module, example_inputs: Any) -> dict[str, int]:
     inside = [0]
     handles = []
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    # The counter hooks tensors that require a gradient, and fails on views of parameters made without one.
-    with torch.no_grad(), eval_mode(model), requires_grad(model, False), FlopCounterMode(display=False) as counter:
+    # The counter hooks tensors that require a gradient, and fails on views of parameters made without one. Attention
+    # runs as its matrix products: before 2.15 the counter does not know the fused kernel of the CPU.
+    with (
+        torch.no_grad(),
+        eval_mode(model),
+        requires_grad(model, False),
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):
         try:
             torch.backends.mha.set_fastpath_enabled(False)  # its fused operators are unknown to the counter
             for name, module in model.named_modules():

@@ -122,7 +122,7 @@ class ARD(Prior):
 class LogUniform(Prior):
     """p(|w|) proportional to 1 / |w|, improper (sparse variational dropout).
 
-    Its KL, up to a constant that makes it vanish for a std far above the mean, is an approximation to 0.01 nats a weight.
+    Its KL, up to a constant that makes it vanish for a std far above the mean, is approximate to 0.01 nats a weight.
     """
 
     def bind(self, binding: Binding) -> "BoundLogUniform":

@@ -6,6 +6,8 @@ from types import ModuleType
 
 import pytest
 
+from bayesprune.data import load_data
+
 pytest.importorskip("timm")
 pytest.importorskip("sklearn")
 
@@ -21,13 +23,13 @@ def program(name: str) -> ModuleType:
 
 
 def test_timm_loop_halves_the_macs_and_reloads_exactly(tmp_path):
-    result = program("timm").run(tmp_path / "out", num_epochs=2)
+    result = program("timm").run(tmp_path / "out", num_epochs=2, data=load_data("digits", image_size=16))
     assert result["MACs kept"] <= 0.5
     assert result["difference after loading"] == 0.0
     assert result["accuracy after"] > 0.8  # chance is 0.1
 
 
 def test_torch_pruning_script_keeps_training_after_the_cut():
-    result = program("torch_pruning").run(num_epochs=2)
+    result = program("torch_pruning").run(num_epochs=2, data=load_data("digits", image_size=16))
     assert result["parameters kept"] < 0.8
     assert result["accuracy"] > 0.8  # chance is 0.1

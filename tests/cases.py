@@ -60,6 +60,23 @@ layers = pytest.mark.parametrize("case", LAYERS, ids=lambda case: case.name)
 structures = pytest.mark.parametrize("std", STRUCTURES)
 
 
+def small_net() -> nn.Module:
+    """A network for images (N, 1, 4, 4): 2 layers with posteriors, one without."""
+    return nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2))
+
+
+class Tied(nn.Module):
+    """Two layers with one weight, as in an autoencoder or a language model."""
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+        second.weight = first.weight
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
 @dataclass(frozen=True)
 class TimmCase:
     """A timm architecture, the input size and arguments that keep it small.

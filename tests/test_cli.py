@@ -80,7 +80,7 @@ def test_the_same_seed_gives_the_same_model(compressed, tmp_path, capsys):
         (["--model", "timm:resnet1800"], "no architecture"),
         (["--data", "no/such/folder"], "no folder"),
         (["--checkpoint", "missing.pth"], "no checkpoint"),
-        (["--epochs", "0"], "greater than or equal to 1"),
+        (["--epochs", "0"], "--epochs"),
         (["--std", "per_kernel"], "per_channel"),
     ],
 )

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bayesprune import macs
 from bayesprune.evaluate.running import ExampleInputs, batch_size, device_of, evaluating, on_device
@@ -110,8 +109,7 @@ def macs_by_module(model: nn.Module, example_inputs: ExampleInputs) -> dict[str,
     Attention is counted as its matrix products, the same on every device. The products of `nn.MultiheadAttention`,
     its `out_proj` included, stand under its own name. The model may be in any mode and is left as it was.
     """
-    with sdpa_kernel(SDPBackend.MATH):
-        counts = macs.macs_by_module(model, on_device(example_inputs, device_of(model)))
+    counts = macs.macs_by_module(model, on_device(example_inputs, device_of(model)))
     return {name: counts.get(name, 0) for name, _ in model.named_modules()}
 
 

@@ -27,7 +27,7 @@ try:
     from timm.models import PretrainedCfg, is_model, register_model
 except ImportError as error:
     raise ImportError(
-        f"bayesprune.hosts.timm needs timm >= 1.0.16 ({error}): pip install 'bayesprune[timm]'"
+        f"bayesprune.hosts.timm needs timm >= 1.0.23 ({error}): pip install 'bayesprune[timm]'"
     ) from error
 
 ARCHITECTURE = "bayesprune_pruned"

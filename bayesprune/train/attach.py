@@ -97,7 +97,7 @@ class Attachment:
             saved, attached = set(state["prior"][posterior.name]), set(prior.state())
             if saved != attached:
                 raise ValueError(
-                    f"the attachment's state has a prior with {sorted(saved) or 'no constants'} for {posterior.name}, the "
+                    f"the state has a prior with {sorted(saved) or 'no constants'} for {posterior.name}, the "
                     f"one attached has {sorted(attached) or 'none'}; expected the prior of the run that was saved."
                 )
         self.step = state["step"]

@@ -173,6 +173,8 @@ class Benchmark:
                 *((ours, control) for control in controls),
             ]
         rows.append((PLAIN, Removal("tp pruner", uniform=True, normalizer="mean")))
+        # The same score without its stds, on the same network: what they add.
+        rows.append((Tuning(**chosen["global"]["tuning"]), Removal("snr", uniform=False, power=0.0)))
         return list(dict.fromkeys(rows))
 
     def measure(self, key: dict[str, Any], tuning: Tuning, removal: Removal, images: Images) -> dict[str, Any]:
@@ -262,8 +264,9 @@ class Benchmark:
         """Saves our final network of seed 0 and loads it in a fresh process, where its logits must be the same."""
         if "reload" in self.results:
             return
-        ours = [r for r in self.rows("final") if r["seed"] == 0 and r["removal"]["score"] == "snr"]
-        row = best(ours, "after_fine_tuning")
+        chosen = self.results["chosen"]["global"]
+        finals = [row for row in self.rows("final") if row["seed"] == 0]
+        row = next(row for row in finals if chosen == {key: row[key] for key in chosen})
         model = torch.load(self.work / f"final-{row['name'].replace(' ', '-').replace(',', '')}.pt", weights_only=False)
         with tempfile.TemporaryDirectory() as directory:
             bp.save(model, directory)

@@ -11,11 +11,14 @@ Written by `python tests/benchmarks/cifar.py --table` from `cifar.json`, which a
 A ResNet-20 trained elsewhere ({test:.2%} on the 10,000 test images, {macs:.1f} M MACs, {params:,} parameters) is
 fine-tuned for {before} steps of {batch} images (variational, or plain for the controls), loses channels until
 {kept:.0%} of the MACs are left, has its batch norm recalibrated, and is fine-tuned plainly up to {total} gradient
-evaluations in all; those that a Taylor score takes ({taylor}) count. Both fine-tunings: {optimizer}, from
-{lr_before:g} and {lr_after:g}. Every score but "tp pruner" goes through `bp.prune_channels`, so selection and budget
-are the same code; "tp pruner" is torch-pruning's `BasePruner` with its own selection, the ratio of channels searched
-for the nearest to half the MACs. The network's shortcuts (slice and pad) leave only the inner channels of each block
-to be removed.
+evaluations in all; those that a Taylor score takes ({taylor}) count.
+Both fine-tunings: {optimizer}, from {lr_before:g} and {lr_after:g}.
+
+Every score but "tp pruner" goes through `bp.prune_channels`, so selection and budget are the same code; "tp pruner" is
+torch-pruning's `BasePruner` with its own selection inside each layer, the ratio of channels searched for the nearest to
+half the MACs. (On the dense network its global selection leaves the same widths as `prune_channels` does with its
+magnitude.) The network's shortcuts (slice and pad) leave only the inner channels of each block to be removed.
+"power 0" is our score without the stds, on the same network as the chosen one.
 
 `global` ranks all channels together, `uniform` removes the same fraction of every layer. "on plain": removed from the
 plainly fine-tuned network; "on per_weight" and so on: from the variational network with that structure of stds.
@@ -82,7 +85,7 @@ def _reload(results: dict[str, Any]) -> list[str]:
     if (reload := results.get("reload")) is None:
         return []
     text = (
-        f"`bp.save` of the best SNR network of seed 0 ({reload['name']}), `bp.load` in a fresh process: largest "
+        f"`bp.save` of the chosen SNR network of seed 0 ({reload['name']}), `bp.load` in a fresh process: largest "
         f"difference of the logits of all test images {reload['max_difference']}, accuracy {reload['accuracy']:.2%}, "
         f"{reload['bytes']:,} bytes."
     )

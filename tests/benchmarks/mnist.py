@@ -53,7 +53,7 @@ class Settings:
     """
 
     epochs: int = 40
-    scratch: Phase = Phase(lr=1e-3, warmup_epochs=10)
+    scratch: Phase = Phase(lr=2e-3, warmup_epochs=10)
     stage_epochs: tuple[int, ...] = (2, 2, 3, 3, 4, 6)
     stage: Phase = Phase(lr=2e-3)
     prunings: int = 20

@@ -7,13 +7,9 @@ from torch import nn
 import bayesprune as bp
 from bayesprune import noise
 from bayesprune.layers import named_posteriors, variational_layers
-from tests.cases import LAYERS, layers, structures
+from tests.cases import LAYERS, layers, small_net, structures
 
 RANDOM = ("auto", "weight_sampling", "flipout", "local_reparameterization")
-
-
-def small_net() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2))
 
 
 def snapshot(model: nn.Module) -> dict:

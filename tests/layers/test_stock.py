@@ -7,7 +7,7 @@ from torch import nn
 import bayesprune as bp
 from bayesprune.layers import registered_types
 from tests.cases import LAYERS, LayerCase, layers, structures
-from tests.oracles import assert_covariance, output_covariance
+from tests.oracles import assert_covariance, linear_map, output_covariance
 
 NUM_DRAWS = 2000
 RANDOM = ("weight_sampling", "flipout", "local_reparameterization")
@@ -76,6 +76,20 @@ def assert_moments(case: LayerCase, estimator: str, std: str) -> None:
     covariance = output_covariance(function, means, [posteriors[name].std for name in posteriors])
     expected = visible(covariance, output, estimator, feature_dim)
     assert_covariance(samples, function(*means), expected)
+
+
+@layers
+def test_the_weights_of_a_unit_reach_one_output_channel(case):
+    """What `unit_dims` promises to structures, priors and pruning."""
+    layer, x = variational(case), case.input()
+    feature_dim, unit_dims, shape = layer.feature_dim, layer.unit_dims, layer.weight.shape
+    output = layer.eval()(x, **case.kwargs)
+    function, means = stock_function(layer, x, case.kwargs)
+    reached = (linear_map(function, *means)[0] != 0).view(*output.shape, *shape)
+    reached = reached.movedim(output.dim() + feature_dim, 0).reshape(output.shape[feature_dim], -1, *shape).any(1)
+    for dim in set(range(len(shape))) - set(unit_dims):
+        reached = reached.any(1 + dim, keepdim=True)
+    assert (reached.sum(0) == 1).all()
 
 
 @layers

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.0),
     "adamw_fused": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.0, fused=True),
 }
+optimizers = pytest.mark.parametrize("name", OPTIMIZERS)
 NUM_DATA = 20  # few, so that the KL matters
 BATCHES = 4
 

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 import bayesprune as bp
-from bayesprune.errors import UnsupportedModelError
 from bayesprune.priors import ARD, Gaussian, LogUniform
 from tests.cases import structures
 from tests.train.reference import (
@@ -17,14 +16,12 @@ from tests.train.reference import (
     batches,
     losses,
     net,
-    others_of,
+    optimizers,
     stds_of,
     stock_net,
     train,
     train_on_elbo,
 )
-
-optimizers = pytest.mark.parametrize("name", OPTIMIZERS)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
@@ -125,14 +122,6 @@ def test_a_rate_of_zero_still_moves_the_stds():
         assert torch.equal(parameter, start.get_parameter(name)) == (not name.endswith("log_std")), name
 
 
-def test_weight_decay_elsewhere_is_no_warning():
-    model = net()
-    norm = [*model[1].parameters()]
-    rest = [parameter for parameter in model.parameters() if all(parameter is not n for n in norm)]
-    groups = [{"params": rest, "weight_decay": 0.0}, {"params": norm, "weight_decay": 0.1}]
-    bp.attach(torch.optim.AdamW(groups, lr=0.1), model, num_data=NUM_DATA)
-
-
 @structures
 def test_tied_weights(std):
     """Gradients of both uses and one KL."""
@@ -185,56 +174,6 @@ def test_closures(name, as_keyword):
     bp.attach(other, expected, num_data=NUM_DATA)
     train(expected, other)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
-
-
-@pytest.mark.parametrize("unscale", [False, True])
-@pytest.mark.parametrize("made", ["before", "after"])
-@optimizers
-def test_gradient_scaler(name, made, unscale):
-    """Scaled losses, one of them overflowing: the same run as without a scaler and without that step."""
-    model = stock_net() if made == "before" else net()
-    optimizer = OPTIMIZERS[name](model.parameters())
-    model = bp.to_variational(model, relative_std=0.2).double()
-    start, expected = copy.deepcopy(model), copy.deepcopy(model)
-    attachment = bp.attach(optimizer, model, num_data=NUM_DATA)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=2)
-    data = batches()
-    steps = []
-    torch.manual_seed(2)
-    for number, batch in enumerate([data[0], data[1], None, data[2], data[3]]):
-        optimizer.zero_grad()
-        state = torch.get_rng_state()
-        (loss,) = losses(model, data[0] if batch is None else batch, 1)
-        scaler.scale(loss * float("inf") if batch is None else loss).backward()
-        before = {key: value.clone() for key, value in model.named_parameters()}
-        if unscale:
-            scaler.unscale_(optimizer)
-        scaler.step(optimizer)
-        scaler.update()
-        if batch is None:
-            torch.set_rng_state(state)
-            assert all(torch.equal(value, before[key]) for key, value in model.named_parameters()), number
-        steps.append(attachment.step)
-    assert steps == [1, 2, 2, 3, 4]
-    train_on_elbo(expected, OPTIMIZERS[name])
-    for module in (model, expected):  # batch statistics saw the overflowing batch once more
-        module.eval()
-    assert_same_parameters(model, expected, start)
-
-
-def test_a_single_overflowing_std_skips_the_step_of_all():
-    model = net()
-    optimizer = OPTIMIZERS["adamw_fused"](others_of(model).values())
-    attachment = bp.attach(optimizer, model, num_data=NUM_DATA)
-    before = copy.deepcopy(model.state_dict())
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    (loss,) = losses(model, batches()[0], 1)
-    scaler.scale(loss).backward()
-    model[0].weight_log_std.grad[0, 0, 0, 0] = float("inf")
-    scaler.step(optimizer)
-    scaler.update()
-    assert attachment.step == 0
-    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
 def test_a_model_in_half_precision():
@@ -324,157 +263,6 @@ def test_what_a_step_does_not_use_stays():
         assert torch.equal(parameter, start.get_parameter(name)) == name.startswith("unused"), name
 
 
-@pytest.mark.parametrize("made", ["before", "after"])
-def test_detach(made):
-    model = stock_net() if made == "before" else net()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    groups = [list(group["params"]) for group in optimizer.param_groups]
-    bp.to_variational(model, relative_std=0.2).double()
-    attachment = bp.attach(optimizer, model, num_data=NUM_DATA)
-    train(model, optimizer)
-    attachment.detach()
-    assert all(
-        [id(p) for p in group["params"]] == [id(p) for p in before]
-        for group, before in zip(optimizer.param_groups, groups, strict=True)
-    )
-    expected = copy.deepcopy(model)
-    held = others_of(expected) if made == "before" else dict(expected.named_parameters())
-    plain = torch.optim.SGD(held.values(), lr=0.05)
-    train(model, optimizer)
-    train(expected, plain)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
-    assert attachment.step == 4
-
-
-@pytest.mark.parametrize("prior", [None, Gaussian(0.3, centered=True), ARD()], ids=repr)
-@optimizers
-def test_a_restored_run_continues_bit_for_bit(name, prior, tmp_path):
-    """Model, optimizer and attachment from files, without pickled classes; the prior's constants are the old ones."""
-
-    def build():
-        model = net("rank_one")
-        optimizer = OPTIMIZERS[name](model.parameters())
-        return model, optimizer, bp.attach(optimizer, model, num_data=NUM_DATA, prior=prior, warmup_steps=6)
-
-    run = build()
-    train(run[0], run[1])
-    torch.save([part.state_dict() for part in run], tmp_path / "run.pt")
-    other = build()
-    other[0].load_state_dict(torch.load(tmp_path / "run.pt", weights_only=True)[0])
-    other = other[0], OPTIMIZERS[name](other[0].parameters())
-    other = *other, bp.attach(other[1], other[0], num_data=NUM_DATA, prior=prior, warmup_steps=6)
-    for part, state in zip(other, torch.load(tmp_path / "run.pt", weights_only=True), strict=True):
-        part.load_state_dict(state)
-    for model, optimizer, _ in (run, other):
-        train(model, optimizer)
-    assert run[2].step == other[2].step == 8
-    for (key, value), restored in zip(run[0].state_dict().items(), other[0].state_dict().values(), strict=True):
-        assert torch.equal(value, restored), key
-
-
-def test_a_state_of_another_model_is_refused():
-    attachments = []
-    for model in (net(), bp.to_variational(nn.Linear(4, 3))):
-        attachments.append(bp.attach(torch.optim.SGD(model.parameters(), lr=0.1), model, num_data=1))
-    with pytest.raises(ValueError, match=r"state has 2 posteriors, the model 5; differing: \['0.weight', '4.b"):
-        attachments[0].load_state_dict(attachments[1].state_dict())
-
-
-def test_kl_divergence_is_from_the_attached_prior():
-    model = net()
-    attachment = bp.attach(torch.optim.SGD(model.parameters(), lr=0.1), model, num_data=1)
-    assert torch.equal(attachment.kl_divergence(), bp.kl_divergence(model))
-    with torch.no_grad():
-        for parameter in others_of(model).values():
-            parameter *= 3
-    assert attachment.kl_divergence() > 2 * bp.kl_divergence(model), "the scale stays that of the start"
-
-
-def test_a_collapsed_layer_is_said_once():
-    model = net()
-    model[5].weight_log_std.data.fill_(3.0)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    attachment = bp.attach(optimizer, model, num_data=NUM_DATA, prior=LogUniform(), std_lr=0.0)
-    attachment.step = 98
-    train(model, optimizer, data=batches(1))
-    with pytest.warns(UserWarning, match=r"^5\.weight: every weight has an SNR below 1 \(largest 0\.\d+\) at step 100"):
-        train(model, optimizer, data=batches(1))
-    attachment.step = 199
-    train(model, optimizer, data=batches(1))
-
-
-def test_a_removed_layer_has_not_collapsed():
-    model = net()
-    model[5].set_mask("weight", torch.zeros(3, 3, dtype=torch.bool))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    attachment = bp.attach(optimizer, model, num_data=NUM_DATA)
-    attachment.step = 99
-    train(model, optimizer, data=batches(1))
-
-
-@pytest.mark.parametrize("how", ["raw weight", "eval"])
-def test_a_weight_without_noise_is_said(how):
-    model = net()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    bp.attach(optimizer, model, num_data=NUM_DATA)
-    x = torch.randn(4, 3).double()
-    if how == "eval":
-        model[5].eval()
-    output = model[5](x) if how == "eval" else nn.functional.linear(x, model[5].weight)
-    output.square().mean().backward()
-    with pytest.warns(UserWarning, match=r"5\.(weight|bias): its gradient does not come from a draw"):
-        optimizer.step()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_data": 0}, "num_data is 0; expected the number of training examples, above 0"),
-        ({"num_data": -5}, "num_data is -5"),
-        ({"num_data": float("nan")}, "num_data is nan"),
-        ({"num_data": 1, "temperature": -0.1}, "temperature=-0.1, .*; expected none below 0"),
-        ({"num_data": 1, "warmup_steps": -1}, "warmup_steps=-1"),
-        ({"num_data": 1, "std_lr": -1.0}, r"std_lr=-1\.0"),
-    ],
-)
-def test_numbers_are_checked(options, message):
-    model = net()
-    with pytest.raises(ValueError, match=message):
-        bp.attach(torch.optim.SGD(model.parameters(), lr=0.1), model, **options)
-
-
-def test_wrong_optimizers_are_refused():
-    model = net()
-    with pytest.raises(ValueError, match=r"SGD holds none of the model's 5 posterior means"):
-        bp.attach(torch.optim.SGD(net().parameters(), lr=0.1), model, num_data=1)
-    with pytest.raises(ValueError, match="SGD holds none"):
-        bp.attach(torch.optim.SGD(model[1].parameters(), lr=0.1), model, num_data=1)
-    with pytest.raises(ValueError, match="no variational layer"):
-        bp.attach(torch.optim.SGD(model[1].parameters(), lr=0.1), model[1], num_data=1)
-    with pytest.raises(UnsupportedModelError, match="attach got LBFGS"):
-        bp.attach(torch.optim.LBFGS(model.parameters()), model, num_data=1)
-
-    class FullyShardedDataParallel(nn.Module):
-        pass
-
-    with pytest.raises(UnsupportedModelError, match="attach got FullyShardedDataParallel"):
-        bp.attach(torch.optim.SGD(model.parameters(), lr=0.1), FullyShardedDataParallel(), num_data=1)
-
-
-def test_attaching_twice_is_refused():
-    """A notebook cell run twice would count the KL twice."""
-    model = net()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    first = bp.attach(optimizer, model, num_data=1)
-    with pytest.raises(ValueError, match=r"has an attachment to this model already; call its detach\(\) first"):
-        bp.attach(optimizer, model, num_data=1)
-    first.detach()
-    bp.attach(optimizer, model, num_data=1)
-    other = nn.ModuleList([bp.to_variational(nn.Linear(2, 2))])
-    optimizer.add_param_group({"params": list(other.parameters())})
-    bp.attach(optimizer, other, num_data=1)
-
-
 def test_wrappers():
     """A compiled model and a wrapper in the manner of accelerate's give the run of what they wrap."""
 
@@ -495,37 +283,6 @@ def test_wrappers():
     bp.attach(other, expected, num_data=NUM_DATA)
     train(expected, other)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
-
-
-def test_a_state_with_another_prior_is_refused():
-    attachments = []
-    for prior in (ARD(), Gaussian()):
-        model = net()
-        attachments.append(bp.attach(torch.optim.SGD(model.parameters(), lr=0.1), model, num_data=1, prior=prior))
-    with pytest.raises(ValueError, match=r"prior with no constants for 0.weight, the one attached has \['scale'\]"):
-        attachments[1].load_state_dict(attachments[0].state_dict())
-    assert attachments[1].step == 0
-
-
-@pytest.mark.parametrize("change", ["deterministic", "resized"])
-def test_a_model_that_changed_under_the_attachment_is_said(change):
-    """Its stds would silently stand still."""
-    model = net()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    attachment = bp.attach(optimizer, model, num_data=1)
-    if change == "deterministic":
-        bp.to_deterministic(model)
-    else:
-        model[5].cut("weight", 0, [0, 2], 3)
-        model[5].cut("bias", 0, [0, 2], 3)
-        for name in ("weight", "bias"):
-            setattr(model[5], name, nn.Parameter(getattr(model[5], name).detach()[[0, 2]]))
-    x, _ = batches(1)[0]
-    model(x).square().mean().backward()
-    with pytest.raises(RuntimeError, match=r"was resized or made deterministic after attach.*call detach\(\) first"):
-        optimizer.step()
-    attachment.detach()
-    optimizer.step()
 
 
 @pytest.mark.parametrize("name", ["lookahead_adamw", "lamb", "adafactor", "muon", "nadamw"])
