@@ -304,5 +304,5 @@ def test_weights_from_elsewhere_are_refused(tmp_path):
 def test_missing_timm_is_named(monkeypatch):
     host = importlib.import_module("bayesprune.hosts.timm")
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ImportError, match=r"needs timm >= 1\.0\.16 .*pip install 'bayesprune\[timm\]'"):
+    with pytest.raises(ImportError, match=r"needs timm >= 1\.0\.23 .*pip install 'bayesprune\[timm\]'"):
         importlib.reload(host)
