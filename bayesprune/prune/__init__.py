@@ -2,6 +2,7 @@
 
 from bayesprune.prune.channels import ChannelReport, prune_channels
 from bayesprune.prune.importance import SNRImportance
+from bayesprune.prune.recalibrate import recalibrate_batch_norm
 from bayesprune.prune.scores import signal_to_noise
 from bayesprune.prune.search import Compression, Trial, compress
 from bayesprune.prune.weights import WeightReport, prune_weights
@@ -15,5 +16,6 @@ __all__ = [
     "compress",
     "prune_channels",
     "prune_weights",
+    "recalibrate_batch_norm",
     "signal_to_noise",
 ]
