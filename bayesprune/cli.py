@@ -1,6 +1,7 @@
 """The command line: `bayesprune compress`, `bayesprune report`, `bayesprune inspect`."""
 
 import logging
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,13 +22,14 @@ from bayesprune import pipeline
 from bayesprune.data import load_data
 from bayesprune.errors import BayespruneError
 from bayesprune.evaluate import Report
+from bayesprune.evaluate.plots import require_matplotlib
 from bayesprune.storage.load import read as read_saved
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Make a trained model smaller."
 )
 
-_CONSOLE = Console()
+_CONSOLE = Console(width=None if sys.stdout.isatty() else 120)  # files and pipes have no width of their own
 
 
 class ConsoleProgress:
@@ -107,6 +109,7 @@ def compress(
     )
     if not model.startswith("timm:"):
         raise typer.BadParameter(f"{model!r}; expected timm:NAME, such as timm:resnet18.", param_hint="--model")
+    require_matplotlib()  # for the report, which comes last
     _check_writable(out)
     torch.manual_seed(seed)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -169,7 +172,7 @@ def main() -> None:
     logging.captureWarnings(True)
     try:
         app()
-    except (BayespruneError, ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
+    except (BayespruneError, ValueError, OSError, ImportError, FloatingPointError) as error:
         Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
         raise SystemExit(1) from error
 

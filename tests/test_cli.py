@@ -106,3 +106,12 @@ def test_report_of_a_directory_without_one(tmp_path, capsys):
     code, out, err = run(capsys, "report", str(tmp_path))
     assert code != 0
     assert "report.json" in out + err
+
+
+@pytest.mark.parametrize(("missing", "extra"), [("matplotlib", "report"), ("sklearn.datasets", "digits")])
+def test_a_missing_extra_is_told_before_any_training(missing, extra, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)
+    code, out, err = run(capsys, "compress", "--out", str(tmp_path / "out"))
+    assert code == 1
+    assert f"bayesprune[{extra}]" in "".join(err.split())
+    assert "epoch" not in out

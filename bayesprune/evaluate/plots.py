@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from bayesprune.evaluate.layers import SNR_LOG10_EDGES, LayerRow, LayerSNR
@@ -111,15 +112,24 @@ def accuracy_against_size(report: "Report") -> str | None:
         return _svg(figure, "Accuracy against non-zero parameters")
 
 
-@contextmanager
-def _style() -> Iterator[None]:
+def require_matplotlib() -> ModuleType:
+    """The library itself.
+
+    Raises:
+        ImportError: it is not installed.
+    """
     try:
         import matplotlib
     except ImportError as error:
         raise ImportError(
             'the plots of the HTML report need matplotlib, which is not installed: pip install "bayesprune[report]"'
         ) from error
-    with matplotlib.rc_context(_STYLE):
+    return matplotlib
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    with require_matplotlib().rc_context(_STYLE):
         yield
 
 
