@@ -377,7 +377,9 @@ def main() -> None:
         return
     if not args.table:
         Benchmark(args).run()
-    args.out.with_suffix(".md").write_text(markdown(json.loads(args.out.read_text())))
+    page = markdown(json.loads(args.out.read_text()))
+    args.out.with_suffix(".md").write_text(page)
+    print(page)
 
 
 if __name__ == "__main__":
