@@ -111,8 +111,8 @@ def to_variational(
     Args:
         model: The model, on any device, in any mode; its mode and frozen parameters stay as they are (the std of a
             frozen weight is frozen too).
-        std: Structure of the stds: "per_weight" (as many stds as weights), "rank_one" (one per output and one per
-            input) or "per_channel" (one per output unit).
+        std: Structure of the stds: "per_weight" (as many stds as weights; for removing single weights), "rank_one"
+            (one per output and one per input) or "per_channel" (one per output unit; for removing channels).
         relative_std: Initial std as a fraction of the root mean square of the layer's weights.
         filter_fn: `filter_fn(module, name)` is False for a module that is to stay deterministic.
         estimator: What a training forward uses: "auto" is "local_reparameterization" where each weight meets one

@@ -29,7 +29,7 @@ def run(*, name: str = "resnet10t", num_epochs: int = 4, data: Data | None = Non
     data = data or load_data("digits")
     model = timm.create_model(name, num_classes=data.num_classes, in_chans=data.in_chans)
     before = count_parameters(model).total
-    bp.to_variational(model)
+    bp.to_variational(model, std="per_channel")
     train(model, data, num_epochs=num_epochs)
 
     pruner = tp.pruner.BasePruner(
