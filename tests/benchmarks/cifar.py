@@ -78,6 +78,7 @@ PLAIN, DEFAULT = Tuning(None), Tuning("per_weight")
 DEFAULT_POWER = 1.0
 TUNINGS = (DEFAULT, Tuning("rank_one"), Tuning("per_channel"), Tuning("rank_one", std_lr=2e-2))
 POWERS = (1.0, 2.0)
+NORMALIZERS = ("mean", "none")
 LEARNING_RATES_AFTER = (0.003, 0.01, 0.03)
 
 
@@ -129,7 +130,7 @@ class Benchmark:
             return
         chosen: dict[str, Any] = {}
         for score in ("magnitude", "taylor"):
-            options = [Removal(score, uniform=False, normalizer=normalizer) for normalizer in ("mean", "none")]
+            options = [Removal(score, uniform=False, normalizer=normalizer) for normalizer in NORMALIZERS]
             rows = [self.validate(PLAIN, removal) for removal in options]
             chosen[f"{score}_normalizer"] = best(rows, "after_removal")["removal"]["normalizer"]
         for tuning in TUNINGS:
@@ -173,6 +174,7 @@ class Benchmark:
                 *((ours, control) for control in controls),
             ]
         rows.append((PLAIN, Removal("tp pruner", uniform=True, normalizer="mean")))
+        rows += [(PLAIN, Removal(s, uniform=False, normalizer=n)) for s in ("magnitude", "taylor") for n in NORMALIZERS]
         # The same score without its stds, on the same network: what they add.
         rows.append((Tuning(**chosen["global"]["tuning"]), Removal("snr", uniform=False, power=0.0)))
         return list(dict.fromkeys(rows))
@@ -305,7 +307,7 @@ def best(rows: list[dict[str, Any]], value: str) -> dict[str, Any]:
 
 
 def importance(removal: Removal) -> tp.importance.Importance:
-    normalizer = None if removal.normalizer == "none" else removal.normalizer
+    normalizer: Any = None if removal.normalizer == "none" else removal.normalizer
     if removal.score == "snr":
         assert removal.power is not None
         return bp.SNRImportance(power=removal.power)
@@ -323,7 +325,9 @@ def prune_with_torch_pruning(model: nn.Module) -> nn.Module:
     def pruned(ratio: float) -> nn.Module:
         candidate = copy.deepcopy(model)
         inner = {block.conv1 for block in candidate.modules() if isinstance(block, Block)}
-        layers = [m for m in candidate.modules() if isinstance(m, nn.Conv2d | nn.Linear) and m not in inner]
+        layers: list[nn.Module] = [
+            m for m in candidate.modules() if isinstance(m, nn.Conv2d | nn.Linear) and m not in inner
+        ]
         scores = tp.importance.MagnitudeImportance()
         tp.pruner.BasePruner(candidate, EXAMPLE, scores, pruning_ratio=ratio, ignored_layers=layers).step()
         return candidate
