@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch_pruning as tp
+from torch import nn
 
 from bayesprune.errors import InfeasibleTargetError, UnsupportedModelError
 from bayesprune.layers import VariationalLayer
@@ -32,7 +33,7 @@ _SHAPE_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, R
 
 _WRONG_GRAPH = "another order of its channels changes the output, so the dependency graph is wrong about it"
 
-Importance = Callable[[Any], Tensor | None]
+Importance = tp.importance.Importance | Callable[[Any], Any]
 
 
 def prune_channels(

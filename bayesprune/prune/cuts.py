@@ -89,7 +89,7 @@ def misfit(member: Member) -> str | None:
         return f"the weight of {name} is computed, not a parameter"
     covered = [position for positions in member.positions.values() for position in positions]
     if max(covered) >= member.size or (isinstance(layer, nn.Parameter) and member.num_covered != member.size):
-        return f"the indices of the dependency graph do not fit {name}"
+        return f"torch-pruning's graph gives {name} channels that it has not, as after a slice or padding of channels"
     if isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) > 1:
         return f"{name} normalises over more than channels"
     if num_blocks(member) > 1:

@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +27,12 @@ import torch.nn.functional as F
 import torch_pruning as tp
 from cifar_resnet import BATCH, Block, Images, ResNet20, trained_resnet20
 from cifar_table import markdown
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 import bayesprune as bp
 from bayesprune.evaluate import accuracy, count_macs, count_parameters
+from bayesprune.prune import recalibrate_batch_norm
 
 NUM_TRAIN, NUM_VALIDATION_PER_CLASS = 45_000, 500
 TAYLOR_BATCHES = 10
@@ -250,7 +250,7 @@ class Benchmark:
         calibration = [images for images, _ in self.train.random(CALIBRATION_BATCHES, seed + 3000, augment=False)]
         if removal.score == "tp pruner":
             model = prune_with_torch_pruning(model)
-            recalibrate(model, calibration)
+            recalibrate_batch_norm(model, calibration)
         else:
             bp.prune_channels(
                 model,
@@ -336,20 +336,6 @@ def prune_with_torch_pruning(model: nn.Module) -> nn.Module:
         return abs(count_macs(candidate, EXAMPLE).macs / dense_macs - MACS_KEPT)
 
     return min((pruned(ratio / 128) for ratio in range(32, 112)), key=distance)
-
-
-def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Running statistics of batch norm become plain means over these batches."""
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-    model.train()
-    with torch.no_grad():
-        for images in batches:
-            model(images)
-    for norm in norms:
-        norm.momentum = 0.1
 
 
 @torch.no_grad()
