@@ -115,3 +115,17 @@ def test_a_missing_extra_is_told_before_any_training(missing, extra, tmp_path, c
     assert code == 1
     assert f"bayesprune[{extra}]" in "".join(err.split())
     assert "epoch" not in out
+
+
+@pytest.mark.parametrize("kind", ["other shapes", "not a checkpoint"])
+def test_a_checkpoint_that_does_not_fit_is_told(kind, tmp_path, capsys):
+    path = tmp_path / "weights.pth"
+    if kind == "other shapes":
+        torch.save({"fc.weight": torch.zeros(7, 512)}, path)
+    else:
+        path.write_bytes(b"no tensors in here")
+    code, out, err = run(capsys, "compress", "--out", str(tmp_path / "out"), "--checkpoint", str(path))
+    assert code == 1
+    assert "weights.pth" in "".join(err.split())
+    assert "does not fit" in " ".join(err.split())
+    assert "epoch" not in out

@@ -5,11 +5,13 @@ Importing this module registers both. Without it timm says "Unknown model (bayes
 
 import dataclasses
 import json
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from bayesprune.errors import StorageError
@@ -24,7 +26,7 @@ try:
     import timm
     from timm.data.config import resolve_data_config
     from timm.layers.conv2d_same import Conv2dSame
-    from timm.models import PretrainedCfg, is_model, register_model
+    from timm.models import PretrainedCfg, is_model, load_checkpoint, register_model
 except ImportError as error:
     raise ImportError(
         f"bayesprune.hosts.timm needs timm >= 1.0.23 ({error}): pip install 'bayesprune[timm]'"
@@ -126,7 +128,7 @@ def create(
     """A timm model for images of this size (channels, height, width), with trained weights where they are given.
 
     Raises:
-        ValueError: timm has no such architecture, or it is not built for such images.
+        ValueError: timm has no such architecture, or the checkpoint does not fit it.
         FileNotFoundError: the checkpoint is missing.
     """
     _check_known(name)
@@ -138,7 +140,13 @@ def create(
     except TypeError:  # convolutional networks take images of any size
         model = timm.create_model(name, **args)
     if checkpoint is not None:
-        timm.models.load_checkpoint(model, str(checkpoint), strict=True)
+        try:
+            load_checkpoint(model, str(checkpoint), strict=True)
+        except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+            raise ValueError(
+                f"checkpoint {str(checkpoint)!r} does not fit {name} with {num_classes} classes and {input_size[0]} "
+                f"input channels, or is no file of tensors: {error}"
+            ) from error
     return model
 
 
