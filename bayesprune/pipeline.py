@@ -66,6 +66,8 @@ class Recipe:
     def __post_init__(self) -> None:
         """Refuses now what would be refused after minutes of training."""
         check_options(self.std, self.relative_std, self.estimator)
+        if self.tolerance is not None and self.tolerance < 0:
+            raise ValueError(f"tolerance is {self.tolerance!r}; expected the largest accepted loss, 0 or more.")
 
 
 NUM_STAGES = 5
@@ -93,6 +95,9 @@ def run(
 
     def validate(candidate: nn.Module) -> float:
         return accuracy(candidate, data.validation, device)
+
+    if recipe.target is not None:  # a target out of reach is told now, not after the training
+        prune_channels(to_variational(copy.deepcopy(model)), example, target=recipe.target, dry_run=True)
 
     progress.stage("Use the trained model" if is_trained else "Train the dense model")
     if not is_trained:

@@ -77,6 +77,9 @@ def test_the_same_seed_gives_the_same_model(compressed, tmp_path, capsys):
     ("arguments", "said"),
     [
         (["--target", "macs=half"], "expected"),
+        (["--target", "mac=0.5"], "expected one of"),
+        (["--target", "macs=0.001"], "cannot be reached"),
+        (["--tolerance", "-0.1"], "0 or more"),
         (["--target", "macs=0.5", "--tolerance", "0.01"], "one of them"),
         (["--model", "resnet18"], "timm:NAME"),
         (["--model", "timm:resnet1800"], "no architecture"),
