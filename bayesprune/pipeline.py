@@ -97,7 +97,8 @@ def run(
         return accuracy(candidate, data.validation, device)
 
     if recipe.target is not None:  # a target out of reach is told now, not after the training
-        prune_channels(to_variational(copy.deepcopy(model)), example, target=recipe.target, dry_run=True)
+        with torch.random.fork_rng(devices=[]):  # torch-pruning draws random numbers
+            prune_channels(to_variational(copy.deepcopy(model)), example, target=recipe.target, dry_run=True)
 
     progress.stage("Use the trained model" if is_trained else "Train the dense model")
     if not is_trained:
