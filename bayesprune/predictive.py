@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from bayesprune import estimators
 from bayesprune.layers import variational_layers
+from bayesprune.macs import eval_mode
 
 
 class Prediction(NamedTuple):
@@ -70,14 +71,8 @@ def predict(model: nn.Module, *inputs: Any, method: str = "sample", num_samples:
         raise ValueError(f'predict method is {method!r}; expected "sample".')
     if num_samples < 2:
         raise ValueError(f"num_samples is {num_samples}; a variance needs at least 2.")
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad(), sampling(model, "weight_sampling"):
-            samples = torch.stack([_logits(model(*inputs, **kwargs)) for _ in range(num_samples)])
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with torch.no_grad(), eval_mode(model), sampling(model, "weight_sampling"):
+        samples = torch.stack([_logits(model(*inputs, **kwargs)) for _ in range(num_samples)])
     return Prediction(samples.mean(0), samples.var(0), samples)
 
 
