@@ -15,3 +15,7 @@ class InfeasibleTargetError(BayespruneError, ValueError):
 
 class UnsupportedModelError(BayespruneError, TypeError):
     """A model, wrapper or layer that an operation does not take."""
+
+
+class UnsupportedFunctionError(BayespruneError, NotImplementedError):
+    """A torch function has no rule for tensors with mean and variance."""

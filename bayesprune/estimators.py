@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bayesprune import noise
+from bayesprune.moments import Moments
 
 Operation = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -74,11 +75,22 @@ def local_reparameterization(
     return output + (std * eps).to(output.dtype)
 
 
+def moments(operation: Operation, x: Tensor, weight: Gaussian, bias: Gaussian | None, feature_dim: int) -> Tensor:
+    """Mean and variance of the output, without noise (Dera et al., 2019): the operation's own rule for `Moments`."""
+    return operation(x, uncertain(weight), None if bias is None else uncertain(bias))
+
+
+def uncertain(posterior: Gaussian) -> Moments:
+    """The posterior as a tensor with mean and variance."""
+    return Moments(posterior.mean, posterior.std.square())
+
+
 _FUNCTIONS: dict[str, Callable[[Operation, Tensor, Gaussian, Gaussian | None, int], Tensor]] = {
     "mean": mean,
     "weight_sampling": weight_sampling,
     "flipout": flipout,
     "local_reparameterization": local_reparameterization,
+    "moments": moments,
 }
 ESTIMATORS = ("auto", *_FUNCTIONS)
 

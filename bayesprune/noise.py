@@ -4,6 +4,8 @@ Nothing is stored between two draws, so a run whose generator state was saved an
 gradient checkpointing) draws the same noise again.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,17 @@ def signs(shape: torch.Size | tuple[int, ...], *, device: torch.device, dtype: t
     """Random signs, -1 or 1 with equal probability."""
     bits = torch.randint(0, 2, shape, generator=_generator(device), device=device)
     return (2 * bits - 1).to(dtype)
+
+
+def many_signs(
+    count: int, shape: torch.Size | tuple[int, ...], *, device: torch.device, dtype: torch.dtype
+) -> Iterator[Tensor]:
+    """So many tensors of random signs, eight of them from one random byte an entry."""
+    generator, byte = _generator(device), torch.empty(0)
+    for index in range(count):
+        if index % 8 == 0:
+            byte = torch.randint(0, 256, shape, generator=generator, device=device, dtype=torch.uint8)
+        yield (2 * ((byte >> (index % 8)) & 1)).to(dtype) - 1
 
 
 def _generator(device: torch.device) -> torch.Generator | None:

@@ -102,3 +102,15 @@ def test_a_restored_stream_repeats_the_noise(world_size, as_rank):
         torch.manual_seed(5)
         gradients += torch.autograd.grad(run(torch.ones(50)).sum(), log_std)
     assert torch.equal(*gradients)
+
+
+def test_many_signs_are_independent_and_balanced():
+    """Eight come from one random byte; each and each product of two is balanced, over bytes too."""
+    torch.manual_seed(0)
+    found = torch.stack([*noise.many_signs(11, (20_000,), device=torch.device("cpu"), dtype=torch.float32)])
+    assert found.shape == (11, 20_000)
+    assert found.abs().eq(1).all()
+    z = (found @ found.T / 20_000 - torch.eye(11)) * 20_000**0.5
+    z_means = found.mean(1) * 20_000**0.5
+    print(f"largest |z| of products {z.abs().max():.2f}, of means {z_means.abs().max():.2f}")
+    assert max(z.abs().max(), z_means.abs().max()) < 5

@@ -70,7 +70,7 @@ def test_mean_in_training_is_the_stock_forward():
 
 
 def test_sampling_refuses():
-    with pytest.raises(ValueError, match="estimator is 'moments'; expected one of"), bp.sampling(net(), "moments"):
+    with pytest.raises(ValueError, match="estimator is 'laplace'; expected one of"), bp.sampling(net(), "laplace"):
         pass
     with pytest.raises(ValueError, match="without variational layers; call to_"), bp.sampling(nn.ReLU()):
         pass

@@ -82,7 +82,7 @@ class VariationalLayer(nn.Module):
         if chosen == "auto":
             local = self.is_linear_in_weight and self.meets_one_position(x)
             return "local_reparameterization" if local else "weight_sampling"
-        if chosen != "mean" and not self.is_linear_in_weight:
+        if chosen not in ("mean", "moments") and not self.is_linear_in_weight:
             return "weight_sampling"
         return chosen
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from bayesprune.estimators import sample
+from bayesprune.estimators import sample, uncertain
 from bayesprune.layers.base import VariationalLayer
 from bayesprune.layers.registry import register_layer
 
@@ -112,8 +112,8 @@ class VariationalMultiheadAttention(VariationalLayer, nn.MultiheadAttention):
         if estimator == "mean" and not (self.training and any(layer.masked_names() for layer in layers)):
             return nn.MultiheadAttention.forward(self, query, *args, **kwargs)
         with ExitStack() as stack:
+            draw = {"mean": lambda posterior: posterior.mean, "moments": uncertain}.get(estimator, sample)
             for layer in layers:
-                posteriors = layer.posteriors().items()
-                draws = {name: p.mean if estimator == "mean" else sample(p) for name, p in posteriors}
+                draws = {name: draw(posterior) for name, posterior in layer.posteriors().items()}
                 stack.enter_context(layer.substituted(**draws))
             return nn.MultiheadAttention.forward(self, query, *args, **kwargs)

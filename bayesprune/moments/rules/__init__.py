@@ -1,0 +1,39 @@
+"""The rules, one file a kind of function; importing this registers them all."""
+
+from bayesprune.moments.rules import (
+    activations,
+    arithmetic,
+    attention,
+    creation,
+    dropout,
+    joins,
+    linear,
+    losses,
+    maximum,
+    normalization,
+    pooling,
+    products,
+    queries,
+    reductions,
+    shapes,
+    softmax,
+)
+
+__all__ = [
+    "activations",
+    "arithmetic",
+    "attention",
+    "creation",
+    "dropout",
+    "joins",
+    "linear",
+    "losses",
+    "maximum",
+    "normalization",
+    "pooling",
+    "products",
+    "queries",
+    "reductions",
+    "shapes",
+    "softmax",
+]

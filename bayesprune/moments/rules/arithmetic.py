@@ -1,0 +1,239 @@
+"""Rules for sums, products and quotients, entry by entry.
+
+Two tensors of one origin combine as one function of it; any others as independent: Var(ab) = va vb + va mb^2 + vb ma^2.
+Cost: no product of matrices.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bayesprune.moments import closed_forms
+from bayesprune.moments.elementwise import affine, apply, in_place, joint
+from bayesprune.moments.gaussian import Formula
+from bayesprune.moments.registry import follows_directions, register_rule
+from bayesprune.moments.shared import common_dims, shared_along
+from bayesprune.moments.tensor import Known, Moments, is_uncertain, known, plain
+
+
+def add(a: Any, b: Any, *, alpha: Any = 1) -> Moments:
+    """a + alpha b."""
+    if is_uncertain(a) and is_uncertain(b):
+        together = joint(a, b, lambda s, t: s + alpha * t) if a.shape == b.shape else None
+        return together if together is not None else _sum(known(a), known(multiply(b, alpha) if alpha != 1 else b))
+    certain, uncertain = (b, a) if is_uncertain(a) else (a, b)
+    scale, offset = (1, _number(certain)) if is_uncertain(a) else (alpha, _number(certain))
+    if is_uncertain(a) and alpha != 1:
+        offset = offset * alpha
+    if _fits(certain, uncertain):
+        return affine(uncertain, scale, offset)
+    return _sum(known(affine(uncertain, scale) if scale != 1 else uncertain), known(offset))
+
+
+def subtract(a: Any, b: Any, *, alpha: Any = 1) -> Moments:
+    """a - alpha b."""
+    return add(a, b, alpha=-alpha)
+
+
+def reverse_subtract(a: Any, b: Any, *, alpha: Any = 1) -> Moments:
+    """b - alpha a."""
+    return add(b, a, alpha=-alpha)
+
+
+def multiply(a: Any, b: Any) -> Moments:
+    """a b."""
+    if is_uncertain(a) and is_uncertain(b):
+        together = joint(a, b, lambda s, t: s * t) if a.shape == b.shape else None
+        return together if together is not None else _product(known(a), known(b))
+    certain, uncertain = (b, a) if is_uncertain(a) else (a, b)
+    if _fits(certain, uncertain):
+        return affine(uncertain, _number(certain))
+    return _product(known(uncertain), known(_number(certain)))
+
+
+def divide(a: Any, b: Any, *, rounding_mode: None = None) -> Moments:
+    """a / b."""
+    if rounding_mode is not None:
+        raise NotImplementedError(f"moments: division with rounding_mode={rounding_mode!r} has no useful variance.")
+    if not is_uncertain(b):
+        return multiply(a, 1 / _number(b))
+    if is_uncertain(a) and a.shape == b.shape:
+        together = joint(a, b, lambda s, t: s / t)
+        if together is not None:
+            return together
+    return multiply(a, apply(b, torch.reciprocal, closed_forms.power(-1.0)))
+
+
+def power(a: Any, exponent: Any) -> Moments:
+    """a to the exponent, one of them a number or a certain tensor of the other's shape."""
+    if is_uncertain(a) and is_uncertain(exponent):
+        together = joint(a, exponent, torch.pow)
+        if together is None:
+            raise NotImplementedError("moments: a power of two independent uncertain tensors has no rule.")
+        return together
+    if is_uncertain(a):
+        return apply(a, lambda t: torch.pow(t, exponent), _power_formula(exponent))
+    return apply(exponent, lambda t: torch.pow(a, t))
+
+
+def where(condition: Tensor, a: Any, b: Any) -> Moments:
+    """a where the condition holds, b elsewhere."""
+    first, second = known(a), known(b)
+    mean = torch.where(condition, first.parts.mean, second.parts.mean)
+    chosen = [(first, condition), (second, ~condition)]
+    if first.directions is not None or second.directions is not None:
+        residual = _selected([(_residual(x), where_) for x, where_ in chosen])
+        return Moments.along(mean, _pushed(first, second, condition, ~condition, mean.dim()), residual)
+    variance = _selected([(x.parts.variance, where_) for x, where_ in chosen])
+    dims = common_dims(first.parts, second.parts)
+    if not dims:
+        return Moments(mean, variance)
+    common = [(shared_along(x.parts, dims), where_.float().expand(mean.shape)) for x, where_ in chosen]
+    return Moments(mean, variance, _selected([(x, _averaged(where_, dims).square()) for x, where_ in common]))
+
+
+def reverse_divide(a: Any, b: Any) -> Moments:
+    """b / a."""
+    return divide(b, a)
+
+
+def reverse_power(exponent: Any, a: Any) -> Moments:
+    """a to the exponent."""
+    return power(a, exponent)
+
+
+def negate(a: Moments) -> Moments:
+    """-a."""
+    return affine(a, -1)
+
+
+def masked_fill(x: Any, mask: Tensor, value: Any) -> Moments:
+    """x, with a value where the mask is true."""
+    if not isinstance(value, Tensor):
+        value = torch.tensor(value, dtype=x.dtype, device=x.device)
+    return where(mask, value, x)
+
+
+def addcmul(x: Any, a: Any, b: Any, *, value: Any = 1) -> Moments:
+    """x + value a b."""
+    product = a * b
+    return add(x, product, alpha=value)
+
+
+def _sum(a: Known, b: Known) -> Moments:
+    mean = a.parts.mean + b.parts.mean
+    if a.directions is not None or b.directions is not None:
+        return Moments.along(mean, _pushed(a, b, 1, 1, mean.dim()), _plus(_residual(a), _residual(b)))
+    dims = common_dims(a.parts, b.parts)
+    shared = _plus(shared_along(a.parts, dims), shared_along(b.parts, dims)) if dims else None
+    return Moments(mean, _plus(a.parts.variance, b.parts.variance), shared)
+
+
+def _product(a: Known, b: Known) -> Moments:
+    (ma, va, _), (mb, vb, _) = a.parts, b.parts
+    mean = ma * mb
+    if a.directions is not None or b.directions is not None:
+        residual = _product_variance(_residual(a), _residual(b), ma, mb)
+        return Moments.along(mean, _pushed(a, b, mb, ma, mean.dim()), residual)
+    variance, dims = _product_variance(va, vb, ma, mb), common_dims(a.parts, b.parts)
+    if not dims:
+        return Moments(mean, variance)
+    first, second = shared_along(a.parts, dims), shared_along(b.parts, dims)
+    return Moments(mean, variance, _product_variance(first, second, _averaged(ma, dims), _averaged(mb, dims)))
+
+
+def _pushed(a: Known, b: Known, by_a: Any, by_b: Any, num_dims: int) -> Tensor:
+    """The directions of both, each times the derivative by it."""
+    terms = []
+    for x, factor in ((a, by_a), (b, by_b)):
+        if x.directions is not None:
+            aligned_ = x.directions.reshape(
+                len(x.directions), *(1,) * (num_dims + 1 - x.directions.dim()), *x.directions.shape[1:]
+            )
+            terms.append(aligned_ * factor)
+    return sum(terms[1:], start=terms[0])
+
+
+def _selected(terms: list[tuple[Tensor | None, Tensor]]) -> Tensor | None:
+    first, second = (None if x is None else x * factor for x, factor in terms)
+    return _plus(first, second)
+
+
+def _power_formula(exponent: Any) -> Formula | None:
+    """Quadrature for whole numbers, exact for small ones; any other power is that of a positive number."""
+    if isinstance(exponent, Tensor):
+        return None
+    if exponent == 2:
+        return closed_forms.squared
+    return None if exponent >= 0 and exponent == int(exponent) else closed_forms.power(float(exponent))
+
+
+def _residual(x: Known) -> Tensor | None:
+    return x.parts.variance if x.directions is None else x.residual
+
+
+def _product_variance(va: Tensor | None, vb: Tensor | None, ma: Any, mb: Any) -> Tensor | None:
+    total = None
+    if va is not None:
+        total = va * _square(mb, va) if vb is None else va * (_square(mb, va) + vb)
+    if vb is not None:
+        total = _plus(total, vb * _square(ma, vb))
+    return total
+
+
+def _square(x: Any, like: Tensor) -> Any:
+    return x.to(like.dtype).square() if isinstance(x, Tensor) else x**2
+
+
+def _averaged(x: Any, dims: set[int]) -> Any:
+    if not isinstance(x, Tensor) or not x.dim():
+        return x
+    own = [dim for dim in dims if -dim <= x.dim() and x.shape[dim] > 1]
+    return x.mean(own, keepdim=True) if own else x
+
+
+def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+def _number(x: Any) -> Any:
+    return plain(x) if isinstance(x, Tensor) else x
+
+
+def _fits(certain: Any, uncertain: Moments) -> bool:
+    """Whether the certain operand leaves the shape of the uncertain one as it is."""
+    if not isinstance(certain, Tensor):
+        return True
+    return torch.broadcast_shapes(certain.shape, uncertain.shape) == uncertain.shape
+
+
+_NAMES = {
+    add: ("add", "__add__", "__radd__"),
+    subtract: ("sub", "subtract", "__sub__"),
+    reverse_subtract: ("rsub", "__rsub__"),
+    multiply: ("mul", "multiply", "__mul__", "__rmul__"),
+    divide: ("div", "divide", "true_divide", "__truediv__", "__div__"),
+    reverse_divide: ("__rtruediv__", "__rdiv__"),
+    power: ("pow", "__pow__"),
+    reverse_power: ("__rpow__",),
+    negate: ("neg", "negative", "__neg__"),
+    masked_fill: ("masked_fill",),
+    addcmul: ("addcmul",),
+}
+_IN_PLACE_NAMES = {
+    add: ("add_", "__iadd__"),
+    subtract: ("sub_", "subtract_", "__isub__"),
+    multiply: ("mul_", "multiply_", "__imul__"),
+    divide: ("div_", "divide_", "true_divide_", "__itruediv__", "__idiv__"),
+    power: ("pow_", "__ipow__"),
+    negate: ("neg_", "negative_"),
+    masked_fill: ("masked_fill_",),
+    addcmul: ("addcmul_",),
+}
+for _names, _wrap in ((_NAMES, follows_directions), (_IN_PLACE_NAMES, in_place)):
+    for _rule, _found in _names.items():
+        _functions = (getattr(owner, name, None) for name in _found for owner in (torch, Tensor))
+        register_rule(*filter(callable, _functions))(_wrap(_rule))
+register_rule(torch.where)(follows_directions(where))
+register_rule(Tensor.where)(follows_directions(lambda x, condition, other: where(condition, x, other)))

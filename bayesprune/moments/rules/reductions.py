@@ -1,0 +1,132 @@
+"""Rules for sums, means, variances and norms over dimensions. No product.
+
+Over positions the shared part s stays while the rest averages away: var(mean) = (v - s) / n + s. Over units both do.
+Exact, but for covariance that is not shared. Variances, stds and norms are taken to first order, their means with the
+variance of the entries in them.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bayesprune.moments.gaussian import std as root
+from bayesprune.moments.registry import register_rule
+from bayesprune.moments.shared import aligned, products_of_pairs
+from bayesprune.moments.tensor import Moments, parts
+
+
+@register_rule(torch.sum, Tensor.sum)
+def total(input: Moments, dim: Any = None, keepdim: bool = False, *, axis: Any = None, dtype: Any = None) -> Moments:
+    """Sum over dimensions."""
+    return _reduced(input, dim if axis is None else axis, keepdim, is_mean=False, dtype=dtype)
+
+
+@register_rule(torch.mean, Tensor.mean)
+def mean(input: Moments, dim: Any = None, keepdim: bool = False, *, axis: Any = None, dtype: Any = None) -> Moments:
+    """Mean over dimensions."""
+    return _reduced(input, dim if axis is None else axis, keepdim, is_mean=True, dtype=dtype)
+
+
+def of_value(value: Tensor, input: Moments, slope: Tensor, dims: tuple[int, ...], keepdim: bool) -> Moments:
+    """A function of all entries along dimensions, to first order: its value, and its slope by each of the entries."""
+    _, variance, shared = parts(input)
+    assert variance is not None, "a rule is for uncertain tensors"
+    slope = slope.to(variance.dtype)
+    if shared is None:
+        return Moments(value, (slope.square() * variance).sum(dims, keepdim))
+    shared = aligned(shared, variance.dim())
+    positions = [d for d in range(variance.dim()) if shared.shape[d] == 1 and variance.shape[d] > 1]
+    slopes = slope.sum(along, keepdim=True) if (along := [d for d in positions if d in dims]) else slope
+    alone = (variance - shared) if along else variance
+    total = (slope.square() * alone).sum(dims, keepdim)
+    if along:
+        total = total + (slopes.square() * shared).sum(dims, keepdim)
+    if len(along) == len(positions):
+        return Moments(value, total.clamp_min(0))
+    pairs = products_of_pairs(slopes, [1 if d in positions else size for d, size in enumerate(slopes.shape)])
+    return Moments(value, total.clamp_min(0), (pairs * shared).sum(dims, keepdim))
+
+
+@register_rule(torch.var, Tensor.var)
+def var(
+    input: Moments, dim: Any = None, unbiased: bool = True, keepdim: bool = False, *, correction: int | None = None
+) -> Moments:
+    """The variance over dimensions, as `var_mean` gives it."""
+    return var_mean(input, dim, unbiased, keepdim, correction=correction)[0]
+
+
+@register_rule(torch.var_mean)
+def var_mean(
+    input: Moments, dim: Any = None, unbiased: bool = True, keepdim: bool = False, *, correction: int | None = None
+) -> tuple[Moments, Moments]:
+    """Variance and mean over dimensions: the spread of the means, and the mean variance less that of their mean."""
+    if isinstance(dim, bool):  # var(unbiased)
+        dim, unbiased = None, dim
+    x, variance, _ = parts(input)
+    assert variance is not None, "a rule is for uncertain tensors"
+    dims, centre = dims_of(dim, x.dim()), input.mean(dim, keepdim)
+    count = torch.Size(x.shape[d] for d in dims).numel()
+    divisor = count - (int(unbiased) if correction is None else correction)
+    deviation = (x - x.mean(dims, keepdim=True)).to(variance.dtype)
+    noise = variance.mean(dims, keepdim) - parts(centre).variance  # type: ignore[operator]
+    value = (deviation.square().mean(dims, keepdim) + noise.clamp_min(0)) * (count / divisor)
+    return of_value(value.to(x.dtype), input, deviation * (2 / divisor), dims, keepdim), centre
+
+
+@register_rule(torch.std, Tensor.std)
+def std(
+    input: Moments, dim: Any = None, unbiased: bool = True, keepdim: bool = False, *, correction: int | None = None
+) -> Any:
+    """The square root of `var`."""
+    return var(input, dim, unbiased, keepdim, correction=correction).sqrt()
+
+
+@register_rule(torch.linalg.vector_norm)
+def vector_norm(x: Moments, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Moments:
+    """The Euclidean norm over dimensions: the root of the expected square."""
+    if ord not in (2, "fro", None):
+        raise NotImplementedError(f"moments: a norm of order {ord!r} has no rule; only the Euclidean norm (2) has.")
+    m, variance, _ = parts(x)
+    assert variance is not None, "a rule is for uncertain tensors"
+    dims = dims_of(dim, m.dim())
+    square = (m.to(variance.dtype).square() + variance).sum(dims, keepdim=True)
+    whole = root(square)
+    value = root(square if keepdim else square.squeeze(dims))
+    return of_value(value.to(dtype or m.dtype), x, m / whole, dims, keepdim)
+
+
+@register_rule(torch.norm, Tensor.norm)
+def norm(
+    input: Moments, p: Any = "fro", dim: Any = None, keepdim: bool = False, out: None = None, dtype: Any = None
+) -> Moments:
+    """The Euclidean norm over dimensions."""
+    return vector_norm(input, p, dim, keepdim, dtype=dtype)
+
+
+def dims_of(dim: Any, num_dims: int) -> tuple[int, ...]:
+    """The dimensions, counted from the front, that an argument `dim` names: all where it is None or empty."""
+    if dim is None or (not isinstance(dim, int) and not len(dim)):
+        return tuple(range(num_dims))
+    return tuple(sorted({d % num_dims for d in ((dim,) if isinstance(dim, int) else dim)}))
+
+
+def _reduced(x: Moments, dim: Any, keepdim: bool, *, is_mean: bool, dtype: Any) -> Moments:
+    mean_, variance, shared = parts(x)
+    assert variance is not None, "a rule is for uncertain tensors"
+    num_dims = mean_.dim()
+    dims = dims_of(dim, num_dims)
+    if not dims:  # a single number
+        return x
+    reduced = mean_.mean(dims, keepdim, dtype=dtype) if is_mean else mean_.sum(dims, keepdim, dtype=dtype)
+    factor = torch.Size(mean_.shape[d] for d in dims).numel() ** -2 if is_mean else 1
+    if shared is None:
+        return Moments(reduced, variance.sum(dims, keepdim) * factor)
+    shared = aligned(shared, num_dims)
+    along = [d for d in dims if shared.shape[d] == 1 and mean_.shape[d] > 1]
+    if not along:
+        return Moments(reduced, variance.sum(dims, keepdim) * factor, shared.sum(dims, keepdim) * factor)
+    positions = torch.Size(mean_.shape[d] for d in along).numel()
+    alone = (variance - shared).sum(dims, keepdim)
+    common = shared.sum(dims, keepdim) * positions**2
+    return Moments(reduced, (alone + common).clamp_min(0) * factor, common * factor)
