@@ -2,7 +2,8 @@
 
 from importlib.util import find_spec as _find_spec
 
-from bayesprune import priors
+from bayesprune import evi, moments, priors
+from bayesprune.compiling import compile_moments
 from bayesprune.convert import conversion_table, to_deterministic, to_variational
 from bayesprune.evaluate import report
 from bayesprune.layers import VariationalLayer, register_layer
@@ -14,15 +15,23 @@ from bayesprune.train import attach, kl_divergence
 if _find_spec("timm"):
     from bayesprune.hosts import timm as _timm  # noqa: F401  (makes `timm.create_model("local-dir:...")` know us)
 
+if _find_spec("transformers"):
+    from bayesprune.hosts import deferred as _deferred
+
+    _deferred.register()  # transformers' `from_pretrained` will know us, once it is imported
+
 __all__ = [
     "Prediction",
     "SNRImportance",
     "VariationalLayer",
     "attach",
+    "compile_moments",
     "compress",
     "conversion_table",
+    "evi",
     "kl_divergence",
     "load",
+    "moments",
     "predict",
     "priors",
     "prune_channels",

@@ -225,6 +225,9 @@ def _reasons_to_leave(model: nn.Module, filter_fn: Filter | None) -> dict[nn.Mod
 def _reason_of_its_own(module: nn.Module, name: str, filter_fn: Filter | None) -> str | None:
     found = variational_type(type(module))
     if found is None:
+        stacked = {key: len(p) for key, p in module._parameters.items() if p is not None and p.dim() == 3}
+        if len(stacked) > 1 and set(stacked.values()) != {1} and len(set(stacked.values())) == 1:
+            return f"its {' and '.join(stacked)} each hold {next(iter(stacked.values()))} matrices, those of experts"
         return f"{type(module).__name__} is not a registered type"
     if parametrize.is_parametrized(module):
         return "its weight is parametrized"

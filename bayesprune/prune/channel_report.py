@@ -1,7 +1,7 @@
 """What `prune_channels` did or would do."""
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.table import Table
@@ -11,12 +11,18 @@ from bayesprune.macs import COUNTER
 
 @dataclass(frozen=True)
 class ChannelRow:
-    """Output channels of one layer before and after, and the layers that lose the same channels with it."""
+    """Output channels of one layer before and after, and the layers that lose the same channels with it.
+
+    Of heads, the channels are those of its keys, the layer is the attention module, and `heads` and `kept_heads` count
+    its query heads; both are 0 where the row is not about heads.
+    """
 
     layer: str
     channels: int
     kept: int
     along: tuple[str, ...] = ()
+    heads: int = 0
+    kept_heads: int = 0
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,9 @@ class ChannelReport:
         target: As asked for.
         left_whole: Why a layer keeps all its output channels, by name.
         removed: Indices of the removed channels, by root layer, in the dense model's numbering.
+        removed_heads: Indices of the removed query heads, by attention module, in the dense model's numbering.
+        config: What the model's config says now, by field, where it follows a uniform cut; None where none was asked
+            for, the model has no config, or its config cannot say the new sizes.
         dry_run: Whether the model was left as it was.
         counter: What counted the MACs.
     """
@@ -44,6 +53,8 @@ class ChannelReport:
     target: dict[str, float]
     left_whole: dict[str, str]
     removed: dict[str, tuple[int, ...]]
+    removed_heads: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    config: dict[str, int] | None = None
     dry_run: bool = False
     counter: str = COUNTER
 
@@ -63,8 +74,9 @@ class ChannelReport:
         for heading in ("layer", "channels", "kept", "share", "along with it"):
             table.add_column(heading, overflow="fold")
         for row in self.rows:
+            counts = (f"{row.heads} heads", f"{row.kept_heads} heads") if row.heads else (row.channels, row.kept)
             share = f"{row.kept / row.channels:.0%}"
-            table.add_row(row.layer, f"{row.channels}", f"{row.kept}", share, shown(row.along))
+            table.add_row(row.layer, *map(str, counts), share, shown(row.along))
         layers: dict[str, list[str]] = defaultdict(list)
         for layer, reason in self.left_whole.items():
             layers[reason].append(layer)
@@ -72,6 +84,9 @@ class ChannelReport:
         with console.capture() as capture:
             console.print(title, markup=False, highlight=False)
             console.print(table)
+            if self.config:
+                fields = ", ".join(f"{name}={value}" for name, value in self.config.items())
+                console.print(f"the config says so: {fields}", markup=False, highlight=False)
             for reason, names in layers.items():
                 console.print(f"left whole: {shown(names)}: {reason}", markup=False, highlight=False)
         return capture.get()

@@ -7,7 +7,8 @@ checks caps only between steps, and does not say what it skipped.
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,14 +16,16 @@ import torch_pruning as tp
 from torch import nn
 
 from bayesprune.errors import InfeasibleTargetError, UnsupportedModelError
-from bayesprune.layers import VariationalLayer
 from bayesprune.macs import macs_by_module
 from bayesprune.prune import plan
 from bayesprune.prune.channel_report import ChannelReport, ChannelRow, shown
-from bayesprune.prune.groups import ChannelGroup, find_groups
+from bayesprune.prune.checks import check_model, checked_target
+from bayesprune.prune.config import follow_config
+from bayesprune.prune.groups import find_groups
 from bayesprune.prune.importance import SNRImportance, removed_weights
 from bayesprune.prune.recalibrate import recalibrate_batch_norm
 from bayesprune.prune.removal import Selection, remove
+from bayesprune.prune.structure import GRANULARITY, ChannelGroup
 from bayesprune.prune.trace import quiet
 from bayesprune.prune.verify import misplaced
 
@@ -42,20 +45,21 @@ def prune_channels(
     *,
     target: Mapping[str, float],
     importance: Importance | None = None,
+    granularity: Collection[str] = GRANULARITY,
     uniform: bool = False,
     round_to: int = 1,
     dry_run: bool = False,
     data: Iterable[Any] | None = None,
     ignored_layers: Iterable[nn.Module] = (),
 ) -> ChannelReport:
-    """Removes the channels that are worth least until the target is met, in place; what was done is in the report.
+    """Removes the channels and heads that are worth least until the target is met, in place; returns what was done.
 
-    Output layers and the heads of attention stay whole, and so does what cannot be cut rightly; the report names each
-    with the reason. Stds and masks follow their means. Modes, `requires_grad` and tied weights stay as they were.
-    Parameters are new objects afterwards: make the optimizer, and attach to it, after this call.
+    Output layers stay whole, and so does what cannot be cut rightly; the report names each with the reason. Stds and
+    masks follow their means, `num_heads` and its like the heads. Modes, `requires_grad` and tied weights stay as they
+    were. Parameters are new objects afterwards: make the optimizer, and attach to it, after this call.
 
-    Every group keeps at least a tenth of its channels and `round_to`. Channels that a grouped convolution ties are
-    ranked by their mean score.
+    Every group keeps at least a tenth of its channels and `round_to`. Channels that can only leave together, those of
+    a head or those that a grouped convolution ties, are ranked by their mean score.
 
     Args:
         model: With variational layers, or any model when `importance` is given. On any device, not wrapped.
@@ -63,7 +67,11 @@ def prune_channels(
         target: {"macs": f} or {"params": f}, the fraction of the model as it is now that is kept, or {"snr": t}: remove
             the channels whose root mean square SNR, over all weights that leave with them, is below t.
         importance: A torch-pruning importance; None is `SNRImportance()`. A target of "snr" takes none.
-        uniform: Remove the same fraction of every group, ranking inside groups alone.
+        granularity: What may go: "heads" of attention (where queries share keys and values, with all that share them),
+            "mlp", the channels inside residual blocks, and "width", the channels that blocks read from and add to, and
+            those of nets without blocks.
+        uniform: Remove the same fraction of every group, ranking inside groups alone. The config of a model of
+            transformers then follows, where it can say the new sizes.
         round_to: Kept channels are a multiple of this, where the size of the layer allows.
         dry_run: Only report; the model is as before afterwards.
         data: Batches (inputs, or tuples that start with them) for recalibrating batch norm, forward passes only.
@@ -74,10 +82,10 @@ def prune_channels(
         UnsupportedModelError: the model is wrapped, cannot be traced, or has no variational layer and no importance.
         ValueError: an option is not one of those named, or the importance gives scores that cannot be ranked.
     """
-    what, value = _checked(target, importance, uniform, round_to)
-    _check_model(model, importance)
+    what, value = checked_target(target, importance, granularity, uniform, round_to)
+    check_model(model, importance)
     macs = macs_by_module(model, example_inputs)
-    structure = find_groups(model, example_inputs, ignored_layers=ignored_layers)
+    structure = find_groups(model, example_inputs, granularity=granularity, ignored_layers=ignored_layers)
     left_whole = dict(structure.left_whole)
     wrong = misplaced(model, structure.groups, example_inputs)
     left_whole |= {layer: _WRONG_GRAPH for group in wrong for layer in group.layers}
@@ -104,19 +112,15 @@ def prune_channels(
     if macs_after != costs.cost("macs", counts):
         _LOGGER.info("counted %d MACs after the cut, planned %d", macs_after, costs.cost("macs", counts))
     report = ChannelReport(
-        rows=tuple(
-            ChannelRow(g.name, g.num_channels, g.num_channels - g.unit_size * len(units), tuple(g.layers[1:]))
-            for g, units in selection
-        ),
+        rows=tuple(_row(group, len(units)) for group, units in selection),
         macs_before=sum(macs.values()),
         macs_after=macs_after,
         params_before=params,
         params_after=_num_parameters(model),
         target=dict(target),
         left_whole=left_whole,
-        removed={
-            g.name: tuple(sorted(channel for unit in units for channel in unit)) for g, units in selection if units
-        },
+        removed={g.name: tuple(sorted(c for unit in u for c in unit)) for g, u in selection if u and not g.attention},
+        removed_heads={name: _heads(g, units) for g, units in selection if units for name in g.attention},
         dry_run=dry_run,
     )
     if dry_run:
@@ -127,40 +131,22 @@ def prune_channels(
         except BaseException:
             undo()
             raise
+    if uniform and not dry_run:
+        return replace(report, config=follow_config(model, [(g, len(units)) for g, units in selection]))
     return report
 
 
-def _checked(
-    target: Mapping[str, float], importance: Importance | None, uniform: bool, round_to: int
-) -> tuple[str, float]:
-    if len(target) != 1 or (what := next(iter(target))) not in ("macs", "params", "snr"):
-        raise ValueError(f'target is {dict(target)!r}; expected one of {{"macs": f}}, {{"params": f}}, {{"snr": t}}.')
-    value = target[what]
-    if what == "snr":
-        if not 0 < value < float("inf"):
-            raise ValueError(f"target snr is {value!r}; expected a positive number, 1.0 say.")
-        if importance is not None or uniform:
-            raise ValueError('target {"snr": t} is a criterion of its own; it takes no importance and no uniform=True.')
-    elif not 0 < value < 1:
-        raise ValueError(f"target {what} is {value!r}; expected the fraction to keep, between 0 and 1.")
-    if round_to < 1:
-        raise ValueError(f"round_to is {round_to!r}; expected 1 or more.")
-    return what, value
+def _row(group: ChannelGroup, num_removed: int) -> ChannelRow:
+    kept = group.num_channels - group.unit_size * num_removed
+    along = tuple(name for name in group.layers if name != group.name)
+    heads = len(group.units) * group.heads_per_unit
+    return ChannelRow(group.name, group.num_channels, kept, along, heads, heads - num_removed * group.heads_per_unit)
 
 
-def _check_model(model: nn.Module, importance: Importance | None) -> None:
-    if any(module._compiled_call_impl is not None for module in model.modules()):
-        raise UnsupportedModelError("prune_channels got a compiled model; cut the model first, then compile it.")
-    if hasattr(model, "_orig_mod") or type(model).__module__.startswith(("torch.nn.parallel", "torch.distributed")):
-        raise UnsupportedModelError(
-            f"prune_channels got a model wrapped in {type(model).__name__}; pass the model inside it, and wrap it "
-            "again afterwards."
-        )
-    if importance is None and not any(isinstance(module, VariationalLayer) for module in model.modules()):
-        raise UnsupportedModelError(
-            "prune_channels ranks by the posterior, and this model has no variational layer: call to_variational and "
-            "train, or pass a torch-pruning importance, such as torch_pruning.importance.MagnitudeImportance()."
-        )
+def _heads(group: ChannelGroup, units: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
+    """The query heads in these units."""
+    first = [unit[0] // group.unit_size * group.heads_per_unit for unit in units]
+    return tuple(sorted(start + head for start in first for head in range(group.heads_per_unit)))
 
 
 def _mean_scores(importance: Importance) -> Callable[[ChannelGroup], list[float] | None]:

@@ -1,9 +1,10 @@
 """One side of one layer: how long it is, which parameters it cuts, and whether torch-pruning can cut it rightly."""
 
+from collections import defaultdict
 from dataclasses import dataclass
 
 import torch_pruning as tp
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -11,7 +12,7 @@ from torch_pruning.dependency import Dependency
 
 from bayesprune.layers import VariationalLayer
 from bayesprune.layers.structures import SUFFIXES
-from bayesprune.prune.trace import ROOT_TYPES
+from bayesprune.prune.roots import ROOT_TYPES, is_root, is_transposed_linear
 
 Axis = tuple[str, str]
 """A layer's name, and "out" or "in"."""
@@ -36,8 +37,8 @@ class Member:
     positions: dict[int, list[int]]
 
     @property
-    def layer(self) -> nn.Module | nn.Parameter:
-        """The layer, or a parameter that stands in the model by itself."""
+    def layer(self) -> nn.Module | Tensor:
+        """The layer, or a parameter or buffer that stands in the model by itself."""
         return self.dependency.layer
 
     @property
@@ -61,13 +62,14 @@ def cut_parameters(layer: nn.Module, side: str) -> list[tuple[str, int]]:
     if isinstance(layer, nn.Embedding):
         return [("weight", 1)]
     transposed = isinstance(layer, _ConvNd) and layer.transposed and not is_depthwise(layer)
+    transposed = transposed or is_transposed_linear(layer)
     if side == "in":
         return [("weight", 0 if transposed else 1)]
     found = [("weight", 1 if transposed else 0), ("bias", 0)]
     return [(name, dim) for name, dim in found if layer._parameters.get(name) is not None]
 
 
-def is_depthwise(layer: nn.Module | nn.Parameter) -> bool:
+def is_depthwise(layer: nn.Module | Tensor) -> bool:
     """Whether torch-pruning cuts both sides of this convolution at once."""
     return isinstance(layer, _ConvNd) and layer.groups == layer.out_channels > 1
 
@@ -85,7 +87,7 @@ def misfit(member: Member) -> str | None:
     layer, (name, _) = member.layer, member.axis
     if unknown := _unknown_parameters(layer):
         return f"torch-pruning does not know {name}.{unknown[0]}"
-    if isinstance(layer, ROOT_TYPES) and layer._parameters.get("weight") is None:
+    if isinstance(layer, nn.Module) and is_root(layer) and layer._parameters.get("weight") is None:
         return f"the weight of {name} is computed, not a parameter"
     covered = [position for positions in member.positions.values() for position in positions]
     if max(covered) >= member.size or (isinstance(layer, nn.Parameter) and member.num_covered != member.size):
@@ -100,11 +102,21 @@ def misfit(member: Member) -> str | None:
     return None
 
 
-def _unknown_parameters(layer: nn.Module | nn.Parameter) -> list[str]:
+def _unknown_parameters(layer: nn.Module | Tensor) -> list[str]:
     """Parameters beside weight, bias and their stds, as a gain, which would keep their size."""
-    if isinstance(layer, nn.Parameter):
+    if isinstance(layer, Tensor):
         return []
     known = {"weight", "bias"}
     if isinstance(layer, VariationalLayer):
         known |= {f"{name}_{suffix}" for name in ("weight", "bias") for suffix in SUFFIXES}
     return [name for name, parameter in layer._parameters.items() if parameter is not None and name not in known]
+
+
+def tied_parameters(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Modules and names that hold one parameter, for the parameters with several, by id."""
+    holders: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                holders[id(parameter)].append((module, name))
+    return {key: found for key, found in holders.items() if len(found) > 1}

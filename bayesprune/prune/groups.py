@@ -6,106 +6,80 @@ model's outputs, tied weights, the equal blocks that grouped convolutions ask fo
 
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 from torch import nn
 from torch_pruning import ops
 from torch_pruning.dependency import Group
 
-from bayesprune.prune.cuts import CUTTABLE, Axis, Member, axis_size, cut_parameters, misfit, num_blocks, side
-from bayesprune.prune.trace import ROOT_TYPES, Trace, quiet, trace
+from bayesprune.prune.cuts import (
+    CUTTABLE,
+    Axis,
+    Member,
+    axis_size,
+    cut_parameters,
+    misfit,
+    num_blocks,
+    side,
+    tied_parameters,
+)
+from bayesprune.prune.heads import find_heads
+from bayesprune.prune.roots import is_root
+from bayesprune.prune.streams import is_width
+from bayesprune.prune.structure import GRANULARITY, ChannelGroup, ChannelStructure
+from bayesprune.prune.trace import Trace, quiet, trace
 
 # Parts of the names that autograd gives products of activations, which mix channels in a way that no graph shows.
 _PRODUCTS = ("Bmm", "Baddbmm", "ttention", "Einsum")
 
-
-@dataclass(frozen=True, eq=False)
-class ChannelGroup:
-    """Channels of one root layer, and everything that leaves with each.
-
-    Attributes:
-        name: The root layer.
-        group: torch-pruning's group of all its channels.
-        units: Sets of root channels that can only leave together, all of one size.
-        members: What loses channels.
-    """
-
-    name: str
-    group: Group
-    units: tuple[tuple[int, ...], ...]
-    members: tuple[Member, ...]
-
-    @property
-    def unit_size(self) -> int:
-        """Channels in a unit: the number of groups of a grouped convolution, usually 1."""
-        return len(self.units[0])
-
-    @property
-    def num_channels(self) -> int:
-        """Channels of the root layer."""
-        return len(self.units) * self.unit_size
-
-    @property
-    def layers(self) -> list[str]:
-        """Layers with weights whose output channels leave, the root first."""
-        found = [m.axis[0] for m in self.members if m.axis[1] == "out" and isinstance(m.layer, ROOT_TYPES)]
-        return sorted(found, key=lambda name: name != self.name)
-
-    def positions_per_unit(self, member: Member) -> int:
-        """Positions along the member's axis that one unit takes along."""
-        return _num_positions(member, self.units[0])
+_INSIDE_ATTENTION = "its outputs are dimensions of attention heads"
+_IN_A_PRODUCT = "its outputs enter a product of activations, as in attention"
+_SHARED_BY_HEADS = "grouped-query attention shares its outputs among heads"
+_OF_HEADS = (_INSIDE_ATTENTION, _IN_A_PRODUCT, _SHARED_BY_HEADS)
 
 
-@dataclass(frozen=True)
-class ChannelStructure:
-    """What of a model can be removed, in the model's order.
-
-    Attributes:
-        groups: Its groups of channels.
-        left_whole: Why a layer keeps all its output channels, by name.
-    """
-
-    groups: tuple[ChannelGroup, ...]
-    left_whole: dict[str, str]
-
-
-def find_groups(model: nn.Module, example_inputs: Any, *, ignored_layers: Iterable[nn.Module] = ()) -> ChannelStructure:
-    """The channel groups of a model; the model is as before afterwards.
+def find_groups(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    granularity: Collection[str] = GRANULARITY,
+    ignored_layers: Iterable[nn.Module] = (),
+) -> ChannelStructure:
+    """The channel groups and heads of a model; the model is as before afterwards.
 
     Args:
         model: With variational layers or without.
         example_inputs: A tensor, a tuple of positional arguments, or a mapping of keyword arguments.
+        granularity: Which of "heads", "mlp" and "width" may go. With "heads" alone torch-pruning traces nothing.
         ignored_layers: Layers, with everything inside them, whose output channels all stay.
 
     Raises:
         UnsupportedModelError: torch-pruning cannot trace the model.
     """
-    finder = _Finder(model, trace(model, example_inputs), ignored_layers)
-    modules = finder.trace.graph.module2node
-    groups: dict[str, ChannelGroup] = {}
-    left_whole: dict[str, str] = {}
-    done: set[nn.Module | nn.Parameter] = set()
-    for root in [module for module in modules if isinstance(module, ROOT_TYPES)]:
-        if root in done:
-            continue
-        try:
-            found = finder.group_of(root)
-            groups[found.name] = found
-        except _LeftWholeError as left:
-            left_whole |= {finder.names[id(layer)]: left.reason for layer in (root, *left.layers)}
-            done |= set(left.layers)
-        else:
-            done |= {member.layer for member in found.members if member.axis[1] == "out"}
-    for name, module in model.named_modules():
-        if isinstance(module, ROOT_TYPES) and module not in modules:
-            left_whole[name] = "the trace does not see it: it is not called, or another module uses its weight"
+    ignored_layers = list(ignored_layers)
+    heads = ChannelStructure((), {})
+    if "heads" in granularity:
+        heads = find_heads(model, example_inputs, ignored_layers=ignored_layers)
+    groups = {group.name: group for group in heads.groups}
+    if set(granularity) == {"heads"}:
+        others = {n: _not_asked_for("heads") for n, module in model.named_modules() if is_root(module)}
+        left_whole = others | heads.left_whole
+    else:
+        finder = _Finder(model, trace(model, example_inputs), ignored_layers, heads.groups)
+        found, left_whole = finder.find(granularity)
+        groups |= {group.name: group for group in found}
+        left_whole |= {n: reason for n, reason in heads.left_whole.items() if left_whole.get(n) in _OF_HEADS}
+    covered = {layer for group in groups.values() for layer in (group.name, *(group.layers if group.attention else ()))}
     order = {name: number for number, (name, _) in enumerate(model.named_modules())}
     return ChannelStructure(
         tuple(sorted(groups.values(), key=lambda group: order[group.name])),
-        {name: left_whole[name] for name in sorted(left_whole.keys() - groups.keys(), key=order.__getitem__)},
+        {name: left_whole[name] for name in sorted(left_whole.keys() - covered, key=order.__getitem__)},
     )
+
+
+def _not_asked_for(what: str) -> str:
+    return f"granularity asks for {what} alone"
 
 
 class _LeftWholeError(Exception):
@@ -119,18 +93,50 @@ class _LeftWholeError(Exception):
 class _Finder:
     """Examines one root layer after the other."""
 
-    def __init__(self, model: nn.Module, trace: Trace, ignored_layers: Iterable[nn.Module]) -> None:
-        self.trace = trace
+    def __init__(
+        self, model: nn.Module, trace: Trace, ignored_layers: Iterable[nn.Module], heads: Iterable[ChannelGroup]
+    ) -> None:
+        self.model, self.trace = model, trace
         self.names = {id(module): name for name, module in model.named_modules()}
         self.names |= {id(parameter): name for name, parameter in model.named_parameters()}
         self.ignored = {module for layer in ignored_layers for module in layer.modules()}
         self.holders = tied_parameters(model)
         self.claimed: dict[Axis, set[int]] = defaultdict(set)
+        for group in heads:
+            self._claim(group.members)
+
+    def find(self, granularity: Collection[str]) -> tuple[list[ChannelGroup], dict[str, str]]:
+        """All groups of this kind, and why layers stay whole."""
+        modules = self.trace.graph.module2node
+        groups: list[ChannelGroup] = []
+        left_whole: dict[str, str] = {}
+        done: set[Any] = set()
+        for root in [module for module in modules if is_root(module)]:
+            if root in done:
+                continue
+            try:
+                found = self.group_of(root)
+            except _LeftWholeError as left:
+                left_whole |= {self.names[id(layer)]: left.reason for layer in (root, *left.layers)}
+                done |= set(left.layers)
+                continue
+            done |= {member.layer for member in found.members if member.axis[1] == "out"}
+            if (
+                set(granularity) >= {"mlp", "width"}
+                or ("width" if is_width(found, self.trace.graph) else "mlp") in granularity
+            ):
+                groups.append(found)
+            else:
+                left_whole |= dict.fromkeys(found.layers, _not_asked_for(" and ".join(granularity)))
+        for name, module in self.model.named_modules():
+            if is_root(module) and module not in modules:
+                left_whole[name] = "the trace does not see it: it is not called, or another module uses its weight"
+        return groups, left_whole
 
     def group_of(self, root: nn.Module) -> ChannelGroup:
         self._check_layer(root)  # before its group is built: that does not end for some attention with rotary positions
         group = self._full_group(root)
-        layers = [i.dep.layer for i in group if side(i.dep) == "out" and isinstance(i.dep.layer, ROOT_TYPES)]
+        layers = [i.dep.layer for i in group if side(i.dep) == "out" and is_root(i.dep.layer)]
         try:
             for item in group:
                 self._check_node(item.dep.target.module, side(item.dep))
@@ -139,9 +145,12 @@ class _Finder:
             units = self._units(group, members)
         except _LeftWholeError as left:
             raise _LeftWholeError(left.reason, layers) from None
+        self._claim(members)
+        return ChannelGroup(self.names[id(root)], group, tuple(units), tuple(members))
+
+    def _claim(self, members: Iterable[Member]) -> None:
         for member in members:
             self.claimed[member.axis] |= {p for positions in member.positions.values() for p in positions}
-        return ChannelGroup(self.names[id(root)], group, tuple(units), tuple(members))
 
     def _full_group(self, root: nn.Module, channels: list[int] | None = None) -> Group:
         graph = self.trace.graph
@@ -160,14 +169,14 @@ class _Finder:
         if layer in self.trace.outputs:
             raise _LeftWholeError("it is an output of the model")
         if layer in self.trace.inside_attention:
-            raise _LeftWholeError("its outputs are dimensions of attention heads")
+            raise _LeftWholeError(_INSIDE_ATTENTION)
 
     def _check_node(self, node: Any, cut_side: str) -> None:
         if isinstance(node, ops._ElementWiseOp) and any(part in str(node._grad_fn) for part in _PRODUCTS):
-            raise _LeftWholeError("its outputs enter a product of activations, as in attention")
+            raise _LeftWholeError(_IN_A_PRODUCT)
         if cut_side == "out" and isinstance(node, nn.Module):
             self._check_layer(node)
-        if id(node) in self.names and not isinstance(node, CUTTABLE):
+        if id(node) in self.names and not isinstance(node, CUTTABLE) and not is_root(node):
             raise _LeftWholeError(f"{self.names[id(node)]} ({type(node).__name__}) stays whole")
 
     def _members(self, group: Group) -> Iterator[Member]:
@@ -176,7 +185,7 @@ class _Finder:
             if id(layer) not in self.names or (size := axis_size(self.trace.graph, item.dep)) is None:
                 continue  # an operation, or a layer without channels of its own
             if None in item.root_idxs:
-                raise _LeftWholeError("grouped-query attention shares its outputs among heads")
+                raise _LeftWholeError(_SHARED_BY_HEADS)
             positions: dict[int, list[int]] = defaultdict(list)
             for position, root in zip(item.idxs, item.root_idxs, strict=True):
                 positions[root].append(position)
@@ -218,9 +227,10 @@ class _Finder:
         units = [tuple(unit) for unit in found.values()]
         if len(units) < 2:
             raise _LeftWholeError("its channels can only leave all together")
-        for counts in ([len(u) for u in units], *([_num_positions(m, u) for u in units] for m in members)):
-            if len(set(counts)) > 1:
-                raise _LeftWholeError("its channels hang together in sets of different sizes")
+        sizes = [[len(unit) for unit in units]]
+        sizes += [[sum(len(m.positions.get(root, ())) for root in unit) for unit in units] for m in members]
+        if any(len(set(counts)) > 1 for counts in sizes):
+            raise _LeftWholeError("its channels hang together in sets of different sizes")
         return units
 
     def _linked_channels(self, group: Group, members: list[Member]) -> Iterator[tuple[int, int]]:
@@ -247,20 +257,6 @@ class _Finder:
                 linked = owner.get(((name, side(item.dep)), position))
                 if linked is not None and linked != channel:
                     yield channel, linked
-
-
-def tied_parameters(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Modules and names that hold one parameter, for the parameters with several, by id."""
-    holders: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                holders[id(parameter)].append((module, name))
-    return {key: found for key, found in holders.items() if len(found) > 1}
-
-
-def _num_positions(member: Member, unit: tuple[int, ...]) -> int:
-    return sum(len(member.positions.get(channel, ())) for channel in unit)
 
 
 def _join(parents: dict[int, int], one: int, other: int) -> None:

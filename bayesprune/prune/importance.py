@@ -82,7 +82,7 @@ class SNRImportance(tp.importance.Importance):
 
 def removed_weights(group: Group, power: float) -> RemovedWeights | None:
     """Score and number of the weights that leave with each root channel; None where no layer is variational."""
-    roots = {channel: index for index, channel in enumerate(group[0].idxs)}
+    roots = {channel: index for index, channel in enumerate(group[0].root_idxs)}
     removed: RemovedWeights | None = None
     for item in group:
         layer, root_idxs = item.dep.layer, item.root_idxs
@@ -123,5 +123,7 @@ def per_channel_sums(layer: nn.Module, values: Tensor, *, into_inputs: bool) -> 
     if isinstance(layer, nn.Embedding):
         into_inputs = True  # (vocabulary, features): its features stand where inputs do
     rows, columns = values.shape[0] // groups, values.shape[1] if values.dim() > 1 else 1
+    if isinstance(layer, VariationalLayer) and not is_conv and layer.unit_dims == (1,):
+        into_inputs = not into_inputs  # a linear layer of weight (I, O)
     blocks = values.reshape(groups, rows, columns, -1)
     return blocks.sum((2, 3) if into_inputs == transposed else (1, 3)).flatten()

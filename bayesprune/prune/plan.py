@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from bayesprune.layers import VariationalLayer
 from bayesprune.prune.cuts import Axis, cut_parameters
-from bayesprune.prune.groups import ChannelGroup
+from bayesprune.prune.structure import ChannelGroup
 
 Counts = Sequence[int]
 """Units removed from each group."""
@@ -73,12 +73,15 @@ def cost_model(model: nn.Module, groups: tuple[ChannelGroup, ...], macs: Mapping
     axes: dict[int, dict[int, Axis]] = defaultdict(dict)  # of a parameter, by its dimension
     sides: dict[str, list[Axis]] = defaultdict(list)
     for axis, layer in {member.axis: member.layer for group in groups for member in group.members}.items():
-        if isinstance(layer, nn.Parameter):
+        if isinstance(layer, Tensor):
             axes[id(layer)][0] = axis
             continue
         sides[axis[0]].append(axis)
         for name, dim in cut_parameters(layer, axis[1]):
             axes[id(layer._parameters[name])].setdefault(dim, axis)  # every holder of a tied parameter is cut alike
+    for group in groups:
+        for name in group.attention:
+            sides[name].append(group.members[0].axis)
     stock = {id(parameter): (layer, parameter) for layer, parameter in stock_parameters(model)}
     params = tuple(Term(p.numel(), tuple(axes[key].values()), layer) for key, (layer, p) in stock.items())
     counted = tuple(Term(count, tuple(sides[name]), name) for name, count in macs.items())

@@ -6,14 +6,16 @@ Every axis is cut once, by the positions of all groups together, so no index eve
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from bayesprune.layers import VariationalLayer
-from bayesprune.prune.cuts import Axis, Member, cut_parameters, is_depthwise
+from bayesprune.prune.cuts import Axis, Member, cut_parameters, is_depthwise, tied_parameters
 from bayesprune.prune.follow import TAG, install
-from bayesprune.prune.groups import ChannelGroup, tied_parameters
+from bayesprune.prune.structure import ChannelGroup
 
 Selection = Sequence[tuple[ChannelGroup, Sequence[tuple[int, ...]]]]
 """Groups, and the units that leave each."""
@@ -27,10 +29,10 @@ class _State:
 
 
 def remove(model: nn.Module, selection: Selection) -> Callable[[], None]:
-    """Cuts the channels out of the model, in place; what it returns undoes it.
+    """Cuts the channels and heads out of the model, in place; what it returns undoes it.
 
-    Stds, masks and gradients follow their means; `requires_grad`, ties and modes stay as they were. Optimizers keep the
-    old parameters.
+    Stds, masks and gradients follow their means, numbers of heads the heads; `requires_grad`, ties and modes stay as
+    they were. Optimizers keep the old parameters.
     """
     follows = install()
     undo = snapshot(model)
@@ -38,6 +40,10 @@ def remove(model: nn.Module, selection: Selection) -> Callable[[], None]:
         ties, frozen = tied_parameters(model), _frozen(model)
         for member, positions in _positions(selection):
             _cut(model, member, positions, follows=follows)
+        for group, units in selection:
+            for module, name in group.attributes if units else ():
+                before = len(group.units)
+                setattr(module, name, getattr(module, name) // before * (before - len(units)))
         _tie(ties)
         for module, name in frozen:
             module.get_parameter(name).requires_grad_(False)
@@ -78,16 +84,29 @@ def _positions(selection: Selection) -> Iterable[tuple[Member, list[int]]]:
 
 def _cut(model: nn.Module, member: Member, positions: list[int], *, follows: bool) -> None:
     layer, dependency = member.layer, member.dependency
-    cut = dependency(positions)
-    if isinstance(layer, nn.Parameter):
-        path, _, name = member.axis[0].rpartition(".")
-        setattr(model.get_submodule(path), name, cut)
-        _untag(cut)
+    if isinstance(layer, Tensor):
+        _cut_tensor(model, member, positions)
         return
+    dependency(positions)
     if isinstance(layer, VariationalLayer) and not follows:
         _cut_companions(layer, member, positions)
     for parameter in layer._parameters.values():
         _untag(parameter)
+
+
+def _cut_tensor(model: nn.Module, member: Member, positions: list[int]) -> None:
+    """Cuts a parameter or a buffer that stands in a module by itself."""
+    path, _, name = member.axis[0].rpartition(".")
+    module, dependency = model.get_submodule(path), member.dependency
+    tensor = getattr(module, name)
+    if isinstance(tensor, nn.Parameter):
+        pruner: Any = dependency.handler
+        pruner.__self__.pruning_dim = dependency.target.pruning_dim
+        setattr(module, name, pruner(tensor, positions))
+        _untag(module._parameters[name])
+    else:
+        kept = torch.tensor(sorted(set(range(member.size)) - set(positions)), device=tensor.device)
+        setattr(module, name, tensor.index_select(dependency.target.pruning_dim, kept))
 
 
 def _untag(parameter: nn.Parameter | None) -> None:

@@ -65,7 +65,7 @@ def compress(
         min_step: The search ends when the step falls below this.
         data: Batches for recalibrating batch norm after each cut.
         importance: The criterion, as for `prune_channels`.
-        **options: Further options of `prune_channels` (`uniform`, `round_to`, `ignored_layers`).
+        **options: Further options of `prune_channels` (`granularity`, `uniform`, `round_to`, `ignored_layers`).
 
     Raises:
         ValueError: the tolerance is negative or the steps are not fractions.

@@ -10,15 +10,14 @@ from typing import Any
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from bayesprune.errors import UnsupportedModelError
 from bayesprune.macs import eval_mode, requires_grad, run_forward
+from bayesprune.prune.roots import TRANSPOSED_LINEAR, is_root, is_transposed_linear
 
-ROOT_TYPES = (_ConvNd, nn.Linear)
 HEAD_ATTRIBUTES = ("num_heads", "num_attention_heads", "num_key_value_groups", "n_heads", "n_head", "heads")
 # What may stand between an attention module's last layer and its output; a reshape means that heads come out.
-_PASS_THROUGH = ("Add", "Mul", "Clone", "ToCopy", "NativeBatchNorm", "NativeLayerNorm", "NativeDropout")
+PASS_THROUGH = ("Add", "Mul", "Clone", "ToCopy", "NativeBatchNorm", "NativeLayerNorm", "NativeDropout")
 
 
 @dataclass(frozen=True)
@@ -59,14 +58,15 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
         ends.update(tensor.grad_fn for tensor in found)
         return found
 
-    handles = [m.register_forward_hook(saw_layer) for m in model.modules() if isinstance(m, ROOT_TYPES)]
-    handles += [m.register_forward_hook(saw_attention) for m in model.modules() if _has_heads(m)]
+    handles = [m.register_forward_hook(saw_layer) for m in model.modules() if is_root(m)]
+    handles += [m.register_forward_hook(saw_attention) for m in model.modules() if has_heads(m)]
     try:
-        with torch.enable_grad(), eval_mode(model), requires_grad(model, True), quiet():
+        with torch.enable_grad(), eval_mode(model), requires_grad(model, True), without_cache(model), quiet():
             graph = tp.DependencyGraph().build_dependency(
                 model,
                 example_inputs,
                 forward_fn=run_forward,
+                customized_pruners={type(m): TRANSPOSED_LINEAR for m in model.modules() if is_transposed_linear(m)},
                 output_transform=outputs_with_history,
                 verbose=False,
             )
@@ -80,7 +80,7 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
         for handle in handles:
             handle.remove()
     outputs = {node.module for node in graph.module2node.values() if node.grad_fn in ends}
-    inside = {child for module in model.modules() if _has_heads(module) for child in _layers_of(module)}
+    inside = {child for module in model.modules() if has_heads(module) for child in _layers_of(module)}
     inside -= {layer for module, grad_fn in attention for layer in _last_layers(module, grad_fn, layer_of)}
     return Trace(graph, frozenset(outputs), frozenset(inside))
 
@@ -95,6 +95,21 @@ def tensors_in(output: Any) -> Iterator[Tensor]:
 
 
 @contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Inside, a model of transformers keeps no keys and values: torch-pruning fails on the concatenation."""
+    config = getattr(model, "config", None)
+    before = getattr(config, "use_cache", None)
+    if not isinstance(before, bool):
+        yield
+        return
+    try:
+        config.use_cache = False  # type: ignore[union-attr]
+        yield
+    finally:
+        config.use_cache = before  # type: ignore[union-attr]
+
+
+@contextmanager
 def quiet() -> Iterator[None]:
     """Inside, warnings of torch-pruning are not shown; what they warn of is in the report, by layer."""
     with warnings.catch_warnings():
@@ -102,12 +117,13 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def _has_heads(module: nn.Module) -> bool:
+def has_heads(module: nn.Module) -> bool:
+    """Whether a module names a number of heads among its attributes."""
     return any(isinstance(getattr(module, name, None), int) for name in HEAD_ATTRIBUTES)
 
 
 def _layers_of(attention: nn.Module) -> Iterator[nn.Module]:
-    return (child for child in attention.children() if isinstance(child, ROOT_TYPES))
+    return (child for child in attention.children() if is_root(child))
 
 
 def _last_layers(attention: nn.Module, grad_fn: Any, layer_of: dict[Any, nn.Module]) -> Iterator[nn.Module]:
@@ -121,5 +137,5 @@ def _last_layers(attention: nn.Module, grad_fn: Any, layer_of: dict[Any, nn.Modu
         if node in layer_of:
             if layer_of[node] in attention.children():
                 yield layer_of[node]
-        elif node.name().startswith(_PASS_THROUGH):
+        elif node.name().startswith(PASS_THROUGH):
             pending.extend(following for following, _ in node.next_functions)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from bayesprune.macs import eval_mode, run_forward
 from bayesprune.prune.cuts import Axis, Member, cut_parameters, num_blocks
-from bayesprune.prune.groups import ChannelGroup
 from bayesprune.prune.removal import snapshot
+from bayesprune.prune.structure import ChannelGroup
 from bayesprune.prune.trace import tensors_in
 
 TOLERANCE = {torch.float64: 1e-2, torch.float32: 1e-2}
@@ -47,7 +47,7 @@ def permute(model: nn.Module, groups: Iterable[ChannelGroup]) -> None:
 
 def _permute(model: nn.Module, member: Member, order: Tensor) -> None:
     layer = member.layer
-    if isinstance(layer, nn.Parameter):
+    if isinstance(layer, Tensor):
         path, _, name = member.axis[0].rpartition(".")
         _replace(model.get_submodule(path), name, member.dependency.target.pruning_dim, order)
         return
@@ -60,9 +60,12 @@ def _permute(model: nn.Module, member: Member, order: Tensor) -> None:
 
 
 def _replace(holder: nn.Module, name: str, dim: int, order: Tensor) -> None:
-    old = holder.get_parameter(name)
+    old = getattr(holder, name)
     data = old.data.index_select(dim, order.to(old.device))
-    holder._parameters[name] = nn.Parameter(data, requires_grad=old.requires_grad)
+    if isinstance(old, nn.Parameter):
+        holder._parameters[name] = nn.Parameter(data, requires_grad=old.requires_grad)
+    else:
+        holder._buffers[name] = data
 
 
 def _unchanged(

@@ -15,6 +15,8 @@ from torch import Tensor
 from bayesprune.errors import StorageError
 
 TENSORS = "model.safetensors"
+SHARD = "model-{number:05}-of-{count:05}.safetensors"
+INDEX = "model.safetensors.index.json"
 RECORD = "bayesprune.json"
 FORMAT_VERSION = 1
 MAX_JSON_BYTES = 64 * 2**20
@@ -44,6 +46,8 @@ def tensor_writer(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) ->
 def write_together(directory: Path, writers: Mapping[str, Writer]) -> None:
     """Writes the files under temporary names beside their own, and renames all of them once all are on the disk.
 
+    Files of tensors that an earlier save left there under other names are removed at the end.
+
     Whatever fails before or between the renames, the previous files stay as they were and no temporary one is left.
     A killed process leaves temporary ones (`.NAME.MARK.new`, `.old`), which nobody reads and anybody may delete; killed
     between two renames, it leaves files of two saves, which `load` tells from their save ids.
@@ -71,7 +75,8 @@ def write_together(directory: Path, writers: Mapping[str, Writer]) -> None:
     except BaseException:
         _remove(temporary.values(), made)
         raise
-    _remove(previous.values(), [])
+    stale = [directory / TENSORS, directory / INDEX, *directory.glob("model-*-of-*.safetensors")]
+    _remove([*previous.values(), *(path for path in stale if path.name not in writers)], [])
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -113,6 +118,65 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise StorageError(
             f"{path} cannot be read: {error}. It is truncated, damaged or not a safetensors file: save or copy it anew."
         ) from error
+
+
+def read_all_tensors(directory: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a directory, from one file or from those that its index names, and their common metadata.
+
+    Raises:
+        StorageError: a file is missing or damaged, or the files come from several saves.
+    """
+    if (directory / TENSORS).is_file() or not (directory / INDEX).is_file():
+        return read_tensors(directory / TENSORS)
+    found = read_json(directory / INDEX).get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(n, str) and Path(n).name == n for n in found.values()):
+        raise StorageError(f"{directory / INDEX} holds no weight_map of tensor names to file names. It is damaged.")
+    tensors: dict[str, Tensor] = {}
+    headers: list[dict[str, str]] = []
+    for name in sorted(set(found.values())):
+        part, header = read_tensors(directory / name)
+        tensors |= part
+        headers.append(header)
+    if tensors.keys() != found.keys() or any(header != headers[0] for header in headers):
+        raise StorageError(f"the files that {directory / INDEX} names come from several saves. Save the model again.")
+    return tensors, headers[0] if headers else {}
+
+
+def shard_writers(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], max_bytes: int | None
+) -> dict[str, Writer]:
+    """Writers of one file, or of several of at most this size with their index; a larger tensor has one of its own."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if max_bytes is not None and shards[-1] and size + tensor.nbytes > max_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    if len(shards) == 1:
+        return {TENSORS: tensor_writer(tensors, metadata)}
+    names = [SHARD.format(number=number, count=len(shards)) for number in range(1, len(shards) + 1)]
+    index = {
+        "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+        "weight_map": {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard},
+    }
+    writers = {name: tensor_writer(shard, metadata) for name, shard in zip(names, shards, strict=True)}
+    return writers | {INDEX: json_writer(index)}
+
+
+def num_bytes(size: int | str) -> int:
+    """A size such as "5GB" or "200MB" (powers of 1000) in bytes.
+
+    Raises:
+        ValueError: it is no such text, or not positive.
+    """
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    if isinstance(size, str) and size[-2:].upper() in units and size[:-2].strip().isdigit():
+        size = int(size[:-2]) * units[size[-2:].upper()]
+    if not isinstance(size, int) or size <= 0:
+        raise ValueError(f'max_shard_size is {size!r}; expected bytes, or a text such as "5GB" or "200MB".')
+    return size
 
 
 def require_file(path: Path) -> None:

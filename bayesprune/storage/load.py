@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bayesprune.errors import StorageError
 from bayesprune.storage import base as bases
 from bayesprune.storage.base import Base
-from bayesprune.storage.files import FORMAT_VERSION, RECORD, TENSORS, read_json, read_tensors
+from bayesprune.storage.files import FORMAT_VERSION, RECORD, TENSORS, read_all_tensors, read_json
 from bayesprune.storage.rebuild import rebuild, shape_differences
 from bayesprune.storage.spec import Spec
 
@@ -99,7 +99,7 @@ def read(directory: Path) -> Saved:
         raise StorageError(f"{path} holds no save_id but {reprlib.repr(save_id)}. The file is damaged.")
     base = None if record.get("base") is None else Base.from_json(record["base"], str(path))
     spec = Spec.from_json(record.get("spec"), str(path))
-    tensors, header = read_tensors(directory / TENSORS)
+    tensors, header = read_all_tensors(directory)
     check_same_save(str(directory / TENSORS), header.get("save_id"), str(path), save_id)
     recorded = {name: shape for name, shape in spec.shapes.items() if name not in spec.tied}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}

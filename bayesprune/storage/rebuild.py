@@ -51,6 +51,7 @@ def rebuild(model: nn.Module, spec: Spec, tensors: Mapping[str, Tensor] | None =
         _make_variational(model, spec.variational)
         if state is not None:
             model.load_state_dict(state)
+            _tie_masks(model, spec)
     except (RuntimeError, ValueError) as error:
         raise StorageError(f"the saved tensors do not go into the model: {error}") from error
     _check_result(model, spec, with_masks=tensors is not None)
@@ -169,6 +170,15 @@ def _make_variational(model: nn.Module, variational: Mapping[str, Mapping[str, s
             layer.estimator = variational[name]["estimator"]
 
 
+def _tie_masks(model: nn.Module, spec: Spec) -> None:
+    """Loading gives every layer a mask of its own, though those of tied weights are one."""
+    for alias, first in spec.tied.items():
+        owner, _, key = alias.rpartition(".")
+        layer = model.get_submodule(owner)
+        if isinstance(layer, VariationalLayer) and key in layer._buffers:
+            layer._buffers[key] = model.get_buffer(first)
+
+
 def _check_result(model: nn.Module, spec: Spec, *, with_masks: bool) -> None:
     found = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     recorded = (
@@ -178,8 +188,9 @@ def _check_result(model: nn.Module, spec: Spec, *, with_masks: bool) -> None:
     left = _names(variational_layers(model)) ^ spec.variational.keys()
     if left:
         problems.append(difference("layers", "that are variational in only one of model and file", sorted(left)))
-    if tied_names(model) != spec.tied:
-        shared = sorted(set(tied_names(model).items()) ^ set(spec.tied.items()))
+    tied = {alias: first for alias, first in spec.tied.items() if alias in recorded}
+    if tied_names(model) != tied:
+        shared = sorted(set(tied_names(model).items()) ^ set(tied.items()))
         problems.append(
             difference("names", "that share a tensor in only one of model and file", [f"{a}, {b}" for a, b in shared])
         )

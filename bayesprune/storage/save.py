@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bayesprune.errors import StorageError, UnsupportedModelError
 from bayesprune.storage import base as bases
 from bayesprune.storage.base import Base
-from bayesprune.storage.files import FORMAT_VERSION, RECORD, TENSORS, Writer, json_writer, tensor_writer, write_together
+from bayesprune.storage.files import FORMAT_VERSION, RECORD, json_writer, num_bytes, shard_writers, write_together
 from bayesprune.storage.rebuild import difference, rebuild
 from bayesprune.storage.spec import Spec, describe_model, state_tensors, unsaved_buffers
 
@@ -28,6 +28,7 @@ def save(
     plain: bool = False,
     history: Any = None,
     report: Any = None,
+    max_shard_size: int | str | None = None,
 ) -> None:
     """Writes `model.safetensors`, `bayesprune.json` and, for a timm model, timm's `config.json` to a directory.
 
@@ -44,6 +45,7 @@ def save(
         plain: True saves a timm model like any other module: for one whose layers were replaced by others.
         history: What was done to the model, as JSON values; kept in `bayesprune.json`.
         report: What was measured, as JSON values; kept in `bayesprune.json`.
+        max_shard_size: Tensors that need more than this ("5GB", or bytes) go to several files with an index.
 
     Raises:
         StorageError: the base cannot be rebuilt to the model (the message says where they differ), or the directory
@@ -53,6 +55,7 @@ def save(
         TypeError: `history` or `report` are not JSON values.
     """
     _check_unwrapped(model)
+    max_bytes = None if max_shard_size is None else num_bytes(max_shard_size)
     base = None if plain else bases.describe(model, None if model_args is None else dict(model_args))
     if base is None and model_args is not None:
         raise ValueError(
@@ -72,7 +75,7 @@ def save(
         "report": report,
     }
     header = {"format": "pt", "save_id": save_id, "format_version": str(FORMAT_VERSION)}
-    writers: dict[str, Writer] = {TENSORS: tensor_writer(_tensors_to_write(model, spec), header)}
+    writers = shard_writers(_tensors_to_write(model, spec), header, max_bytes)
     if base is not None:
         files = bases.host_of(base).files(base, spec.to_json(), save_id)
         writers |= {name: json_writer(value) for name, value in files.items()}

@@ -16,7 +16,7 @@ from torch.optim import Adam, Optimizer
 from bayesprune.errors import UnsupportedModelError
 from bayesprune.layers import Posterior, VariationalLayer
 from bayesprune.priors import BoundPrior, Gaussian, Prior
-from bayesprune.train.kl import bind_prior, sum_kl
+from bayesprune.train.kl import bind_prior, sum_kl, whole
 
 _CHECK_EVERY = 100  # steps between two looks for collapsed layers
 _MIN_LOG_STD = -20.0  # exp(-20) = 2e-9: below the resolution of float32 beside any weight
@@ -179,7 +179,7 @@ class Attachment:
             kept = posterior.mask is None or bool(posterior.mask.any())
             if not (posterior.is_weight and kept):
                 continue
-            largest = float((posterior.mean.abs() / posterior.log_std.exp()).max())
+            largest = float(whole((posterior.mean.abs() / posterior.log_std.exp()).max()))
             if largest < 1:
                 self._warn(
                     "collapse",

@@ -54,4 +54,9 @@ def _rms(layer: VariationalLayer, names: list[str]) -> float:
     """Root mean square of the weights that are kept."""
     means, masks = [getattr(layer, name).detach() for name in names], [layer.mask(name) for name in names]
     count = sum(mean.numel() if mask is None else int(mask.sum()) for mean, mask in zip(means, masks, strict=True))
-    return (sum(float(mean.double().square().sum()) for mean in means) / max(count, 1)) ** 0.5
+    return (sum(float(whole(mean.double().square().sum())) for mean in means) / max(count, 1)) ** 0.5
+
+
+def whole(x: Tensor) -> Tensor:
+    """The tensor that all ranks hold together; `float` of one that FSDP has sharded would be this rank's part."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x  # type: ignore[attr-defined]

@@ -343,7 +343,8 @@ def test_timm_models_train_on_after_the_cut(name):
 def test_attention_keeps_its_heads_while_the_width_goes():
     net = timm.create_model("vit_tiny_patch16_224", num_classes=7, img_size=32, depth=2)
     x = torch.randn(1, 3, 32, 32)
-    report = prune_channels(net, x, target={"macs": 0.5}, importance=MAGNITUDE, uniform=True)
+    granularity = ("mlp", "width")
+    report = prune_channels(net, x, target={"macs": 0.5}, importance=MAGNITUDE, uniform=True, granularity=granularity)
     qkv = net.blocks[0].attn.qkv
     assert qkv.out_features == 3 * 192
     assert qkv.in_features == net.pos_embed.shape[-1] == net.cls_token.shape[-1] == net.norm.normalized_shape[0] < 192
@@ -418,6 +419,9 @@ def test_what_does_not_run_without_its_channels_is_left_whole():
         ({"snr": 0.0}, {}, "positive number"),
         ({"snr": 1.0}, {"uniform": True}, "takes no importance"),
         ({"macs": 0.5}, {"round_to": 0}, "round_to is 0"),
+        ({"macs": 0.5}, {"granularity": ("heads", "layers")}, "granularity is"),
+        ({"macs": 0.5}, {"granularity": "heads"}, "in a tuple"),
+        ({"macs": 0.5}, {"granularity": ()}, "expected some of"),
     ],
 )
 def test_refuses_unknown_options(target, options, message):

@@ -1,0 +1,29 @@
+"""transformers: a Trainer callback, the layers of its models, and reloading by its own `from_pretrained`."""
+
+from typing import TYPE_CHECKING, Any
+
+from bayesprune.hosts.transformers.publish import model_card, push_to_hub, save_with_card
+from bayesprune.hosts.transformers.reload import follow_saves
+
+if TYPE_CHECKING:
+    from bayesprune.hosts.transformers.callback import BayesPruneCallback
+    from bayesprune.hosts.transformers.schedule import PruneSchedule
+    from bayesprune.hosts.transformers.tolerance import Tolerance
+
+__all__ = [
+    "BayesPruneCallback",
+    "PruneSchedule",
+    "Tolerance",
+    "follow_saves",
+    "model_card",
+    "push_to_hub",
+    "save_with_card",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from bayesprune.hosts.transformers import callback  # the Trainer takes seconds to import
+
+    return getattr(callback, name)

@@ -1,0 +1,279 @@
+"""A callback that makes the stock Trainer learn posteriors, remove weights while it trains, and say what it did.
+
+The order of a Trainer's events is used as it is: the model is converted at `on_init_end`, before an optimizer, DDP or
+FSDP sees its parameters; the attachment's hook adds the KL's gradient inside the optimizer's step, so the loss, its
+accumulation and its average over processes stay the Trainer's own.
+"""
+
+import logging
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from bayesprune.convert import to_variational
+from bayesprune.hosts.transformers import checkpoint
+from bayesprune.hosts.transformers.counting import count_terms
+from bayesprune.hosts.transformers.guards import LossScaleProbe, check_parallelism, check_shapes, shapes
+from bayesprune.hosts.transformers.order import stand_before_loggers
+from bayesprune.hosts.transformers.schedule import PruneSchedule, ramp
+from bayesprune.hosts.transformers.summary import summarize, whole
+from bayesprune.hosts.transformers.tolerance import Tolerance, evaluation_prefix
+from bayesprune.layers import named_posteriors, variational_layers
+from bayesprune.priors import Prior
+from bayesprune.prune.weights import prune_weights
+from bayesprune.train.attach import Attachment, attach
+
+_LOGGER = logging.getLogger(__name__)
+
+
+class BayesPruneCallback(TrainerCallback):
+    """Trains posteriors with the stock Trainer: `Trainer(..., callbacks=[BayesPruneCallback(prune=0.8)])`.
+
+    Each step is one on mean NLL + temperature * KL / num_data. The Trainer's loss stays the NLL; its clipping acts on
+    the NLL's gradient alone, so where it clips often the KL weighs more. Logs get `nll` (the loss), `kl_nats`,
+    `temperature`, `sparsity`, `snr_median` and `snr_below_1` (of the weights that are kept), evaluations the last three
+    with their prefix, and with a tolerance `eval_compression_score`; each can be `metric_for_best_model`. Checkpoints
+    hold the posterior, the masks and the state of the stds, so `resume_from_checkpoint` continues the same run.
+
+    Works with gradient accumulation and checkpointing, bf16 and fp16, label smoothing, DDP, and FSDP 2 (there without
+    `prune`, and torch refuses to load an optimizer's state that has nothing for the stds, so no resuming).
+    The saved model has the stock keys, so that any `from_pretrained` reads the means, zeros included. Heads, neurons
+    and channels are removed after `trainer.train()`, with `prune_channels`.
+    """
+
+    def __init__(
+        self,
+        num_data: int | None = None,
+        prior: Prior | None = None,
+        *,
+        temperature: float = 0.1,
+        warmup: float = 0.1,
+        std_lr: float = 1e-2,
+        prune: float | PruneSchedule | None = None,
+        tolerance: Tolerance | None = None,
+        convert: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Takes effect in the Trainer it is given to; one callback serves one Trainer.
+
+        Args:
+            num_data: Terms that the training loss is a mean over: examples, or label tokens for a language model. None
+                counts them in the training data.
+            prior: The prior; None is `priors.Gaussian("layer_rms")`, fixed at the weights when training begins.
+            temperature: Weight of the KL; below 1 the posterior is colder than Bayes' rule says.
+            warmup: Share of the training, 0 to 1, over which the weight of the KL rises linearly from zero.
+            std_lr: Learning rate of the log stds; see `attach`.
+            prune: Final fraction of the weights to remove, or a schedule; None removes none.
+            tolerance: When compression has cost too much accuracy, and what happens then; None never looks.
+            convert: Options of `to_variational`, for a model that is not variational yet.
+
+        Raises:
+            ValueError: a number is out of range.
+        """
+        if not 0 <= warmup <= 1:
+            raise ValueError(f"warmup is {warmup!r}; expected a share of the training, 0 to 1, not a number of steps.")
+        self.num_data, self.prior, self.temperature, self.std_lr = num_data, prior, temperature, std_lr
+        self.warmup, self.tolerance, self.convert = warmup, tolerance, dict(convert or {})
+        self.prune = PruneSchedule(prune) if isinstance(prune, float | int) else prune
+        self._attachment: Attachment | None = None
+        self._probe: LossScaleProbe | None = None
+        self._shapes: dict[str, tuple[torch.Size, ...]] = {}
+        self._within_tolerance: dict[str, Tensor] | None = None
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
+        """Converts the model, before optimizer and wrappers exist.
+
+        Raises:
+            UnsupportedModelError: the model is spread in a way that posteriors cannot follow.
+            ValueError: no layer can be converted, or `convert` was given for a model that is variational.
+        """
+        stand_before_loggers(self)
+        accelerator = AcceleratorState()
+        plugin = getattr(accelerator, "fsdp_plugin", None)
+        check_parallelism(
+            accelerator.distributed_type.name,
+            fsdp_version=plugin.fsdp_version if plugin is not None else 0,
+            num_threads=args.n_gpu,
+            prunes=self.prune is not None,
+        )
+        if not _is_variational(event["model"]):
+            to_variational(event["model"], **self.convert)
+        elif self.convert:
+            raise ValueError(
+                f"convert={self.convert!r} was given, but the model is variational already; give the options to "
+                "to_variational, or leave the conversion to the callback."
+            )
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any
+    ) -> None:
+        """Attaches to the optimizer; on resume, with the state that was saved.
+
+        Raises:
+            ValueError: the model is not variational, or the number of training examples cannot be found.
+            StorageError: the checkpoint holds no state of an attachment that fits.
+            UnsupportedModelError: FSDP 1 or DeepSpeed.
+        """
+        model, loader = event["model"], event["train_dataloader"]
+        self._end()
+        stand_before_loggers(self)
+        if not _is_variational(model):
+            raise ValueError(
+                f"{type(model).__name__} is not variational when training begins: BayesPruneCallback was added after "
+                "the Trainer was made, or model_init built a new model. Pass Trainer(callbacks=[callback]), or return "
+                "bayesprune.to_variational(model) from model_init."
+            )
+        if self.prune is not None:
+            prune_weights(model, sparsity=0.0)  # every checkpoint has masks, so the best one can be loaded at the end
+        saved = checkpoint.read(args, state.global_step, model) if state.global_step else None
+        num_data = self.num_data or (saved.num_data if saved else count_terms(loader, model))
+        self._attachment = attach(
+            event["optimizer"],
+            model,
+            num_data=num_data,
+            prior=self.prior,
+            temperature=self.temperature,
+            std_lr=self.std_lr,
+        )
+        if saved is not None:
+            self._attachment.load_state_dict(saved.attachment)
+        _LOGGER.info("the KL weighs temperature %g / num_data %d", self.temperature, num_data)
+        self._shapes = shapes(model)
+        self._within_tolerance = self._copy(model)
+        num_batches = min(args.gradient_accumulation_steps, len(loader) if hasattr(loader, "__len__") else sys.maxsize)
+        if num_batches * args.world_size > 1:
+            self._probe = LossScaleProbe(model, num_batches=num_batches, num_processes=args.world_size)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any
+    ) -> None:
+        """Sets the temperature of the step that begins.
+
+        Raises:
+            RuntimeError: the model was cut since training began.
+        """
+        assert self._attachment is not None, "on_train_begin came first"
+        check_shapes(event["model"], self._shapes)
+        self._attachment.temperature = self.temperature * ramp((state.global_step + 1) / state.max_steps, self.warmup)
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any
+    ) -> None:
+        """Looks once at the scale of the loss.
+
+        Raises:
+            ValueError: accumulation or processes multiply the loss (transformers issue 47688).
+        """
+        if self._probe is not None:
+            self._probe.check(event["optimizer"])
+
+    on_pre_optimizer_step = on_substep_end
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
+        """Removes weights where the schedule says so, before this step is logged, evaluated and saved."""
+        if self.prune is None:
+            return
+        step, target = state.global_step, self.prune.sparsity_at(state.global_step / state.max_steps)
+        if target > (self.prune.sparsity_at((step - 1) / state.max_steps) if step > 1 else 0.0):
+            prune_weights(event["model"], sparsity=target, scope=self.prune.scope, score=self.prune.score)
+            _forget_removed(event["optimizer"], event["model"])
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
+        """Adds to what the loggers, which come after it, are going to write."""
+        logs, model = event["logs"], event["model"]
+        if not _is_variational(model):
+            return
+        if "loss" in logs and self._attachment is not None:
+            with torch.no_grad():
+                kl = float(whole(self._attachment.kl_divergence()))
+            temperature = self._attachment.temperature
+            added = {"nll": logs["loss"], "kl_nats": kl, "temperature": temperature, **summarize(model)}
+        else:
+            added = self._evaluated(logs, state, model)
+        logs.update(added)
+        if state.log_history:
+            state.log_history[-1].update(added)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
+        """Ends the training where the metric fell past the tolerance.
+
+        Raises:
+            ValueError: the evaluation has no such metric.
+        """
+        metrics, model = event["metrics"], event["model"]
+        metrics.update(self._evaluated(metrics, state, model))
+        shortfall = self._shortfall(metrics, state)
+        if self._attachment is None or self.tolerance is None or shortfall is None:
+            return
+        is_compressed = self.prune is None or self.prune.sparsity_at(state.global_step / state.max_steps) > 0
+        if not (is_compressed and self.tolerance.is_exceeded(shortfall)):
+            self._within_tolerance = self._copy(model)
+            return
+        control.should_training_stop = True
+        if self._within_tolerance is not None:
+            model.load_state_dict(self._within_tolerance)
+        _LOGGER.warning(
+            "%s is %g at step %d, %g worse than the reference: the training ends%s",
+            self.tolerance.key,
+            metrics[self.tolerance.key],
+            state.global_step,
+            shortfall,
+            " with the model of the evaluation before" if self._within_tolerance is not None else "",
+        )
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
+        """Adds the attachment's state to the checkpoint."""
+        if self._attachment is not None and not args.save_only_model:
+            checkpoint.write(args, state.global_step, self._attachment, event["model"])
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
+        """Leaves optimizer and model to themselves; removed weights stay zeros."""
+        if self._attachment is not None and args.load_best_model_at_end:
+            checkpoint.warn_unless_best_is_loaded(state.best_model_checkpoint, event["model"])
+        self._end()
+
+    def _end(self) -> None:
+        if self._attachment is not None:
+            self._attachment.detach()
+        if self._probe is not None:
+            self._probe.end()
+        self._attachment = self._probe = self._within_tolerance = None
+
+    def _evaluated(self, metrics: Mapping[str, Any], state: TrainerState, model: nn.Module) -> dict[str, float]:
+        """What an evaluation's metrics get, unless they have it; nothing for other logs."""
+        prefix = evaluation_prefix(metrics)
+        if prefix is None or f"{prefix}_sparsity" in metrics:
+            return {}
+        values = summarize(model)
+        shortfall = self._shortfall(metrics, state)
+        if self.tolerance is not None and shortfall is not None:
+            values["compression_score"] = self.tolerance.score(values["sparsity"], metrics, shortfall)
+        return {f"{prefix}_{key}": value for key, value in values.items()}
+
+    def _shortfall(self, metrics: Mapping[str, Any], state: TrainerState) -> float | None:
+        return self.tolerance.shortfall(metrics, state.log_history) if self.tolerance is not None else None
+
+    def _copy(self, model: nn.Module) -> dict[str, Tensor] | None:
+        if self.tolerance is None or self.tolerance.then != "rollback":
+            return None
+        return {key: value.detach().to("cpu", copy=True) for key, value in model.state_dict().items()}
+
+
+def _is_variational(model: nn.Module) -> bool:
+    return next(variational_layers(model), None) is not None
+
+
+def _forget_removed(optimizer: Optimizer, model: nn.Module) -> None:
+    """Removed weights have no gradient any more, so that moments which are zero now stay zero."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    for posterior in named_posteriors(model):
+        if (mask := posterior.mask) is not None:
+            for value in optimizer.state.get(posterior.mean, {}).values():
+                if isinstance(value, Tensor) and value.shape == mask.shape:
+                    value.mul_(mask)

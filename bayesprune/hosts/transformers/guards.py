@@ -1,0 +1,139 @@
+"""What would train a wrong posterior without a word, said at the start with the line that mends it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from bayesprune.errors import UnsupportedModelError
+from bayesprune.layers import named_posteriors
+
+
+def check_parallelism(distributed_type: str, *, fsdp_version: int, num_threads: int, prunes: bool) -> None:
+    """Refuses ways of spreading a model that cut means, stds and masks apart.
+
+    Args:
+        distributed_type: accelerate's name of it, such as "NO", "MULTI_GPU", "FSDP" or "DEEPSPEED".
+        fsdp_version: 1 or 2 with FSDP, 0 without.
+        num_threads: GPUs that one process drives (`nn.DataParallel`).
+        prunes: Whether weights are to be removed during training.
+
+    Raises:
+        UnsupportedModelError: DeepSpeed, FSDP 1, `nn.DataParallel`, or FSDP 2 with pruning during training.
+    """
+    if distributed_type == "DEEPSPEED":
+        raise UnsupportedModelError(
+            "BayesPruneCallback got DeepSpeed, which steps inside backward and flattens parameters; expected one "
+            "process, DDP or FSDP 2. Remove `deepspeed` and set TrainingArguments(fsdp=True, "
+            'fsdp_config={"version": 2}).'
+        )
+    if fsdp_version == 1:
+        raise UnsupportedModelError(
+            "BayesPruneCallback got FSDP 1, which flattens means and stds and cuts them at different places; expected "
+            'FSDP 2. Set TrainingArguments(fsdp_config={"version": 2}).'
+        )
+    if fsdp_version and prunes:
+        raise UnsupportedModelError(
+            "BayesPruneCallback got prune=... with FSDP 2, whose shards the masks do not follow; expected one process "
+            "or DDP. Train with prune=None and call bayesprune.prune_weights on the trained model."
+        )
+    if num_threads > 1:
+        raise UnsupportedModelError(
+            f"BayesPruneCallback got {num_threads} GPUs in one process (nn.DataParallel), whose copies of a layer have "
+            "no posteriors; start the program with torchrun, or set CUDA_VISIBLE_DEVICES to one GPU."
+        )
+
+
+def shapes(model: nn.Module) -> dict[str, tuple[torch.Size, ...]]:
+    """Shapes of mean and log stds of every posterior."""
+    return {p.name: (p.mean.shape, *(part.shape for part in p.log_std_parts)) for p in named_posteriors(model)}
+
+
+def check_shapes(model: nn.Module, expected: Mapping[str, tuple[torch.Size, ...]]) -> None:
+    """Refuses a model that was cut while it trains.
+
+    Raises:
+        RuntimeError: a posterior has another shape, or is gone.
+    """
+    found = shapes(model)
+    changed = [name for name, shape in expected.items() if found.get(name) != shape]
+    if changed:
+        name = changed[0]
+        now = tuple(found[name][0]) if name in found else "gone"
+        raise RuntimeError(
+            f"{name} was {tuple(expected[name][0])} when training began and is {now} ({len(changed)} such): optimizer, "
+            "checkpoints and wrappers still hold the old one. Remove channels after trainer.train(), not inside it."
+        )
+
+
+class LossScaleProbe:
+    """Finds out, on the first batch, whether the loss is a mean over all that one optimizer step sees.
+
+    The Trainer leaves the division to a model whose forward takes `**kwargs` and hands it `num_items_in_batch`. Many
+    heads ignore that number (transformers issue 47688), so that their gradients are too large by the number of
+    accumulation steps and processes, and the KL weighs too little by as much. Whether backward reaches the number says
+    whether the head used it; the gradient that arrives at the loss says whether the Trainer divided instead.
+    """
+
+    def __init__(self, model: nn.Module, *, num_batches: int, num_processes: int) -> None:
+        """Looks at the next training batch of `model`.
+
+        Args:
+            model: The model that computes the loss.
+            num_batches: Batches that one optimizer step sees in one process.
+            num_processes: Processes whose gradients are averaged.
+        """
+        self._model, self._num_batches, self._num_processes = model, num_batches, num_processes
+        self._number: Tensor | None = None
+        self._arrived: list[Tensor] = []
+        self._handles = [
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
+            model.register_forward_hook(self._after),
+        ]
+
+    def check(self, optimizer: Optimizer | None) -> None:
+        """Judges the batch whose backward has run, if it has, and ends the probe.
+
+        Args:
+            optimizer: accelerate's, which knows the scale of fp16 losses.
+
+        Raises:
+            ValueError: the loss is larger than a mean.
+        """
+        if not self._arrived:
+            return
+        self.end()
+        assert self._number is not None, "a gradient arrived, so the batch was seen"
+        if self._number.grad is not None:
+            return
+        scaler = getattr(optimizer, "scaler", None)
+        scale = float(self._arrived[0]) / (scaler.get_scale() if scaler is not None else 1.0)
+        excess = scale * self._num_batches
+        if excess > 1.01:
+            raise ValueError(
+                f"{type(self._model).__name__} ignores num_items_in_batch (transformers issue 47688), so its gradients "
+                f"are {excess:g} times too large with {self._num_batches} accumulated batches and "
+                f"{self._num_processes} processes, and the KL weighs too little by as much. Put "
+                "`model.accepts_loss_kwargs = False` before Trainer(...)."
+            )
+
+    def end(self) -> None:
+        """Takes the hooks away."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        number = kwargs.get("num_items_in_batch")
+        if number is None or kwargs.get("labels") is None or not module.training or torch.compiler.is_compiling():
+            return None  # without labels the Trainer computes the loss, and divides it
+        self._number = torch.as_tensor(number, dtype=torch.float32).detach().clone().requires_grad_()
+        return args, {**kwargs, "num_items_in_batch": self._number}
+
+    def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if self._number is None or self._arrived:
+            return
+        loss = output["loss"] if isinstance(output, Mapping) else output[0]
+        if loss.requires_grad:
+            loss.register_hook(lambda gradient: self._arrived.append(gradient.detach()))

@@ -1,0 +1,105 @@
+"""transformers: how its models are named and built, and the files that its own `from_pretrained` wants.
+
+A model is its class and its config; both are read from JSON, and no code is. Classes that transformers does not have
+itself (remote code, a user's own) are saved as plain modules.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.initialization import no_init_weights
+from transformers.modeling_utils import PreTrainedModel
+
+from bayesprune.errors import StorageError
+from bayesprune.storage.base import Base
+
+LIBRARY = "transformers"
+# Said by the saved model's own files, or naming code to run: no part of what a model is built from.
+_NOT_FOR_BUILDING = frozenset({"quantization_config", "auto_map", "_name_or_path", "name_or_path"})
+_NOT_FOR_BUILDING |= {f"{prefix}{kind}_implementation" for prefix in ("", "_") for kind in ("attn", "experts")}
+
+
+class Passing(str):
+    """Where a model was loaded from. It is no part of what the model is, and only exact `str` attributes are saved."""
+
+
+def hf_base(model: nn.Module, model_args: Mapping[str, Any] | None = None) -> Base | None:
+    """The class and config of a model of transformers; None for any other module.
+
+    Raises:
+        ValueError: `model_args` were given; the config says all there is.
+    """
+    if not isinstance(model, PreTrainedModel) or _known_class(type(model).__name__) is not type(model):
+        return None
+    if model_args is not None:
+        raise ValueError(
+            f"model_args={dict(model_args)!r} for {type(model).__name__}, whose config says how it is built: set "
+            "model.config accordingly, and leave model_args out."
+        )
+    config = _for_building(json.loads(model.config.to_json_string()))
+    config |= {"architectures": [type(model).__name__], "dtype": str(model.dtype).removeprefix("torch.")}
+    kept: dict[str, Any] = {
+        "gradient_checkpointing": any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    }
+    if model.can_generate() and model.generation_config is not None:
+        kept["generation_config"] = json.loads(model.generation_config.to_json_string())
+    return Base(LIBRARY, type(model).__name__, {"config": config}, kept)
+
+
+def build(base: Base) -> PreTrainedModel:
+    """The dense model, whose weights are all zero.
+
+    Raises:
+        StorageError: transformers does not know the class, or does not build it with the config.
+    """
+    model_class = _known_class(base.name)
+    if model_class is None or model_class.config_class is None:
+        raise StorageError(
+            f"transformers {transformers.__version__} has no model class {base.name!r}. Install the version the model "
+            "was saved with (it is in bayesprune.json)."
+        )
+    values = base.args.get("config")
+    if not isinstance(values, dict):
+        raise StorageError(f"the base of {base.name!r} holds no config but {values!r}. The file is damaged.")
+    try:
+        config = model_class.config_class.from_dict(_for_building(values))
+        with no_init_weights():
+            model = model_class._from_config(config)
+        if generation := base.config.get("generation_config"):
+            model.generation_config = transformers.GenerationConfig.from_dict(generation)
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError) as error:
+        raise StorageError(
+            f"transformers {transformers.__version__} does not build {base.name} with the saved config "
+            f"({type(error).__name__}: {error})."
+        ) from error
+    for parameter in model.parameters():
+        parameter.data.zero_()  # they were not initialised, and would be whatever the memory held
+    model.tie_weights()
+    if base.config.get("gradient_checkpointing"):
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.name_or_path = Passing(module.name_or_path)
+    return model
+
+
+def skeleton(base: Base) -> PreTrainedModel:
+    """The dense model on the meta device: all but its numbers."""
+    with torch.device("meta"):
+        return build(base)
+
+
+def _for_building(config: dict[str, Any]) -> dict[str, Any]:
+    """The config, and those inside it, without what is not for building."""
+    kept = {key: value for key, value in config.items() if key not in _NOT_FOR_BUILDING}
+    return {key: _for_building(value) if isinstance(value, dict) else value for key, value in kept.items()}
+
+
+def _known_class(name: str) -> type[PreTrainedModel] | None:
+    """transformers' own model class of this name."""
+    found = getattr(transformers, name, None) if name.isidentifier() else None
+    return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None

@@ -1,0 +1,41 @@
+"""The layers of transformers that are none of torch's: GPT-2's `Conv1D`, a linear layer with a transposed weight.
+
+Expert layers that hold all their matrices in one 3-D parameter stay deterministic; embeddings and what is tied to them
+do so as well.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bayesprune.layers import VariationalLayer, register_layer
+
+try:
+    from transformers.pytorch_utils import Conv1D
+except ImportError as error:
+    raise ImportError(
+        f"bayesprune.hosts.transformers needs transformers >= 5 ({error}): pip install 'bayesprune[transformers]'"
+    ) from error
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+@register_layer(Conv1D)
+class VariationalHFConv1D(VariationalLayer, Conv1D):
+    """Linear layer with a posterior over weight (I, O) and bias (O)."""
+
+    @property
+    def unit_dims(self) -> tuple[int, ...]:
+        """The second dimension."""
+        return (1,)
+
+    def operation(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x weight + bias."""
+        if bias is None or type(x) not in _PLAIN or type(weight) not in _PLAIN:
+            return F.linear(x, weight.t(), bias)  # moments follow the positions of (N, T, I)
+        output = torch.addmm(bias, x.reshape(-1, x.size(-1)), weight)  # as the stock forward, to the last bit
+        return output.view(*x.shape[:-1], weight.shape[1])
+
+    def meets_one_position(self, x: Tensor) -> bool:
+        """An input of (N, I), not of tokens (N, T, I)."""
+        return x.dim() <= 2

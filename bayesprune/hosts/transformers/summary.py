@@ -1,0 +1,39 @@
+"""The posteriors of a model in a few numbers, for the Trainer's logs and evaluation metrics."""
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from bayesprune.layers import named_posteriors
+from bayesprune.prune.scores import snr
+
+_MAX_SAMPLE = 1_000_000  # weights whose SNRs the median is taken of, evenly spaced
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself; one that is sharded over processes, gathered. Every process must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def summarize(model: nn.Module) -> dict[str, float]:
+    """Sparsity of all weights, and median SNR and the share of SNRs below 1 of those that are kept.
+
+    All three are pure numbers; biases are left out.
+    """
+    total, samples = 0, []
+    below = kept = 0
+    posteriors = [posterior for posterior in named_posteriors(model) if posterior.is_weight]
+    stride = max(1, sum(posterior.mean.numel() for posterior in posteriors) // _MAX_SAMPLE)
+    for posterior in posteriors:
+        scores = whole(snr(posterior))
+        total += scores.numel()
+        scores = scores.flatten() if posterior.mask is None else scores[posterior.mask]
+        kept += scores.numel()
+        below += int((scores < 1).sum())
+        samples.append(scores[::stride].cpu())
+    return {
+        "sparsity": 1 - kept / total,
+        "snr_median": float(torch.cat(samples).median()) if kept else 0.0,
+        "snr_below_1": below / max(kept, 1),
+    }

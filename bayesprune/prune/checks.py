@@ -1,0 +1,55 @@
+"""What `prune_channels` refuses before it looks at anything."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import nn
+
+from bayesprune.errors import UnsupportedModelError
+from bayesprune.layers import VariationalLayer
+from bayesprune.prune.structure import GRANULARITY
+
+
+def checked_target(
+    target: Mapping[str, float], importance: Any, granularity: Collection[str], uniform: bool, round_to: int
+) -> tuple[str, float]:
+    """The target's name and value.
+
+    Raises:
+        ValueError: an option is none of those that there are.
+    """
+    if isinstance(granularity, str) or not granularity or not set(granularity) <= set(GRANULARITY):
+        raise ValueError(f"granularity is {granularity!r}; expected some of {GRANULARITY}, in a tuple.")
+    if len(target) != 1 or (what := next(iter(target))) not in ("macs", "params", "snr"):
+        raise ValueError(f'target is {dict(target)!r}; expected one of {{"macs": f}}, {{"params": f}}, {{"snr": t}}.')
+    value = target[what]
+    if what == "snr":
+        if not 0 < value < float("inf"):
+            raise ValueError(f"target snr is {value!r}; expected a positive number, 1.0 say.")
+        if importance is not None or uniform:
+            raise ValueError('target {"snr": t} is a criterion of its own; it takes no importance and no uniform=True.')
+    elif not 0 < value < 1:
+        raise ValueError(f"target {what} is {value!r}; expected the fraction to keep, between 0 and 1.")
+    if round_to < 1:
+        raise ValueError(f"round_to is {round_to!r}; expected 1 or more.")
+    return what, value
+
+
+def check_model(model: nn.Module, importance: Any) -> None:
+    """Refuses what cannot be cut or ranked.
+
+    Raises:
+        UnsupportedModelError: the model is compiled or wrapped, or has no posterior while no importance is given.
+    """
+    if any(module._compiled_call_impl is not None for module in model.modules()):
+        raise UnsupportedModelError("prune_channels got a compiled model; cut the model first, then compile it.")
+    if hasattr(model, "_orig_mod") or type(model).__module__.startswith(("torch.nn.parallel", "torch.distributed")):
+        raise UnsupportedModelError(
+            f"prune_channels got a model wrapped in {type(model).__name__}; pass the model inside it, and wrap it "
+            "again afterwards."
+        )
+    if importance is None and not any(isinstance(module, VariationalLayer) for module in model.modules()):
+        raise UnsupportedModelError(
+            "prune_channels ranks by the posterior, and this model has no variational layer: call to_variational and "
+            "train, or pass a torch-pruning importance, such as torch_pruning.importance.MagnitudeImportance()."
+        )

@@ -1,0 +1,114 @@
+"""Checks heads by experiment: a model without a head must compute what it does when the layer behind ignores the head.
+
+Every weight, bias and table that has entries by head is random meanwhile, so that a wrong index changes the output by
+much, however alike the trained heads are. Nothing is left of that afterwards.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bayesprune.macs import eval_mode, run_forward
+from bayesprune.prune.cuts import cut_parameters
+from bayesprune.prune.removal import Selection, remove, snapshot
+from bayesprune.prune.structure import ChannelGroup
+
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
+"""Largest difference of what the layers behind put out, relative to the largest value; 0.1 in lower precision."""
+
+_PERIOD = 65521  # of the random numbers; a prime, so that no two rows repeat each other
+
+_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+@torch.no_grad()
+def disagreement(model: nn.Module, selection: Selection, example_inputs: Any) -> str | None:
+    """How the model without these heads differs from the one that ignores them; None where it does not.
+
+    The model is as before afterwards. The first member of each group is the input side of the layer behind its heads.
+    """
+    undo = snapshot(model)
+    try:
+        generator = torch.Generator().manual_seed(0)
+        for group, _ in selection:
+            _randomise(model, group, generator)
+        uncut = snapshot(model)
+        for group, units in selection:
+            _silence(group, units)
+        expected = _outputs_behind(model, selection, example_inputs)
+        uncut()
+        try:
+            remove(model, selection)
+            found = _outputs_behind(model, selection, example_inputs)
+        except _ERRORS as error:
+            return f"the model does not run without one ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+    finally:
+        undo()
+    if not all(output.isfinite().all() for output in expected):
+        return "the forward pass gives numbers that are not finite, so nothing can be checked"
+    if len(found) != len(expected) or not all(map(_close, found, expected)):
+        return "the model without a head is not the model that ignores it"
+    return None
+
+
+def _randomise(model: nn.Module, group: ChannelGroup, generator: torch.Generator) -> None:
+    for member in group.members:
+        layer = member.layer
+        if isinstance(layer, Tensor):
+            path, _, name = member.axis[0].rpartition(".")
+            _replace(model.get_submodule(path), name, 1.0, generator)
+            continue
+        size = layer._parameters["weight"].numel() / member.size  # type: ignore[union-attr]
+        fan_in = member.size if member.axis[1] == "in" else size
+        for name, _ in cut_parameters(layer, member.axis[1]):
+            is_matrix = name == "weight" and not isinstance(layer, nn.Embedding)
+            _replace(layer, name, fan_in**-0.5 if is_matrix else 1.0, generator)
+
+
+def _replace(module: nn.Module, name: str, scale: float, generator: torch.Generator) -> None:
+    old = getattr(module, name)
+    numbers = (torch.randn(_PERIOD, generator=generator) * scale).to(old)
+    values = numbers.repeat(-(-old.numel() // _PERIOD))[: old.numel()].reshape(old.shape)
+    if isinstance(old, nn.Parameter):
+        module._parameters[name] = nn.Parameter(values, requires_grad=old.requires_grad)
+    else:
+        module._buffers[name] = values
+
+
+def _silence(group: ChannelGroup, units: Any) -> None:
+    for member in group.members:
+        if member.axis[1] != "in":
+            continue
+        layer = member.layer
+        assert isinstance(layer, nn.Module), "the layer behind the heads is linear"
+        name, dim = cut_parameters(layer, "in")[0]
+        positions = [p for unit in units for root in unit for p in member.positions.get(root, ())]
+        weight = layer._parameters[name]
+        assert weight is not None, "linear layers have a weight"
+        values = weight.data.index_fill(dim, torch.tensor(positions, device=weight.device), 0)
+        layer._parameters[name] = nn.Parameter(values, requires_grad=weight.requires_grad)
+
+
+def _outputs_behind(model: nn.Module, selection: Selection, example_inputs: Any) -> list[Tensor]:
+    outputs: list[Tensor] = []
+
+    def keep(_: nn.Module, __: Any, output: Any) -> None:
+        outputs.append(output)
+
+    layers = [m.layer for group, _ in selection for m in group.members if m.axis[1] == "in"]
+    handles = [layer.register_forward_hook(keep) for layer in layers if isinstance(layer, nn.Module)]
+    try:
+        with eval_mode(model):
+            run_forward(model, example_inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return outputs
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape:
+        return False
+    largest = (one - other).abs().max() / other.abs().max().clamp(min=torch.finfo(other.dtype).tiny)
+    return bool(largest <= TOLERANCE.get(other.dtype, 0.1))

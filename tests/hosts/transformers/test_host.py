@@ -1,0 +1,173 @@
+"""Models of transformers are saved and loaded by name: `save` and `load`."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import bayesprune as bp
+from bayesprune.errors import StorageError
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("bayesprune.hosts.transformers")
+
+from tests.benchmarks.families import FAMILIES, build  # noqa: E402
+from tests.hosts.transformers.saved import bert, config, cut, gpt2, masked, outputs, rewrite, same_state  # noqa: E402
+
+MODELS = {
+    "dense": bert,
+    "cut": lambda: cut(bert()),
+    "masked": lambda: masked(bert("BertForMaskedLM"), std="rank_one"),
+    "cut and masked": lambda: masked(cut(bert("BertModel"))),
+    "variational GPT-2": lambda: masked(gpt2(), std="per_channel"),
+    "half precision": lambda: masked(cut(bert()).bfloat16()),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_saved_model_comes_back(tmp_path, kind):
+    model = MODELS[kind]()
+    expected = outputs(model)
+    random_numbers = torch.get_rng_state()
+    bp.save(model, tmp_path)
+    loaded = bp.load(tmp_path)
+    assert torch.equal(torch.get_rng_state(), random_numbers)
+    assert type(loaded) is type(model)
+    assert not loaded.training
+    assert torch.equal(outputs(loaded), expected)
+    assert same_state(loaded, model)
+    assert {n: p.dtype for n, p in loaded.named_parameters()} == {n: p.dtype for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("family", ["ALBERT", "T5", "Llama", "Swin", "CLIP", "Wav2Vec2"])
+def test_buffers_and_ties_are_those_of_the_family(tmp_path, family):
+    """Shared layers, tied embeddings, rotary frequencies, index tables, two towers, weight norm."""
+    model, inputs = build(FAMILIES[family]), FAMILIES[family].inputs()
+    with torch.no_grad():
+        expected = model(**inputs).loss
+        bp.save(model, tmp_path)
+        assert torch.equal(bp.load(tmp_path)(**inputs).loss, expected)
+
+
+def test_config_generation_config_and_checkpointing_are_kept(tmp_path):
+    model = gpt2()
+    model.generation_config.max_length = 13
+    model.generation_config.do_sample = False
+    model.config.n_positions = 32  # whatever the config says at the time
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    bp.save(model, tmp_path)
+    assert "generation_config.json" in {path.name for path in tmp_path.iterdir()}
+    loaded = bp.load(tmp_path)
+    assert loaded.generation_config.max_length == 13
+    assert loaded.config.to_dict().keys() >= model.config.to_dict().keys()
+    assert loaded.transformer.gradient_checkpointing
+    prompt = torch.tensor([[5, 6, 7]])
+    mask = torch.ones_like(prompt)
+    assert torch.equal(
+        loaded.generate(prompt, attention_mask=mask), model.generate(prompt, attention_mask=mask, do_sample=False)
+    )
+
+
+def test_class_head_and_labels_come_from_the_config(tmp_path):
+    labels = {0: "bad", 1: "fair", 2: "good"}
+    bp.save(bert("BertForTokenClassification", id2label=labels), tmp_path)
+    loaded = bp.load(tmp_path)
+    assert type(loaded).__name__ == "BertForTokenClassification"
+    assert loaded.config.id2label == labels
+
+
+def test_dense_model_is_an_ordinary_directory(tmp_path):
+    """With zeros and all: nothing but transformers is needed to load it."""
+    model = bp.to_deterministic(masked(bert()))
+    bp.save(model, tmp_path / "ours")
+    assert "quantization_config" not in config(tmp_path / "ours")
+    model.save_pretrained(tmp_path / "theirs")
+    for name in ("ours", "theirs"):
+        loaded = transformers.BertForSequenceClassification.from_pretrained(tmp_path / name)
+        assert torch.equal(outputs(loaded), outputs(model))
+    assert (model.bert.encoder.layer[0].output.dense.weight == 0).any()
+
+
+def test_width_that_the_config_says_needs_nothing_else(tmp_path):
+    model = bert()
+    for layer in (0, 1):
+        dense = model.bert.encoder.layer[layer]
+        dense.intermediate.dense.weight = nn.Parameter(dense.intermediate.dense.weight[:40])
+        dense.intermediate.dense.bias = nn.Parameter(dense.intermediate.dense.bias[:40])
+        dense.output.dense.weight = nn.Parameter(dense.output.dense.weight[:, :40])
+        dense.intermediate.dense.out_features = dense.output.dense.in_features = 40
+    bp.save(model, tmp_path / "layers")
+    assert "quantization_config" in config(tmp_path / "layers")
+    model.config.intermediate_size = 40
+    bp.save(model, tmp_path / "uniform")
+    assert "quantization_config" not in config(tmp_path / "uniform")
+    assert torch.equal(outputs(bp.load(tmp_path / "uniform")), outputs(model))
+
+
+def test_where_a_model_came_from_is_not_told(tmp_path):
+    bert().save_pretrained(tmp_path / "secret_place")
+    model = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "secret_place")
+    bp.save(model, tmp_path / "out")
+    for path in (tmp_path / "out").glob("*.json"):
+        assert "secret_place" not in path.read_text()
+
+
+class Mine(transformers.BertModel):
+    """A class of one's own."""
+
+
+def test_own_class_is_saved_as_a_plain_module(tmp_path):
+    dense = bert("BertModel").config
+    model = Mine(dense).eval()
+    bp.save(model, tmp_path)
+    with pytest.raises(StorageError, match="plain module"):
+        bp.load(tmp_path)
+    assert torch.equal(outputs(bp.load(tmp_path, model=Mine(dense))), outputs(model))
+
+
+def test_arguments_beside_the_config_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="whose config says how it is built"):
+        bp.save(bert(), tmp_path, model_args={"num_labels": 3})
+
+
+def test_other_layers_than_the_config_says_are_refused(tmp_path):
+    model = bert()
+    model.classifier = nn.Sequential(nn.Linear(16, 4), nn.ReLU(), nn.Linear(4, 2))
+    with pytest.raises(StorageError, match="does not become the model to save"):
+        bp.save(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["BertForSinging", "AutoModel", "pipeline", "os.path"])
+def test_names_that_are_no_model_classes(tmp_path, name):
+    bp.save(bert(), tmp_path)
+    rewrite(tmp_path / "bayesprune.json", lambda record: record["base"].update(name=name))
+    with pytest.raises(StorageError, match="has no model class"):
+        bp.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda args: args.pop("config"), "holds no config"),
+        (lambda args: args["config"].update(hidden_size=15), "does not build BertForSequenceClassification"),
+        (lambda args: args["config"].update(num_hidden_layers=3), "cannot be loaded"),
+    ],
+)
+def test_damaged_config(tmp_path, change, message):
+    bp.save(bert(), tmp_path)
+    rewrite(tmp_path / "bayesprune.json", lambda record: change(record["base"]["args"]))
+    with pytest.raises(StorageError, match=message):
+        bp.load(tmp_path)
+
+
+def test_nothing_in_the_files_runs_code(tmp_path):
+    """Remote code and kernels from elsewhere are left out of the config that the model is built from."""
+    bp.save(bert(), tmp_path)
+    asked = {"auto_map": {"AutoModel": "evil.Model"}, "attn_implementation": "someone/kernel"}
+    rewrite(tmp_path / "bayesprune.json", lambda record: record["base"]["args"]["config"].update(asked))
+    loaded = bp.load(tmp_path)
+    assert not hasattr(loaded.config, "auto_map")
+    assert loaded.config._attn_implementation in ("sdpa", "eager")
+    assert json.loads((tmp_path / "bayesprune.json").read_text())["versions"]["transformers"]
