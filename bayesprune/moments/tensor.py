@@ -97,26 +97,27 @@ class Source:
 class Moments(Tensor):
     """A tensor known by mean and variance, diagonal but for what `shared` says.
 
-    Args:
-        mean: A floating-point tensor.
-        variance: Of a shape that broadcasts to the mean's; None while the tensor is certain.
-        shared: Covariance along the dimensions where it has size 1 (see `Parts`).
-
     Example:
         >>> import torch
         >>> from bayesprune.moments import Moments
         >>> x = Moments(torch.tensor([1.0, -3.0]), torch.tensor([0.25, 0.25]))
         >>> (2 * x).variance
         tensor([1., 1.])
-
-    Raises:
-        TypeError: the mean is not a floating-point tensor.
     """
 
     source: Source
 
     def __new__(cls, mean: Tensor, variance: Tensor | None = None, shared: Tensor | None = None) -> "Moments":
-        """The tensor with these moments."""
+        """The tensor with these moments.
+
+        Args:
+            mean: A floating-point tensor.
+            variance: Of a shape that broadcasts to the mean's; None while the tensor is certain.
+            shared: Covariance along the dimensions where it has size 1 (see `Parts`).
+
+        Raises:
+            TypeError: the mean is not a floating-point tensor.
+        """
         mean = plain(mean)
         if not mean.is_floating_point():
             raise TypeError(f"Moments got a mean of dtype {mean.dtype}; expected a floating-point tensor.")
