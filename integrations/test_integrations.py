@@ -33,3 +33,12 @@ def test_torch_pruning_script_keeps_training_after_the_cut():
     result = program("torch_pruning").run(num_epochs=2, data=load_data("digits", image_size=16))
     assert result["parameters kept"] < 0.8
     assert result["accuracy"] > 0.8  # chance is 0.1
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*")
+def test_transformers_trainer_halves_the_macs_and_reloads_exactly(tmp_path):
+    pytest.importorskip("transformers")
+    result = program("transformers").run(tmp_path / "out", num_epochs=6, data=load_data("digits", image_size=8))
+    assert result["MACs kept"] <= 0.51
+    assert result["difference after loading"] == 0.0
+    assert result["accuracy after"] > 0.6  # chance is 0.1

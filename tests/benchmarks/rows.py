@@ -1,0 +1,146 @@
+"""What the tables of model zoos share: one process a row, rows that are kept, checks that say yes or why not."""
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Collection
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).absolute().parents[2]
+DOCS = ROOT / "docs" / "benchmarks"
+TIMEOUT = 900
+OK, NONE = "yes", "-"
+
+
+def outputs(model: Any, inputs: Any) -> list[Any]:
+    """Every tensor that the model gives in evaluation mode for these inputs: keywords, or one tensor."""
+    import torch
+
+    from bayesprune.prune.trace import tensors_in
+
+    with torch.no_grad():
+        found = model.eval()(**inputs) if isinstance(inputs, dict) else model.eval()(inputs)
+        return [tensor.clone() for tensor in tensors_in(found)]
+
+
+def is_equal(found: list[Any], expected: list[Any]) -> bool:
+    """Whether both hold the same tensors, to the last bit."""
+    import torch
+
+    return len(found) == len(expected) and all(map(torch.equal, found, expected))
+
+
+def save_with_outputs(model: Any, directory: Path, inputs: Any) -> Path:
+    """Saves the model, and beside it what it gives for the inputs."""
+    from safetensors.torch import save_file
+
+    import bayesprune as bp
+
+    bp.save(model, directory)
+    found = {f"{i:03}": tensor.contiguous() for i, tensor in enumerate(outputs(model, inputs))}
+    save_file(found, directory / "expected")
+    return directory
+
+
+def gives_what_was_saved(load: Callable[[Path], Any], directory: Path, inputs: Any) -> str:
+    """Whether the loaded model gives what the saved one gave."""
+    from safetensors.torch import load_file
+
+    expected = [tensor for _, tensor in sorted(load_file(directory / "expected").items())]
+    return OK if is_equal(outputs(load(directory), inputs), expected) else "other outputs than before"
+
+
+def train_one_step(model: Any, loss: Callable[[Any], Any], *, only_some: bool = False) -> str:
+    """One step of AdamW with the KL; means and stds have to move and stay finite.
+
+    Args:
+        model: A variational model.
+        loss: Its loss.
+        only_some: Whether some posteriors may stay where they are, those that this input does not reach.
+    """
+    import torch
+
+    import bayesprune as bp
+    from bayesprune.layers import named_posteriors
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    attachment = bp.attach(optimizer, model, num_data=100)
+    posteriors = [p for p in named_posteriors(model) if p.is_weight]
+    means = [p.mean.detach().clone() for p in posteriors]
+    stds = [p.log_std.detach().clone() for p in posteriors]
+    model.train()
+    torch.manual_seed(3)
+    loss(model).backward()
+    optimizer.step()
+    attachment.detach()
+    model.eval()
+    moved = 0
+    for p, mean, std in zip(posteriors, means, stds, strict=True):
+        if not (torch.isfinite(p.mean).all() and torch.isfinite(p.log_std).all()):
+            return f"{p.name} is not finite after the step"
+        if p.mean.requires_grad and (torch.equal(p.mean, mean) or torch.equal(p.log_std, std)):
+            if not only_some:
+                return f"{p.name} did not move"
+        else:
+            moved += 1
+    return OK if moved else "nothing moved"
+
+
+def back(model: Any, stock: list[type], keys: list[str], inputs: Any) -> str:
+    """Stock classes and keys again, with the output of the posterior means."""
+    import bayesprune as bp
+
+    before = outputs(model, inputs)
+    bp.to_deterministic(model)
+    if [type(module) for module in model.modules()] != stock or list(model.state_dict()) != keys:
+        return "other classes or keys than before"
+    return OK if is_equal(outputs(model, inputs), before) else "the output changed"
+
+
+def attempt(row: dict[str, Any], name: str, check: Callable[[], str]) -> bool:
+    """Runs one check; the row then holds "yes", or why not."""
+    try:
+        row[name] = check()
+    except Exception as error:  # noqa: BLE001 (whatever goes wrong is the row's content)
+        row[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:900]
+    return row[name].startswith(OK)
+
+
+def fresh_process(program: str, *args: str) -> dict[str, Any]:
+    """What the program prints as JSON in a process of its own; {"error": ...} where it prints none."""
+    command = [sys.executable, program, *args]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT, cwd=ROOT)
+    except subprocess.TimeoutExpired:
+        return {"error": f"not done after {TIMEOUT} s"}
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return {"error": f"exit status {done.returncode}: {last}"[:400]}
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def run_rows(
+    program: str,
+    names: Collection[str],
+    only: Collection[str] | None,
+    out: Path,
+    *,
+    packages: Collection[str],
+    page: Callable[[dict[str, Any]], str],
+) -> None:
+    """Runs the rows that the results file has not, or `only` these, and writes file and page after each."""
+    done = json.loads(out.with_suffix(".json").read_text()) if out.with_suffix(".json").is_file() else {"rows": {}}
+    for name in only or [name for name in names if name not in done["rows"]]:
+        start = time.perf_counter()
+        row = fresh_process(program, "--row", name)
+        done["rows"][name] = {"crash": row["error"]} if "error" in row else row
+        done["versions"] = {package: version(package) for package in packages} | {"python": platform.python_version()}
+        done["rows"] = {name: done["rows"][name] for name in names if name in done["rows"]}
+        out.with_suffix(".json").write_text(json.dumps(done, indent=1) + "\n")
+        out.with_suffix(".md").write_text(page(done))
+        seen = {key: value[:100] for key, value in row.items() if isinstance(value, str)}
+        print(f"{name}: {seen} ({time.perf_counter() - start:.0f} s)", flush=True)
