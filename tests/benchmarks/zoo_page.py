@@ -1,0 +1,159 @@
+"""The table of timm's architectures as a page of the documentation, and which models stand for their modules."""
+
+from typing import Any
+
+from rows import OK
+
+CUT = 0.5
+CHECKS = {
+    "exact": "eval output unchanged by conversion",
+    "step": "one training step with `attach`",
+    "moments": "mean and variance of the output in one pass",
+    "cut": "`prune_channels` to half of the MACs, and one training step",
+    "loaded": "what is left saved, and loaded in a fresh process by `bayesprune.load` and `timm.create_model`",
+    "back": "converted back to stock classes and keys",
+    "torch_pruning": "torch-pruning alone, with its MagnitudeImportance, and one backward; the share of MACs kept",
+}
+MODELS = {
+    "beit_base_patch16_224": "beit",
+    "halonet_h1": "byoanet",
+    "lambda_resnet26t": "byoanet",
+    "repvgg_a0": "byobnet",
+    "cait_xxs24_224": "cait",
+    "coat_tiny": "coat",
+    "convit_tiny": "convit",
+    "convmixer_768_32": "convmixer",
+    "convnext_atto": "convnext",
+    "cpubone_nano": "cpubone",
+    "crossvit_tiny_240": "crossvit",
+    "csatv2": "csatv2",
+    "cs3darknet_focus_s": "cspnet",
+    "cspnext_tiny": "cspnext",
+    "davit_tiny": "davit",
+    "deepseek_vit_412m": "deepseek_vit",
+    "deit_tiny_patch16_224": "deit",
+    "densenet121": "densenet",
+    "dla46x_c": "dla",
+    "dpn48b": "dpn",
+    "edgenext_xx_small": "edgenext",
+    "efficientformer_l1": "efficientformer",
+    "efficientformerv2_s0": "efficientformer_v2",
+    "efficientnet_b0": "efficientnet",
+    "mobilenetv2_100": "efficientnet",
+    "efficientvim_m1": "efficientvim",
+    "efficientvit_b0": "efficientvit_mit",
+    "efficientvit_m0": "efficientvit_msra",
+    "eva02_tiny_patch14_224": "eva",
+    "vit_tiny_patch16_dinov3_qkvb": "eva",
+    "fasternet_t0": "fasternet",
+    "fastvit_t8": "fastvit",
+    "focalnet_tiny_srf": "focalnet",
+    "gcvit_xxtiny": "gcvit",
+    "gemma4_vit_167m": "gemma4_vit",
+    "ghostnet_050": "ghostnet",
+    "hardcorenas_b": "hardcorenas",
+    "hgnetv2_b0": "hgnet",
+    "hiera_tiny_224": "hiera",
+    "sam2_hiera_tiny": "hieradet_sam2",
+    "hrnet_w18_small": "hrnet",
+    "iformer_t": "iformer",
+    "inception_next_atto": "inception_next",
+    "inception_resnet_v2": "inception_resnet_v2",
+    "inception_v3": "inception_v3",
+    "inception_v4": "inception_v4",
+    "lcnetv2_small": "lcnetv2",
+    "levit_128s": "levit",
+    "lowformer_b0": "lowformer",
+    "mambaout_femto": "mambaout",
+    "coatnet_pico_rw_224": "maxxvit",
+    "test_maxvit": "maxxvit",
+    "poolformerv2_s12": "metaformer",
+    "gmlp_ti16_224": "mlp_mixer",
+    "mobilenetv3_small_050": "mobilenetv3",
+    "mobilenetv5_base": "mobilenetv5",
+    "mobilevit_xxs": "mobilevit",
+    "mvitv2_tiny": "mvitv2",
+    "naflexvit_base_patch16_parfac_gap": "naflexvit",
+    "nasnetalarge": "nasnet",
+    "nest_tiny": "nest",
+    "nextvit_small": "nextvit",
+    "nf_regnet_b0": "nfnet",
+    "pit_ti_224": "pit",
+    "pnasnet5large": "pnasnet",
+    "pvt_v2_b0": "pvt_v2",
+    "qwen3_vit_88m": "qwen3_vit",
+    "rdnet_tiny": "rdnet",
+    "regnetx_002": "regnet",
+    "repghostnet_050": "repghost",
+    "repvit_m1": "repvit",
+    "res2next50": "res2net",
+    "resnest14d": "resnest",
+    "resnet18": "resnet",
+    "resnext50_32x4d": "resnet",
+    "seresnext26d_32x4d": "resnet",
+    "resnetv2_18": "resnetv2",
+    "rexnet_100": "rexnet",
+    "selecsls42": "selecsls",
+    "legacy_seresnet18": "senet",
+    "sequencer2d_s": "sequencer",
+    "shvit_s1": "shvit",
+    "skresnet18": "sknet",
+    "starnet_s050": "starnet",
+    "swiftformer_xs": "swiftformer",
+    "swin_tiny_patch4_window7_224": "swin_transformer",
+    "swinv2_tiny_window8_256": "swin_transformer_v2",
+    "swinv2_cr_tiny_224": "swin_transformer_v2_cr",
+    "tiny_vit_5m_224": "tiny_vit",
+    "tnt_s_legacy_patch16_224": "tnt",
+    "tresnet_m": "tresnet",
+    "twins_svt_small": "twins",
+    "vgg11": "vgg",
+    "visformer_tiny": "visformer",
+    "vit_tiny_patch16_224": "vision_transformer",
+    "vit_tiny_r_s16_p8_224": "vision_transformer_hybrid",
+    "vit_srelpos_small_patch16_224": "vision_transformer_relpos",
+    "samvit_base_patch16_224": "vision_transformer_sam",
+    "vitamin_small_224": "vitamin",
+}
+
+
+def page(done: dict[str, Any]) -> str:
+    """The page of the documentation."""
+    versions = ", ".join(f"{name} {number}" for name, number in done["versions"].items())
+    rows = done["rows"]
+    lines = [
+        "# The timm zoo",
+        "",
+        "One model of every module of timm, with random weights and the smallest images it takes, found by",
+        f"`python tests/benchmarks/zoo.py` ({versions}).",
+        "'yes' after loading means that the outputs are equal to the last bit by both routes. Beside it stands what",
+        "torch-pruning alone makes of it, told the output layer and the heads of attention as in its own examples.",
+        "",
+        *(f"- **{name.replace('_', ' ')}**: {what}" for name, what in CHECKS.items()),
+        "",
+        "| | " + " | ".join(check.replace("_", " ") for check in CHECKS) + " |",
+        "|---|" + "---|" * len(CHECKS),
+        f"| of {len(rows)} | "
+        + " | ".join(str(sum(_works(row, check) for row in rows.values())) for check in CHECKS)
+        + " |",
+        "",
+        "| module: model | side | " + " | ".join(check.replace("_", " ") for check in CHECKS) + " |",
+        "|---|---|" + "---|" * len(CHECKS),
+    ]
+    notes: list[str] = []
+    for name, row in rows.items():
+        cells = []
+        for check in CHECKS:
+            value = row.get(check, row.get("crash", "not run"))
+            if not _works(row, check):
+                most = f" The most that goes leaves {row['most']:.2f}." if check == "cut" and row.get("most") else ""
+                notes.append(f"{len(notes) + 1}. {name}, {check.replace('_', ' ')}: {value}{most}")
+                value = f"no [{len(notes)}]"
+            cells.append(value.removeprefix(f"{OK}, "))
+        lines.append(f"| {MODELS[name]}: {name} | {row.get('side', '')} | {' | '.join(cells)} |")
+    lines += ["", "## What does not work, and why", "", *(notes or ["Nothing."])]
+    return "\n".join(lines) + "\n"
+
+
+def _works(row: dict[str, Any], check: str) -> bool:
+    return row.get(check, "").startswith(OK)
