@@ -5,7 +5,7 @@ The splits do not depend on the seed, so a model of one run can be measured by t
 """
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from bayesprune.hosts.splits import last_tenth_of_each_class
 
 # in_chans and image size of the torchvision data sets that come with labels for every image.
 _TORCHVISION = {
@@ -37,9 +39,14 @@ class Data:
     validation: DataLoader[Any]
     test: DataLoader[Any]
     num_data: int
-    num_classes: int
     input_size: tuple[int, int, int]
+    class_names: tuple[str, ...]
     description: str
+
+    @property
+    def num_classes(self) -> int:
+        """Labels are below this."""
+        return len(self.class_names)
 
     @property
     def in_chans(self) -> int:
@@ -56,6 +63,7 @@ def load_data(
     batch_size: int = 64,
     seed: int = 0,
     config: Mapping[str, Any] | None = None,
+    transform: Callable[[Any], Tensor] | None = None,
     augment: bool = False,
     test_split: str = "test",
     download: bool = False,
@@ -77,6 +85,8 @@ def load_data(
         seed: Of the order of the training batches.
         config: timm's data configuration of a model, `timm.data.resolve_data_config(model=model)`: mean, std,
             interpolation, crop. `digits` is always normalised by its own mean and std.
+        transform: From a PIL image to a tensor, in place of what `config` says, where nothing is augmented. `digits`
+            are no PIL images.
         augment: Random crops of at least half the image, and mirror images, for training. Not for digits and letters.
         test_split: Name of the test split of a Hugging Face data set.
         download: Let torchvision download what is missing in `root`.
@@ -92,25 +102,28 @@ def load_data(
         if augment:
             raise ValueError("load_data got augment=True for digits: mirrored digits are no digits; leave it out")
         splits, input_size = _digits(image_size or 32, in_chans or 1)
-        num_classes = 10
+        names = tuple(map(str, range(10)))
     else:
         config = dict(config or {})
         train, validation, test, native_size = _image_datasets(spec, root, test_split, download)
         side = image_size or config.get("input_size", native_size)[-1]
         input_size = (in_chans or native_size[0], side, side)
         labels = _labels(train)
-        num_classes = int(labels.max()) + 1
+        names = _class_names(train, labels)
         kept = range(len(labels))
         held_out: Sequence[int] = range(len(_labels(validation))) if validation is not None else ()
         if validation is None:
             validation = train
-            kept, held_out = _last_tenth_of_each_class(labels)
-        plain = _transform(input_size, config, augment=False)
+            kept, held_out = last_tenth_of_each_class(labels, what="image")
+        plain = transform or _transform(input_size, config, augment=False)
+        training = _transform(input_size, config, augment=True) if augment else plain
         splits = (
-            _Images(train, kept, _transform(input_size, config, augment=augment), input_size[0]),
+            _Images(train, kept, training, input_size[0]),
             _Images(validation, held_out, plain, input_size[0]),
             _Images(test, range(len(_labels(test))), plain, input_size[0]),
         )
+        channels, height, width = splits[1][0][0].shape
+        input_size = (channels, height, width)
     sizes = tuple(len(split) for split in splits)
     return Data(
         train=DataLoader(
@@ -124,10 +137,10 @@ def load_data(
         validation=DataLoader(splits[1], batch_size=batch_size, num_workers=num_workers),
         test=DataLoader(splits[2], batch_size=batch_size, num_workers=num_workers),
         num_data=sizes[0],
-        num_classes=num_classes,
+        class_names=names,
         input_size=input_size,
         description=f"{spec}: {sizes[0]:,} training, {sizes[1]:,} validation, {sizes[2]:,} test images of "
-        f"{'x'.join(map(str, input_size))}, {num_classes} classes",
+        f"{'x'.join(map(str, input_size))}, {len(names)} classes",
     )
 
 
@@ -240,21 +253,13 @@ def _labels(dataset: Any) -> Tensor:
     )
 
 
-def _last_tenth_of_each_class(labels: Tensor) -> tuple[list[int], list[int]]:
-    """(the others, the last tenth of each class, at least one), both in order: folders list class after class."""
-    kept: list[int] = []
-    held_out: list[int] = []
-    counts = torch.bincount(labels).tolist()
-    for label, members in enumerate(torch.argsort(labels, stable=True).split(counts)):
-        if len(members) == 1:
-            raise ValueError(
-                f"load_data got one training image of class {label}; it takes two or more per class to hold out some "
-                "for validation, or a validation split beside the test split"
-            )
-        cut = len(members) - max(1, len(members) // 10) if len(members) else 0
-        kept += members[:cut].tolist()
-        held_out += members[cut:].tolist()
-    return sorted(kept), sorted(held_out)
+def _class_names(dataset: Any, labels: Tensor) -> tuple[str, ...]:
+    """Of the labels from 0 to the largest; the labels themselves where the classes have no names."""
+    numbers = range(int(labels.max()) + 1)
+    reader = getattr(dataset, "reader", None)
+    of_name = getattr(reader, "class_to_idx", None) if reader else {name: i for i, name in enumerate(dataset.classes)}
+    names = {number: name for name, number in (of_name or {}).items()}
+    return tuple(str(names.get(number, number)) for number in numbers)
 
 
 def _transform(input_size: tuple[int, int, int], config: Mapping[str, Any], *, augment: bool) -> Any:

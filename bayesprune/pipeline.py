@@ -3,40 +3,28 @@
 import copy
 import itertools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import nn
 
 from bayesprune.convert import check_options, conversion_table, to_deterministic, to_variational
 from bayesprune.data import Data
-from bayesprune.evaluate import HistoryPoint, Report, accuracy, count_parameters, report
+from bayesprune.evaluate import ACCURACY, HistoryPoint, Report, accuracy, count_parameters, report
+from bayesprune.evaluate.running import device_of, on_device
+from bayesprune.hosts.task import Progress, Split, Task, check_finite
 from bayesprune.predictive import sampling
-from bayesprune.prune import compress, prune_channels, signal_to_noise
+from bayesprune.prune import compress, prune_channels, prune_weights, signal_to_noise
+from bayesprune.prune.checks import checked_target
 from bayesprune.storage import save
 from bayesprune.train import attach
 
-
-class Progress(Protocol):
-    """Tells a person where the job is."""
-
-    def stage(self, title: str) -> None:
-        """A new stage begins."""
-
-    def say(self, text: str) -> None:
-        """One line about the present stage."""
-
-    def batches(self, loader: DataLoader[Any], num_epochs: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """All batches of all epochs, shown as they go by."""
-        ...
-
-    def loss(self, value: float) -> None:
-        """The loss of the present batch."""
+NUM_STAGES = 5
+_SMALLEST_CUT = {"macs": 0.95}  # `compress` tries no smaller one
 
 
 @dataclass(frozen=True)
@@ -44,14 +32,18 @@ class Recipe:
     """How to compress.
 
     Attributes:
-        target: Target of `prune_channels`; None searches for the smallest model within `tolerance`.
-        tolerance: Largest accepted loss of validation accuracy, a fraction.
+        target: {"weights": f}, the fraction of single weights that is kept, or a target of `prune_channels`; None
+            searches for the smallest model within `tolerance`.
+        tolerance: Largest accepted loss on validation data, a fraction: by so much accuracy may fall, or by such a part
+            of itself perplexity rise.
         num_epochs: Epochs of each training stage.
         train_lr: Learning rate where the model is trained first.
         lr: Learning rate of the variational and the last fine-tuning.
         std: Structure of the stds.
-        relative_std: Initial std as a fraction of the root mean square of the layer's weights.
         estimator: Estimator of the variational fine-tuning.
+        granularity: What may go, as for `prune_channels`.
+        uniform: Whether the same fraction of every group goes, so that a config can say the sizes.
+        relative_std: Initial std as a fraction of the root mean square of the layer's weights.
     """
 
     target: dict[str, float] | None
@@ -61,6 +53,8 @@ class Recipe:
     lr: float
     std: str
     estimator: str
+    granularity: tuple[str, ...]
+    uniform: bool = False
     relative_std: float = 0.1
 
     def __post_init__(self) -> None:
@@ -68,133 +62,233 @@ class Recipe:
         check_options(self.std, self.relative_std, self.estimator)
         if self.tolerance is not None and self.tolerance < 0:
             raise ValueError(f"tolerance is {self.tolerance!r}; expected the largest accepted loss, 0 or more.")
+        if (kept := (self.target or {}).get("weights")) is None:
+            checked_target(self.target or _SMALLEST_CUT, None, self.granularity, self.uniform, 1)
+        elif not 0 < kept < 1:
+            raise ValueError(f"target weights is {kept!r}; expected the fraction to keep, between 0 and 1.")
+        elif self.uniform:
+            raise ValueError("single weights were to be removed, which changes no size; leave uniform out.")
 
+    @property
+    def sparsity(self) -> float | None:
+        """Fraction of single weights to remove; None where channels and heads go."""
+        kept = (self.target or {}).get("weights")
+        return None if kept is None else 1 - kept
 
-NUM_STAGES = 5
-_RECALIBRATION_BATCHES = 50
+    @property
+    def removal(self) -> str:
+        """The stage that removes, by name."""
+        if self.sparsity is not None:
+            return "Remove single weights"
+        names = {"heads": "heads", "mlp": "neurons"}
+        return f"Remove {' and '.join(names.get(kind, 'channels') for kind in self.granularity)}"
 
 
 def run(
-    model: nn.Module, data: Data, recipe: Recipe, out: Path, progress: Progress, *, name: str, is_trained: bool
+    model: nn.Module, task: Task, recipe: Recipe, out: Path, progress: Progress, *, name: str, is_trained: bool
 ) -> Report:
     """Compresses the model, saves it to `out` with a report, and returns the report.
 
-    Accuracies that decide anything are measured on `data.validation`; `data.test` gives the report's two figures.
+    What decides anything is measured on the validation split; the test split gives the report's two figures.
 
     Args:
-        model: A model for `data`; changed in place.
-        data: Loaders.
+        model: A model for the task; changed in place.
+        task: Data, training and metric.
         recipe: What to do.
         out: Directory of the result.
         progress: Hears of every stage.
         name: The model's name, for the report's title.
         is_trained: Whether the model needs no training before it is converted.
     """
-    device = next(model.parameters()).device
-    example = next(iter(data.validation))[0][:1].to(device)
+    history: list[HistoryPoint] = []
 
-    def validate(candidate: nn.Module) -> float:
-        return accuracy(candidate, data.validation, device)
+    def validate(candidate: nn.Module, label: str) -> float:
+        value, num_parameters = task.score(candidate, "validation"), count_parameters(candidate).nonzero
+        history.append(HistoryPoint(num_parameters, value, label))
+        progress.say(f"validation {task.metric.shown(value)} with {num_parameters:,} non-zero parameters")
+        return value
 
-    if recipe.target is not None:  # a target out of reach is told now, not after the training
-        with torch.random.fork_rng(devices=[]):  # torch-pruning draws random numbers
-            prune_channels(to_variational(copy.deepcopy(model)), example, target=recipe.target, dry_run=True)
-
+    _check_feasible(model, task, recipe)
     progress.stage("Use the trained model" if is_trained else "Train the dense model")
     if not is_trained:
-        train(model, data, progress, num_epochs=recipe.num_epochs, lr=recipe.train_lr)
-    dense, dense_accuracy = copy.deepcopy(model).eval(), validate(model)
-    progress.say(f"validation accuracy {dense_accuracy:.2%}")
+        task.train(model, progress, num_epochs=recipe.num_epochs, lr=recipe.train_lr)
+    dense = copy.deepcopy(model).eval()
+    reference = validate(dense, "dense")
 
     progress.stage("Learn how certain each weight is")
     to_variational(model, std=recipe.std, relative_std=recipe.relative_std, estimator=recipe.estimator)
     progress.say(f"layers: {conversion_table(model).summary()}")
-    train(model, data, progress, num_epochs=recipe.num_epochs, lr=recipe.lr, learn_stds=True)
+    task.train(model, progress, num_epochs=recipe.num_epochs, lr=recipe.lr, learn_stds=True)
     ratios = signal_to_noise(model)
-    progress.say(f"validation accuracy {validate(model):.2%}")
+    progress.say(f"validation {task.metric.shown(task.score(model, 'validation'))}")
 
-    progress.stage("Remove channels")
-    history = [HistoryPoint(count_parameters(dense).nonzero, dense_accuracy, "dense")]
-    if recipe.target is not None:
-        removal = prune_channels(model, example, target=recipe.target, data=_some(data, device))
-        progress.say(str(removal))
-        history.append(HistoryPoint(count_parameters(model).nonzero, validate(model), "removed"))
-    else:
-        assert recipe.tolerance is not None, "a recipe has a target or a tolerance"
-
-        def fine_tune(candidate: nn.Module) -> None:
-            with sampling(candidate, "mean"):  # as it will be used; the stds stay as they were learned
-                train(candidate, data, progress, num_epochs=max(1, recipe.num_epochs // 2), lr=recipe.lr)
-
-        def score(candidate: nn.Module) -> float:
-            value = validate(candidate)
-            history.append(HistoryPoint(count_parameters(candidate).nonzero, value, f"cut {len(history)}"))
-            progress.say(f"validation accuracy {value:.2%} with {history[-1].nonzero_parameters:,} parameters")
-            return value
-
-        found = compress(
-            model,
-            example,
-            evaluate=score,
-            tolerance=recipe.tolerance,
-            fine_tune=fine_tune,
-            reference=dense_accuracy,
-            data=_some(data, device),
+    progress.stage(recipe.removal)
+    if recipe.target is None:
+        model = _smallest(model, task, recipe, progress, reference, validate)
+    elif recipe.sparsity is not None:
+        task.train(
+            model, progress, num_epochs=recipe.num_epochs, lr=recipe.lr, learn_stds=True, sparsity=recipe.sparsity
         )
-        model = found.model
+        validate(model, "removed")
+    else:
+        removal = prune_channels(
+            model,
+            _example(model, task),
+            target=recipe.target,
+            granularity=recipe.granularity,
+            uniform=recipe.uniform,
+            data=task.calibration,
+        )
+        progress.say(str(removal))
+        validate(model, "removed")
 
     progress.stage("Fine-tune the smaller model")
-    to_deterministic(model)
-    train(model, data, progress, num_epochs=recipe.num_epochs, lr=recipe.lr)
-    final = validate(model)
-    history.append(HistoryPoint(count_parameters(model).nonzero, final, "fine-tuned"))
-    progress.say(f"validation accuracy {final:.2%}")
+    if recipe.sparsity is None:
+        to_deterministic(model)
+        task.train(model, progress, num_epochs=recipe.num_epochs, lr=recipe.lr)
+    else:
+        _fine_tune(model, task, recipe.num_epochs, recipe.lr, progress)  # its masks keep the zeros
+        to_deterministic(model)
+    validate(model, "fine-tuned")
 
     progress.stage("Save and report")
-    save(model, out, history=[vars(point) for point in history])
+    points = [{"nonzero_parameters": p.nonzero_parameters, task.metric.name: p.accuracy} for p in history]
+    save(model, out, history=[{"label": p.label, **point} for p, point in zip(history, points, strict=True)])
     with tempfile.TemporaryDirectory() as directory:
         save(dense, directory)  # for its size
         result = report(
             dense,
             model,
-            example,
-            evaluate=lambda candidate: accuracy(candidate, data.test, device),
+            task.example_inputs,
+            evaluate=lambda candidate: task.score(candidate, "test"),
             snr=ratios,
             history=history,
+            metric=task.metric,
             paths=(directory, out),
-            title=f"{name} on {data.description}",
+            title=f"{name} on {task.description}",
         )
     result.save(out)
+    task.save_beside(out)
     return result
 
 
-def train(
-    model: nn.Module, data: Data, progress: Progress, *, num_epochs: int, lr: float, learn_stds: bool = False
-) -> None:
-    """Trains with AdamW, one cycle of the learning rate and cross-entropy; with the KL attached to learn the stds.
+class LoaderTask:
+    """Classes of images from data loaders, trained by a plain loop: AdamW, one cycle of the learning rate."""
 
-    Raises:
-        FloatingPointError: the loss is not finite.
-    """
-    device = next(model.parameters()).device
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
-    num_steps = num_epochs * len(data.train)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=num_steps)
-    if learn_stds:
-        attach(optimizer, model, num_data=data.num_data, warmup_steps=num_steps // 5)
-    model.train()
-    for images, labels in progress.batches(data.train, num_epochs):
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(images.to(device)), labels.to(device))
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the training loss is {float(loss)}; try a smaller learning rate than {lr:g}.")
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        progress.loss(float(loss.detach()))
-    model.eval()
+    metric = ACCURACY
+
+    def __init__(self, data: Data) -> None:
+        """Takes the loaders as they are."""
+        self.data, self.description = data, data.description
+        self.calibration: Iterable[Any] = data.train
+        self.example_inputs = next(iter(data.validation))[0][:1]
+
+    def train(
+        self,
+        model: nn.Module,
+        progress: Progress,
+        *,
+        num_epochs: int,
+        lr: float,
+        learn_stds: bool = False,
+        sparsity: float | None = None,
+    ) -> None:
+        """Minimises the cross-entropy; removes weights in ten steps after a fifth of the training, for half of it."""
+        device, loader = device_of(model), self.data.train
+        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+        num_steps = num_epochs * len(loader)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=num_steps)
+        if learn_stds:
+            attach(optimizer, model, num_data=self.data.num_data, warmup_steps=num_steps // 5)
+        removals = [] if sparsity is None else _removals(sparsity, num_steps)
+        model.train()
+        step = 0
+        with progress.training(num_epochs, len(loader)) as advance:
+            for _ in range(num_epochs):
+                for images, labels in loader:
+                    optimizer.zero_grad()
+                    loss = F.cross_entropy(model(images.to(device)), labels.to(device))
+                    number = check_finite(float(loss.detach()), lr)
+                    loss.backward()
+                    optimizer.step()
+                    schedule.step()
+                    step += 1
+                    while removals and removals[0][0] <= step:
+                        prune_weights(model, sparsity=removals.pop(0)[1])
+                    advance(number)
+        model.eval()
+
+    def score(self, model: nn.Module, split: Split) -> float:
+        """Top-1 accuracy."""
+        return accuracy(model, self.data.validation if split == "validation" else self.data.test)
+
+    def save_beside(self, directory: Path) -> None:
+        """Nothing: timm's `config.json` says how images are prepared."""
+
+    def how_to_load(self, directory: Path) -> str:
+        """By `bayesprune.load`."""
+        return f'import bayesprune; model = bayesprune.load("{directory}")'
 
 
-def _some(data: Data, device: torch.device) -> list[Tensor]:
-    """Training images for recalibrating batch norm."""
-    return [images.to(device) for images, _ in itertools.islice(data.train, _RECALIBRATION_BATCHES)]
+def _check_feasible(model: nn.Module, task: Task, recipe: Recipe) -> None:
+    """A target out of reach is told now, not after the training."""
+    with torch.random.fork_rng(devices=[]):  # torch-pruning draws random numbers
+        trial = to_variational(copy.deepcopy(model))
+        if recipe.sparsity is not None:
+            return
+        cut = prune_channels(
+            trial,
+            _example(model, task),
+            target=recipe.target or _SMALLEST_CUT,
+            granularity=recipe.granularity,
+            uniform=recipe.uniform,
+        )
+    if recipe.uniform and cut.config is None and hasattr(model, "config"):
+        raise ValueError(
+            f"uniform was asked for, but the config of {type(model).__name__} cannot say the sizes it would have "
+            f"without {' and '.join(recipe.granularity)}; try --granularity mlp, or leave uniform out: then "
+            "`import bayesprune` comes before loading."
+        )
+
+
+def _smallest(
+    model: nn.Module,
+    task: Task,
+    recipe: Recipe,
+    progress: Progress,
+    reference: float,
+    validate: Callable[[nn.Module, str], float],
+) -> nn.Module:
+    """The smallest model whose metric is within the tolerance of the reference, the dense model's."""
+    assert recipe.tolerance is not None, "a recipe has a target or a tolerance"
+    sign = -1 if task.metric.is_lower_better else 1
+    # A fraction of the reference where the metric has no scale of its own, as perplexity.
+    tolerance = recipe.tolerance * (reference if task.metric.is_lower_better else 1)
+    labels = (f"cut {number}" if number else "learned" for number in itertools.count())
+    found = compress(
+        model,
+        _example(model, task),
+        evaluate=lambda candidate: sign * validate(candidate, next(labels)),
+        tolerance=tolerance,
+        fine_tune=lambda candidate: _fine_tune(candidate, task, max(1, recipe.num_epochs // 2), recipe.lr, progress),
+        reference=sign * reference,
+        data=task.calibration,
+        granularity=recipe.granularity,
+        uniform=recipe.uniform,
+    )
+    return found.model
+
+
+def _fine_tune(model: nn.Module, task: Task, num_epochs: int, lr: float, progress: Progress) -> None:
+    with sampling(model, "mean"):  # as it will be used; the stds stay as they were learned
+        task.train(model, progress, num_epochs=num_epochs, lr=lr)
+
+
+def _example(model: nn.Module, task: Task) -> Any:
+    return on_device(task.example_inputs, device_of(model))
+
+
+def _removals(sparsity: float, num_steps: int) -> list[tuple[int, float]]:
+    """After which steps how many weights are gone: the cubic ramp of Zhu and Gupta, 2017 (arXiv:1710.01878), Eq. 1."""
+    shares = [number / 10 for number in range(1, 11)]
+    return [(round(num_steps * (0.2 + 0.5 * t)), sparsity * (1 - (1 - t) ** 3)) for t in shares]

@@ -38,7 +38,7 @@ def test_torch_pruning_script_keeps_training_after_the_cut():
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*")
 def test_transformers_trainer_halves_the_macs_and_reloads_exactly(tmp_path):
     pytest.importorskip("transformers")
-    result = program("transformers").run(tmp_path / "out", num_epochs=6, data=load_data("digits", image_size=8))
+    result = program("transformers").run(tmp_path / "out", num_epochs=3, data=load_data("digits", image_size=8))
     assert result["MACs kept"] <= 0.51
     assert result["difference after loading"] == 0.0
-    assert result["accuracy after"] > 0.6  # chance is 0.1
+    assert result["accuracy after"] > 0.8  # chance is 0.1

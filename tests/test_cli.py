@@ -9,27 +9,14 @@ import pytest
 import torch
 
 import bayesprune as bp
-from bayesprune import cli
 from bayesprune.data import load_data
+from tests.commands import run
 
 pytest.importorskip("timm")
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 SMALL = ["--epochs", "1", "--image-size", "16", "--model", "timm:resnet10t"]
-
-
-def run(capsys, *arguments: str) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of a command."""
-    old = sys.argv
-    sys.argv = ["bayesprune", *arguments]
-    try:
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-    finally:
-        sys.argv = old
-    captured = capsys.readouterr()
-    return ended.value.code or 0, captured.out, captured.err
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +69,13 @@ def test_the_same_seed_gives_the_same_model(compressed, tmp_path, capsys):
         (["--tolerance", "-0.1"], "0 or more"),
         (["--target", "macs=0.5", "--tolerance", "0.01"], "one of them"),
         (["--model", "resnet18"], "timm:NAME"),
+        (["--model", "hf:"], "hf:NAME"),
+        (["--target", "weights=1.5"], "between 0 and 1"),
+        (["--target", "weights=0.5", "--uniform"], "uniform"),
+        (["--granularity", "heads,hands"], "expected some of"),
+        (["--tolerance", "0.01", "--granularity", "hands"], "expected some of"),
+        (["--task", "causal-lm"], "timm's"),
+        (["--text-column", "words"], "for texts"),
         (["--model", "timm:resnet1800"], "no architecture"),
         (["--data", "no/such/folder"], "no folder"),
         (["--checkpoint", "missing.pth"], "no checkpoint"),

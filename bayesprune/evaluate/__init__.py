@@ -8,13 +8,18 @@ from bayesprune.evaluate.measure import (
     latencies,
     latency,
     macs_by_module,
+    perplexity,
 )
 from bayesprune.evaluate.measurement import Measurement, measure
+from bayesprune.evaluate.metric import ACCURACY, PERPLEXITY, Metric
 from bayesprune.evaluate.report import HistoryPoint, Report, report
 
 __all__ = [
+    "ACCURACY",
+    "PERPLEXITY",
     "HistoryPoint",
     "Measurement",
+    "Metric",
     "Report",
     "accuracy",
     "count_macs",
@@ -24,5 +29,6 @@ __all__ = [
     "latency",
     "macs_by_module",
     "measure",
+    "perplexity",
     "report",
 ]

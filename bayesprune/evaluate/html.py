@@ -66,7 +66,7 @@ def page(report: "Report") -> str:
         f"<h1>{title}</h1>",
         _summary(report),
         _notes(report.notes),
-        _section("Accuracy against size", *_accuracy(report)),
+        _section(f"{report.metric.name.capitalize()} against size", *_score(report)),
         _section("Kept channels per layer", *_channels(report)),
         _section("Signal-to-noise ratio per layer", *_snr(report)),
         _section("Layers", _layers(report)),
@@ -119,11 +119,12 @@ def _section(title: str, *parts: str) -> str:
     return f"<h2>{escape(title)}</h2>\n" + "\n".join(parts)
 
 
-def _accuracy(report: "Report") -> list[str]:
-    plot = plots.accuracy_against_size(report)
+def _score(report: "Report") -> list[str]:
+    plot = plots.score_against_size(report)
     if plot is None:
-        return [_remark("No accuracy was measured; pass evaluate=... to measure it.")]
-    return [_figure(plot), _remark("Diamonds are the two models of this report, dots those seen on the way.")]
+        return [_remark(f"No {report.metric.name} was measured; pass evaluate=... to measure it.")]
+    better = " Lower is better." if report.metric.is_lower_better else ""
+    return [_figure(plot), _remark(f"Diamonds are the two models of this report, dots those seen on the way.{better}")]
 
 
 def _channels(report: "Report") -> list[str]:

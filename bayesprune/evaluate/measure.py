@@ -1,4 +1,4 @@
-"""What a model costs and how good it is: parameters, multiply-accumulates, bytes, time, top-1 accuracy.
+"""What a model costs and how good it is: parameters, multiply-accumulates, bytes, time, accuracy, perplexity.
 
 One MAC is two FLOPs of `torch.utils.flop_counter`, which counts matrix products, convolutions and attention, and
 nothing else: no biases, norms or activations.
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bayesprune import macs
@@ -189,6 +190,35 @@ def accuracy(model: nn.Module, loader: Iterable[tuple[Any, Tensor]], device: tor
     if not total:
         raise ValueError("the loader gave no examples; pass one that starts anew each time, such as a DataLoader.")
     return int(correct) / total
+
+
+def perplexity(
+    model: nn.Module, loader: Iterable[tuple[Any, Tensor]], device: torch.device | str | None = None
+) -> float:
+    """exp of the mean negative log-likelihood of the next token, in eval mode, over batches (inputs, labels).
+
+    Args:
+        model: A causal language model: its logits at each position are those of the token after it.
+        loader: Inputs are what `ExampleInputs` says; labels are the tokens themselves, of shape (N, T), or -100 for a
+            token that does not count. The first token of each sequence never counts.
+        device: Where the batches go; by default where the model is.
+
+    Raises:
+        ValueError: the loader has no token that counts.
+    """
+    device = device_of(model) if device is None else torch.device(device)
+    nats = torch.zeros((), dtype=torch.float64)
+    num_tokens = 0
+    with evaluating(model):
+        for inputs, labels in loader:
+            output = run_forward(model, on_device(inputs, device))
+            logits, following = getattr(output, "logits", output)[:, :-1], labels[:, 1:].to(device)
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), following.flatten(), reduction="sum")
+            nats += loss.double().cpu()
+            num_tokens += int((following != -100).sum())
+    if not num_tokens:
+        raise ValueError("the loader gave no token to predict; pass sequences of two tokens or more, and their labels.")
+    return float((nats / num_tokens).exp())
 
 
 def _with_ancestors(name: str) -> Iterator[str]:

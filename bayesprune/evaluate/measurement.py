@@ -25,7 +25,8 @@ from bayesprune.macs import COUNTER
 class Measurement:
     """What one model costs and how good it is; None where that was not measured.
 
-    MACs are of the whole batch, without those of `uncounted_layers`, which torch's counter does not know.
+    MACs are of the whole batch, without those of `uncounted_layers`, which torch's counter does not know. `accuracy` is
+    what `evaluate` returned; a report with another metric than accuracy says so.
     """
 
     label: str
@@ -55,7 +56,8 @@ def measure(
 
     Args:
         example_inputs: A tensor, a sequence of arguments or a mapping of keyword arguments, on any device.
-        evaluate: From the model to its accuracy, a fraction; called in eval mode without gradients.
+        evaluate: From the model to its accuracy, a fraction, or the value of another metric; called in eval mode
+            without gradients.
         path: The file or directory that the model is saved in, for the bytes on disk.
         num_repeats: Repeats of the timing; 0 leaves it out.
     """

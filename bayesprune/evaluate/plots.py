@@ -80,8 +80,8 @@ def snr_histograms(layers: Sequence[LayerSNR]) -> str:
         return _svg(figure, "Signal-to-noise ratios of the weights of each layer")
 
 
-def accuracy_against_size(report: "Report") -> str | None:
-    """SVG of the accuracy over the non-zero parameters of all models with an accuracy; None without any."""
+def score_against_size(report: "Report") -> str | None:
+    """SVG of the metric over the non-zero parameters of all models that it was measured of; None without any."""
     ends = [
         (model.nonzero_parameters, model.accuracy, model.label)
         for model in (report.before, report.after)
@@ -90,7 +90,7 @@ def accuracy_against_size(report: "Report") -> str | None:
     points = sorted({(x, y) for x, y, _ in ends} | {(p.nonzero_parameters, p.accuracy) for p in report.history})
     if not points:
         return None
-    is_fraction = all(0 <= y <= 1 for _, y in points)
+    is_fraction = not report.metric.is_lower_better and all(0 <= y <= 1 for _, y in points)
     with _style():
         from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -108,8 +108,8 @@ def accuracy_against_size(report: "Report") -> str | None:
         axes.margins(0.09, 0.16)
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.set_xlabel("non-zero parameters")
-        axes.set_ylabel("accuracy")
-        return _svg(figure, "Accuracy against non-zero parameters")
+        axes.set_ylabel(report.metric.name)
+        return _svg(figure, f"{report.metric.name.capitalize()} against non-zero parameters")
 
 
 def require_matplotlib() -> ModuleType:

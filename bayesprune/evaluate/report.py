@@ -18,6 +18,7 @@ from bayesprune.evaluate import html, notes, schema, summary, table
 from bayesprune.evaluate.layers import SNR_LOG10_EDGES, LayerRow, LayerSNR, layer_snr, pair_layers
 from bayesprune.evaluate.measure import REPORT_FILES, file_bytes, latencies
 from bayesprune.evaluate.measurement import Measurement, measure
+from bayesprune.evaluate.metric import ACCURACY, Metric
 from bayesprune.evaluate.running import ExampleInputs
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class HistoryPoint:
-    """A model seen on the way: its non-zero parameters and its accuracy."""
+    """A model seen on the way: its non-zero parameters and its accuracy, or the value of the report's metric."""
 
     nonzero_parameters: int
     accuracy: float
@@ -46,6 +47,7 @@ class Report:
     history: tuple[HistoryPoint, ...]
     notes: tuple[str, ...]
     versions: dict[str, str]
+    metric: Metric = ACCURACY
 
     @property
     def layers(self) -> tuple[LayerRow, ...]:
@@ -124,6 +126,7 @@ def report(
     evaluate: Callable[[nn.Module], float] | None = None,
     snr: Mapping[str, Tensor] | None = None,
     history: Iterable[HistoryPoint] = (),
+    metric: Metric = ACCURACY,
     paths: tuple[str | Path | None, str | Path | None] = (None, None),
     num_repeats: int = 15,
     title: str = "Compression report",
@@ -133,9 +136,10 @@ def report(
     Args:
         before: The model before, or its `measure`ment where it was changed in place since.
         example_inputs: As for `measure`; needed unless both are measurements.
-        evaluate: From a model to its accuracy, a fraction; not called for measurements.
+        evaluate: From a model to its accuracy, a fraction, or the value of another metric; not called for measurements.
         snr: `signal_to_noise(model)`, taken before anything was removed.
         history: Models seen on the way, for the plot of accuracy against size.
+        metric: What `evaluate` returns, and which way is better.
         paths: Where the two models are saved, for the bytes on disk.
         num_repeats: Repeats of the timing; 0 leaves it out.
 
@@ -165,7 +169,7 @@ def report(
             "signal_to_noise of the model itself, not of a wrapper."
         )
     remarks = notes.remarks(old, new, ratios, side_by_side=side_by_side)
-    return Report(title, old, new, ratios, tuple(history), remarks, _versions())
+    return Report(title, old, new, ratios, tuple(history), remarks, _versions(), metric)
 
 
 def _measured(

@@ -11,10 +11,11 @@ T = TypeVar("T")
 
 
 def decode(kind: type[T], data: Any, where: str = "report") -> T:
-    """An instance of a dataclass from parsed JSON; unknown keys are skipped.
+    """An instance of a dataclass from parsed JSON; unknown keys are skipped, missing ones take the field's default.
 
     Raises:
-        ValueError: a field is missing or has another type than its annotation, at the place that the message names.
+        ValueError: a field without a default is missing, or has another type than its annotation; the message says
+            where.
     """
     if not isinstance(data, dict):
         raise ValueError(f"{where} is {_shown(data)}; expected an object.")
@@ -22,6 +23,8 @@ def decode(kind: type[T], data: Any, where: str = "report") -> T:
     values = {}
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         if field.name not in data:
+            if field.default is not dataclasses.MISSING:
+                continue
             raise ValueError(f"{where} has no {field.name!r}; it has {', '.join(map(repr, data)) or 'nothing'}.")
         values[field.name] = _value(hints[field.name], data[field.name], f"{where}.{field.name}")
     return kind(**values)

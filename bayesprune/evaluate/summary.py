@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from bayesprune.evaluate.measure import Latency
 
 if TYPE_CHECKING:
-    from bayesprune.evaluate.report import Measurement, Report
+    from bayesprune.evaluate.report import Report
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def quantities(report: "Report") -> list[Quantity]:
         _size("weights and buffers", "uncompressed", before.tensor_bytes, after.tensor_bytes),
         _size("files on disk", "as saved", before.disk_bytes, after.disk_bytes),
         _latency(before.latency, after.latency),
-        _accuracy(before, after),
+        _score(report),
     ]
     return [row for row in rows if row.before is not None or row.after is not None]
 
@@ -130,9 +130,9 @@ def _conditions(latency: Latency) -> str:
     return f"median of {latency.num_repeats} on {where}"
 
 
-def _accuracy(before: "Measurement", after: "Measurement") -> Quantity:
-    old, new = before.accuracy, after.accuracy
-    is_fraction = all(value is None or 0 <= value <= 1 for value in (old, new))
+def _score(report: "Report") -> Quantity:
+    metric, old, new = report.metric, report.before.accuracy, report.after.accuracy
+    is_fraction = not metric.is_lower_better and all(value is None or 0 <= value <= 1 for value in (old, new))
     old_text, new_text = (
         "not measured" if value is None else percent(value) if is_fraction else significant(value)
         for value in (old, new)
@@ -142,7 +142,8 @@ def _accuracy(before: "Measurement", after: "Measurement") -> Quantity:
         change = f"{100 * (new - old):+.2f} points" if is_fraction else f"{new - old:+.4g}"
     ratio = _ratio(old, new) if old is not None and old > 0 else None
     change = change if ratio is None else f"{ratio:.3f}x, {change}"
-    return Quantity("accuracy", "1", "", "as evaluated", old, new, old_text, new_text, ratio, change)
+    method = "as evaluated, lower is better" if metric.is_lower_better else "as evaluated"
+    return Quantity(metric.name, "1", "", method, old, new, old_text, new_text, ratio, change)
 
 
 def _cost(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bayesprune import estimators
 from bayesprune.estimators import Gaussian
 from bayesprune.layers import masks
+from bayesprune.layers.sharding import sharded_as
 from bayesprune.layers.structures import SUFFIXES
 
 
@@ -92,11 +93,12 @@ class VariationalLayer(nn.Module):
 
     def masked_names(self) -> list[str]:
         """Names of the parameters of which single weights were removed."""
-        return [name for name in self.posterior_names if self.mask(name) is not None]
+        return [name for name in self.posterior_names if self.mask(name, whole=True) is not None]
 
-    def mask(self, name: str) -> Tensor | None:
-        """True where the weight is kept; None while nothing was removed."""
-        return self._buffers.get(f"{name}_mask")
+    def mask(self, name: str, *, whole: bool = False) -> Tensor | None:
+        """True where the weight is kept, sharded as it is unless `whole`; None while nothing was removed."""
+        mask = self._buffers.get(f"{name}_mask")
+        return mask if mask is None or whole else sharded_as(mask, getattr(self, name))
 
     def log_std_parts(self, name: str) -> list[nn.Parameter]:
         """The parameters whose broadcast sum is the log std of this parameter."""
@@ -128,11 +130,8 @@ class VariationalLayer(nn.Module):
         return Gaussian(mean, std) if mask is None else Gaussian(mean * mask, std * mask)
 
     def set_mask(self, name: str, keep: Tensor) -> None:
-        """Removes the weights where `keep` is False: they are zero from now on, also through further training."""
-        if self.mask(name) is None:
-            self.register_buffer(f"{name}_mask", keep)
-        else:
-            self._buffers[f"{name}_mask"] = keep
+        """Removes the weights where `keep`, which is whole, is False: they are zero from now on, also in training."""
+        self.register_buffer(f"{name}_mask", keep)
         masks.enforce_from_now_on(self)
 
     def apply_masks(self) -> None:
@@ -208,8 +207,9 @@ class VariationalLayer(nn.Module):
     ) -> None:
         """Masks in the file are taken up; a stock checkpoint leaves the stds as they are."""
         for name in self.active_names():
-            if f"{prefix}{name}_mask" in state_dict and self.mask(name) is None:
-                self.set_mask(name, torch.ones_like(getattr(self, name), dtype=torch.bool))
+            if f"{prefix}{name}_mask" in state_dict and self.mask(name, whole=True) is None:
+                mean = getattr(self, name)
+                self.set_mask(name, torch.ones(mean.shape, dtype=torch.bool, device=mean.device))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

@@ -54,7 +54,9 @@ def follow_config(model: nn.Module, removed: Sequence[tuple[ChannelGroup, int]])
                         changed[f"{path}head_dim"] = min(dims)
         proposal = copy.deepcopy(config)
         _set(proposal, changed)
-        if _shapes_of(type(model), proposal) == _shapes(model):
+        described = _described_by(type(model), proposal)
+        if described is not None and _shapes(described) == _shapes(model):
+            _follow_attributes(model, described)
             own = [id(part) for _, part in _parts(config)]
             configs = {id(found): found for module in model.modules() if (found := getattr(module, "config", None))}
             for other in configs.values():  # T5's two stacks have copies of their own
@@ -113,14 +115,24 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in companions}
 
 
-def _shapes_of(model_class: Any, config: Any) -> dict[str, tuple[int, ...]] | None:
-    """Shapes of the model that a config describes; None where it describes none, or is none that may be saved."""
+def _follow_attributes(model: nn.Module, described: nn.Module) -> None:
+    """Gives modules the sizes that they keep as attributes, as `LlamaMLP.intermediate_size`."""
+    fresh = dict(described.named_modules())
+    for name, module in model.named_modules():
+        values = vars(fresh[name]) if name in fresh else {}
+        for key in (*_HEADS, *_MLP, *_WIDTH):
+            if type(value := values.get(key)) is int and type(vars(module).get(key)) is int:
+                setattr(module, key, value)
+
+
+def _described_by(model_class: Any, config: Any) -> nn.Module | None:
+    """The model, on the meta device, that a config describes; None for none, or a config that may not be saved."""
     try:
         read = type(config).from_dict(config.to_dict())
         if hasattr(read, "validate"):
             read.validate()
         with torch.device("meta"):
-            return _shapes(model_class(read))
+            return model_class(read)
     except Exception as error:  # noqa: BLE001 (the own checks of configs raise types of libraries not imported here)
         _LOGGER.debug("%s does not describe the cut model: %s", type(config).__name__, error)
         return None

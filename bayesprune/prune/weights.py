@@ -14,6 +14,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from bayesprune.layers import Posterior, VariationalLayer, named_posteriors, variational_layers
+from bayesprune.layers.sharding import whole
 from bayesprune.prune.scores import snr
 
 Score = Callable[[Posterior], Tensor]
@@ -75,7 +76,8 @@ def prune_weights(
     """Removes single weights of the variational layers, biases apart; in place. Exactly one target is given.
 
     What was removed before stays removed and counts. Removed weights are zeros, draw no noise, do not count in the KL,
-    and stay zeros through further training with any torch optimizer, attached or not.
+    and stay zeros through further training with any torch optimizer, attached or not. With FSDP 2 every process calls
+    it, has all scores for a moment, and keeps the masks whole.
 
     Args:
         model: A variational model.
@@ -109,9 +111,7 @@ def prune_weights(
             keep = keep & ~_removed(posterior)
             for layer, name in holders[id(posterior.mean)]:
                 layer.set_mask(name, keep)
-        rows.append(
-            WeightRow(posterior.name, total, total if posterior.mask is None else int(posterior.mask.sum()), note)
-        )
+        rows.append(WeightRow(posterior.name, total, total - int(_removed(posterior).sum()), note))
     return WeightReport(tuple(rows))
 
 
@@ -155,7 +155,7 @@ def _holders(model: nn.Module) -> dict[int, list[tuple[VariationalLayer, str]]]:
 
 
 def _scores(posterior: Posterior, score: Score) -> Tensor:
-    scores = score(posterior)
+    scores = whole(score(posterior))
     if bad := int(scores.isnan().sum()):
         raise ValueError(
             f"the scores of {posterior.name} have {bad} of {scores.numel()} values that are NaN; expected numbers. "
@@ -165,7 +165,8 @@ def _scores(posterior: Posterior, score: Score) -> Tensor:
 
 
 def _removed(posterior: Posterior) -> Tensor:
-    return torch.zeros_like(posterior.mean, dtype=torch.bool) if posterior.mask is None else ~posterior.mask
+    mask, mean = posterior.layer.mask(posterior.parameter, whole=True), posterior.mean
+    return torch.zeros(mean.shape, dtype=torch.bool, device=mean.device) if mask is None else ~mask
 
 
 def _parse(pattern: str | None) -> tuple[int, int]:

@@ -6,6 +6,7 @@ accumulation and data-parallel training need no correction, and the loss stays t
 """
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +16,10 @@ from torch.optim import Adam, Optimizer
 
 from bayesprune.errors import UnsupportedModelError
 from bayesprune.layers import Posterior, VariationalLayer
+from bayesprune.layers.sharding import placed_as, sharded_as, whole
 from bayesprune.priors import BoundPrior, Gaussian, Prior
-from bayesprune.train.kl import bind_prior, sum_kl, whole
+from bayesprune.train.kl import bind_prior, sum_kl
+from bayesprune.train.optimizers import add_to_first_group, grad_scaler_state, unwrapped
 
 _CHECK_EVERY = 100  # steps between two looks for collapsed layers
 _MIN_LOG_STD = -20.0  # exp(-20) = 2e-9: below the resolution of float32 beside any weight
@@ -51,7 +54,7 @@ class Attachment:
             self._stds, lr=std_lr, fused=all(part.device.type in ("cpu", "cuda") for part in self._stds)
         )
         self._optimizer = optimizer
-        self._added = _add_to_first_group(optimizer, self._stds)
+        self._added = add_to_first_group(optimizer, self._stds)
         self._warned: set[tuple[str, str]] = set()
         self._handle = optimizer.register_step_pre_hook(self._before_step)
 
@@ -81,7 +84,7 @@ class Attachment:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from the state of an attachment to the same model.
+        """Continues from the state of an attachment to the same model; its tensors may be whole where FSDP 2 shards.
 
         Raises:
             ValueError: the state belongs to other posteriors.
@@ -102,8 +105,11 @@ class Attachment:
                 )
         self.step = state["step"]
         self._std_optimizer.load_state_dict(state["std_optimizer"])
+        for part, values in self._std_optimizer.state.items():
+            values.update(_sharded_as(part, values))
         for posterior, prior in self._bound.items():
-            self._bound[posterior] = replace(prior, **state["prior"][posterior.name])  # type: ignore[type-var]
+            constants = _sharded_as(posterior.mean, state["prior"][posterior.name])
+            self._bound[posterior] = replace(prior, **constants)  # type: ignore[type-var]
 
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
@@ -121,7 +127,7 @@ class Attachment:
     @torch.no_grad()
     def _update(self, optimizer: Optimizer) -> None:
         self._check_that_nothing_was_replaced()
-        scale, overflow = _grad_scaler_state(optimizer)
+        scale, overflow = grad_scaler_state(optimizer)
         for posterior in self._bound:
             self._add_gradients(posterior, scale)
         if not overflow:
@@ -152,7 +158,8 @@ class Attachment:
             mean.grad.add_(mean_gradient.to(mean.grad.dtype), alpha=self.kl_weight * scale)
         for part in parts:
             if part.grad is not None:
-                part.grad.div_(scale).add_(std_gradient.sum_to_size(part.shape), alpha=self.kl_weight)
+                of_kl = placed_as(std_gradient.sum_to_size(part.shape), part)
+                part.grad.div_(scale).add_(of_kl, alpha=self.kl_weight)
         if mean.grad is not None and all(part.grad is None for part in parts) and parts[0].requires_grad:
             self._warn(
                 "noise",
@@ -172,11 +179,12 @@ class Attachment:
             if parts and prior.max_log_std < float("inf"):  # rank one: the row gives way
                 excess = (posterior.log_std - prior.max_log_std).clamp_min(0)
                 reduced = [dim for dim, size in enumerate(parts[0].shape) if size == 1]
-                parts[0].sub_(excess.amax(reduced, keepdim=True))
+                parts[0].sub_(placed_as(excess.amax(reduced, keepdim=True), parts[0]))
 
     def _warn_of_collapse(self) -> None:
         for posterior in self._bound:
-            kept = posterior.mask is None or bool(posterior.mask.any())
+            mask = posterior.layer.mask(posterior.parameter, whole=True)
+            kept = mask is None or bool(mask.any())
             if not (posterior.is_weight and kept):
                 continue
             largest = float(whole((posterior.mean.abs() / posterior.log_std.exp()).max()))
@@ -238,8 +246,7 @@ def attach(
                 f"attach got {kind.__name__}, which flattens parameters, steps inside backward or calls its closure "
                 "several times; expected a first-order optimizer, with DDP or FSDP2 where training is distributed."
             )
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = inner  # accelerate's wrapper calls the step of the inner one
+    optimizer = unwrapped(optimizer)
     model = getattr(model, "_orig_mod", model)
     model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     bound = bind_prior(model, Gaussian() if prior is None else prior)
@@ -283,15 +290,9 @@ def _check_groups(optimizer: Optimizer, bound: dict[Posterior, BoundPrior]) -> N
         )
 
 
-def _add_to_first_group(optimizer: Optimizer, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
-    """Puts those that the optimizer does not hold into its first group; schedulers count groups, not parameters."""
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    added = [parameter for parameter in parameters if id(parameter) not in held]
-    optimizer.param_groups[0]["params"].extend(added)
-    return added
-
-
-def _grad_scaler_state(optimizer: Optimizer) -> tuple[float, bool]:
-    """Scale of the gradients and whether they overflowed: a gradient scaler leaves both to fused optimizers."""
-    scale, found = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
-    return (1.0 if scale is None else float(scale)), found is not None and bool(found)
+def _sharded_as(parameter: Tensor, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, those of the parameter's shape sharded as it is."""
+    return {
+        key: sharded_as(value, parameter) if isinstance(value, Tensor) and value.shape == parameter.shape else value
+        for key, value in values.items()
+    }

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesprune.layers import Posterior, VariationalLayer, named_posteriors
+from bayesprune.layers.sharding import whole
 from bayesprune.priors import Binding, BoundPrior, Gaussian, Prior
 
 
@@ -52,11 +53,6 @@ def _binding(posterior: Posterior) -> Binding:
 
 def _rms(layer: VariationalLayer, names: list[str]) -> float:
     """Root mean square of the weights that are kept."""
-    means, masks = [getattr(layer, name).detach() for name in names], [layer.mask(name) for name in names]
+    means, masks = [getattr(layer, name).detach() for name in names], [layer.mask(name, whole=True) for name in names]
     count = sum(mean.numel() if mask is None else int(mask.sum()) for mean, mask in zip(means, masks, strict=True))
     return (sum(float(whole(mean.double().square().sum())) for mean in means) / max(count, 1)) ** 0.5
-
-
-def whole(x: Tensor) -> Tensor:
-    """The tensor that all ranks hold together; `float` of one that FSDP has sharded would be this rank's part."""
-    return x.full_tensor() if hasattr(x, "full_tensor") else x  # type: ignore[attr-defined]

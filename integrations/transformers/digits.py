@@ -15,7 +15,7 @@ import bayesprune as bp
 from bayesprune.data import Data, load_data
 from bayesprune.hosts.transformers import BayesPruneCallback
 
-SIDE = 16
+SIDE = 8
 
 
 def rows(data: Dataset) -> list[dict[str, Any]]:
@@ -49,7 +49,7 @@ def trainer(model: nn.Module, data: Data, callback: BayesPruneCallback | None = 
     )
 
 
-def run(out: Path, *, num_epochs: int = 20, data: Data | None = None) -> dict[str, float]:
+def run(out: Path, *, num_epochs: int = 10, data: Data | None = None) -> dict[str, float]:
     """Accuracies on the test split before and after, and what was kept."""
     torch.manual_seed(0)
     data = data or load_data("digits", image_size=SIDE)

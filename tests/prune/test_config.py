@@ -40,6 +40,8 @@ def test_a_uniform_cut_loads_without_this_library(name, granularity, expected, t
     assert "bayesprune" not in (tmp_path / "config.json").read_text()
     loaded = type(net).from_pretrained(tmp_path).eval()
     assert torch.equal(output_of(loaded, x), output_of(stock, x))
+    bp.save(stock, tmp_path / "ours")
+    assert "quantization_config" not in (tmp_path / "ours" / "config.json").read_text(), "nothing else is to be said"
 
 
 def test_a_config_that_cannot_say_it_stays():

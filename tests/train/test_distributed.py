@@ -6,9 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import distributed, multiprocessing, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map
 
 import bayesprune as bp
 from bayesprune import noise
+from bayesprune.layers.sharding import whole
 from tests.oracles import HandMadeAdam
 from tests.train.reference import NUM_DATA, assert_same_parameters, batches, others_of, stds_of, train
 
@@ -93,6 +97,35 @@ def test_a_wrapped_model_takes_the_steps_of_the_plain_one(process_group, accumul
         runs.append(model.state_dict())
     for key, value in runs[0].items():
         assert torch.equal(value, runs[1][key]), key
+
+
+@pytest.mark.parametrize("structure", ["per_weight", "rank_one", "per_channel"])
+def test_a_sharded_model_takes_the_steps_of_the_plain_one(process_group, structure):
+    """With FSDP 2: the step, what is removed, and an attachment that continues from tensors which are whole."""
+    runs = []
+    for is_sharded in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(16, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+        bp.to_variational(model, std=structure, relative_std=0.2).double()
+        if is_sharded:
+            fully_shard(model)
+            assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9)
+        attachment = bp.attach(optimizer, model, num_data=NUM_DATA, prior=bp.priors.Gaussian(centered=True))
+        train(model, optimizer)
+        report = bp.prune_weights(model, sparsity=0.4)
+        assert report.sparsity == pytest.approx(0.4, abs=0.01)
+        saved = tree_map(
+            lambda value: whole(value) if isinstance(value, torch.Tensor) else value, attachment.state_dict()
+        )
+        attachment.detach()
+        attachment = bp.attach(optimizer, model, num_data=NUM_DATA, prior=bp.priors.Gaussian(centered=True))
+        attachment.load_state_dict(saved)
+        train(model, optimizer)
+        runs.append({key: whole(value) for key, value in model.state_dict().items()})
+    for key, value in runs[0].items():
+        torch.testing.assert_close(runs[1][key], value, rtol=0, atol=1e-14, msg=key)
+        assert not key.endswith("_mask") or not runs[1][key.removesuffix("_mask")][~value].any()
 
 
 @pytest.mark.slow

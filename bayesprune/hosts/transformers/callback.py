@@ -12,22 +12,26 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
+from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from bayesprune.convert import to_variational
 from bayesprune.hosts.transformers import checkpoint
+from bayesprune.hosts.transformers.adapters import conversion_options, warn_of_pruning
 from bayesprune.hosts.transformers.counting import count_terms
+from bayesprune.hosts.transformers.fsdp import Frozen, check_dtypes, freeze_stds, thaw
 from bayesprune.hosts.transformers.guards import LossScaleProbe, check_parallelism, check_shapes, shapes
 from bayesprune.hosts.transformers.order import stand_before_loggers
 from bayesprune.hosts.transformers.schedule import PruneSchedule, ramp
-from bayesprune.hosts.transformers.summary import summarize, whole
+from bayesprune.hosts.transformers.summary import summarize
 from bayesprune.hosts.transformers.tolerance import Tolerance, evaluation_prefix
-from bayesprune.layers import named_posteriors, variational_layers
+from bayesprune.layers import variational_layers
+from bayesprune.layers.sharding import whole
 from bayesprune.priors import Prior
 from bayesprune.prune.weights import prune_weights
 from bayesprune.train.attach import Attachment, attach
+from bayesprune.train.optimizers import forget_removed
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -35,14 +39,16 @@ _LOGGER = logging.getLogger(__name__)
 class BayesPruneCallback(TrainerCallback):
     """Trains posteriors with the stock Trainer: `Trainer(..., callbacks=[BayesPruneCallback(prune=0.8)])`.
 
-    Each step is one on mean NLL + temperature * KL / num_data. The Trainer's loss stays the NLL; its clipping acts on
-    the NLL's gradient alone, so where it clips often the KL weighs more. Logs get `nll` (the loss), `kl_nats`,
-    `temperature`, `sparsity`, `snr_median` and `snr_below_1` (of the weights that are kept), evaluations the last three
-    with their prefix, and with a tolerance `eval_compression_score`; each can be `metric_for_best_model`. Checkpoints
-    hold the posterior, the masks and the state of the stds, so `resume_from_checkpoint` continues the same run.
+    Each step is one on mean NLL + temperature * KL / num_data. The Trainer's loss stays the NLL; `max_grad_norm` clips
+    the NLL's gradient, with that of the stds in the norm, and not the KL's, which weighs more where it clips often.
+    Logs get `nll` (the loss), `kl_nats`, `temperature`, `sparsity`, `snr_median` and `snr_below_1` (of the weights that
+    are kept), evaluations the last three with their prefix, and with a tolerance `eval_compression_score`; each can be
+    `metric_for_best_model`. Checkpoints hold the posterior, the masks and the state of the stds, so
+    `resume_from_checkpoint` continues the same run.
 
-    Works with gradient accumulation and checkpointing, bf16 and fp16, label smoothing, DDP, and FSDP 2 (there without
-    `prune`, and torch refuses to load an optimizer's state that has nothing for the stds, so no resuming).
+    Works with gradient accumulation and checkpointing, bf16 and fp16, label smoothing, DDP, and FSDP 2, where each
+    process holds the masks whole (a byte a weight). On a model with adapters (PEFT) only layers that train become
+    variational; their checkpoints, `save_pretrained` and `merge_and_unload` are those of PEFT.
     The saved model has the stock keys, so that any `from_pretrained` reads the means, zeros included. Heads, neurons
     and channels are removed after `trainer.train()`, with `prune_channels`.
     """
@@ -84,6 +90,7 @@ class BayesPruneCallback(TrainerCallback):
         self._probe: LossScaleProbe | None = None
         self._shapes: dict[str, tuple[torch.Size, ...]] = {}
         self._within_tolerance: dict[str, Tensor] | None = None
+        self._frozen: Frozen = []
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
         """Converts the model, before optimizer and wrappers exist.
@@ -99,15 +106,22 @@ class BayesPruneCallback(TrainerCallback):
             accelerator.distributed_type.name,
             fsdp_version=plugin.fsdp_version if plugin is not None else 0,
             num_threads=args.n_gpu,
-            prunes=self.prune is not None,
+            sends_masks=self.prune is not None and plugin is not None and bool(plugin.cpu_ram_efficient_loading),
         )
-        if not _is_variational(event["model"]):
-            to_variational(event["model"], **self.convert)
+        model = event["model"]
+        if not _is_variational(model):
+            to_variational(model, **conversion_options(model, self.convert))
         elif self.convert:
             raise ValueError(
                 f"convert={self.convert!r} was given, but the model is variational already; give the options to "
                 "to_variational, or leave the conversion to the callback."
             )
+        if self.prune is not None:
+            warn_of_pruning(model)
+            prune_weights(model, sparsity=0.0)  # FSDP and PEFT load into the masks that are there, and make none
+        if plugin is not None:
+            check_dtypes(model, accelerator.mixed_precision)
+            self._frozen = freeze_stds(model)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any
@@ -122,6 +136,8 @@ class BayesPruneCallback(TrainerCallback):
         model, loader = event["model"], event["train_dataloader"]
         self._end()
         stand_before_loggers(self)
+        thaw(self._frozen)
+        self._frozen = []
         if not _is_variational(model):
             raise ValueError(
                 f"{type(model).__name__} is not variational when training begins: BayesPruneCallback was added after "
@@ -147,7 +163,13 @@ class BayesPruneCallback(TrainerCallback):
         self._within_tolerance = self._copy(model)
         num_batches = min(args.gradient_accumulation_steps, len(loader) if hasattr(loader, "__len__") else sys.maxsize)
         if num_batches * args.world_size > 1:
-            self._probe = LossScaleProbe(model, num_batches=num_batches, num_processes=args.world_size)
+            compiler = AcceleratorState().dynamo_plugin
+            self._probe = LossScaleProbe(
+                model,
+                num_batches=num_batches,
+                num_processes=args.world_size,
+                is_compiled=compiler is not None and compiler.backend != DynamoBackend.NO,
+            )
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any
@@ -159,6 +181,8 @@ class BayesPruneCallback(TrainerCallback):
         """
         assert self._attachment is not None, "on_train_begin came first"
         check_shapes(event["model"], self._shapes)
+        if self._probe is not None:
+            self._probe.begin()
         self._attachment.temperature = self.temperature * ramp((state.global_step + 1) / state.max_steps, self.warmup)
 
     def on_substep_end(
@@ -181,7 +205,7 @@ class BayesPruneCallback(TrainerCallback):
         step, target = state.global_step, self.prune.sparsity_at(state.global_step / state.max_steps)
         if target > (self.prune.sparsity_at((step - 1) / state.max_steps) if step > 1 else 0.0):
             prune_weights(event["model"], sparsity=target, scope=self.prune.scope, score=self.prune.score)
-            _forget_removed(event["optimizer"], event["model"])
+            forget_removed(event["optimizer"], event["model"])
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
         """Adds to what the loggers, which come after it, are going to write."""
@@ -266,14 +290,3 @@ class BayesPruneCallback(TrainerCallback):
 
 def _is_variational(model: nn.Module) -> bool:
     return next(variational_layers(model), None) is not None
-
-
-def _forget_removed(optimizer: Optimizer, model: nn.Module) -> None:
-    """Removed weights have no gradient any more, so that moments which are zero now stay zero."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = inner
-    for posterior in named_posteriors(model):
-        if (mask := posterior.mask) is not None:
-            for value in optimizer.state.get(posterior.mean, {}).values():
-                if isinstance(value, Tensor) and value.shape == mask.shape:
-                    value.mul_(mask)

@@ -16,8 +16,8 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from bayesprune.errors import StorageError
-from bayesprune.hosts.transformers.summary import whole
 from bayesprune.layers import named_posteriors
+from bayesprune.layers.sharding import whole
 from bayesprune.train.attach import Attachment
 
 _LOGGER = logging.getLogger(__name__)

@@ -1,6 +1,7 @@
 """What would train a wrong posterior without a word, said at the start with the line that mends it."""
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -11,17 +12,17 @@ from bayesprune.errors import UnsupportedModelError
 from bayesprune.layers import named_posteriors
 
 
-def check_parallelism(distributed_type: str, *, fsdp_version: int, num_threads: int, prunes: bool) -> None:
+def check_parallelism(distributed_type: str, *, fsdp_version: int, num_threads: int, sends_masks: bool) -> None:
     """Refuses ways of spreading a model that cut means, stds and masks apart.
 
     Args:
         distributed_type: accelerate's name of it, such as "NO", "MULTI_GPU", "FSDP" or "DEEPSPEED".
         fsdp_version: 1 or 2 with FSDP, 0 without.
         num_threads: GPUs that one process drives (`nn.DataParallel`).
-        prunes: Whether weights are to be removed during training.
+        sends_masks: Whether one process is to send a model that has masks to the others.
 
     Raises:
-        UnsupportedModelError: DeepSpeed, FSDP 1, `nn.DataParallel`, or FSDP 2 with pruning during training.
+        UnsupportedModelError: DeepSpeed, FSDP 1, `nn.DataParallel`, or masks that would have to be sent.
     """
     if distributed_type == "DEEPSPEED":
         raise UnsupportedModelError(
@@ -34,10 +35,11 @@ def check_parallelism(distributed_type: str, *, fsdp_version: int, num_threads: 
             "BayesPruneCallback got FSDP 1, which flattens means and stds and cuts them at different places; expected "
             'FSDP 2. Set TrainingArguments(fsdp_config={"version": 2}).'
         )
-    if fsdp_version and prunes:
+    if sends_masks:
         raise UnsupportedModelError(
-            "BayesPruneCallback got prune=... with FSDP 2, whose shards the masks do not follow; expected one process "
-            "or DDP. Train with prune=None and call bayesprune.prune_weights on the trained model."
+            "BayesPruneCallback got prune=... with cpu_ram_efficient_loading, where accelerate sends sharded "
+            'parameters alone and masks are not; set TrainingArguments(fsdp_config={"cpu_ram_efficient_loading": '
+            "False}), or train with prune=None and call bayesprune.prune_weights on the trained model."
         )
     if num_threads > 1:
         raise UnsupportedModelError(
@@ -75,23 +77,32 @@ class LossScaleProbe:
     heads ignore that number (transformers issue 47688), so that their gradients are too large by the number of
     accumulation steps and processes, and the KL weighs too little by as much. Whether backward reaches the number says
     whether the head used it; the gradient that arrives at the loss says whether the Trainer divided instead.
+    A compiled model shows neither, so its first forward runs eagerly.
     """
 
-    def __init__(self, model: nn.Module, *, num_batches: int, num_processes: int) -> None:
+    def __init__(self, model: nn.Module, *, num_batches: int, num_processes: int, is_compiled: bool = False) -> None:
         """Looks at the next training batch of `model`.
 
         Args:
             model: The model that computes the loss.
             num_batches: Batches that one optimizer step sees in one process.
             num_processes: Processes whose gradients are averaged.
+            is_compiled: Whether the forward is compiled, so that it has to be made eager once.
         """
         self._model, self._num_batches, self._num_processes = model, num_batches, num_processes
         self._number: Tensor | None = None
         self._arrived: list[Tensor] = []
+        self._is_compiled, self._eager = is_compiled, ExitStack()
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after),
+            model.register_forward_hook(self._compile_again, always_call=True),  # also where the forward has failed
         ]
+
+    def begin(self) -> None:
+        """Makes the forward that comes next an eager one."""
+        if self._is_compiled and self._handles:
+            self._eager.enter_context(torch.compiler.set_stance("force_eager"))
 
     def check(self, optimizer: Optimizer | None) -> None:
         """Judges the batch whose backward has run, if it has, and ends the probe.
@@ -102,9 +113,11 @@ class LossScaleProbe:
         Raises:
             ValueError: the loss is larger than a mean.
         """
+        if not self._handles or not (self._arrived or self._is_compiled):
+            return
+        self.end()  # seen or not: the compiled forwards that follow show nothing, and are not to hold hooks
         if not self._arrived:
             return
-        self.end()
         assert self._number is not None, "a gradient arrived, so the batch was seen"
         if self._number.grad is not None:
             return
@@ -123,6 +136,11 @@ class LossScaleProbe:
         """Takes the hooks away."""
         for handle in self._handles:
             handle.remove()
+        self._handles = []
+        self._eager.close()
+
+    def _compile_again(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self._eager.close()
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         number = kwargs.get("num_items_in_batch")

@@ -1,18 +1,13 @@
 """The posteriors of a model in a few numbers, for the Trainer's logs and evaluation metrics."""
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 
 from bayesprune.layers import named_posteriors
+from bayesprune.layers.sharding import whole
 from bayesprune.prune.scores import snr
 
 _MAX_SAMPLE = 1_000_000  # weights whose SNRs the median is taken of, evenly spaced
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself; one that is sharded over processes, gathered. Every process must call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
@@ -28,7 +23,8 @@ def summarize(model: nn.Module) -> dict[str, float]:
     for posterior in posteriors:
         scores = whole(snr(posterior))
         total += scores.numel()
-        scores = scores.flatten() if posterior.mask is None else scores[posterior.mask]
+        mask = posterior.layer.mask(posterior.parameter, whole=True)
+        scores = scores.flatten() if mask is None else scores[mask]
         kept += scores.numel()
         below += int((scores < 1).sum())
         samples.append(scores[::stride].cpu())

@@ -7,15 +7,17 @@ import socket
 import pytest
 import torch
 from accelerate import DistributedType, PartialState
+from safetensors.torch import load_file
 from torch import distributed, multiprocessing, nn
 from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
 import bayesprune as bp
-from bayesprune.hosts.transformers import BayesPruneCallback, PruneSchedule
+from bayesprune.hosts.transformers import BayesPruneCallback, PruneSchedule, Tolerance
 from bayesprune.train.kl import bind_prior
 from tests.hosts.transformers import tiny
 from tests.hosts.transformers.test_callback import Recorder, largest_difference
+from tests.hosts.transformers.test_callback_resume import assert_equal
 from tests.oracles import HandMadeAdam
 from tests.train.reference import clamp, others_of, stds_of
 
@@ -28,15 +30,22 @@ STEPS = 6
 LR = 1e-2
 TEMPERATURE = 0.05
 NUM_DATA = sum(label != -100 for row in tiny.language() for label in row["labels"][1:])
-OPTIONS = {"ddp": {}, "fsdp2": {"fsdp": True, "fsdp_config": {"version": 2}}}
+OPTIONS = {
+    "ddp": {},
+    "fsdp2": {"fsdp": True, "fsdp_config": {"version": 2}},
+    "fsdp2 sharded files": {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}},
+}
+SCHEDULE = PruneSchedule(0.5, begin=0.2, end=0.8)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
-def train_on_elbo(model: nn.Module, recorded: Recorder, accumulation: int) -> None:
+def train_on_elbo(model: nn.Module, recorded: Recorder, accumulation: int, schedule: PruneSchedule | None) -> None:
     """Gradients of each process's own losses and noise, summed over processes, plus those of the KL."""
+    if schedule is not None:
+        bp.prune_weights(model, sparsity=0.0)
     bound = bind_prior(model, bp.priors.Gaussian())
     stds, others = stds_of(model), others_of(model)
     optimizer = torch.optim.AdamW(others.values(), lr=LR, weight_decay=0.0)
@@ -67,6 +76,8 @@ def train_on_elbo(model: nn.Module, recorded: Recorder, accumulation: int) -> No
                 part.copy_(adams[name].moved(part, part.grad))
             for posterior, prior in bound.items():
                 clamp(posterior.log_std_parts, prior.max_log_std)
+        if schedule is not None:
+            bp.prune_weights(model, sparsity=schedule.sparsity_at((step + 1) / STEPS))
 
 
 def start_process(rank: int, port: int) -> None:
@@ -79,18 +90,21 @@ def start_process(rank: int, port: int) -> None:
 def trainer(kind: str, model: nn.Module, folder: str, callback: BayesPruneCallback, **options) -> Trainer:
     args = tiny.arguments(folder, per_device_train_batch_size=2, ddp_backend="gloo", **OPTIONS[kind] | options)
     assert args.world_size == NUM_PROCESSES
-    if kind == "fsdp2":  # accelerate offers it to processes with GPUs alone, though torch shards on CPUs as well
+    if kind.startswith(
+        "fsdp2"
+    ):  # accelerate offers it to processes with GPUs alone, though torch shards on CPUs as well
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    return Trainer(model, args, train_dataset=tiny.language(), callbacks=[callback])
+    return Trainer(model, args, train_dataset=tiny.language(), eval_dataset=tiny.language(8), callbacks=[callback])
 
 
-def compare(rank: int, port: int, folder: str, kind: str, accumulation: int) -> None:
+def compare(rank: int, port: int, folder: str, kind: str, accumulation: int, schedule: PruneSchedule | None) -> None:
     start_process(rank, port)
-    model = bp.to_variational(tiny.llama().double(), relative_std=0.2).double()
+    structure = "per_weight" if schedule is None else "rank_one"
+    model = bp.to_variational(tiny.llama().double(), std=structure, relative_std=0.2).double()
     start, expected = copy.deepcopy(model), copy.deepcopy(model)
     recorder = Recorder(model)
     options = {"max_steps": STEPS, "gradient_accumulation_steps": accumulation}
-    callback = BayesPruneCallback(temperature=TEMPERATURE)
+    callback = BayesPruneCallback(temperature=TEMPERATURE, prune=schedule)
     made = trainer(kind, model, folder, callback, logging_steps=1, **options)
     made.train()
     assert distributed.get_world_size() == NUM_PROCESSES
@@ -99,8 +113,12 @@ def compare(rank: int, port: int, folder: str, kind: str, accumulation: int) -> 
     distributed.all_gather_object(seen, first[0]["input_ids"])
     assert not torch.equal(seen[0], seen[1]), "both processes see the same examples"
     assert any("kl_nats" in entry for entry in made.state.log_history)
-    train_on_elbo(expected, recorder, accumulation)
+    train_on_elbo(expected, recorder, accumulation, schedule)
     found = copy.deepcopy(start)
+    if schedule is not None:
+        assert made.state.log_history[-2]["sparsity"] == pytest.approx(schedule.sparsity, abs=1e-3)
+        for name, buffer in expected.named_buffers():
+            assert torch.equal(buffer, made.model.get_buffer(name)), name
     found.load_state_dict({key: whole(value) for key, value in made.model.state_dict().items()})
     sharded = sum(isinstance(parameter, DTensor) for parameter in made.model.parameters())
     assert (sharded > 0) == (kind == "fsdp2")
@@ -108,21 +126,64 @@ def compare(rank: int, port: int, folder: str, kind: str, accumulation: int) -> 
     distributed.destroy_process_group()
 
 
-def resume(rank: int, port: int, folder: str) -> None:
-    """A checkpoint that one process wrote continues in both; what they removed is the same."""
+def resume(rank: int, port: int, folder: str, kind: str) -> None:
+    """A checkpoint that the processes wrote continues in both; what they removed is the same."""
     start_process(rank, port)
     states = []
     for checkpoint, options in ((None, {"save_strategy": "steps", "save_steps": 4}), (f"{folder}/checkpoint-4", {})):
-        callback = BayesPruneCallback(prune=PruneSchedule(0.5, begin=0.2, end=0.8))
-        made = trainer("ddp", tiny.llama(), folder, callback, max_steps=STEPS, gradient_accumulation_steps=2, **options)
+        callback = BayesPruneCallback(prune=SCHEDULE)
+        model = tiny.llama()
+        recorder = Recorder(model)
+        made = trainer(kind, model, folder, callback, max_steps=STEPS, gradient_accumulation_steps=2, **options)
         made.train(resume_from_checkpoint=checkpoint)
-        states.append(made.model.state_dict())
+        assert len(recorder.batches) == 2 * (STEPS if checkpoint is None else STEPS - 4)
+        states.append({key: whole(value) for key, value in made.model.state_dict().items()})
     assert any(key.endswith("_mask") and not value.all() for key, value in states[0].items())
     for key, value in states[0].items():
         assert torch.equal(value, states[1][key]), f"{key}: {(value.float() - states[1][key].float()).abs().max():.3g}"
         everywhere = [torch.empty_like(value) for _ in range(NUM_PROCESSES)]
         distributed.all_gather(everywhere, value.contiguous())
         assert torch.equal(*everywhere), f"{key} differs between processes"
+    made.save_model(f"{folder}/final")
+    if rank == 0 and "sharded" not in kind:
+        alone = bp.to_variational(tiny.llama())
+        alone.load_state_dict(load_file(f"{folder}/final/model.safetensors"))
+        assert_equal(alone.state_dict(), states[0])
+    distributed.destroy_process_group()
+
+
+def evaluate(rank: int, port: int, folder: str, kind: str) -> None:
+    """The model of an earlier evaluation comes back whole: the best one from its checkpoint, or one that was kept."""
+    start_process(rank, port)
+    schedule = PruneSchedule(0.97, begin=0.6, end=0.7)
+    options = {"max_steps": 8, "eval_strategy": "steps", "eval_steps": 4, "load_best_model_at_end": True}
+    best = trainer(
+        kind,
+        tiny.llama(),
+        folder,
+        BayesPruneCallback(prune=schedule),
+        save_strategy="steps",
+        save_steps=4,
+        metric_for_best_model="loss",
+        **options,
+    )
+    best.train()
+    kept = trainer(
+        kind,
+        tiny.llama(),
+        folder,
+        BayesPruneCallback(prune=schedule, tolerance=Tolerance(0.0, reference=-1.0)),
+        max_steps=8,
+        eval_strategy="steps",
+        eval_steps=4,
+    )
+    kept.train()
+    for made in (best, kept):
+        entries = {entry["step"]: entry for entry in made.state.log_history if "eval_loss" in entry}
+        assert entries[8]["eval_sparsity"] == pytest.approx(0.97, abs=1e-3)
+        metrics = made.evaluate()
+        assert metrics["eval_sparsity"] == 0.0
+        assert metrics["eval_loss"] == entries[4]["eval_loss"]
     distributed.destroy_process_group()
 
 
@@ -133,11 +194,18 @@ def spawn(function, *args) -> None:
     multiprocessing.start_processes(function, (port, *args), nprocs=NUM_PROCESSES, start_method="spawn")
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(
+    ("kind", "accumulation", "schedule"),
+    [("ddp", 1, None), ("ddp", 2, None), ("fsdp2", 1, None), ("fsdp2", 2, None), ("fsdp2", 2, SCHEDULE)],
+)
+def test_two_processes_are_the_elbo(kind, accumulation, schedule, tmp_path):
+    spawn(compare, str(tmp_path), kind, accumulation, schedule)
+
+
 @pytest.mark.parametrize("kind", OPTIONS)
-def test_two_processes_are_the_elbo(kind, accumulation, tmp_path):
-    spawn(compare, str(tmp_path), kind, accumulation)
+def test_two_processes_resume(kind, tmp_path):
+    spawn(resume, str(tmp_path), kind)
 
 
-def test_two_processes_resume(tmp_path):
-    spawn(resume, str(tmp_path))
+def test_an_earlier_model_comes_back(tmp_path):
+    spawn(evaluate, str(tmp_path), "fsdp2")

@@ -22,13 +22,17 @@ def inflated() -> nn.Module:
     return model
 
 
-def test_a_loss_that_grows_with_accumulation_is_refused(tmp_path):
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_a_loss_that_grows_with_accumulation_is_refused(is_compiled, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # TrainingArguments writes it, and leaves it
     message = (
         r"BertForSequenceClassification ignores num_items_in_batch \(transformers issue 47688\), so its gradients are "
         r"4 times too large .* Put `model.accepts_loss_kwargs = False` before Trainer"
     )
+    options = {"gradient_accumulation_steps": 4, "torch_compile": is_compiled}
     with pytest.raises(ValueError, match=message):
-        tiny.trainer(inflated(), tmp_path, BayesPruneCallback(), gradient_accumulation_steps=4).train()
+        tiny.trainer(inflated(), tmp_path, BayesPruneCallback(), **options).train()
+    assert torch.compile(torch.compiler.is_compiling, backend="eager")(), "compilation is on again"
 
 
 @pytest.mark.parametrize("mended", ["accumulation 1", "accepts_loss_kwargs", "loss_is_scaled_for_ga", "short epoch"])
@@ -75,16 +79,16 @@ class _NoProbe(TrainerCallback):
             r'got FSDP 1.*Set TrainingArguments\(fsdp_config=\{"version": 2',
         ),
         (
-            {"distributed_type": "FSDP", "fsdp_version": 2, "prunes": True},
-            "prune=.* with FSDP 2.*Train with prune=None",
+            {"distributed_type": "FSDP", "fsdp_version": 2, "sends_masks": True},
+            r'prune=.* with cpu_ram_efficient_loading.*set TrainingArguments\(fsdp_config=\{"cpu_ram',
         ),
         ({"num_threads": 2}, "got 2 GPUs in one process.*start the program with torchrun"),
     ],
 )
 def test_ways_of_spreading_a_model(case, message):
-    fine = {"distributed_type": "NO", "fsdp_version": 0, "num_threads": 1, "prunes": False}
+    fine = {"distributed_type": "NO", "fsdp_version": 0, "num_threads": 1, "sends_masks": False}
     check_parallelism(**fine)
-    check_parallelism(**fine | {"distributed_type": "MULTI_CPU", "num_threads": 0, "prunes": True})
+    check_parallelism(**fine | {"distributed_type": "MULTI_CPU", "num_threads": 0})
     check_parallelism(**fine | {"distributed_type": "FSDP", "fsdp_version": 2})
     with pytest.raises(UnsupportedModelError, match=message):
         check_parallelism(**fine | case)

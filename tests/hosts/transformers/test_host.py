@@ -12,7 +12,7 @@ from bayesprune.errors import StorageError
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("bayesprune.hosts.transformers")
 
-from tests.benchmarks.families import FAMILIES, build  # noqa: E402
+from tests.benchmarks.families_models import FAMILIES, build  # noqa: E402
 from tests.hosts.transformers.saved import bert, config, cut, gpt2, masked, outputs, rewrite, same_state  # noqa: E402
 
 MODELS = {

@@ -6,7 +6,7 @@ from torch import nn
 
 import bayesprune as bp
 from bayesprune.layers import VariationalLayer
-from tests.benchmarks.families import FAMILIES, build
+from tests.benchmarks.families_models import FAMILIES, build
 from tests.cases import STRUCTURES
 from tests.oracles import assert_covariance, output_covariance
 

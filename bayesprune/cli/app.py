@@ -1,0 +1,195 @@
+"""The commands."""
+
+import logging
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from typer import Option
+
+from bayesprune import pipeline
+from bayesprune.cli.jobs import DEFAULTS, Request, library_of, prepare
+from bayesprune.cli.progress import ConsoleProgress
+from bayesprune.errors import BayespruneError
+from bayesprune.evaluate import Report
+from bayesprune.evaluate.plots import require_matplotlib
+from bayesprune.storage.load import read as read_saved
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Make a trained model smaller."
+)
+
+_CONSOLE = Console(width=None if sys.stdout.isatty() else 120)  # files and pipes have no width of their own
+
+
+@app.command()
+def compress(
+    out: Annotated[Path, Option(help="Directory of the compressed model and its report.")],
+    model: Annotated[
+        str, Option(help="timm:NAME, a timm architecture; hf:NAME, a folder or a model of the Hub.")
+    ] = "timm:resnet10t",
+    task: Annotated[str | None, Option(help="With hf: text-classification, causal-lm or image-classification.")] = None,
+    checkpoint: Annotated[
+        Path | None, Option(help="With timm: trained weights, .safetensors or .pth; else trained here.")
+    ] = None,
+    pretrained: Annotated[bool, Option(help="With timm: start from its pretrained weights (needs a network).")] = False,
+    train: Annotated[bool, Option("--train", help="Train first, even where the weights fit the data.")] = False,
+    data: Annotated[
+        str | None,
+        Option(
+            help="Images: digits, torch/NAME, hfds/NAME or a folder. Texts: a CSV, TSV, JSON or JSON lines file (for "
+            "causal-lm .txt too), a folder of such files, hfds/NAME or hfds/NAME:CONFIGURATION.",
+            show_default="digits",
+        ),
+    ] = None,
+    data_dir: Annotated[Path | None, Option(help="Where images of torch/NAME and hfds/NAME are kept.")] = None,
+    download: Annotated[bool, Option(help="Let torchvision download torch/NAME into the data directory.")] = False,
+    augment: Annotated[bool, Option(help="Random crops and mirror images in training.")] = False,
+    image_size: Annotated[int | None, Option(help="Side of the images.", show_default="that of the data")] = None,
+    text_column: Annotated[str | None, Option(help="Column of texts.", show_default="text, sentence, ...")] = None,
+    label_column: Annotated[str | None, Option(help="Column of labels.", show_default="label, labels, ...")] = None,
+    max_length: Annotated[
+        int | None, Option(help="Longest text, or the blocks of causal-lm, in tokens.", show_default="128")
+    ] = None,
+    target: Annotated[
+        str | None,
+        Option(help="Kept fraction or threshold: macs=0.5, params=0.5, snr=1; of single weights: weights=0.2."),
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        Option(
+            help="In place of a target: find the smallest model that loses at most this accuracy (0.01 is one point), "
+            "or whose perplexity rises by at most this part of itself."
+        ),
+    ] = None,
+    granularity: Annotated[
+        str | None, Option(help="What may go, with commas between.", show_default="heads,mlp,width; with hf: heads,mlp")
+    ] = None,
+    uniform: Annotated[
+        bool, Option("--uniform", help="The same share everywhere: the config of an hf model can say the sizes.")
+    ] = False,
+    epochs: Annotated[
+        int | None, Option(min=1, help="Epochs of each training stage.", show_default="8; with hf: 3")
+    ] = None,
+    train_lr: Annotated[
+        float | None, Option(help="Learning rate of training the dense model.", show_default="3e-3; with hf: 5e-5")
+    ] = None,
+    lr: Annotated[
+        float | None, Option(help="Learning rate of the fine-tuning stages.", show_default="1e-3; with hf: 5e-5")
+    ] = None,
+    batch_size: Annotated[
+        int | None, Option(min=1, help="Examples in a batch.", show_default="64; with hf: 32")
+    ] = None,
+    std: Annotated[
+        str | None, Option(help="per_weight (default for weights=...), rank_one or per_channel (default).")
+    ] = None,
+    estimator: Annotated[str, Option(help="auto, weight_sampling, flipout, local_reparameterization.")] = "auto",
+    seed: Annotated[int, Option()] = 0,
+    device: Annotated[str | None, Option(help="cpu, cuda, ...", show_default="cuda if there is one")] = None,
+) -> None:
+    """Compress a model: train or load it, learn its posteriors, remove, fine-tune, save, report."""
+    default = DEFAULTS[library_of(model)]
+    wanted = _target(target, tolerance)
+    recipe = pipeline.Recipe(
+        target=wanted,
+        tolerance=tolerance,
+        num_epochs=epochs or default.num_epochs,
+        train_lr=default.train_lr if train_lr is None else train_lr,
+        lr=default.lr if lr is None else lr,
+        std=std or ("per_weight" if "weights" in (wanted or {}) else "per_channel"),
+        estimator=estimator,
+        granularity=default.granularity if granularity is None else tuple(granularity.split(",")),
+        uniform=uniform,
+    )
+    request = Request(
+        model=model,
+        task=task,
+        checkpoint=checkpoint,
+        pretrained=pretrained,
+        train=train,
+        data=data,
+        data_dir=data_dir,
+        download=download,
+        augment=augment,
+        image_size=image_size,
+        text_column=text_column,
+        label_column=label_column,
+        max_length=max_length,
+        batch_size=batch_size or default.batch_size,
+        seed=seed,
+        device=device,
+    )
+    require_matplotlib()  # for the report, which comes last
+    _check_writable(out)
+    torch.manual_seed(seed)
+    progress = ConsoleProgress(_CONSOLE, pipeline.NUM_STAGES)
+    job = prepare(request)
+    progress.say(f"{model} on {job.task.description}")
+    if job.untrained is not None:
+        progress.say(f"the model is trained first: {job.untrained}")
+    result = pipeline.run(job.model, job.task, recipe, out, progress, name=model, is_trained=job.untrained is None)
+    _CONSOLE.print(result.table())
+    progress.say(f"report: {out / 'report.html'}")
+    progress.say(f"load the model: {job.task.how_to_load(out)}")
+
+
+@app.command()
+def report(directory: Annotated[Path, typer.Argument(help="What compress wrote.")]) -> None:
+    """Show the report of a compressed model."""
+    path = directory / "report.json"
+    if not path.is_file():
+        raise typer.BadParameter(f"no report.json in {str(directory)!r}; it is written by bayesprune compress.")
+    _CONSOLE.print(Report.from_json(path.read_text(encoding="utf-8")).table())
+
+
+@app.command()
+def inspect(directory: Annotated[Path, typer.Argument(help="What bayesprune.save or compress wrote.")]) -> None:
+    """Show what a saved directory holds, without building the model: base, shapes, zeros."""
+    saved = read_saved(directory)
+    base = "a plain module" if saved.base is None else f"{saved.base.library} model {saved.base.name}"
+    total = sum(tensor.numel() for tensor in saved.tensors.values())
+    nonzero = sum(int(tensor.count_nonzero()) for tensor in saved.tensors.values())
+    versions = ", ".join(f"{name} {version}" for name, version in saved.versions.items())
+    table = Table("tensor", "shape", "dtype", "nonzero", title=f"{directory}: {base}", caption=f"saved with {versions}")
+    for name, tensor in saved.tensors.items():
+        share = int(tensor.count_nonzero()) / max(1, tensor.numel())
+        table.add_row(name, "x".join(map(str, tensor.shape)), str(tensor.dtype).removeprefix("torch."), f"{share:.1%}")
+    _CONSOLE.print(table)
+    _CONSOLE.print(f"{total:,} values, {nonzero:,} of them not zero", highlight=False)
+
+
+def main() -> None:
+    """Runs the command line; what the user can mend is told in one sentence."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.captureWarnings(True)
+    try:
+        app()
+    except (BayespruneError, ValueError, OSError, ImportError, FloatingPointError) as error:
+        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
+        raise SystemExit(1) from error
+
+
+def _target(target: str | None, tolerance: float | None) -> dict[str, float] | None:
+    if tolerance is not None:
+        if target is not None:
+            raise typer.BadParameter(f"got --target {target} and --tolerance {tolerance}; give one of them.")
+        return None
+    name, _, value = (target or "macs=0.5").partition("=")
+    try:
+        return {name: float(value)}
+    except ValueError:
+        expected = "expected macs=0.5, params=0.5, snr=1 or weights=0.2."
+        raise typer.BadParameter(f"{target!r}; {expected}", param_hint="--target") from None
+
+
+def _check_writable(directory: Path) -> None:
+    """Fails now, not after minutes of training."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=directory):
+        pass

@@ -1,0 +1,88 @@
+"""What the command line's pipeline needs to know of a model's data and training, whichever library has the loop."""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from torch import nn
+
+from bayesprune.evaluate import Metric
+
+Split = Literal["validation", "test"]
+
+
+class Progress(Protocol):
+    """Tells a person where the job is."""
+
+    def stage(self, title: str) -> None:
+        """A new stage begins."""
+
+    def say(self, text: str) -> None:
+        """One line about the present stage."""
+
+    def training(self, num_epochs: int, steps_per_epoch: int) -> AbstractContextManager[Callable[[float], None]]:
+        """Inside, a training runs; what it gives is to be called after each step, with the loss."""
+        ...
+
+
+class Task(Protocol):
+    """Data, and how a model is trained and judged on them.
+
+    Attributes:
+        description: The data in one line.
+        metric: What `score` returns.
+        example_inputs: One example, as the model's forward takes it.
+        calibration: Batches of training inputs, each time from the start.
+    """
+
+    description: str
+    metric: Metric
+    example_inputs: Any
+    calibration: Iterable[Any]
+
+    def train(
+        self,
+        model: nn.Module,
+        progress: Progress,
+        *,
+        num_epochs: int,
+        lr: float,
+        learn_stds: bool = False,
+        sparsity: float | None = None,
+    ) -> None:
+        """Trains the model in place and leaves it in evaluation mode.
+
+        Args:
+            model: On the device it is to stay on.
+            progress: Hears of every step.
+            num_epochs: Passes over the training data.
+            lr: The highest learning rate.
+            learn_stds: Attach the KL, so that the stds of a variational model are learned.
+            sparsity: Fraction of single weights to remove on the way, gradually, leaving time to recover.
+
+        Raises:
+            FloatingPointError: the loss is not finite.
+        """
+
+    def score(self, model: nn.Module, split: Split) -> float:
+        """The metric on all of a split."""
+        ...
+
+    def save_beside(self, directory: Path) -> None:
+        """Adds what prepares the model's inputs, where the library has files for it."""
+
+    def how_to_load(self, directory: Path) -> str:
+        """The Python that loads the saved model in a fresh process."""
+        ...
+
+
+def check_finite(loss: float, lr: float) -> float:
+    """The loss.
+
+    Raises:
+        FloatingPointError: it is not finite.
+    """
+    if not abs(loss) < float("inf"):
+        raise FloatingPointError(f"the training loss is {loss}; try a smaller learning rate than {lr:g}.")
+    return loss

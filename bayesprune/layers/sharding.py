@@ -1,0 +1,22 @@
+"""Tensors that FSDP 2 has cut over processes, whole; and whole tensors that every process has, cut the same way."""
+
+from torch import Tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself; one that is sharded over processes, gathered. Every process must call it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[attr-defined]
+
+
+def sharded_as(tensor: Tensor, other: Tensor) -> Tensor:
+    """The tensor, whole in every process, cut as `other` of the same shape is; nothing is sent."""
+    if not hasattr(other, "full_tensor") or hasattr(tensor, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor  # absent from a torch built without torch.distributed
+
+    return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)  # type: ignore[attr-defined]
+
+
+def placed_as(tensor: Tensor, other: Tensor) -> Tensor:
+    """A sharded tensor, or one of which each process has a summand, cut as `other` is; others as they are."""
+    return tensor.redistribute(placements=other.placements) if hasattr(other, "full_tensor") else tensor  # type: ignore[attr-defined]
