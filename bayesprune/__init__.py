@@ -2,13 +2,22 @@
 
 from importlib.util import find_spec as _find_spec
 
-from bayesprune import evi, moments, priors
+from bayesprune import evi, laplace, moments, priors
 from bayesprune.compiling import compile_moments
 from bayesprune.convert import conversion_table, to_deterministic, to_variational
 from bayesprune.evaluate import report
+from bayesprune.laplace import condition_on_channels, condition_on_zeros, fit_kronecker, fit_laplace
 from bayesprune.layers import VariationalLayer, register_layer
 from bayesprune.predictive import Prediction, predict, sampling
-from bayesprune.prune import SNRImportance, compress, prune_channels, prune_weights, signal_to_noise
+from bayesprune.prune import (
+    EvidenceImportance,
+    SNRImportance,
+    compress,
+    evidence,
+    prune_channels,
+    prune_weights,
+    signal_to_noise,
+)
 from bayesprune.storage import load, save
 from bayesprune.train import attach, kl_divergence
 
@@ -21,15 +30,22 @@ if _find_spec("transformers"):
     _deferred.register()  # transformers' `from_pretrained` will know us, once it is imported
 
 __all__ = [
+    "EvidenceImportance",
     "Prediction",
     "SNRImportance",
     "VariationalLayer",
     "attach",
     "compile_moments",
     "compress",
+    "condition_on_channels",
+    "condition_on_zeros",
     "conversion_table",
     "evi",
+    "evidence",
+    "fit_kronecker",
+    "fit_laplace",
     "kl_divergence",
+    "laplace",
     "load",
     "moments",
     "predict",

@@ -18,7 +18,7 @@ ROWS = (
     ("moments",),
     ("estimators",),
     ("layers",),
-    ("convert", "macs", "predictive", "train", "prune"),
+    ("convert", "macs", "predictive", "train", "prune", "laplace"),
     ("compiling",),
     ("storage", "evaluate", "evi"),
     ("hosts",),

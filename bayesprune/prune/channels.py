@@ -9,6 +9,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,10 +22,11 @@ from bayesprune.prune import plan
 from bayesprune.prune.channel_report import ChannelReport, ChannelRow, shown
 from bayesprune.prune.checks import check_model, checked_target
 from bayesprune.prune.config import follow_config
+from bayesprune.prune.evidence import EvidenceImportance
 from bayesprune.prune.groups import find_groups
-from bayesprune.prune.importance import SNRImportance, removed_weights
+from bayesprune.prune.importance import SNRImportance, removed_weights, weight_scores
 from bayesprune.prune.recalibrate import recalibrate_batch_norm
-from bayesprune.prune.removal import Selection, remove
+from bayesprune.prune.removal import Selection, remove, snapshot
 from bayesprune.prune.structure import GRANULARITY, ChannelGroup
 from bayesprune.prune.trace import quiet
 from bayesprune.prune.verify import misplaced
@@ -37,6 +39,7 @@ _SHAPE_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, R
 _WRONG_GRAPH = "another order of its channels changes the output, so the dependency graph is wrong about it"
 
 Importance = tp.importance.Importance | Callable[[Any], Any]
+BeforeCut = Callable[[dict[str, list[int]]], object]
 
 
 def prune_channels(
@@ -51,6 +54,7 @@ def prune_channels(
     dry_run: bool = False,
     data: Iterable[Any] | None = None,
     ignored_layers: Iterable[nn.Module] = (),
+    before_cut: BeforeCut | None = None,
 ) -> ChannelReport:
     """Removes the channels and heads that are worth least until the target is met, in place; returns what was done.
 
@@ -64,9 +68,11 @@ def prune_channels(
     Args:
         model: With variational layers, or any model when `importance` is given. On any device, not wrapped.
         example_inputs: A tensor, a tuple of positional arguments, or a mapping of keyword arguments.
-        target: {"macs": f} or {"params": f}, the fraction of the model as it is now that is kept, or {"snr": t}: remove
-            the channels whose root mean square SNR, over all weights that leave with them, is below t.
-        importance: A torch-pruning importance; None is `SNRImportance()`. A target of "snr" takes none.
+        target: {"macs": f} or {"params": f}, the fraction of the model as it is now that is kept; {"snr": t}: remove
+            the channels whose root mean square SNR, over all weights that leave with them, is below t; or
+            {"evidence": t}: remove those without which the log evidence is larger by more than t nats, 0 say.
+        importance: A torch-pruning importance; None is `SNRImportance()`. A target of "snr" takes none, one of
+            "evidence" an `EvidenceImportance`.
         granularity: What may go: "heads" of attention (where queries share keys and values, with all that share them),
             "mlp", the channels inside residual blocks, and "width", the channels that blocks read from and add to, and
             those of nets without blocks.
@@ -76,6 +82,8 @@ def prune_channels(
         dry_run: Only report; the model is as before afterwards.
         data: Batches (inputs, or tuples that start with them) for recalibrating batch norm, forward passes only.
         ignored_layers: Layers, with everything inside them, whose output channels all stay.
+        before_cut: Called once the selection stands, right before the cut, with the input channels that each layer
+            loses; it may move weights in place, as `condition_on_channels` does. A dry run does not call it.
 
     Raises:
         InfeasibleTargetError: the target cannot be reached; nothing was changed.
@@ -90,7 +98,8 @@ def prune_channels(
     wrong = misplaced(model, structure.groups, example_inputs)
     left_whole |= {layer: _WRONG_GRAPH for group in wrong for layer in group.layers}
     groups = tuple(group for group in structure.groups if group not in wrong)
-    score = _rms_snr if what == "snr" else _mean_scores(importance or SNRImportance())
+    default = EvidenceImportance if what == "evidence" else SNRImportance
+    score = _rms_snr if what == "snr" else _mean_scores(importance or default())
     scores = {group: values for group in groups if (values := score(group)) is not None}
     left_whole |= {
         layer: "nothing in its group has a score (no variational layer)"
@@ -111,6 +120,9 @@ def prune_channels(
         scores = {group: values for group, values in scores.items() if group not in failures}
     if macs_after != costs.cost("macs", counts):
         _LOGGER.info("counted %d MACs after the cut, planned %d", macs_after, costs.cost("macs", counts))
+    if before_cut is not None and not dry_run:
+        undo()
+        undo = _cut_after(before_cut, model, selection)
     report = ChannelReport(
         rows=tuple(_row(group, len(units)) for group, units in selection),
         macs_before=sum(macs.values()),
@@ -172,7 +184,7 @@ def _mean_scores(importance: Importance) -> Callable[[ChannelGroup], list[float]
 
 @torch.no_grad()
 def _rms_snr(group: ChannelGroup) -> list[float] | None:
-    removed = removed_weights(group.group, power=2)
+    removed = removed_weights(group.group, partial(weight_scores, power=2))
     if removed is None:
         return None
     score, count = (values.double().cpu() for values in removed)
@@ -193,9 +205,9 @@ def _choose(
     round_to: int,
     left_whole: dict[str, str],
 ) -> list[int]:
-    """Units that leave each group; none is an answer where the target is an SNR."""
-    if what == "snr":
-        return plan.below(costs.groups, scores, value, round_to)
+    """Units that leave each group; none is an answer where the target is a threshold."""
+    if what in ("snr", "evidence"):
+        return plan.below(costs.groups, scores, value if what == "snr" else -value, round_to)
     levels = plan.blocks(costs.groups, scores, uniform=uniform, round_to=round_to)
     dense = costs.cost(what, [0] * len(scores))
     counts = plan.fewest(costs, levels, what, value * dense)
@@ -246,6 +258,33 @@ def _cut_and_count(model: nn.Module, selection: Selection, example_inputs: Any) 
     except BaseException:
         undo()
         raise
+
+
+def _cut_after(before_cut: BeforeCut, model: nn.Module, selection: Selection) -> Callable[[], None]:
+    """Cuts once `before_cut` has moved the weights; what it returns undoes both."""
+    undo_cut, values = snapshot(model), [(parameter, parameter.detach().clone()) for parameter in model.parameters()]
+
+    def undo() -> None:
+        undo_cut()
+        for parameter, value in values:
+            parameter.data.copy_(value)
+
+    try:
+        before_cut(_lost_inputs(selection))
+        remove(model, selection)
+    except BaseException:
+        undo()
+        raise
+    return undo
+
+
+def _lost_inputs(selection: Selection) -> dict[str, list[int]]:
+    """Positions of the inputs that each layer loses."""
+    lost: dict[str, set[int]] = defaultdict(set)
+    for group, units in selection:
+        for member in (m for m in group.members if m.axis[1] == "in"):
+            lost[member.axis[0]].update(p for unit in units for root in unit for p in member.positions.get(root, ()))
+    return {name: sorted(positions) for name, positions in lost.items() if positions}
 
 
 def _first_line(error: Exception) -> str:

@@ -7,6 +7,7 @@ from torch import nn
 
 from bayesprune.errors import UnsupportedModelError
 from bayesprune.layers import VariationalLayer
+from bayesprune.prune.evidence import EvidenceImportance
 from bayesprune.prune.structure import GRANULARITY
 
 
@@ -20,14 +21,25 @@ def checked_target(
     """
     if isinstance(granularity, str) or not granularity or not set(granularity) <= set(GRANULARITY):
         raise ValueError(f"granularity is {granularity!r}; expected some of {GRANULARITY}, in a tuple.")
-    if len(target) != 1 or (what := next(iter(target))) not in ("macs", "params", "snr"):
-        raise ValueError(f'target is {dict(target)!r}; expected one of {{"macs": f}}, {{"params": f}}, {{"snr": t}}.')
+    if len(target) != 1 or (what := next(iter(target))) not in ("macs", "params", "snr", "evidence"):
+        raise ValueError(
+            f'target is {dict(target)!r}; expected one of {{"macs": f}}, {{"params": f}}, {{"snr": t}}, '
+            '{"evidence": t}.'
+        )
     value = target[what]
     if what == "snr":
         if not 0 < value < float("inf"):
             raise ValueError(f"target snr is {value!r}; expected a positive number, 1.0 say.")
         if importance is not None or uniform:
             raise ValueError('target {"snr": t} is a criterion of its own; it takes no importance and no uniform=True.')
+    elif what == "evidence":
+        if not abs(value) < float("inf"):
+            raise ValueError(f"target evidence is {value!r}; expected a number of nats, usually 0.")
+        if uniform or not (importance is None or isinstance(importance, EvidenceImportance)):
+            raise ValueError(
+                'target {"evidence": t} is a criterion of its own; it takes no importance but an EvidenceImportance, '
+                "with the prior that the model was trained with, and no uniform=True."
+            )
     elif not 0 < value < 1:
         raise ValueError(f"target {what} is {value!r}; expected the fraction to keep, between 0 and 1.")
     if round_to < 1:

@@ -7,6 +7,8 @@ the sum over all weights that are removed with it, in every layer of its depende
 Unlike torch-pruning's own importances it scores the exact block of a grouped convolution that a channel takes along.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -74,14 +76,19 @@ class SNRImportance(tp.importance.Importance):
     @torch.no_grad()
     def __call__(self, group: Group) -> Tensor | None:  # type: ignore[override]
         """Scores (C,) of the root channels of a dependency group; None where nothing in it is variational."""
-        removed = removed_weights(group, self.power)
+        removed = removed_weights(group, partial(weight_scores, power=self.power))
         if removed is None:
             return None
         return removed.score if self.reduction == "sum" else removed.score / removed.number.clamp(min=1)
 
 
-def removed_weights(group: Group, power: float) -> RemovedWeights | None:
-    """Score and number of the weights that leave with each root channel; None where no layer is variational."""
+def removed_weights(group: Group, weight_score: Callable[[VariationalLayer], Tensor]) -> RemovedWeights | None:
+    """Score and number of the weights that leave with each root channel; None where no layer is variational.
+
+    Args:
+        group: A dependency group of torch-pruning.
+        weight_score: Scores of a layer's weights, in the weight's shape, 0 where a weight was removed.
+    """
     roots = {channel: index for index, channel in enumerate(group[0].root_idxs)}
     removed: RemovedWeights | None = None
     for item in group:
@@ -90,7 +97,7 @@ def removed_weights(group: Group, power: float) -> RemovedWeights | None:
             continue  # members that grouped-query attention reaches have no root of their own
         if not isinstance(layer, VariationalLayer) or "weight" not in layer.active_names():
             continue
-        scores = weight_scores(layer, power)
+        scores = weight_score(layer)
         mask = layer.mask("weight")
         if removed is None:
             zeros = torch.zeros(len(roots), device=scores.device)

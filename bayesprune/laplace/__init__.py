@@ -1,0 +1,22 @@
+"""Posteriors around trained weights without training (Laplace), and removal as conditioning on zero."""
+
+from bayesprune.laplace.calibration import cross_entropy, sampled_cross_entropy
+from bayesprune.laplace.conditioning import condition_on_channels, condition_on_zeros, conditional_mean
+from bayesprune.laplace.diagonal import adam_laplace, fit_laplace
+from bayesprune.laplace.kronecker import KroneckerFactors, KroneckerPosterior, fit_kronecker, set_marginal_stds
+from bayesprune.laplace.stds import collapse
+
+__all__ = [
+    "KroneckerFactors",
+    "KroneckerPosterior",
+    "adam_laplace",
+    "collapse",
+    "condition_on_channels",
+    "condition_on_zeros",
+    "conditional_mean",
+    "cross_entropy",
+    "fit_kronecker",
+    "fit_laplace",
+    "sampled_cross_entropy",
+    "set_marginal_stds",
+]

@@ -1,0 +1,176 @@
+"""One pass over calibration data: what goes into each layer, and the gradient of each example's loss at what comes out.
+
+Nothing is trained, no `.grad` is touched, and the model runs in evaluation mode, at its means.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bayesprune.errors import UnsupportedModelError
+from bayesprune.layers import VariationalLayer, variational_layers
+from bayesprune.macs import eval_mode, requires_grad, run_forward
+
+Loss = Callable[[nn.Module, Any], Tensor]
+"""loss(model, batch): a scalar, the mean over the batch's examples of each one's negative log-likelihood in nats."""
+
+
+class Call(NamedTuple):
+    """One run of a layer on a batch of N examples.
+
+    Attributes:
+        layer: The layer.
+        inputs: What went in, (B, ...) with B a multiple of N; an example's rows stand together.
+        gradients: d loss_n / d output of each example n, of the output's shape.
+        operation: What it computed, a function of inputs, weight and bias.
+    """
+
+    layer: VariationalLayer
+    inputs: Tensor
+    gradients: Tensor
+    operation: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+class Batch(NamedTuple):
+    """The calls of one batch by the layer's name, and how many examples it had."""
+
+    num_examples: int
+    calls: dict[str, list[Call]]
+
+
+def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
+    """Mean cross-entropy in nats of (inputs, labels), or of the `logits` and `labels` of a mapping.
+
+    With it the Fisher information is the *empirical* one, of the data's own labels. On data that a network fits to the
+    last example it is close to zero nearly everywhere.
+
+    Raises:
+        ValueError: the model does not give one label an example.
+    """
+    return F.cross_entropy(_logits(model, batch), batch["labels"] if isinstance(batch, Mapping) else batch[-1])
+
+
+def sampled_cross_entropy(model: nn.Module, batch: Any) -> Tensor:
+    """The same with labels drawn from the model's own predictions, by torch's global generator.
+
+    With it the Fisher information is the true one in expectation, equal to the Gauss-Newton matrix of the
+    cross-entropy (Kunstner et al., 2019), and needs no labels: those of the batch are ignored.
+
+    Raises:
+        ValueError: the model does not give one label an example.
+    """
+    logits = _logits(model, batch)
+    with torch.no_grad():
+        labels = torch.distributions.Categorical(logits=logits.detach().float()).sample()
+    return F.cross_entropy(logits, labels)
+
+
+def record(
+    model: nn.Module, loader: Iterable[Any], *, loss: Loss | None = None, num_batches: int | None = None
+) -> Iterator[Batch]:
+    """The calls of every batch, one batch at a time. Batches are moved to the model's device.
+
+    Args:
+        model: A variational model whose layers take the examples along their first dimension.
+        loader: Batches: (inputs, ..., labels), or mappings of keyword arguments.
+        loss: The loss; None is `sampled_cross_entropy`.
+        num_batches: No more batches than these; None takes all.
+
+    Raises:
+        ValueError: there was no batch.
+        UnsupportedModelError: the inputs of a layer do not divide into the batch's examples.
+    """
+    device = next(model.parameters()).device
+    loss = sampled_cross_entropy if loss is None else loss
+    batch = None
+    for batch in islice(loader, num_batches):
+        batch = _moved(batch, device)
+        first = next(iter(batch.values())) if isinstance(batch, Mapping) else batch[0]
+        num_examples = len(first)
+        with ExitStack() as stack:
+            for context in (torch.enable_grad(), eval_mode(model), requires_grad(model, True)):
+                stack.enter_context(context)
+            ran = stack.enter_context(_recording(model))
+            value = loss(model, batch)
+            outputs = [run.output for run in ran]
+            gradients = torch.autograd.grad(value, outputs, allow_unused=True) if outputs else ()
+        calls: dict[str, list[Call]] = defaultdict(list)
+        for run, gradient in zip(ran, gradients, strict=True):
+            if gradient is not None:
+                _check_examples(run.name, run.inputs, num_examples)
+                calls[run.name].append(Call(run.layer, run.inputs, num_examples * gradient, run.operation))
+        yield Batch(num_examples, calls)
+    if batch is None:
+        raise ValueError("the loader has no batch; expected an iterable of (inputs, labels).")
+
+
+class _Run(NamedTuple):
+    name: str
+    layer: VariationalLayer
+    inputs: Tensor
+    output: Tensor
+    operation: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+@contextmanager
+def _recording(model: nn.Module) -> Iterator[list[_Run]]:
+    """Inside, every run of a variational layer is added."""
+    ran: list[_Run] = []
+
+    def hook(name: str, layer: VariationalLayer) -> Callable[..., Tensor | None]:
+        def keep(_: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Tensor | None:
+            if not isinstance(output, Tensor):
+                return None  # attention, which runs its projections itself
+            options = dict(kwargs)
+            inputs = args[0] if args else options.pop(next(iter(options)))
+
+            def operation(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+                return layer.operation(x, weight, bias, *args[1:], **options)
+
+            ran.append(_Run(name, layer, inputs.detach(), output, operation))
+            return output.clone()  # an activation in place would otherwise change what is differentiated
+
+        return keep
+
+    handles = [layer.register_forward_hook(hook(n, layer), with_kwargs=True) for n, layer in variational_layers(model)]
+    try:
+        yield ran
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _check_examples(name: str, inputs: Tensor, num_examples: int) -> None:
+    if inputs.shape[0] % num_examples:
+        raise UnsupportedModelError(
+            f"{name} has inputs of shape {tuple(inputs.shape)} in a batch of {num_examples} examples; expected the "
+            "examples along the first dimension. Leave the layer deterministic with filter_fn."
+        )
+
+
+def _logits(model: nn.Module, batch: Any) -> Tensor:
+    """The model's logits (N, classes) for a batch whose last item, or `labels`, are the labels."""
+    if isinstance(batch, Mapping):
+        logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+    else:
+        logits = run_forward(model, tuple(batch[:-1]))
+    if logits.dim() != 2:
+        raise ValueError(
+            f"the model gives {tuple(logits.shape)} logits; expected (examples, classes). Pass loss=, a function of "
+            "model and batch that gives the mean over examples of the sum of each one's label losses."
+        )
+    return logits
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Mapping):
+        return {name: _moved(value, device) for name, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return type(batch)(_moved(value, device) for value in batch)
+    return batch.to(device) if isinstance(batch, Tensor) else batch

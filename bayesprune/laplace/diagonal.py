@@ -1,0 +1,208 @@
+"""The diagonal Laplace posterior: a source of stds for a converted model that needs no training.
+
+The precision of a weight is num_data times its Fisher information, the mean over examples of the squared gradient of
+one example's loss, plus the precision of the prior (MacKay, 1992; Kirkpatrick et al., 2017). SNR^2 = mu^2 * precision
+is then twice the saliency of Optimal Brain Damage (LeCun et al., 1989), with the prior added to the curvature.
+
+Squares are of true per-example gradients, summed over an example's positions first. They come layer by layer from
+inputs and output gradients, one batched matrix product a layer; layers that are no matrix product (transposed or
+weight-standardised convolutions) run backward once for each example.
+"""
+
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from bayesprune.laplace.calibration import Call, Loss, record
+from bayesprune.laplace.matrices import from_matrix, input_rows, is_matrix_product, output_rows
+from bayesprune.laplace.stds import prior_precision, set_precision
+from bayesprune.layers import Posterior, named_posteriors
+from bayesprune.priors import Gaussian, Prior
+from bayesprune.train.kl import bind_prior
+
+_MAX_NUMBERS = 2**25  # of per-example gradients held at a time: 128 MiB
+
+
+def fit_laplace(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    num_data: int | None = None,
+    loss: Loss | None = None,
+    prior: Prior | None = None,
+    num_batches: int | None = None,
+) -> nn.Module:
+    """The model with the stds of a diagonal Laplace posterior around its means, in place; nothing is trained.
+
+    Where stds are shared (rank_one, per_channel) they are the best fit to those of single weights, see
+    `bayesprune.laplace.collapse`. A layer whose gradients cannot be told apart by example keeps its stds, and a warning
+    names it: `nn.MultiheadAttention`, and layers that did not run.
+
+    Cost: a forward and a backward over the data, and for each layer as many multiplications again as its forward has.
+    Memory: the batch's layer inputs and outputs, 128 MiB of per-example gradients (one example's, if that is more).
+
+    Args:
+        model: A variational model that is trained; its means stay as they are.
+        loader: Calibration batches: (inputs, labels), or mappings of keyword arguments and `labels`.
+        num_data: How many examples the posterior stands for: the size of the training set. None is the number seen.
+        loss: loss(model, batch), the mean over examples of each one's negative log-likelihood. None is that of a
+            classifier with labels drawn from its own predictions, `bayesprune.laplace.sampled_cross_entropy`;
+            `bayesprune.laplace.cross_entropy` takes those of the data.
+        prior: A `priors.Gaussian`, whose precision is added; None is `Gaussian("layer_rms")`.
+        num_batches: No more batches than these.
+
+    Raises:
+        ValueError: there is no batch, or no variational layer.
+        UnsupportedModelError: the prior has no precision, or layers do not take examples along the first dimension.
+
+    Example:
+        >>> import torch, bayesprune as bp
+        >>> model = bp.to_variational(torch.nn.Linear(4, 3))
+        >>> batches = [(torch.randn(32, 4), torch.randint(3, (32,)))]
+        >>> model = bp.fit_laplace(model, batches, num_data=50_000)
+    """
+    bound = bind_prior(model, Gaussian() if prior is None else prior)
+    precisions = {posterior: prior_precision(posterior.name, its) for posterior, its in bound.items()}
+    squares, seen = sums_of_squares(model, loader, loss=loss, num_batches=num_batches)
+    scale = (seen if num_data is None else num_data) / seen
+    for posterior, precision in precisions.items():
+        if posterior.name in squares:
+            set_precision(posterior, scale * squares[posterior.name] + precision)
+    _warn_of_others(precisions, squares)
+    return model
+
+
+def adam_laplace(
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    num_data: int,
+    batch_size: int,
+    prior: Prior | None = None,
+) -> nn.Module:
+    """The model with stds from Adam's second moments, in place: a diagonal Laplace posterior at no cost at all.
+
+    batch_size times the (bias-corrected) average of squared batch gradients stands for the Fisher information (as in
+    Khan et al., 2018). Its bias is known: a batch gradient has variance Var(g) / B around its mean m, so B E[g_B^2] =
+    Var(g) + B m^2, where the Fisher information is Var(g) + m^2. It is too large by (B - 1) m^2, little only where
+    training has converged, and whatever else stands in the gradients (clipping, weight decay in `Adam`, a KL, sampled
+    weights) is in it too.
+
+    Args:
+        model: A variational model.
+        optimizer: Adam, AdamW or their like (with `exp_avg_sq` in the state), having trained these very parameters.
+        num_data: Size of the training set.
+        batch_size: Examples in each optimizer step, over all processes and accumulated batches.
+        prior: A `priors.Gaussian`; None is `Gaussian("layer_rms")`.
+
+    Raises:
+        ValueError: the optimizer has no second moment of any posterior mean.
+    """
+    bound = bind_prior(model, Gaussian() if prior is None else prior)
+    precisions = {posterior: prior_precision(posterior.name, its) for posterior, its in bound.items()}
+    betas = {id(p): group.get("betas", (0.0, 0.0)) for group in optimizer.param_groups for p in group["params"]}
+    moments: dict[str, Tensor] = {}
+    for posterior in precisions:
+        state = optimizer.state.get(posterior.mean, {})
+        if "exp_avg_sq" in state:
+            correction = 1 - betas[id(posterior.mean)][1] ** float(state["step"])
+            moments[posterior.name] = state["exp_avg_sq"].double() / correction
+    if not moments:
+        raise ValueError(
+            f"{type(optimizer).__name__} has no exp_avg_sq for any of the model's {len(bound)} posterior means; "
+            "expected Adam or AdamW after training this very model."
+        )
+    for posterior, precision in precisions.items():
+        if posterior.name in moments:
+            set_precision(posterior, num_data * batch_size * moments[posterior.name] + precision)
+    _warn_of_others(precisions, moments)
+    return model
+
+
+@torch.no_grad()
+def sums_of_squares(
+    model: nn.Module, loader: Iterable[Any], *, loss: Loss | None = None, num_batches: int | None = None
+) -> tuple[dict[str, Tensor], int]:
+    """Sums over examples of squared per-example gradients, by parameter name and of its shape; how many examples.
+
+    A tied parameter's gradients are summed over its layers, a layer that runs twice over its runs, before squaring.
+    """
+    names = {id(posterior.mean): posterior.name for posterior in named_posteriors(model)}
+    sums: dict[str, Tensor] = {}
+    seen = 0
+    for batch in record(model, loader, loss=loss, num_batches=num_batches):
+        seen += batch.num_examples
+        users: dict[str, list[tuple[Call, str]]] = defaultdict(list)
+        for call in (call for calls in batch.calls.values() for call in calls):
+            for parameter in call.layer.active_names():
+                users[names[id(getattr(call.layer, parameter))]].append((call, parameter))
+        for name, calls in users.items():
+            total = _sum_of_squares(calls, batch.num_examples).double()
+            sums[name] = sums[name] + total if name in sums else total
+    return sums, seen
+
+
+def per_example_gradients(call: Call, parameter: str, num_examples: int) -> Tensor:
+    """Gradients of each example's loss, (N, *parameter's shape), float32 at least."""
+    layer, inputs, gradients, _ = call
+    if not is_matrix_product(layer):
+        return _one_by_one(call, parameter, num_examples)
+    outer = output_rows(layer, _wide(gradients), num_examples)
+    if parameter == "bias":
+        return outer.sum(1).flatten(1)
+    products = torch.einsum("ntgr,ntgc->ngrc", outer, input_rows(layer, _wide(inputs), num_examples))
+    return torch.stack([from_matrix(layer, product) for product in products])
+
+
+def _sum_of_squares(calls: list[tuple[Call, str]], num_examples: int) -> Tensor:
+    call, parameter = calls[0]
+    numel = getattr(call.layer, parameter).numel()
+    size = max(1, min(num_examples, _MAX_NUMBERS // numel))
+    total: Tensor | float = 0.0
+    for start in range(0, num_examples, size):
+        count = min(size, num_examples - start)
+        gradients = [
+            per_example_gradients(_examples(call, start, count, num_examples), parameter, count)
+            for call, parameter in calls
+        ]
+        total = total + torch.stack(gradients).sum(0).square().sum(0)
+    assert isinstance(total, Tensor), "a batch has examples"
+    return total
+
+
+def _examples(call: Call, start: int, count: int, num_examples: int) -> Call:
+    """The call on some of the batch's examples."""
+    rows = slice(*(len(call.inputs) // num_examples * at for at in (start, start + count)))
+    return call._replace(inputs=call.inputs[rows], gradients=call.gradients[rows])
+
+
+@torch.enable_grad()
+def _one_by_one(call: Call, parameter: str, num_examples: int) -> Tensor:
+    """The same for any layer: backward once for each example."""
+    layer = call.layer
+    tensors = {name: _wide(getattr(layer, name).detach()).requires_grad_() for name in layer.active_names()}
+    found = []
+    for index in range(num_examples):
+        _, inputs, gradients, operation = _examples(call, index, 1, num_examples)
+        output = operation(_wide(inputs), tensors["weight"], tensors.get("bias"))
+        found += torch.autograd.grad(output, tensors[parameter], _wide(gradients))
+    return torch.stack(found)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _warn_of_others(posteriors: Iterable[Posterior], found: Mapping[str, Any]) -> None:
+    others = [posterior.name for posterior in posteriors if posterior.name not in found]
+    if others:
+        warnings.warn(
+            f"{len(others)} parameters keep the stds that they had, since nothing is known of their gradients: "
+            f"{', '.join(others[:5])}{', ...' if len(others) > 5 else ''}.",
+            stacklevel=3,
+        )

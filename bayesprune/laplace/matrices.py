@@ -1,0 +1,68 @@
+"""A layer as a matrix product: y = W a for the rows a that its weight meets, one row for each position.
+
+A convolution meets a patch of its input at each position (Grosse & Martens, 2016). Shapes: N examples, T positions,
+G groups of a grouped convolution (1 elsewhere), R rows (outputs of a group), C columns (inputs of a group times taps).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.modules.conv import _ConvNd
+
+from bayesprune.layers import VariationalLayer
+
+
+def is_matrix_product(layer: VariationalLayer) -> bool:
+    """Whether the layer has this form: linear layers and convolutions, transposed ones apart."""
+    if not layer.is_linear_in_weight or "weight" not in layer.active_names():
+        return False
+    return not layer.transposed if isinstance(layer, _ConvNd) else layer.get_parameter("weight").dim() == 2
+
+
+def to_matrix(layer: VariationalLayer, weight: Tensor) -> Tensor:
+    """A tensor of the weight's shape as (G, R, C)."""
+    if layer.unit_dims == (1,):
+        weight = weight.T  # a linear layer of weight (I, O)
+    groups = layer.groups if isinstance(layer, _ConvNd) else 1
+    return weight.reshape(groups, weight.shape[0] // groups, -1)
+
+
+def from_matrix(layer: VariationalLayer, matrix: Tensor) -> Tensor:
+    """The opposite of `to_matrix`."""
+    weight = layer.get_parameter("weight")
+    if layer.unit_dims == (1,):
+        return matrix.flatten(0, 1).T
+    return matrix.reshape(weight.shape)
+
+
+def input_rows(layer: VariationalLayer, inputs: Tensor, num_examples: int) -> Tensor:
+    """The rows that the weight meets, (N, T, G, C), of inputs (B, ..., I) or (B, I, *spatial)."""
+    if not isinstance(layer, _ConvNd):
+        return inputs.reshape(num_examples, -1, 1, inputs.shape[-1])
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    patches = F.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode)
+    num_dims = len(layer.kernel_size)
+    for dim in range(num_dims):
+        step = layer.dilation[dim]
+        span = step * (layer.kernel_size[dim] - 1) + 1
+        patches = patches.unfold(2 + dim, span, layer.stride[dim])[..., ::step]
+    patches = patches.movedim(1, 1 + num_dims)  # (B, *positions, I, *taps)
+    columns = patches.shape[1 + num_dims :].numel() // layer.groups
+    return patches.reshape(num_examples, -1, layer.groups, columns)
+
+
+def output_rows(layer: VariationalLayer, outputs: Tensor, num_examples: int) -> Tensor:
+    """Outputs, or gradients at them, as (N, T, G, R)."""
+    groups = layer.groups if isinstance(layer, _ConvNd) else 1
+    outputs = outputs.movedim(layer.feature_dim, -1)
+    return outputs.reshape(num_examples, -1, groups, outputs.shape[-1] // groups)
+
+
+def removed_columns(layer: VariationalLayer, channels: list[int]) -> Tensor:
+    """Which columns, (G, C), belong to these input channels of the layer."""
+    groups, _, columns = to_matrix(layer, layer.get_parameter("weight")).shape
+    num_inputs = getattr(layer, "in_channels", columns)
+    removed = torch.zeros(num_inputs, dtype=torch.bool)
+    removed[channels] = True
+    taps = columns * groups // num_inputs
+    return removed.repeat_interleave(taps).reshape(groups, columns)
