@@ -2,5 +2,6 @@
 
 from bayesprune.train.attach import Attachment, attach
 from bayesprune.train.kl import kl_divergence
+from bayesprune.train.temperature import default_temperature
 
-__all__ = ["Attachment", "attach", "kl_divergence"]
+__all__ = ["Attachment", "attach", "default_temperature", "kl_divergence"]

@@ -68,8 +68,7 @@ def run(out: Path, *, num_epochs: int = 10, data: Data | None = None) -> dict[st
     trainer(model, data, num_train_epochs=num_epochs, learning_rate=2e-3).train()
     before = trainer(model, data).evaluate()["eval_accuracy"]
 
-    # Sixty-five weights for each image: at the default temperature the prior would outweigh the data.
-    callback = BayesPruneCallback(temperature=0.01, convert={"std": "per_channel"})
+    callback = BayesPruneCallback(convert={"std": "per_channel"})
     trainer(model, data, callback, num_train_epochs=num_epochs, learning_rate=1e-3).train()
     images = next(iter(data.test))[0]
     report = bp.prune_channels(

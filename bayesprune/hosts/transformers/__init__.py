@@ -7,8 +7,8 @@ from bayesprune.hosts.transformers.reload import follow_saves
 
 if TYPE_CHECKING:
     from bayesprune.hosts.transformers.callback import BayesPruneCallback
-    from bayesprune.hosts.transformers.schedule import PruneSchedule
     from bayesprune.hosts.transformers.tolerance import Tolerance
+    from bayesprune.prune.schedule import PruneSchedule
 
 __all__ = [
     "BayesPruneCallback",

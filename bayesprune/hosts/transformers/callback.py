@@ -23,15 +23,16 @@ from bayesprune.hosts.transformers.counting import count_terms
 from bayesprune.hosts.transformers.fsdp import Frozen, check_dtypes, freeze_stds, thaw
 from bayesprune.hosts.transformers.guards import LossScaleProbe, check_parallelism, check_shapes, shapes
 from bayesprune.hosts.transformers.order import stand_before_loggers
-from bayesprune.hosts.transformers.schedule import PruneSchedule, ramp
 from bayesprune.hosts.transformers.summary import summarize
 from bayesprune.hosts.transformers.tolerance import Tolerance, evaluation_prefix
 from bayesprune.layers import variational_layers
 from bayesprune.layers.sharding import whole
 from bayesprune.priors import Prior
+from bayesprune.prune.schedule import PruneSchedule, ramp
 from bayesprune.prune.weights import prune_weights
 from bayesprune.train.attach import Attachment, attach
 from bayesprune.train.optimizers import forget_removed
+from bayesprune.train.temperature import default_temperature
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ class BayesPruneCallback(TrainerCallback):
         num_data: int | None = None,
         prior: Prior | None = None,
         *,
-        temperature: float = 0.1,
+        temperature: float | None = None,
         warmup: float = 0.1,
         std_lr: float = 1e-2,
         prune: float | PruneSchedule | None = None,
@@ -71,7 +72,8 @@ class BayesPruneCallback(TrainerCallback):
             num_data: Terms that the training loss is a mean over: examples, or label tokens for a language model. None
                 counts them in the training data.
             prior: The prior; None is `priors.Gaussian("layer_rms")`, fixed at the weights when training begins.
-            temperature: Weight of the KL; below 1 the posterior is colder than Bayes' rule says.
+            temperature: Weight of the KL; below 1 the posterior is colder than Bayes' rule says. None is 0.1, or less
+                where there are more than 16 weights for an example; see `train.default_temperature`.
             warmup: Share of the training, 0 to 1, over which the weight of the KL rises linearly from zero.
             std_lr: Learning rate of the log stds; see `attach`.
             prune: Final fraction of the weights to remove, or a schedule; None removes none.
@@ -91,6 +93,7 @@ class BayesPruneCallback(TrainerCallback):
         self._shapes: dict[str, tuple[torch.Size, ...]] = {}
         self._within_tolerance: dict[str, Tensor] | None = None
         self._frozen: Frozen = []
+        self._temperature = 0.0
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
         """Converts the model, before optimizer and wrappers exist.
@@ -148,17 +151,18 @@ class BayesPruneCallback(TrainerCallback):
             prune_weights(model, sparsity=0.0)  # every checkpoint has masks, so the best one can be loaded at the end
         saved = checkpoint.read(args, state.global_step, model) if state.global_step else None
         num_data = self.num_data or (saved.num_data if saved else count_terms(loader, model))
+        self._temperature = default_temperature(model, num_data) if self.temperature is None else self.temperature
         self._attachment = attach(
             event["optimizer"],
             model,
             num_data=num_data,
             prior=self.prior,
-            temperature=self.temperature,
+            temperature=self._temperature,
             std_lr=self.std_lr,
         )
         if saved is not None:
             self._attachment.load_state_dict(saved.attachment)
-        _LOGGER.info("the KL weighs temperature %g / num_data %d", self.temperature, num_data)
+        _LOGGER.info("the KL weighs temperature %g / num_data %d", self._temperature, num_data)
         self._shapes = shapes(model)
         self._within_tolerance = self._copy(model)
         num_batches = min(args.gradient_accumulation_steps, len(loader) if hasattr(loader, "__len__") else sys.maxsize)
@@ -183,7 +187,7 @@ class BayesPruneCallback(TrainerCallback):
         check_shapes(event["model"], self._shapes)
         if self._probe is not None:
             self._probe.begin()
-        self._attachment.temperature = self.temperature * ramp((state.global_step + 1) / state.max_steps, self.warmup)
+        self._attachment.temperature = self._temperature * ramp((state.global_step + 1) / state.max_steps, self.warmup)
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any

@@ -10,7 +10,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from bayesprune.hosts.task import Progress, check_finite
 from bayesprune.hosts.transformers.callback import BayesPruneCallback
-from bayesprune.hosts.transformers.schedule import PruneSchedule
+from bayesprune.prune.schedule import PruneSchedule
 
 _WARMUP = 0.2  # share of the training over which the KL's weight rises
 _LOGS_PER_EPOCH = 20

@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.skipif(not distributed.is_available(), reason="this torch has no torch.distributed"),
 ]
 NUM_PROCESSES = 2
-STEPS = 6
+STEPS = 20
 LR = 1e-2
 TEMPERATURE = 0.05
 NUM_DATA = sum(label != -100 for row in tiny.language() for label in row["labels"][1:])
@@ -196,7 +196,7 @@ def spawn(function, *args) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "accumulation", "schedule"),
-    [("ddp", 1, None), ("ddp", 2, None), ("fsdp2", 1, None), ("fsdp2", 2, None), ("fsdp2", 2, SCHEDULE)],
+    [("ddp", 1, None), ("ddp", 4, None), ("fsdp2", 1, None), ("fsdp2", 4, None), ("fsdp2", 2, SCHEDULE)],
 )
 def test_two_processes_are_the_elbo(kind, accumulation, schedule, tmp_path):
     spawn(compare, str(tmp_path), kind, accumulation, schedule)

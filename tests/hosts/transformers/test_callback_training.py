@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 import bayesprune as bp
 from bayesprune.hosts.transformers import BayesPruneCallback, PruneSchedule, Tolerance
 from bayesprune.prune.scores import magnitude
+from bayesprune.train import default_temperature
 from tests.hosts.transformers import tiny
 
 ADDED = {"nll", "kl_nats", "temperature", "sparsity", "snr_median", "snr_below_1"}
@@ -57,6 +58,8 @@ def test_what_is_logged_is_so(tmp_path):
     made = tiny.trainer(tiny.llama(), tmp_path, callback, max_steps=4, logging_steps=4)
     made.train()
     entry = next(entry for entry in made.state.log_history if "nll" in entry)
+    num_data = sum(label != -100 for row in tiny.language() for label in row["labels"][1:])
+    assert entry["temperature"] == default_temperature(made.model, num_data)
     assert entry["kl_nats"] == pytest.approx(float(bp.kl_divergence(made.model, bp.priors.Gaussian(0.1)).detach()))
     scores = torch.cat([s.flatten() for name, s in bp.signal_to_noise(made.model).items()])
     kept = scores[scores > 0]
