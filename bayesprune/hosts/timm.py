@@ -15,10 +15,11 @@ from safetensors import SafetensorError
 from torch import nn
 
 from bayesprune.errors import StorageError
+from bayesprune.hosts.timm_task import BayesPruneTask as BayesPruneTask
 from bayesprune.layers import VariationalLayer, register_layer
 from bayesprune.layers.stock import VariationalConv2d
 from bayesprune.storage.base import Base, Host, register_host
-from bayesprune.storage.load import check_same_save, fill, read
+from bayesprune.storage.load import check_file, check_same_save, fill, read, read_record
 from bayesprune.storage.rebuild import rebuild
 from bayesprune.storage.spec import Spec
 
@@ -184,6 +185,12 @@ def bayesprune_pruned(
             f"{ARCHITECTURE} is not an architecture to create by name: it belongs to a directory that bayesprune.save "
             f'wrote. Use timm.create_model("local-dir:DIRECTORY", pretrained=True).'
         )
+    is_local = pretrained_cfg.get("source") == "local-dir"
+    directory = Path(pretrained_cfg["file"]) if is_local else Path()
+    if is_local:  # nothing is built from a file that was not checked
+        record = read_record(directory)
+        check_same_save(str(directory / "config.json"), save_id, str(directory / "bayesprune.json"), record.save_id)
+        check_file(record, directory / "config.json")
     config = {k: v for k, v in pretrained_cfg.items() if k not in _SOURCE_KEYS}
     for key in ("pretrained_model_args", "cache_dir"):
         kwargs.pop(key, None)
@@ -191,15 +198,12 @@ def bayesprune_pruned(
     vars(skeleton)["pretrained_cfg"].update(pretrained_cfg_overlay or {})  # how images are prepared, not what is built
     if not pretrained:
         return rebuild(skeleton, Spec.from_json(spec, "config.json"))
-    if pretrained_cfg.get("source") != "local-dir":
+    if not is_local:
         raise StorageError(
             f"{ARCHITECTURE} reads weights from a local directory, not from {pretrained_cfg.get('source')!r}. Download "
             'it (huggingface_hub.snapshot_download) and use timm.create_model("local-dir:DIRECTORY", pretrained=True).'
         )
-    directory = Path(pretrained_cfg["file"])
-    saved = read(directory)
-    check_same_save(str(directory / "config.json"), save_id, str(directory / "bayesprune.json"), saved.save_id)
-    return fill(skeleton, saved, directory)
+    return fill(skeleton, read(directory), directory)
 
 
 def _check_known(name: str) -> None:

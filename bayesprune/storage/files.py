@@ -1,27 +1,26 @@
-"""Reading and writing the files of a saved directory: all of them or none, every damage named."""
+"""Writing the files of a saved directory: all of them or none, one process at a time."""
 
 import json
+import logging
 import os
-import reprlib
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from bayesprune.errors import StorageError
+from bayesprune.storage.digests import tensor_header
+from bayesprune.storage.reading import INDEX, TENSORS
 
-TENSORS = "model.safetensors"
 SHARD = "model-{number:05}-of-{count:05}.safetensors"
-INDEX = "model.safetensors.index.json"
-RECORD = "bayesprune.json"
-FORMAT_VERSION = 1
-MAX_JSON_BYTES = 64 * 2**20
 
 Writer = Callable[[Path], None]
+_LOGGER = logging.getLogger(__name__)
 
 
 def json_writer(value: Any) -> Writer:
@@ -35,10 +34,11 @@ def json_writer(value: Any) -> Writer:
 
 
 def tensor_writer(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Writer:
-    """Writes a safetensors file with this header metadata."""
+    """Writes a safetensors file with this header metadata, and the tensors' digests."""
+    header = {**metadata, **tensor_header(tensors)}
 
     def write(path: Path) -> None:
-        save_file(dict(tensors), path, metadata=dict(metadata))
+        save_file(dict(tensors), path, metadata=header)
 
     return write
 
@@ -65,7 +65,9 @@ def write_together(directory: Path, writers: Mapping[str, Writer]) -> None:
         for name, write in sorted(writers.items(), key=lambda item: item[0] == TENSORS):  # the largest last
             write(temporary[name])
             mode = _settle(temporary[name], mode)
-        _swap({name: directory / name for name in writers}, temporary, previous)
+        with _alone_in(directory):
+            _swap({name: directory / name for name in writers}, temporary, previous)
+            _remove_stale(directory, writers, previous.values())
     except (OSError, SafetensorError) as error:
         _remove(temporary.values(), made)
         raise StorageError(
@@ -75,71 +77,6 @@ def write_together(directory: Path, writers: Mapping[str, Writer]) -> None:
     except BaseException:
         _remove(temporary.values(), made)
         raise
-    stale = [directory / TENSORS, directory / INDEX, *directory.glob("model-*-of-*.safetensors")]
-    _remove([*previous.values(), *(path for path in stale if path.name not in writers)], [])
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        StorageError: the file is missing, unreadable, too large, not JSON, or not an object.
-    """
-    try:
-        require_file(path)
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise StorageError(f"{path} has {size:,} bytes; expected at most {MAX_JSON_BYTES:,}. It is not ours.")
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise StorageError(f"{path} cannot be read: {error}.") from error
-    except RecursionError as error:
-        raise StorageError(f"{path} is nested too deeply. It is not ours.") from error
-    except StorageError:
-        raise
-    except ValueError as error:  # not UTF-8, not JSON
-        raise StorageError(f"{path} is not valid JSON: {error}. It is damaged or truncated; save again.") from error
-    if not isinstance(value, dict):
-        raise StorageError(f"{path} holds {reprlib.repr(value)}; expected a JSON object.")
-    return value
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file, on the CPU, and its header's metadata.
-
-    Raises:
-        StorageError: the file is missing, truncated or damaged.
-    """
-    try:
-        require_file(path)
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise StorageError(
-            f"{path} cannot be read: {error}. It is truncated, damaged or not a safetensors file: save or copy it anew."
-        ) from error
-
-
-def read_all_tensors(directory: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a directory, from one file or from those that its index names, and their common metadata.
-
-    Raises:
-        StorageError: a file is missing or damaged, or the files come from several saves.
-    """
-    if (directory / TENSORS).is_file() or not (directory / INDEX).is_file():
-        return read_tensors(directory / TENSORS)
-    found = read_json(directory / INDEX).get("weight_map")
-    if not isinstance(found, dict) or not all(isinstance(n, str) and Path(n).name == n for n in found.values()):
-        raise StorageError(f"{directory / INDEX} holds no weight_map of tensor names to file names. It is damaged.")
-    tensors: dict[str, Tensor] = {}
-    headers: list[dict[str, str]] = []
-    for name in sorted(set(found.values())):
-        part, header = read_tensors(directory / name)
-        tensors |= part
-        headers.append(header)
-    if tensors.keys() != found.keys() or any(header != headers[0] for header in headers):
-        raise StorageError(f"the files that {directory / INDEX} names come from several saves. Save the model again.")
-    return tensors, headers[0] if headers else {}
 
 
 def shard_writers(
@@ -179,20 +116,6 @@ def num_bytes(size: int | str) -> int:
     return size
 
 
-def require_file(path: Path) -> None:
-    """Refuses a path that is not a file, and says what its directory holds.
-
-    Raises:
-        StorageError: it is not a file.
-    """
-    if path.is_file():
-        return
-    if not path.parent.is_dir():
-        raise StorageError(f"{path.parent} is not a directory; expected one that bayesprune.save wrote.")
-    found = ", ".join(sorted(entry.name for entry in path.parent.iterdir())[:8]) or "nothing"
-    raise StorageError(f"{path.parent} has no file {path.name} (it has {found}); expected what bayesprune.save wrote.")
-
-
 def _settle(path: Path, mode: int | None) -> int:
     """Puts the file on the disk; with the access rights of its siblings, which safetensors keeps to the owner."""
     if mode is not None:
@@ -221,6 +144,35 @@ def _swap(final: dict[str, Path], temporary: dict[str, Path], previous: dict[str
             elif not temporary[name].exists():
                 final[name].unlink()
         raise
+
+
+@contextmanager
+def _alone_in(directory: Path) -> Iterator[None]:
+    """Lets one process at a time rename files of a directory, where the system has locks; the last to come stays."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:  # some network file systems have none
+            _LOGGER.warning("%s is not locked (%s): save to it from one process at a time", directory, error)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_stale(directory: Path, kept: Iterable[str], previous: Iterable[Path]) -> None:
+    """Removes what the new save replaced, and files of tensors that an earlier one left under other names."""
+    names = set(kept)
+    tensors = [directory / TENSORS, directory / INDEX, *directory.glob("model-*-of-*.safetensors")]
+    try:
+        _remove([*previous, *(path for path in tensors if path.name not in names)], [])
+    except OSError as error:
+        raise StorageError(f"saved to {directory}, but an older file there cannot be removed: {error}.") from error
 
 
 def _sync_directory(directory: Path) -> None:

@@ -10,28 +10,49 @@ from torch import Tensor, nn
 from bayesprune.errors import StorageError
 from bayesprune.storage import base as bases
 from bayesprune.storage.base import Base
-from bayesprune.storage.files import FORMAT_VERSION, RECORD, TENSORS, read_all_tensors, read_json
+from bayesprune.storage.digests import KEY, check_json, check_seal
+from bayesprune.storage.reading import (
+    FORMAT_VERSION,
+    READABLE_VERSIONS,
+    RECORD,
+    TENSORS,
+    read_all_tensors,
+    read_json,
+)
 from bayesprune.storage.rebuild import rebuild, shape_differences
 from bayesprune.storage.spec import Spec
 
 
 @dataclass(frozen=True)
-class Saved:
-    """The contents of a saved directory, checked against each other.
+class Record:
+    """What `bayesprune.json` says of a saved directory.
 
     Attributes:
         base: What the model was made from; None for a plain module.
         spec: What was made of it.
         save_id: The same in all files of one save.
-        tensors: By state-dict name, without the tied names.
         versions: Of the packages that wrote it.
+        files: Digests of the JSON files beside it, which its library reads.
+        has_digests: Whether the tensors must have digests; not so in format version 1.
     """
 
     base: Base | None
     spec: Spec
     save_id: str
-    tensors: dict[str, Tensor]
     versions: dict[str, str]
+    files: dict[str, Any]
+    has_digests: bool
+
+
+@dataclass(frozen=True)
+class Saved(Record):
+    """The contents of a saved directory, checked against each other.
+
+    Attributes:
+        tensors: By state-dict name, without the tied names.
+    """
+
+    tensors: dict[str, Tensor]
 
 
 def load(directory: str | Path, *, model: nn.Module | None = None) -> nn.Module:
@@ -86,26 +107,50 @@ def read(directory: Path) -> Saved:
     Raises:
         StorageError: a file is missing or damaged, or the files do not fit each other.
     """
+    record = read_record(directory)
+    tensors, header = read_all_tensors(directory, digests=record.has_digests)
+    check_same_save(str(directory / TENSORS), header.get("save_id"), str(directory / RECORD), record.save_id)
+    recorded = {name: shape for name, shape in record.spec.shapes.items() if name not in record.spec.tied}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if problems := shape_differences(found, recorded, TENSORS):
+        raise StorageError(f"{directory / TENSORS} does not fit {RECORD}.\n" + "\n".join(problems))
+    return Saved(**vars(record), tensors=tensors)
+
+
+def read_record(directory: Path) -> Record:
+    """What `bayesprune.json` says; no other file is read.
+
+    Raises:
+        StorageError: it is missing, damaged, or of another version.
+    """
     path = directory / RECORD
     record = read_json(path)
     version = record.get("format_version")
-    if version != FORMAT_VERSION or type(version) is not int:
+    if type(version) is not int or version not in READABLE_VERSIONS:
         raise StorageError(
-            f"{path} has format_version {reprlib.repr(version)}; this version of bayesprune reads {FORMAT_VERSION}. "
-            f"It was written with bayesprune {_versions(record).get('bayesprune', '(unknown version)')}: use that one."
+            f"{path} has format_version {reprlib.repr(version)}; this version of bayesprune reads {FORMAT_VERSION} and "
+            f"earlier. It was written with bayesprune {_versions(record).get('bayesprune', '(unknown version)')}: use "
+            "that one."
         )
     save_id = record.get("save_id")
     if not isinstance(save_id, str) or not save_id:
         raise StorageError(f"{path} holds no save_id but {reprlib.repr(save_id)}. The file is damaged.")
     base = None if record.get("base") is None else Base.from_json(record["base"], str(path))
     spec = Spec.from_json(record.get("spec"), str(path))
-    tensors, header = read_all_tensors(directory)
-    check_same_save(str(directory / TENSORS), header.get("save_id"), str(path), save_id)
-    recorded = {name: shape for name, shape in spec.shapes.items() if name not in spec.tied}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if problems := shape_differences(found, recorded, TENSORS):
-        raise StorageError(f"{directory / TENSORS} does not fit {RECORD}.\n" + "\n".join(problems))
-    return Saved(base, spec, save_id, tensors, _versions(record))
+    if version > 1 or KEY in record:
+        check_seal(record, str(path))
+    files = record.get("files")
+    return Record(base, spec, save_id, _versions(record), files if isinstance(files, dict) else {}, version > 1)
+
+
+def check_file(record: Record, path: Path) -> None:
+    """Refuses a JSON file beside `bayesprune.json` that is not the one written with it.
+
+    Raises:
+        StorageError: it is missing, damaged or changed.
+    """
+    if record.has_digests:
+        check_json(read_json(path), record.files.get(path.name), str(path))
 
 
 def check_same_save(first: str, first_id: Any, second: str, second_id: Any) -> None:

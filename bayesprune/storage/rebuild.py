@@ -43,9 +43,9 @@ def rebuild(model: nn.Module, spec: Spec, tensors: Mapping[str, Tensor] | None =
     """
     _check_layers(model, spec)
     _set_attributes(model, spec.attributes)
-    _resize(model, spec, tensors)
     state = None if tensors is None else {name: tensors[spec.tied.get(name, name)] for name in spec.shapes}
     try:
+        _resize(model, spec, tensors)
         if state is not None and spec.variational:
             model.load_state_dict(state, strict=False)  # the stds start at the scale of the weights
         _make_variational(model, spec.variational)
@@ -151,7 +151,10 @@ def _resize(model: nn.Module, spec: Spec, tensors: Mapping[str, Tensor] | None) 
 
 def _resized(old: Tensor, shape: Shape, dtype: torch.dtype) -> Tensor:
     data = old.detach()
-    for dim, size in enumerate(shape):
+    if 0 in shape:
+        data = data.new_empty(shape)
+    for dim in sorted(range(len(shape)), key=lambda dim: shape[dim] > data.shape[dim]):  # nothing larger on the way
+        size = shape[dim]
         if size != data.shape[dim]:
             index = torch.arange(size, device=data.device) % data.shape[dim]
             data = data.index_select(dim, index)

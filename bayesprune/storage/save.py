@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from bayesprune.errors import StorageError, UnsupportedModelError
 from bayesprune.storage import base as bases
 from bayesprune.storage.base import Base
-from bayesprune.storage.files import FORMAT_VERSION, RECORD, json_writer, num_bytes, shard_writers, write_together
+from bayesprune.storage.digests import json_digest, sealed
+from bayesprune.storage.files import json_writer, num_bytes, shard_writers, write_together
+from bayesprune.storage.reading import FORMAT_VERSION, RECORD
 from bayesprune.storage.rebuild import difference, rebuild
 from bayesprune.storage.spec import Spec, describe_model, state_tensors, unsaved_buffers
 
@@ -79,7 +81,8 @@ def save(
     if base is not None:
         files = bases.host_of(base).files(base, spec.to_json(), save_id)
         writers |= {name: json_writer(value) for name, value in files.items()}
-    writers[RECORD] = json_writer(record)
+        record["files"] = {name: json_digest(value) for name, value in files.items()}
+    writers[RECORD] = json_writer(sealed(record))
     write_together(Path(directory), writers)
 
 

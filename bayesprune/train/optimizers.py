@@ -7,10 +7,12 @@ from bayesprune.layers import named_posteriors
 
 
 def unwrapped(optimizer: Optimizer) -> Optimizer:
-    """The optimizer whose step accelerate's wrapper calls."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+    """The optimizer whose step the wrapper of accelerate calls, or timm's Lookahead, which runs no hooks of its own."""
+    while True:
+        inner = getattr(optimizer, "optimizer", getattr(optimizer, "_base_optimizer", None))
+        if not isinstance(inner, Optimizer):
+            return optimizer
         optimizer = inner
-    return optimizer
 
 
 def add_to_first_group(optimizer: Optimizer, parameters: list[nn.Parameter]) -> list[nn.Parameter]:

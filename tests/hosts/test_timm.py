@@ -14,6 +14,7 @@ from torch import nn
 
 import bayesprune as bp
 from bayesprune.errors import StorageError
+from tests.storage.sealing import rewrite
 
 timm = pytest.importorskip("timm")
 
@@ -234,12 +235,6 @@ def test_arguments_that_change_shapes_are_refused(tmp_path, changed):
     bp.save(pruned_resnet(), tmp_path)
     with pytest.raises(StorageError, match=f"{next(iter(changed))}.*other shapes than the saved one"):
         timm.create_model(f"local-dir:{tmp_path}", pretrained=True, **changed)
-
-
-def rewrite(path: Path, change) -> None:
-    value = json.loads(path.read_text())
-    change(value)
-    path.write_text(json.dumps(value))
 
 
 def test_unknown_architecture(tmp_path):

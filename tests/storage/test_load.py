@@ -13,7 +13,9 @@ from torch import nn
 
 import bayesprune as bp
 from bayesprune.errors import StorageError
-from bayesprune.storage import files
+from bayesprune.storage import reading
+from bayesprune.storage.digests import sealed, tensor_header
+from tests.storage.sealing import rewrite
 
 RECORD, TENSORS = "bayesprune.json", "model.safetensors"
 
@@ -30,9 +32,7 @@ def saved(tmp_path) -> Path:
 
 
 def edit(directory: Path, change) -> None:
-    record = json.loads((directory / RECORD).read_text())
-    change(record)
-    (directory / RECORD).write_text(json.dumps(record))
+    rewrite(directory / RECORD, change)
 
 
 def refused(directory: Path, model: nn.Module | None = None) -> str:
@@ -79,16 +79,16 @@ def test_file_of_something_else(saved, text, said):
 
 
 def test_huge_file_is_not_read(saved, monkeypatch):
-    monkeypatch.setattr(files, "MAX_JSON_BYTES", 10)
+    monkeypatch.setattr(reading, "MAX_JSON_BYTES", 10)
     assert "expected at most 10" in refused(saved)
 
 
-@pytest.mark.parametrize("version", [2, 0, None, "1", 1.0, True, [1]])
+@pytest.mark.parametrize("version", [3, 0, None, "1", 2.0, True, [1]])
 def test_unknown_version(saved, version):
     edit(saved, lambda record: record.update(format_version=version))
     message = refused(saved)
     assert "format_version" in message
-    assert "reads 1" in message
+    assert "reads 2" in message
 
 
 @pytest.mark.parametrize("name", [RECORD, TENSORS])
@@ -102,6 +102,8 @@ def test_halves_of_two_saves(saved, tmp_path_factory, name):
 def test_tensors_of_another_tool(saved):
     tensors = load_file(saved / TENSORS)
     save_file(tensors, saved / TENSORS)
+    assert "holds no digests of its tensors" in refused(saved)
+    save_file(tensors, saved / TENSORS, metadata=tensor_header(tensors))
     assert "save id None" in refused(saved)
 
 
@@ -109,7 +111,7 @@ def damage_tensors(directory: Path, change) -> None:
     tensors = load_file(directory / TENSORS)
     change(tensors)
     save_id = json.loads((directory / RECORD).read_text())["save_id"]
-    save_file(tensors, directory / TENSORS, metadata={"save_id": save_id})
+    save_file(tensors, directory / TENSORS, metadata={"save_id": save_id, **tensor_header(tensors)})
 
 
 @pytest.mark.parametrize(
@@ -241,7 +243,7 @@ def test_any_changed_value_loads_or_is_a_storage_error(saved):
             del node[path[-1]]
         else:
             node[path[-1]] = rng.choice(strange)
-        (saved / RECORD).write_text(json.dumps(record))
+        (saved / RECORD).write_text(json.dumps(sealed(record)))
         try:
             bp.load(saved, model=dense())
         except StorageError:

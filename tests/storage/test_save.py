@@ -230,7 +230,7 @@ def test_zeros_of_a_deterministic_model_stay(tmp_path):
 def test_record_names_versions_history_and_report(tmp_path):
     bp.save(pruned(), tmp_path, history=[{"step": 1}], report={"accuracy": 0.5})
     record = json.loads((tmp_path / "bayesprune.json").read_text())
-    assert record["format_version"] == 1
+    assert record["format_version"] == 2
     assert record["versions"]["torch"] == torch.__version__.partition("+")[0] or record["versions"]["torch"]
     assert record["history"] == [{"step": 1}]
     assert record["report"] == {"accuracy": 0.5}

@@ -40,7 +40,7 @@ def hf_base(model: nn.Module, model_args: Mapping[str, Any] | None = None) -> Ba
             f"model_args={dict(model_args)!r} for {type(model).__name__}, whose config says how it is built: set "
             "model.config accordingly, and leave model_args out."
         )
-    config = _for_building(json.loads(model.config.to_json_string()))
+    config = for_building(json.loads(model.config.to_json_string()))
     config |= {"architectures": [type(model).__name__], "dtype": str(model.dtype).removeprefix("torch.")}
     kept: dict[str, Any] = {
         "gradient_checkpointing": any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
@@ -66,7 +66,7 @@ def build(base: Base) -> PreTrainedModel:
     if not isinstance(values, dict):
         raise StorageError(f"the base of {base.name!r} holds no config but {values!r}. The file is damaged.")
     try:
-        config = model_class.config_class.from_dict(_for_building(values))
+        config = model_class.config_class.from_dict(for_building(values))
         with no_init_weights():
             model = model_class._from_config(config)
         if generation := base.config.get("generation_config"):
@@ -93,10 +93,10 @@ def skeleton(base: Base) -> PreTrainedModel:
         return build(base)
 
 
-def _for_building(config: dict[str, Any]) -> dict[str, Any]:
+def for_building(config: dict[str, Any]) -> dict[str, Any]:
     """The config, and those inside it, without what is not for building."""
     kept = {key: value for key, value in config.items() if key not in _NOT_FOR_BUILDING}
-    return {key: _for_building(value) if isinstance(value, dict) else value for key, value in kept.items()}
+    return {key: for_building(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def _known_class(name: str) -> type[PreTrainedModel] | None:

@@ -9,13 +9,14 @@ nothing does, nothing is written, and the directory is an ordinary one. Tensors 
 transformers renames them for some architectures on the way to the disk, which the stds would not follow.
 """
 
+import os
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
@@ -25,10 +26,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from bayesprune.errors import StorageError, UnsupportedModelError
 from bayesprune.hosts.transformers import layers  # noqa: F401  (registers Conv1D)
 from bayesprune.hosts.transformers.changes import Renaming, changes, spec_of
-from bayesprune.hosts.transformers.host import LIBRARY, build, hf_base, skeleton
+from bayesprune.hosts.transformers.host import LIBRARY, for_building, build, hf_base, skeleton
 from bayesprune.storage.base import Base, Host, register_host
-from bayesprune.storage.files import FORMAT_VERSION
+from bayesprune.storage.digests import KEY, check_json, check_seal, json_digest, sealed, tensor_header
 from bayesprune.storage.load import check_same_save
+from bayesprune.storage.reading import FORMAT_VERSION, READABLE_VERSIONS, read_header, read_json, read_tensors
 from bayesprune.storage.rebuild import rebuild, shape_differences
 from bayesprune.storage.spec import Spec, describe_model, tied_names
 
@@ -43,6 +45,7 @@ class BayespruneConfig(QuantizationConfigMixin):
         dtype: What its config says of its dtype.
         changed: What differs from the model that the config describes.
         save_id: The same in all files of one save.
+        config_sha256, sha256: Digests of the rest of `config.json` and of this entry.
     """
 
     def __init__(
@@ -52,19 +55,21 @@ class BayespruneConfig(QuantizationConfigMixin):
         dtype: str = "",
         changed: dict[str, Any] | None = None,
         save_id: str = "",
+        config_sha256: str = "",
+        sha256: str = "",
         format_version: int = FORMAT_VERSION,
         **_: Any,
     ) -> None:
-        if format_version != FORMAT_VERSION:
+        if type(format_version) is not int or format_version not in READABLE_VERSIONS:
             raise StorageError(
                 f"config.json has format_version {format_version!r}; this version of bayesprune reads "
-                f"{FORMAT_VERSION}. Install the version that wrote it."
+                f"{FORMAT_VERSION} and earlier. Install the version that wrote it."
             )
         self.quant_method = METHOD  # type: ignore[assignment]
         self.format_version = format_version
-        self.architecture, self.dtype = architecture, dtype
-        self.changed = changed or {}
-        self.save_id = save_id
+        self.architecture, self.dtype, self.save_id = architecture, dtype, save_id
+        self.changed = changed if isinstance(changed, dict) and _are_names(changed.get("tied")) else {}
+        self.config_sha256, self.sha256 = config_sha256, sha256
 
 
 class BayespruneQuantizer(HfQuantizer):
@@ -103,6 +108,7 @@ class BayespruneQuantizer(HfQuantizer):
             raise StorageError(
                 f"the tensors of {Path(where).parent} do not fit its config.json.\n" + "\n".join(problems)
             )
+        _check_digests(config, checkpoint_files, Path(where))
         wanted = model.config.dtype
         if isinstance(wanted, torch.dtype) and str(wanted).removeprefix("torch.") != config.dtype:
             tensors = {name: _cast(name, meta, wanted, spec) for name, meta in tensors.items()}
@@ -111,6 +117,21 @@ class BayespruneQuantizer(HfQuantizer):
         model.all_tied_weights_keys = {alias: first for alias, first in spec.tied.items() if alias in parameters}
         self.spec = spec
         return model
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """The same config: transformers asks for it before it builds the model, so this is where it is checked.
+
+        Only where the config knows its directory, as it does for the Auto classes; it is checked again afterwards.
+
+        Raises:
+            StorageError: `config.json` is not as it was saved.
+        """
+        where = Path(config.name_or_path) / "config.json"
+        found = read_json(where) if config.name_or_path and where.is_file() else {}
+        entry = found.get("quantization_config")
+        if isinstance(entry, dict) and entry.get("save_id") == self.quantization_config.save_id:
+            _check_config(found, self.quantization_config, where)
+        return config
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
         """None: the files hold the names that the model has in memory."""
@@ -157,7 +178,8 @@ class BayespruneQuantizer(HfQuantizer):
         self.quantization_config = BayespruneConfig(**values)
         model.config.quantization_config = self.quantization_config
         vars(model)["_weight_conversions"] = []  # the names in memory, as in the spec
-        return {k: v for k, v in model.state_dict().items() if k not in spec["tied"]}, {"save_id": save_id}
+        tensors = {k: v for k, v in model.state_dict().items() if k not in spec["tied"]}
+        return tensors, {"save_id": save_id, **tensor_header(tensors)}
 
     def is_serializable(self) -> bool:  # type: ignore[override]
         """Yes."""
@@ -202,9 +224,15 @@ def quantization_config(base: Base, spec: dict[str, Any], save_id: str) -> dict[
     """The entry of `config.json`; None where the config says all there is."""
     if (changed := changes(spec, skeleton(base))) is None:
         return None
-    return BayespruneConfig(
-        architecture=base.name, dtype=base.args["config"]["dtype"], changed=changed, save_id=save_id
-    ).to_dict()
+    config = base.args["config"]
+    values = BayespruneConfig(
+        architecture=base.name,
+        dtype=config["dtype"],
+        changed=changed,
+        save_id=save_id,
+        config_sha256=json_digest(for_building(config)),
+    )
+    return sealed(values.to_dict())
 
 
 def files(base: Base, spec: dict[str, Any], save_id: str) -> dict[str, Any]:
@@ -217,41 +245,45 @@ def files(base: Base, spec: dict[str, Any], save_id: str) -> dict[str, Any]:
 
 
 def _build(base: Base) -> nn.Module:
-    return follow_saves(build(base))
+    try:
+        return follow_saves(build(base))
+    except StrictDataclassError as error:
+        raise StorageError(f"transformers does not take the saved config of {base.name}: {error}") from error
+
+
+def _check_config(found: dict[str, Any], config: BayespruneConfig, where: Path) -> None:
+    if config.format_version > 1:
+        check_json(for_building(found), config.config_sha256, str(where))
+
+
+def _are_names(tied: Any) -> bool:
+    return isinstance(tied, dict) and all(isinstance(first, str) for first in tied.values())
+
+
+def _check_digests(config: BayespruneConfig, files: Sequence[str], where: Path) -> None:
+    """Refuses a config or tensors that are not those that were saved."""
+    found = read_json(where)
+    values = found.get("quantization_config")
+    if not isinstance(values, dict) or values.get("save_id") != config.save_id:
+        raise StorageError(f"{where} is not the config.json that belongs to the files beside it. Copy both anew.")
+    has_digests = config.format_version > 1
+    if has_digests or KEY in values:
+        check_seal(values, f"quantization_config in {where}")
+        _check_config(found, config, where)
+    for path in files:
+        if os.path.normpath(Path(path).parent) != os.path.normpath(where.parent):
+            raise StorageError(f"{path} is not in {where.parent}, where the index of the model's files is.")
+        read_tensors(Path(path), digests=has_digests)
 
 
 def _headers(files: Sequence[str], where: str, save_id: str) -> dict[str, Tensor]:
     """The tensors of safetensors files by name, on the meta device."""
     found: dict[str, Tensor] = {}
     for path in files:
-        try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                found |= {name: _meta(file.get_slice(name)) for name in file.keys()}  # noqa: SIM118
-                metadata = file.metadata() or {}
-        except (OSError, SafetensorError) as error:
-            raise StorageError(f"{path} cannot be read: {error}. Save or copy it anew.") from error
+        tensors, metadata = read_header(Path(path))
+        found |= tensors
         check_same_save(str(path), metadata.get("save_id"), where, save_id)
     return found
-
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
-
-def _meta(tensor: Any) -> Tensor:
-    if tensor.get_dtype() not in _DTYPES:
-        raise StorageError(f"a tensor of dtype {tensor.get_dtype()}; expected one of {', '.join(_DTYPES)}.")
-    return torch.empty(tensor.get_shape(), dtype=_DTYPES[tensor.get_dtype()], device="meta")
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype, spec: Spec) -> Tensor:

@@ -13,7 +13,8 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("bayesprune.hosts.transformers")
 
 from tests.benchmarks.families_models import FAMILIES, build  # noqa: E402
-from tests.hosts.transformers.saved import bert, config, cut, gpt2, masked, outputs, rewrite, same_state  # noqa: E402
+from tests.hosts.transformers.saved import bert, config, cut, gpt2, masked, outputs, same_state  # noqa: E402
+from tests.storage.sealing import rewrite  # noqa: E402
 
 MODELS = {
     "dense": bert,

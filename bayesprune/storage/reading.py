@@ -1,0 +1,150 @@
+"""Reading the files of a saved directory: every damage named, nothing allocated that a file only claims to hold."""
+
+import json
+import re
+import reprlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from bayesprune.errors import StorageError
+from bayesprune.storage.digests import KEY, check_tensors
+
+TENSORS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+RECORD = "bayesprune.json"
+FORMAT_VERSION = 2  # 1 had no digests; it is read without that check
+READABLE_VERSIONS = (1, 2)
+MAX_JSON_BYTES = 64 * 2**20
+_SHARD_NAME = re.compile(r"[\w-]+(\.[\w-]+)*\.safetensors")
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        StorageError: the file is missing, unreadable, too large, not JSON, names a key twice, or is not an object.
+    """
+    try:
+        require_file(path)
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise StorageError(f"{path} has {size:,} bytes; expected at most {MAX_JSON_BYTES:,}. It is not ours.")
+        value = json.loads(path.read_bytes(), object_pairs_hook=_once)
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {error}.") from error
+    except RecursionError as error:
+        raise StorageError(f"{path} is nested too deeply. It is not ours.") from error
+    except StorageError:
+        raise
+    except ValueError as error:  # not UTF-8, not JSON
+        raise StorageError(f"{path} is not valid JSON: {error}. It is damaged or truncated; save again.") from error
+    if not isinstance(value, dict):
+        raise StorageError(f"{path} holds {reprlib.repr(value)}; expected a JSON object.")
+    return value
+
+
+def read_tensors(path: Path, *, digests: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file, on the CPU, and its header's metadata without their digests.
+
+    What a header claims to hold is compared with the file's size before anything is allocated (by safetensors).
+
+    Args:
+        path: The file.
+        digests: False accepts a file without any; see `check_tensors`.
+
+    Raises:
+        StorageError: the file is missing, truncated or damaged, or a tensor is not the one that was saved.
+    """
+    try:
+        require_file(path)
+        with safe_open(path, framework="pt", device="cpu") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            header = file.metadata() or {}
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch says RuntimeError of a file that vanished
+        raise StorageError(
+            f"{path} cannot be read: {error}. It is truncated, damaged or not a safetensors file: save or copy it anew."
+        ) from error
+    check_tensors(tensors, header, str(path), required=digests)
+    return tensors, {key: value for key, value in header.items() if key != KEY}
+
+
+def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file, on the meta device, and its header's metadata.
+
+    Raises:
+        StorageError: the file is missing or damaged, or holds a dtype that models do not have.
+    """
+    require_file(path)  # opening a pipe would wait for ever
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: _meta(file.get_slice(name)) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch says RuntimeError of a file that vanished
+        raise StorageError(f"{path} cannot be read: {error}. Save or copy it anew.") from error
+
+
+def read_all_tensors(directory: Path, *, digests: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a directory, from one file or from those that its index names, and their common metadata.
+
+    Raises:
+        StorageError: a file is missing or damaged, or the files come from several saves.
+    """
+    if (directory / TENSORS).is_file() or not (directory / INDEX).is_file():
+        return read_tensors(directory / TENSORS, digests=digests)
+    found = read_json(directory / INDEX).get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(n, str) and _SHARD_NAME.fullmatch(n) for n in found.values()):
+        raise StorageError(f"{directory / INDEX} holds no weight_map of tensor names to file names. It is damaged.")
+    tensors: dict[str, Tensor] = {}
+    headers: list[dict[str, str]] = []
+    for name in sorted(set(found.values())):
+        part, header = read_tensors(directory / name, digests=digests)
+        tensors |= part
+        headers.append(header)
+    if tensors.keys() != found.keys() or any(header != headers[0] for header in headers):
+        raise StorageError(f"the files that {directory / INDEX} names come from several saves. Save the model again.")
+    return tensors, headers[0] if headers else {}
+
+
+def require_file(path: Path) -> None:
+    """Refuses a path that is not a file, and says what its directory holds.
+
+    Raises:
+        StorageError: it is not a file.
+    """
+    if path.is_file():
+        return
+    if not path.parent.is_dir():
+        raise StorageError(f"{path.parent} is not a directory; expected one that bayesprune.save wrote.")
+    if path.exists():
+        raise StorageError(f"{path} is a directory, pipe or device; expected the file that bayesprune.save wrote.")
+    found = ", ".join(sorted(entry.name for entry in path.parent.iterdir())[:8]) or "nothing"
+    raise StorageError(f"{path.parent} has no file {path.name} (it has {found}); expected what bayesprune.save wrote.")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs; of a key that stands there twice, readers would take one or the other."""
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("it names a key twice in one object")
+    return value
+
+
+def _meta(tensor: Any) -> Tensor:
+    if tensor.get_dtype() not in _DTYPES:
+        raise StorageError(f"a tensor of dtype {tensor.get_dtype()}; expected one of {', '.join(_DTYPES)}.")
+    return torch.empty(tensor.get_shape(), dtype=_DTYPES[tensor.get_dtype()], device="meta")

@@ -1,0 +1,96 @@
+"""Small saved directories of every kind, for mutations: plain, variational, sharded, timm's, Hugging Face's."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import nn
+
+import bayesprune as bp
+from tests.storage.judging import Case
+
+IMAGES = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+TOKENS = torch.arange(3, 19).view(2, 8)
+
+
+def net() -> nn.Module:
+    layers = (nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.LeakyReLU(), nn.Flatten(), nn.Linear(8 * 225, 4))
+    return nn.Sequential(*layers)
+
+
+def cut_net(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    model = net()
+    tp.prune_conv_out_channels(model[0], [0, 3])
+    tp.prune_batchnorm_out_channels(model[1], [0, 3])
+    tp.prune_linear_in_channels(model[4], [*range(225), *range(3 * 225, 4 * 225)])
+    return model
+
+
+def save_plain(**options: Any) -> Callable[[Path, int], None]:
+    return lambda directory, seed: bp.save(cut_net(seed), directory, history=[{"note": "first"}], **options)
+
+
+def save_variational(directory: Path, seed: int) -> None:
+    model = bp.to_variational(cut_net(seed), std="rank_one")
+    bp.prune_weights(model, sparsity=0.5)
+    bp.save(model, directory)
+
+
+def load_plain(directory: Path) -> nn.Module:
+    return bp.load(directory, model=net())
+
+
+def plain_cases() -> dict[str, Case]:
+    routes = {"bp.load": load_plain}
+    return {
+        "plain module": Case(save_plain(), routes, IMAGES),
+        "plain module in shards": Case(save_plain(max_shard_size="12KB"), routes, IMAGES),
+        "variational module with masks": Case(save_variational, routes, IMAGES),
+    }
+
+
+def timm_cases() -> dict[str, Case]:
+    import timm
+
+    def save(directory: Path, seed: int) -> None:
+        torch.manual_seed(seed)
+        model = timm.create_model("test_resnet", num_classes=5)
+        block = model.layer1[0]
+        tp.prune_conv_out_channels(block.conv1, [0, 1, 2])
+        tp.prune_batchnorm_out_channels(block.bn1, [0, 1, 2])
+        tp.prune_conv_in_channels(block.conv2, [0, 1, 2])
+        bp.save(model, directory)
+
+    def create(directory: Path) -> nn.Module:
+        return timm.create_model(f"local-dir:{directory}", pretrained=True)
+
+    return {"timm test_resnet": Case(save, {"bp.load": bp.load, "timm.create_model": create}, IMAGES)}
+
+
+def transformers_cases() -> dict[str, Case]:
+    import transformers
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(**sizes, vocab_size=32, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+
+    def save(**options: Any) -> Callable[[Path, int], None]:
+        def write(directory: Path, seed: int) -> None:
+            torch.manual_seed(seed)
+            model = transformers.LlamaForCausalLM(config)
+            for layer, removed in zip(model.model.layers, (4, 9), strict=True):
+                for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
+                    tp.prune_linear_out_channels(linear, list(range(removed)))
+                tp.prune_linear_in_channels(layer.mlp.down_proj, list(range(removed)))
+            bp.save(model, directory, **options)
+
+        return write
+
+    auto = transformers.AutoModelForCausalLM
+    routes = {"bp.load": bp.load, "from_pretrained": auto.from_pretrained}
+    return {
+        "Llama": Case(save(), routes, TOKENS),
+        "Llama in shards": Case(save(max_shard_size="10KB"), routes, TOKENS),
+    }

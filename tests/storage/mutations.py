@@ -1,0 +1,254 @@
+"""Ways in which the files of a saved directory may be damaged, by accident or on purpose; each is a seeded draw."""
+
+import json
+import os
+import random
+import shutil
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tests.storage.sealing import reseal
+
+DEPTH = 100_000
+STRANGE = [None, True, False, 0, 1, -1, 3, 7, 0.5, 1e-3, "", "weight", "float16", "0.weight", "relu", [], {}, [[]], [3]]
+STRANGE += [{"tuple": [1]}, {"a": {"b": 1}}, {"std": "x", "estimator": "y"}, "../other", "flipout", "test_vit"]
+HUGE = [2**31, 2**40, 2**62, 2**63, 10**30, -(2**62), 1e308, [2**40], [2**31, 2**31], [0, 2**62], [2**62, 0]]
+PATHS = ["../other/model.safetensors", "/etc/passwd", "..", ".", "", "/dev/zero", "a/b.safetensors", "~", "a\0b"]
+PATHS += ["..\\model.safetensors", "C:\\model.safetensors", "file:///etc/passwd", "./model.safetensors", "x" * 5000]
+PICKLE = b"cposix\nsystem\n(S'touch CODE_RAN'\ntR."
+MARK = "placeholder of a mutation"
+
+
+def truncate(rng: random.Random, directory: Path, other: Path) -> None:
+    path = one_of(rng, directory)
+    data = path.read_bytes()
+    path.write_bytes(data[: rng.randrange(len(data))])
+
+
+def flip_bits(rng: random.Random, directory: Path, other: Path) -> None:
+    path = one_of(rng, directory)
+    data = bytearray(path.read_bytes())
+    for _ in range(rng.choice((1, 1, 1, 2, 8))):
+        data[rng.randrange(rng.choice((len(data), min(64, len(data)))))] ^= 1 << rng.randrange(8)
+    path.write_bytes(data)
+
+
+def change_value(rng: random.Random, directory: Path, other: Path) -> None:
+    in_json(rng, directory, lambda node, key: node.__setitem__(key, rng.choice(STRANGE)))
+
+
+def nudge_value(rng: random.Random, directory: Path, other: Path) -> None:
+    """A value of the same type."""
+
+    def change(node: Any, key: Any) -> None:
+        old = node[key]
+        if isinstance(old, bool):
+            node[key] = not old
+        elif isinstance(old, (int, float)):
+            node[key] = old + rng.choice((1, -1, 0.5)) if rng.random() < 0.8 else type(old)(2 * old)
+        elif isinstance(old, str):
+            node[key] = old[:-1] if rng.random() < 0.5 else old + "x"
+        else:
+            node[key] = type(old)() if isinstance(old, (list, dict)) else 1
+
+    in_json(rng, directory, change)
+
+
+def delete_value(rng: random.Random, directory: Path, other: Path) -> None:
+    in_json(rng, directory, lambda node, key: node.__delitem__(key))
+
+
+def rename_key(rng: random.Random, directory: Path, other: Path) -> None:
+    def change(node: Any, key: Any) -> None:
+        if isinstance(node, dict):
+            node[rng.choice((f"{key}x", key[1:], "weight", "sha256"))] = node.pop(key)
+        else:
+            node.reverse()
+
+    in_json(rng, directory, change)
+
+
+def swap_values(rng: random.Random, directory: Path, other: Path) -> None:
+    path = one_of(rng, directory, ".json")
+    value = json.loads(path.read_text())
+    (first, a), (second, b) = rng.choice(list(nodes(value))), rng.choice(list(nodes(value)))
+    first[a], second[b] = json.loads(json.dumps(second[b])), json.loads(json.dumps(first[a]))
+    path.write_text(json.dumps(value))
+
+
+def duplicate_key(rng: random.Random, directory: Path, other: Path) -> None:
+    path = one_of(rng, directory, ".json")
+    value = json.loads(path.read_text())
+    node, key = rng.choice([(node, key) for node, key in nodes(value) if isinstance(node, dict)])
+    twice = f"{json.dumps(key)}: {json.dumps(rng.choice(STRANGE))}"
+    items = [*node.items()]
+    items.insert(rng.choice((0, len(items))), (MARK, 0))
+    node.clear()
+    node.update(items)
+    path.write_text(json.dumps(value).replace(f'"{MARK}": 0', twice))
+
+
+def nest(rng: random.Random, directory: Path, other: Path) -> None:
+    opening, closing = rng.choice((("[", "]"), ('{"a":', "}")))
+    depth = rng.choice((100, 900, 5_000, DEPTH))
+    deep = opening * depth + "1" + closing * (depth if rng.random() < 0.8 else 0)
+    if rng.random() < 0.2:
+        one_of(rng, directory, ".json").write_text(deep)
+    else:
+        path = in_json(rng, directory, lambda node, key: node.__setitem__(key, MARK))
+        path.write_text(path.read_text().replace(json.dumps(MARK), deep))
+
+
+def huge_number(rng: random.Random, directory: Path, other: Path) -> None:
+    in_json(rng, directory, lambda node, key: node.__setitem__(key, rng.choice(HUGE)), only=(int, float, list))
+
+
+def not_finite(rng: random.Random, directory: Path, other: Path) -> None:
+    path = in_json(rng, directory, lambda node, key: node.__setitem__(key, MARK), only=(int, float))
+    text = rng.choice(("NaN", "Infinity", "-Infinity", "1e999", "-0.0", "9" * 5000, "1" + "0" * 400, "0x10", "1_000"))
+    path.write_text(path.read_text().replace(json.dumps(MARK), text))
+
+
+def path_trick(rng: random.Random, directory: Path, other: Path) -> None:
+    index = sorted(directory.glob("*.index.json"))
+    if index and rng.random() < 0.5:
+        value = json.loads(index[0].read_text())
+        every = rng.random() < 0.3
+        name = rng.choice([*PATHS, str(other / "model-00001-of-00002.safetensors")])
+        for key in list(value["weight_map"]) if every else [rng.choice(list(value["weight_map"]))]:
+            value["weight_map"][key] = name
+        index[0].write_text(json.dumps(value))
+    else:
+        in_json(rng, directory, lambda node, key: node.__setitem__(key, rng.choice(PATHS)), only=(str,))
+
+
+def link(rng: random.Random, directory: Path, other: Path) -> None:
+    path = one_of(rng, directory)
+    outside = directory.parent / "outside"
+    outside.write_bytes(path.read_bytes() if rng.random() < 0.1 else rng.randbytes(100))
+    targets = (other / path.name, Path("/dev/zero"), Path("/etc/passwd"), path, outside, other, Path("../outside"))
+    path.unlink()
+    path.symlink_to(rng.choice(targets))
+
+
+def lose_file(rng: random.Random, directory: Path, other: Path) -> None:
+    one_of(rng, directory).unlink()
+
+
+def add_file(rng: random.Random, directory: Path, other: Path) -> None:
+    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "adapter_config.json")
+    names += ("config.json", "generation_config.json", "modeling.py", "model-00009-of-00009.safetensors")
+    path = directory / rng.choice(names)
+    path.write_bytes(rng.choice((b"", b"{}", PICKLE, b"import os; os.system('touch CODE_RAN')", rng.randbytes(50))))
+    if rng.random() < 0.5 and path.suffix in (".bin", ".py"):
+        for tensors in directory.glob("*.safetensors"):
+            tensors.unlink()
+
+
+def mix_saves(rng: random.Random, directory: Path, other: Path) -> None:
+    path = one_of(rng, directory)
+    shutil.copy(other / path.name, path)
+
+
+def replace_file(rng: random.Random, directory: Path, other: Path) -> None:
+    paths = [one_of(rng, directory) for _ in range(rng.choice((1, 1, 3)))]
+    for path in paths:
+        path.write_bytes(rng.choice((b"", b"\0", b"{}", b"null", PICKLE, bytes(200), rng.randbytes(300))))
+
+
+def no_regular_file(rng: random.Random, directory: Path, other: Path) -> None:
+    path = one_of(rng, directory)
+    path.unlink()
+    if rng.random() < 0.5:
+        path.mkdir()
+    else:
+        os.mkfifo(path)
+
+
+def change_header(rng: random.Random, directory: Path, other: Path) -> None:
+    """The header of a file of tensors: shapes, dtypes, offsets, names, metadata, and its own length."""
+    path = one_of(rng, directory, ".safetensors")
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header, rest = json.loads(data[8 : 8 + length]), data[8 + length :]
+    names = [name for name in header if name != "__metadata__"]
+    first, second = header[rng.choice(names)], header[rng.choice(names)]
+    kind = rng.randrange(8)
+    if kind == 0:
+        first["data_offsets"], second["data_offsets"] = second["data_offsets"], first["data_offsets"]
+    elif kind == 1:
+        first["shape"] = rng.choice(
+            (first["shape"][::-1], [0], [2**40, 2**40], [2**62], [-1], [*first["shape"], 1], [])
+        )
+    elif kind == 2:
+        first["dtype"] = rng.choice(("I32", "F16", "U8", "F64", "BF16", "F99"))
+    elif kind == 3:
+        header[rng.choice(("x", *names))] = header.pop(rng.choice(names))
+    elif kind == 4:
+        first["data_offsets"] = [rng.choice((0, 8, 2**40, 2**63)), rng.choice((0, 16, 2**40, 2**64 - 1))]
+    elif kind == 5:
+        header["__metadata__"][rng.choice(("save_id", "sha256", "format"))] = rng.choice(("", "pt", "{}", "[" * DEPTH))
+    elif kind == 6:
+        header["__metadata__"].pop(rng.choice(list(header["__metadata__"])))
+    text = json.dumps(header).encode()
+    size = rng.choice((0, 1, 2**40, 2**63, len(text) - 1, len(text) + 8)) if kind == 7 else len(text)
+    path.write_bytes(struct.pack("<Q", size) + text + rest)
+
+
+def resealed(rng: random.Random, directory: Path, other: Path) -> None:
+    """A changed value with digests that fit: another model, if any; judged by time, memory and the kind of error."""
+    rng.choice((change_value, nudge_value, delete_value, swap_values, huge_number, huge_number))(rng, directory, other)
+    reseal(directory)
+
+
+MUTATIONS: dict[str, Callable[[random.Random, Path, Path], None]] = {
+    "truncated file": truncate,
+    "flipped bits": flip_bits,
+    "JSON value of another type": change_value,
+    "JSON value nudged": nudge_value,
+    "JSON value deleted": delete_value,
+    "JSON key renamed, list reversed": rename_key,
+    "JSON values swapped": swap_values,
+    "duplicate key": duplicate_key,
+    "deep nesting": nest,
+    "huge number": huge_number,
+    "NaN, infinity, odd numbers": not_finite,
+    "path trick": path_trick,
+    "symbolic link": link,
+    "missing file": lose_file,
+    "extra file, pickle, code": add_file,
+    "file of another save": mix_saves,
+    "file of something else, empty file": replace_file,
+    "directory or pipe": no_regular_file,
+    "safetensors header": change_header,
+    "resealed": resealed,
+}
+
+
+def one_of(rng: random.Random, directory: Path, ending: str = "") -> Path:
+    """A file of the directory."""
+    return rng.choice(sorted(path for path in directory.iterdir() if path.name.endswith(ending)))
+
+
+def nodes(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every place inside a JSON value, as the object or list that holds it and the key."""
+    for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
+        yield value, key
+        if isinstance(item, (dict, list)):
+            yield from nodes(item)
+
+
+def in_json(
+    rng: random.Random, directory: Path, change: Callable[[Any, Any], None], only: tuple[type, ...] = ()
+) -> Path:
+    """Changes one value of a JSON file; first its top keys are drawn, so that long lists do not take all draws."""
+    path = one_of(rng, directory, ".json")
+    value = json.loads(path.read_text())
+    places = [place for place in nodes(value) if not only or type(place[0][place[1]]) in only]
+    if places:
+        top = [place for place in places if place[0] is value]
+        change(*rng.choice(top if top and rng.random() < 0.2 else places))
+    path.write_text(json.dumps(value))
+    return path
