@@ -26,7 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from bayesprune.errors import StorageError, UnsupportedModelError
 from bayesprune.hosts.transformers import layers  # noqa: F401  (registers Conv1D)
 from bayesprune.hosts.transformers.changes import Renaming, changes, spec_of
-from bayesprune.hosts.transformers.host import LIBRARY, for_building, build, hf_base, skeleton
+from bayesprune.hosts.transformers.host import LIBRARY, build, for_building, hf_base, skeleton
 from bayesprune.storage.base import Base, Host, register_host
 from bayesprune.storage.digests import KEY, check_json, check_seal, json_digest, sealed, tensor_header
 from bayesprune.storage.load import check_same_save
