@@ -33,7 +33,7 @@ from rows import (
 )
 from zoo_page import CUT, MODELS, page
 
-MEMORY = 18 * 2**30  # bytes of address space for a row
+MEMORY = 10 * 2**30  # bytes of address space for a row
 SIZES = (32, 64, 96, 128, 160, 192, 224, 256)  # sides of the images that are tried, in pixels
 NUM_CLASSES = 10
 
