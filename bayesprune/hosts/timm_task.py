@@ -269,8 +269,7 @@ class BayesPruneTask(nn.Module):
     def _after_step(self, optimizer: Optimizer, *_: Any, schedule: PruneSchedule, num_updates: int) -> None:
         """Removes weights where the schedule says so, before the average, evaluation and checkpoints see them."""
         assert self._attachment is not None, "the hook goes with it"
-        step = self._attachment.step
-        target = schedule.sparsity_at(step / num_updates)
-        if target > (schedule.sparsity_at((step - 1) / num_updates) if step > 1 else 0.0):
+        target = schedule.removal_after(self._attachment.step, num_updates)
+        if target is not None:
             prune_weights(self.model, sparsity=target, scope=schedule.scope, score=schedule.score)
             forget_removed(optimizer, self.model)

@@ -9,7 +9,7 @@ from torch import nn
 
 from bayesprune.macs import eval_mode, requires_grad, run_forward
 from bayesprune.prune.roots import is_linear, linear_sizes
-from bayesprune.prune.trace import HEAD_ATTRIBUTES, PASS_THROUGH, has_heads, tensors_in, without_cache
+from bayesprune.prune.trace import HEAD_ATTRIBUTES, PASS_THROUGH, has_heads, reached, tensors_in, without_cache
 
 _DIM_ATTRIBUTES = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
 _KV_ATTRIBUTES = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
@@ -110,7 +110,7 @@ def _layers_behind(model: nn.Module, modules: list[nn.Module], example_inputs: A
 
     def enter_layer(layer: nn.Module, args: tuple[Any, ...]) -> None:
         for tensor in tensors_in(args[:1]):
-            for module in _reached(tensor.grad_fn, came_from, _CONCATENATION):
+            for module in reached(tensor.grad_fn, came_from, _CONCATENATION):
                 if layer not in module.modules():
                     takes.setdefault(module, []).append(layer)
 
@@ -121,7 +121,7 @@ def _layers_behind(model: nn.Module, modules: list[nn.Module], example_inputs: A
         tensor = next(tensors_in(output), None)
         if tensor is not None:
             inside = set(module.modules())
-            found = [layer for layer in _reached(tensor.grad_fn, made_by, PASS_THROUGH) if layer in inside]
+            found = [layer for layer in reached(tensor.grad_fn, made_by, PASS_THROUGH) if layer in inside]
             makes.setdefault(module, []).extend(found)
             came_from[tensor.grad_fn] = module
 
@@ -136,18 +136,3 @@ def _layers_behind(model: nn.Module, modules: list[nn.Module], example_inputs: A
         for handle in handles:
             handle.remove()
     return {module: list(dict.fromkeys(makes.get(module) or takes.get(module, []))) for module in modules}
-
-
-def _reached(grad_fn: Any, targets: dict[Any, nn.Module], pass_through: tuple[str, ...]) -> list[nn.Module]:
-    """The modules whose outputs a tensor is made of by these operations alone."""
-    pending, seen, found = [grad_fn], set(), []
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node in targets:
-            found.append(targets[node])
-        elif node.name().startswith(pass_through):
-            pending.extend(following for following, _ in node.next_functions)
-    return found

@@ -64,3 +64,9 @@ class PruneSchedule:
         done = (progress - self.begin) / (self.end - self.begin)
         done = math.floor(done * self.num_updates + _ROUNDING) / self.num_updates
         return self.sparsity * (1 - (1 - done) ** 3)
+
+    def removal_after(self, step: int, num_steps: int) -> float | None:
+        """The sparsity to prune to after this step, counted from 1; None where the step before had it already."""
+        target = self.sparsity_at(step / num_steps)
+        before = self.sparsity_at((step - 1) / num_steps) if step > 1 else 0.0
+        return target if target > before else None

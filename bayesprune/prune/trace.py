@@ -122,20 +122,25 @@ def has_heads(module: nn.Module) -> bool:
     return any(isinstance(getattr(module, name, None), int) for name in HEAD_ATTRIBUTES)
 
 
+def reached(grad_fn: Any, targets: dict[Any, nn.Module], pass_through: tuple[str, ...]) -> list[nn.Module]:
+    """The modules whose outputs a tensor is made of by these operations alone."""
+    pending, seen, found = [grad_fn], set(), []
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in targets:
+            found.append(targets[node])
+        elif node.name().startswith(pass_through):
+            pending.extend(following for following, _ in node.next_functions)
+    return found
+
+
 def _layers_of(attention: nn.Module) -> Iterator[nn.Module]:
     return (child for child in attention.children() if is_root(child))
 
 
 def _last_layers(attention: nn.Module, grad_fn: Any, layer_of: dict[Any, nn.Module]) -> Iterator[nn.Module]:
     """Layers of the attention module whose units are its output's units: the projection behind the heads."""
-    pending, seen = [grad_fn], set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node in layer_of:
-            if layer_of[node] in attention.children():
-                yield layer_of[node]
-        elif node.name().startswith(PASS_THROUGH):
-            pending.extend(following for following, _ in node.next_functions)
+    return (layer for layer in reached(grad_fn, layer_of, PASS_THROUGH) if layer in attention.children())

@@ -97,8 +97,7 @@ class RemoveGradually(TrainerCallback):
         if self.kind == "movement":
             for whole, weight, mask in zip(self.whole, self.weights, self.masks, strict=True):
                 whole.copy_(torch.where(mask.bool(), weight, whole))
-        before = self.schedule.sparsity_at((state.global_step - 1) / state.max_steps) if state.global_step > 1 else 0.0
-        if (sparsity := self.schedule.sparsity_at(state.global_step / state.max_steps)) > before:
+        if (sparsity := self.schedule.removal_after(state.global_step, state.max_steps)) is not None:
             scores = [weight.abs() for weight in self.weights] if self.kind == "magnitude" else self.scores
             for mask, keep in zip(self.masks, best(scores, sparsity, self.schedule.scope), strict=True):
                 mask.copy_(keep)

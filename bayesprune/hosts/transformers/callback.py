@@ -206,8 +206,8 @@ class BayesPruneCallback(TrainerCallback):
         """Removes weights where the schedule says so, before this step is logged, evaluated and saved."""
         if self.prune is None:
             return
-        step, target = state.global_step, self.prune.sparsity_at(state.global_step / state.max_steps)
-        if target > (self.prune.sparsity_at((step - 1) / state.max_steps) if step > 1 else 0.0):
+        target = self.prune.removal_after(state.global_step, state.max_steps)
+        if target is not None:
             prune_weights(event["model"], sparsity=target, scope=self.prune.scope, score=self.prune.score)
             forget_removed(event["optimizer"], event["model"])
 
