@@ -2,7 +2,7 @@
 
 from importlib.util import find_spec as _find_spec
 
-from bayesprune import evi, laplace, moments, priors
+from bayesprune import evi, gates, laplace, moments, priors
 from bayesprune.compiling import compile_moments
 from bayesprune.convert import conversion_table, to_deterministic, to_variational
 from bayesprune.evaluate import report
@@ -11,6 +11,7 @@ from bayesprune.layers import VariationalLayer, register_layer
 from bayesprune.predictive import Prediction, predict, sampling
 from bayesprune.prune import (
     EvidenceImportance,
+    InclusionImportance,
     SNRImportance,
     compress,
     evidence,
@@ -31,6 +32,7 @@ if _find_spec("transformers"):
 
 __all__ = [
     "EvidenceImportance",
+    "InclusionImportance",
     "Prediction",
     "SNRImportance",
     "VariationalLayer",
@@ -44,6 +46,7 @@ __all__ = [
     "evidence",
     "fit_kronecker",
     "fit_laplace",
+    "gates",
     "kl_divergence",
     "laplace",
     "load",

@@ -21,6 +21,7 @@ from bayesprune.errors import UnsupportedModelError
 from bayesprune.layers import (
     STRUCTURES,
     VariationalLayer,
+    close_gates,
     named_posteriors,
     part_shapes,
     registered_types,
@@ -151,13 +152,12 @@ def to_variational(
 def to_deterministic(model: nn.Module) -> nn.Module:
     """The same model with stock classes and state-dict keys again, at the posterior means; in place.
 
-    Removed single weights are zeros. Nothing keeps them at zero afterwards: fine-tune before this call.
+    Removed weights, and those behind closed gates, are zeros. Nothing keeps them so: fine-tune before this call.
     """
-    for _, layer in list(variational_layers(model)):
+    for _, layer in list(variational_layers(close_gates(model))):
         layer.drop_masks()
-        for key in [key for name in layer.active_names() for key in layer._part_names(name)]:
-            del layer._parameters[key]
-        for attribute in ("std", "estimator", "estimator_override"):
+        parts = [key for name in layer.active_names() for key in layer._part_names(name)]
+        for attribute in (*parts, "std", "estimator", "estimator_override"):
             delattr(layer, attribute)
         layer.__class__ = layer.stock_type  # type: ignore[assignment]
     return model

@@ -34,6 +34,12 @@ def many_signs(
         yield (2 * ((byte >> (index % 8)) & 1)).to(dtype) - 1
 
 
+def logistic(shape: torch.Size | tuple[int, ...], *, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Standard logistic numbers of this shape."""
+    uniform = torch.rand(shape, generator=_generator(device), device=device, dtype=dtype)
+    return torch.logit(uniform, eps=torch.finfo(dtype).eps)
+
+
 def _generator(device: torch.device) -> torch.Generator | None:
     """torch's default generator in one process; with several, one seeded from the default stream and the rank.
 

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +18,13 @@ from bayesprune.evaluate import ACCURACY, HistoryPoint, Report, accuracy, count_
 from bayesprune.evaluate.running import device_of, on_device
 from bayesprune.hosts.task import Progress, Split, Task, check_finite
 from bayesprune.predictive import sampling
-from bayesprune.prune import compress, prune_channels, prune_weights, signal_to_noise
+from bayesprune.prune import PruneSchedule, compress, prune_channels, signal_to_noise
 from bayesprune.prune.checks import checked_target
 from bayesprune.storage import save
 from bayesprune.train import attach
 
 NUM_STAGES = 5
-_SMALLEST_CUT = {"macs": 0.95}  # `compress` tries no smaller one
+_SMALL_CUT = {"macs": 0.95}  # a search needs one at least
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Recipe:
         granularity: What may go, as for `prune_channels`.
         uniform: Whether the same fraction of every group goes, so that a config can say the sizes.
         relative_std: Initial std as a fraction of the root mean square of the layer's weights.
+        what: What the search removes, channels and heads or single weights; a target says it itself.
     """
 
     target: dict[str, float] | None
@@ -56,29 +57,36 @@ class Recipe:
     granularity: tuple[str, ...]
     uniform: bool = False
     relative_std: float = 0.1
+    what: Literal["channels", "weights"] = "channels"
 
     def __post_init__(self) -> None:
         """Refuses now what would be refused after minutes of training."""
         check_options(self.std, self.relative_std, self.estimator)
         if self.tolerance is not None and self.tolerance < 0:
             raise ValueError(f"tolerance is {self.tolerance!r}; expected the largest accepted loss, 0 or more.")
-        if (kept := (self.target or {}).get("weights")) is None:
-            checked_target(self.target or _SMALLEST_CUT, None, self.granularity, self.uniform, 1)
-        elif not 0 < kept < 1:
+        if not self.removes_weights:
+            checked_target(self.target or _SMALL_CUT, None, self.granularity, self.uniform, 1)
+        elif self.target is not None and not 0 < self.target["weights"] < 1:
+            kept = self.target["weights"]
             raise ValueError(f"target weights is {kept!r}; expected the fraction to keep, between 0 and 1.")
         elif self.uniform:
             raise ValueError("single weights were to be removed, which changes no size; leave uniform out.")
 
     @property
+    def removes_weights(self) -> bool:
+        """Whether single weights go, by a target or in a search."""
+        return self.what == "weights" if self.target is None else "weights" in self.target
+
+    @property
     def sparsity(self) -> float | None:
-        """Fraction of single weights to remove; None where channels and heads go."""
+        """Fraction of single weights to remove; None where there is no such target."""
         kept = (self.target or {}).get("weights")
         return None if kept is None else 1 - kept
 
     @property
     def removal(self) -> str:
         """The stage that removes, by name."""
-        if self.sparsity is not None:
+        if self.removes_weights:
             return "Remove single weights"
         names = {"heads": "heads", "mlp": "neurons"}
         return f"Remove {' and '.join(names.get(kind, 'channels') for kind in self.granularity)}"
@@ -143,7 +151,7 @@ def run(
         validate(model, "removed")
 
     progress.stage("Fine-tune the smaller model")
-    if recipe.sparsity is None:
+    if not recipe.removes_weights:
         to_deterministic(model)
         task.train(model, progress, num_epochs=recipe.num_epochs, lr=recipe.lr)
     else:
@@ -200,7 +208,7 @@ class LoaderTask:
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=num_steps)
         if learn_stds:
             attach(optimizer, model, num_data=self.data.num_data, warmup_steps=num_steps // 5)
-        removals = [] if sparsity is None else _removals(sparsity, num_steps)
+        removal = None if sparsity is None else PruneSchedule(sparsity, begin=0.2, end=0.7, num_updates=10)
         model.train()
         step = 0
         with progress.training(num_epochs, len(loader)) as advance:
@@ -213,8 +221,9 @@ class LoaderTask:
                     optimizer.step()
                     schedule.step()
                     step += 1
-                    while removals and removals[0][0] <= step:
-                        prune_weights(model, sparsity=removals.pop(0)[1])
+                    target = None if removal is None else removal.removal_after(step, num_steps)
+                    if removal is not None and target is not None:
+                        removal.remove(model, target)
                     advance(number)
         model.eval()
 
@@ -234,12 +243,12 @@ def _check_feasible(model: nn.Module, task: Task, recipe: Recipe) -> None:
     """A target out of reach is told now, not after the training."""
     with torch.random.fork_rng(devices=[]):  # torch-pruning draws random numbers
         trial = to_variational(copy.deepcopy(model))
-        if recipe.sparsity is not None:
+        if recipe.removes_weights:
             return
         cut = prune_channels(
             trial,
             _example(model, task),
-            target=recipe.target or _SMALLEST_CUT,
+            target=recipe.target or _SMALL_CUT,
             granularity=recipe.granularity,
             uniform=recipe.uniform,
         )
@@ -265,6 +274,7 @@ def _smallest(
     # A fraction of the reference where the metric has no scale of its own, as perplexity.
     tolerance = recipe.tolerance * (reference if task.metric.is_lower_better else 1)
     labels = (f"cut {number}" if number else "learned" for number in itertools.count())
+    options = {} if recipe.removes_weights else {"granularity": recipe.granularity, "uniform": recipe.uniform}
     found = compress(
         model,
         _example(model, task),
@@ -272,10 +282,11 @@ def _smallest(
         tolerance=tolerance,
         fine_tune=lambda candidate: _fine_tune(candidate, task, max(1, recipe.num_epochs // 2), recipe.lr, progress),
         reference=sign * reference,
+        what=recipe.what,
         data=task.calibration,
-        granularity=recipe.granularity,
-        uniform=recipe.uniform,
+        **options,
     )
+    progress.say(str(found))
     return found.model
 
 
@@ -286,9 +297,3 @@ def _fine_tune(model: nn.Module, task: Task, num_epochs: int, lr: float, progres
 
 def _example(model: nn.Module, task: Task) -> Any:
     return on_device(task.example_inputs, device_of(model))
-
-
-def _removals(sparsity: float, num_steps: int) -> list[tuple[int, float]]:
-    """After which steps how many weights are gone: the cubic ramp of Zhu and Gupta, 2017 (arXiv:1710.01878), Eq. 1."""
-    shares = [number / 10 for number in range(1, 11)]
-    return [(round(num_steps * (0.2 + 0.5 * t)), sparsity * (1 - (1 - t) ** 3)) for t in shares]

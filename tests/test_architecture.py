@@ -19,7 +19,7 @@ ROWS = (
     ("estimators",),
     ("layers",),
     ("convert", "macs", "predictive", "train", "prune", "laplace"),
-    ("compiling",),
+    ("compiling", "gates"),
     ("storage", "evaluate", "evi"),
     ("hosts",),
     ("data",),

@@ -51,7 +51,7 @@ class BySize:
         return "load"
 
 
-def smallest(metric, score, tolerance, out, monkeypatch):
+def smallest(metric, score, tolerance, out, monkeypatch, what="channels"):
     monkeypatch.setattr(sys.modules["bayesprune.evaluate.measure"], "_SECONDS_PER_REPEAT", 0.0)
     model = nn.Sequential(nn.Linear(8, 40), nn.ReLU(), nn.Linear(40, 4))
     recipe = Recipe(
@@ -63,6 +63,7 @@ def smallest(metric, score, tolerance, out, monkeypatch):
         std="per_channel",
         estimator="auto",
         granularity=("width",),
+        what=what,
     )
     task, progress = BySize(metric, score), Silent()
     report = run(model, task, recipe, out, progress, name="two layers", is_trained=True)
@@ -87,3 +88,14 @@ def test_accuracy_may_fall_by_the_tolerance_in_its_own_unit(tmp_path, monkeypatc
     assert report.before.accuracy == 0.9
     assert 0.8 <= report.after.accuracy < 0.84
     assert "validation accuracy 90.00% with 524 non-zero parameters" in said
+
+
+def test_single_weights_go_where_the_search_is_for_them(tmp_path, monkeypatch):
+    report, task, said = smallest(ACCURACY, lambda kept: 0.4 + kept / 2, 0.1, tmp_path, monkeypatch, what="weights")
+    assert 0.8 <= report.after.accuracy < 0.82
+    assert report.after.parameters == report.before.parameters == 524
+    assert report.after.nonzero_parameters < 450
+    assert "Remove single weights" in said
+    (curve,) = (text for text in said if "of the weights kept (tolerance 0.1)" in text)
+    assert "smallest" in curve
+    assert task.trained[-1] == (2, False, None)

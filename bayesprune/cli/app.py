@@ -4,7 +4,7 @@ import logging
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import typer
@@ -59,13 +59,16 @@ def compress(
     ] = None,
     target: Annotated[
         str | None,
-        Option(help="Kept fraction or threshold: macs=0.5, params=0.5, snr=1; of single weights: weights=0.2."),
+        Option(
+            help="Kept fraction or threshold: macs=0.5, params=0.5, snr=1; of single weights: weights=0.2. With "
+            "--tolerance only what goes: macs (channels and heads) or weights."
+        ),
     ] = None,
     tolerance: Annotated[
         float | None,
         Option(
-            help="In place of a target: find the smallest model that loses at most this accuracy (0.01 is one point), "
-            "or whose perplexity rises by at most this part of itself."
+            help="In place of a fraction: find the smallest model that loses at most this accuracy (0.01 is one "
+            "point), or whose perplexity rises by at most this part of itself."
         ),
     ] = None,
     granularity: Annotated[
@@ -95,17 +98,18 @@ def compress(
 ) -> None:
     """Compress a model: train or load it, learn its posteriors, remove, fine-tune, save, report."""
     default = DEFAULTS[library_of(model)]
-    wanted = _target(target, tolerance)
+    wanted, what = _target(target, tolerance)
     recipe = pipeline.Recipe(
         target=wanted,
         tolerance=tolerance,
         num_epochs=epochs or default.num_epochs,
         train_lr=default.train_lr if train_lr is None else train_lr,
         lr=default.lr if lr is None else lr,
-        std=std or ("per_weight" if "weights" in (wanted or {}) else "per_channel"),
+        std=std or ("per_weight" if what == "weights" else "per_channel"),
         estimator=estimator,
         granularity=default.granularity if granularity is None else tuple(granularity.split(",")),
         uniform=uniform,
+        what=what,
     )
     request = Request(
         model=model,
@@ -175,14 +179,21 @@ def main() -> None:
         raise SystemExit(1) from error
 
 
-def _target(target: str | None, tolerance: float | None) -> dict[str, float] | None:
+def _target(
+    target: str | None, tolerance: float | None
+) -> tuple[dict[str, float] | None, Literal["channels", "weights"]]:
+    """The target, None where a tolerance stands in its place, and what goes."""
+    name, separator, value = (target or ("macs=0.5" if tolerance is None else "macs")).partition("=")
+    what = "weights" if name == "weights" else "channels"
     if tolerance is not None:
-        if target is not None:
-            raise typer.BadParameter(f"got --target {target} and --tolerance {tolerance}; give one of them.")
-        return None
-    name, _, value = (target or "macs=0.5").partition("=")
+        if separator or name not in ("macs", "weights"):
+            raise typer.BadParameter(
+                f"got --target {target} and --tolerance {tolerance}; give one of them, or --target macs or weights, "
+                "which says what goes and leaves it to the tolerance how much."
+            )
+        return None, what
     try:
-        return {name: float(value)}
+        return {name: float(value)}, what
     except ValueError:
         expected = "expected macs=0.5, params=0.5, snr=1 or weights=0.2."
         raise typer.BadParameter(f"{target!r}; {expected}", param_hint="--target") from None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from bayesprune.evaluate.layers import SNR_LOG10_EDGES, LayerRow, LayerSNR
 from bayesprune.evaluate.summary import short, significant
+from bayesprune.prune.curve import UNITS, Compression
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -110,6 +111,31 @@ def score_against_size(report: "Report") -> str | None:
         axes.set_xlabel("non-zero parameters")
         axes.set_ylabel(report.metric.name)
         return _svg(figure, f"{report.metric.name.capitalize()} against non-zero parameters")
+
+
+def compression_curve(found: Compression) -> str:
+    """SVG of the score over the size of all that `compress` tried: accepted, rejected, and the line between the two."""
+    with _style():
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+        figure, axes = _figure(3.4)
+        accepted = [(trial.kept, trial.score) for trial in found.curve if trial.accepted]
+        rejected = [(trial.kept, trial.score) for trial in found.curve if not trial.accepted]
+        axes.axhline(found.reference - found.tolerance, color=_INK, linewidth=0.8, linestyle="dashed")
+        if accepted:
+            axes.plot(*zip(*accepted, strict=True), color=_BLUE, marker="o", markersize=4, linewidth=1.2)
+            axes.plot(*accepted[-1], color=_ORANGE, marker="D", markersize=7, linestyle="none")
+        if rejected:
+            axes.plot(*zip(*rejected, strict=True), color=_ORANGE, marker="x", markersize=5, linestyle="none")
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * x:.3g} %"))
+        axes.margins(0.09, 0.16)
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.set_xlabel(f"{UNITS[found.what]} kept")
+        axes.set_ylabel("score")
+        return _svg(figure, f"Score against {UNITS[found.what]} kept")
 
 
 def require_matplotlib() -> ModuleType:

@@ -271,5 +271,5 @@ class BayesPruneTask(nn.Module):
         assert self._attachment is not None, "the hook goes with it"
         target = schedule.removal_after(self._attachment.step, num_updates)
         if target is not None:
-            prune_weights(self.model, sparsity=target, scope=schedule.scope, score=schedule.score)
+            schedule.remove(self.model, target)
             forget_removed(optimizer, self.model)

@@ -4,11 +4,14 @@ from bayesprune.laplace.calibration import cross_entropy, sampled_cross_entropy
 from bayesprune.laplace.conditioning import condition_on_channels, condition_on_zeros, conditional_mean
 from bayesprune.laplace.diagonal import adam_laplace, fit_laplace
 from bayesprune.laplace.kronecker import KroneckerFactors, KroneckerPosterior, fit_kronecker, set_marginal_stds
+from bayesprune.laplace.online_newton import online_newton_posterior
+from bayesprune.laplace.running import RunningLaplace
 from bayesprune.laplace.stds import collapse
 
 __all__ = [
     "KroneckerFactors",
     "KroneckerPosterior",
+    "RunningLaplace",
     "adam_laplace",
     "collapse",
     "condition_on_channels",
@@ -17,6 +20,7 @@ __all__ = [
     "cross_entropy",
     "fit_kronecker",
     "fit_laplace",
+    "online_newton_posterior",
     "sampled_cross_entropy",
     "set_marginal_stds",
 ]

@@ -3,16 +3,25 @@
 from bayesprune.estimators import Gaussian
 from bayesprune.layers import stock  # noqa: F401  (registers torch's layers)
 from bayesprune.layers.base import Posterior, VariationalLayer, named_posteriors, variational_layers
+from bayesprune.layers.closing import close_gates, drop_gates, fold_gates
+from bayesprune.layers.gates import Gate, GateOptions, named_gates, passing_gates
 from bayesprune.layers.registry import register_layer, registered_types, variational_type
 from bayesprune.layers.structures import STRUCTURES, part_shapes
 
 __all__ = [
     "STRUCTURES",
+    "Gate",
+    "GateOptions",
     "Gaussian",
     "Posterior",
     "VariationalLayer",
+    "close_gates",
+    "drop_gates",
+    "fold_gates",
+    "named_gates",
     "named_posteriors",
     "part_shapes",
+    "passing_gates",
     "register_layer",
     "registered_types",
     "variational_layers",

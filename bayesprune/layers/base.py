@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bayesprune import estimators
 from bayesprune.estimators import Gaussian
-from bayesprune.layers import masks
+from bayesprune.layers import gates, masks
 from bayesprune.layers.sharding import sharded_as
 from bayesprune.layers.structures import SUFFIXES
 
@@ -48,7 +48,7 @@ class VariationalLayer(nn.Module):
             args = (kwargs.pop(next(iter(kwargs), "input")),)
         x, rest = args[0], args[1:]
         estimator = self.running_estimator(x)
-        if estimator == "mean" and not (self.training and self.masked_names()):
+        if estimator == "mean" and not (gates.has_weight_gates(self) or (self.training and self.masked_names())):
             return super().forward(*args, **kwargs)
         posteriors = self.posteriors()
 
@@ -127,7 +127,8 @@ class VariationalLayer(nn.Module):
 
     def _posterior(self, name: str) -> Gaussian:
         mean, std, mask = getattr(self, name), self.log_std(name).exp(), self.mask(name)
-        return Gaussian(mean, std) if mask is None else Gaussian(mean * mask, std * mask)
+        posterior = Gaussian(mean, std) if mask is None else Gaussian(mean * mask, std * mask)
+        return gates.gated(self, name, posterior)
 
     def set_mask(self, name: str, keep: Tensor) -> None:
         """Removes the weights where `keep`, which is whole, is False: they are zero from now on, also in training."""

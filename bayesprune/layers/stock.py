@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from bayesprune.estimators import sample, uncertain
 from bayesprune.layers.base import VariationalLayer
+from bayesprune.layers.gates import has_weight_gates
 from bayesprune.layers.registry import register_layer
 
 
@@ -109,7 +110,9 @@ class VariationalMultiheadAttention(VariationalLayer, nn.MultiheadAttention):
         """The stock forward at the means in eval mode; at one draw of all projections otherwise."""
         estimator = self.running_estimator(query)
         layers = [layer for layer in (self, self.out_proj) if isinstance(layer, VariationalLayer)]
-        if estimator == "mean" and not (self.training and any(layer.masked_names() for layer in layers)):
+        if estimator == "mean" and not any(
+            has_weight_gates(layer) or (self.training and layer.masked_names()) for layer in layers
+        ):
             return nn.MultiheadAttention.forward(self, query, *args, **kwargs)
         with ExitStack() as stack:
             draw = {"mean": lambda posterior: posterior.mean, "moments": uncertain}.get(estimator, sample)

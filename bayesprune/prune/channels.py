@@ -17,6 +17,7 @@ import torch_pruning as tp
 from torch import nn
 
 from bayesprune.errors import InfeasibleTargetError, UnsupportedModelError
+from bayesprune.layers import drop_gates, passing_gates
 from bayesprune.macs import macs_by_module
 from bayesprune.prune import plan
 from bayesprune.prune.channel_report import ChannelReport, ChannelRow, shown
@@ -25,23 +26,21 @@ from bayesprune.prune.config import follow_config
 from bayesprune.prune.evidence import EvidenceImportance
 from bayesprune.prune.groups import find_groups
 from bayesprune.prune.importance import SNRImportance, removed_weights, weight_scores
+from bayesprune.prune.inclusion import BeforeCut, InclusionImportance, folding
 from bayesprune.prune.recalibrate import recalibrate_batch_norm
-from bayesprune.prune.removal import Selection, remove, snapshot
+from bayesprune.prune.removal import SHAPE_ERRORS, Selection, remove, snapshot
 from bayesprune.prune.structure import GRANULARITY, ChannelGroup
 from bayesprune.prune.trace import quiet
 from bayesprune.prune.verify import misplaced
 
 _LOGGER = logging.getLogger(__name__)
 
-# What a model's own code raises when its sizes no longer fit each other.
-_SHAPE_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-
 _WRONG_GRAPH = "another order of its channels changes the output, so the dependency graph is wrong about it"
 
 Importance = tp.importance.Importance | Callable[[Any], Any]
-BeforeCut = Callable[[dict[str, list[int]]], object]
 
 
+@passing_gates
 def prune_channels(
     model: nn.Module,
     example_inputs: Any,
@@ -69,10 +68,12 @@ def prune_channels(
         model: With variational layers, or any model when `importance` is given. On any device, not wrapped.
         example_inputs: A tensor, a tuple of positional arguments, or a mapping of keyword arguments.
         target: {"macs": f} or {"params": f}, the fraction of the model as it is now that is kept; {"snr": t}: remove
-            the channels whose root mean square SNR, over all weights that leave with them, is below t; or
-            {"evidence": t}: remove those without which the log evidence is larger by more than t nats, 0 say.
-        importance: A torch-pruning importance; None is `SNRImportance()`. A target of "snr" takes none, one of
-            "evidence" an `EvidenceImportance`.
+            the channels whose root mean square SNR, over all weights that leave with them, is below t;
+            {"evidence": t}: remove those without which the log evidence is larger by more than t nats, 0 say; or
+            {"inclusion": p}: those whose gates are open with a probability below p, 0.5 say. Gates end with the cut;
+            what is behind closed ones and stays, by a floor or another target, gets zero weights.
+        importance: A torch-pruning importance; None is `SNRImportance()`. A target of "snr" takes none, "evidence" an
+            `EvidenceImportance`, "inclusion" an `InclusionImportance`.
         granularity: What may go: "heads" of attention (where queries share keys and values, with all that share them),
             "mlp", the channels inside residual blocks, and "width", the channels that blocks read from and add to, and
             those of nets without blocks.
@@ -91,18 +92,19 @@ def prune_channels(
         ValueError: an option is not one of those named, or the importance gives scores that cannot be ranked.
     """
     what, value = checked_target(target, importance, granularity, uniform, round_to)
-    check_model(model, importance)
+    check_model(model, importance, what)
+    before_cut = folding(model, before_cut)
     macs = macs_by_module(model, example_inputs)
     structure = find_groups(model, example_inputs, granularity=granularity, ignored_layers=ignored_layers)
     left_whole = dict(structure.left_whole)
     wrong = misplaced(model, structure.groups, example_inputs)
     left_whole |= {layer: _WRONG_GRAPH for group in wrong for layer in group.layers}
     groups = tuple(group for group in structure.groups if group not in wrong)
-    default = EvidenceImportance if what == "evidence" else SNRImportance
+    default = {"evidence": EvidenceImportance, "inclusion": InclusionImportance}.get(what, SNRImportance)
     score = _rms_snr if what == "snr" else _mean_scores(importance or default())
     scores = {group: values for group in groups if (values := score(group)) is not None}
     left_whole |= {
-        layer: "nothing in its group has a score (no variational layer)"
+        layer: "nothing in its group has a score (no " + ("gate)" if what == "inclusion" else "variational layer)")
         for group in groups
         if group not in scores
         for layer in group.layers
@@ -137,14 +139,16 @@ def prune_channels(
     )
     if dry_run:
         undo()
-    elif data is not None:
+        return report
+    if data is not None:
         try:
             recalibrate_batch_norm(model, data)
         except BaseException:
             undo()
             raise
-    if uniform and not dry_run:
-        return replace(report, config=follow_config(model, [(g, len(units)) for g, units in selection]))
+    drop_gates(model)
+    if uniform:
+        report = replace(report, config=follow_config(model, [(g, len(units)) for g, units in selection]))
     return report
 
 
@@ -206,8 +210,8 @@ def _choose(
     left_whole: dict[str, str],
 ) -> list[int]:
     """Units that leave each group; none is an answer where the target is a threshold."""
-    if what in ("snr", "evidence"):
-        return plan.below(costs.groups, scores, value if what == "snr" else -value, round_to)
+    if what in ("snr", "evidence", "inclusion"):
+        return plan.below(costs.groups, scores, -value if what == "evidence" else value, round_to)
     levels = plan.blocks(costs.groups, scores, uniform=uniform, round_to=round_to)
     dense = costs.cost(what, [0] * len(scores))
     counts = plan.fewest(costs, levels, what, value * dense)
@@ -235,13 +239,13 @@ def _attempt(
     """Cuts the model and counts its MACs; where that fails, leaves it as it was and says which groups are at fault."""
     try:
         return {}, *_cut_and_count(model, selection, example_inputs)
-    except _SHAPE_ERRORS as error:
+    except SHAPE_ERRORS as error:
         failures = {}
         for group, units in selection:
             try:
                 undo, _ = _cut_and_count(model, [(group, units)], example_inputs)
                 undo()
-            except _SHAPE_ERRORS as fault:
+            except SHAPE_ERRORS as fault:
                 failures[group] = f"the model does not run without some of its channels ({_first_line(fault)})"
         if failures:
             return failures, lambda: None, 0

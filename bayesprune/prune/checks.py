@@ -8,6 +8,7 @@ from torch import nn
 from bayesprune.errors import UnsupportedModelError
 from bayesprune.layers import VariationalLayer
 from bayesprune.prune.evidence import EvidenceImportance
+from bayesprune.prune.inclusion import InclusionImportance, has_channel_gates
 from bayesprune.prune.structure import GRANULARITY
 
 
@@ -21,10 +22,10 @@ def checked_target(
     """
     if isinstance(granularity, str) or not granularity or not set(granularity) <= set(GRANULARITY):
         raise ValueError(f"granularity is {granularity!r}; expected some of {GRANULARITY}, in a tuple.")
-    if len(target) != 1 or (what := next(iter(target))) not in ("macs", "params", "snr", "evidence"):
+    if len(target) != 1 or (what := next(iter(target))) not in ("macs", "params", "snr", "evidence", "inclusion"):
         raise ValueError(
             f'target is {dict(target)!r}; expected one of {{"macs": f}}, {{"params": f}}, {{"snr": t}}, '
-            '{"evidence": t}.'
+            '{"evidence": t}, {"inclusion": p}.'
         )
     value = target[what]
     if what == "snr":
@@ -40,6 +41,14 @@ def checked_target(
                 'target {"evidence": t} is a criterion of its own; it takes no importance but an EvidenceImportance, '
                 "with the prior that the model was trained with, and no uniform=True."
             )
+    elif what == "inclusion":
+        if not 0 < value < 1:
+            raise ValueError(f"target inclusion is {value!r}; expected a probability between 0 and 1, usually 0.5.")
+        if uniform or not (importance is None or isinstance(importance, InclusionImportance)):
+            raise ValueError(
+                'target {"inclusion": p} is a criterion of its own; it takes no importance but InclusionImportance(), '
+                "and no uniform=True."
+            )
     elif not 0 < value < 1:
         raise ValueError(f"target {what} is {value!r}; expected the fraction to keep, between 0 and 1.")
     if round_to < 1:
@@ -47,11 +56,12 @@ def checked_target(
     return what, value
 
 
-def check_model(model: nn.Module, importance: Any) -> None:
+def check_model(model: nn.Module, importance: Any, what: str) -> None:
     """Refuses what cannot be cut or ranked.
 
     Raises:
-        UnsupportedModelError: the model is compiled or wrapped, or has no posterior while no importance is given.
+        UnsupportedModelError: the model is compiled or wrapped, or has no posterior while no importance is given, or
+            no gates that say what is included.
     """
     if any(module._compiled_call_impl is not None for module in model.modules()):
         raise UnsupportedModelError("prune_channels got a compiled model; cut the model first, then compile it.")
@@ -60,6 +70,13 @@ def check_model(model: nn.Module, importance: Any) -> None:
             f"prune_channels got a model wrapped in {type(model).__name__}; pass the model inside it, and wrap it "
             "again afterwards."
         )
+    if what == "inclusion" or isinstance(importance, InclusionImportance):
+        if not has_channel_gates(model):
+            raise UnsupportedModelError(
+                "prune_channels was asked for inclusion probabilities, and no gates decide on this model's channels: "
+                "call gates.add_channel_gates, attach, and train first."
+            )
+        return
     if importance is None and not any(isinstance(module, VariationalLayer) for module in model.modules()):
         raise UnsupportedModelError(
             "prune_channels ranks by the posterior, and this model has no variational layer: call to_variational and "

@@ -14,8 +14,9 @@ It takes the posterior at its word, so it means nothing
 - with a temperature below 1: the stds are then those of more data than there is (at 0.1, of ten times the data), and
   with `fit_laplace(num_data=...)` other than the size of the training set;
 - with a prior other than the one that the stds were trained under;
-- with ARD per weight, where dF = 1/2 [ln(1 + SNR^2) - SNR^2] is never above 0, and with a prior that is centred on the
-  trained weights or improper. These are refused.
+- where all that is removed together has a learned scale of its own: with ARD per weight dF = 1/2 [ln(1 + SNR^2) -
+  SNR^2] is never above 0, and channels under ARD over dependency groups are alike;
+- with a prior that is centred on the trained weights or improper. These and the last are refused.
 """
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from torch_pruning.dependency import Group
 
 from bayesprune.layers import Posterior, VariationalLayer
-from bayesprune.priors import ARD, BoundARD, BoundGaussian, BoundPrior, Gaussian, Prior
+from bayesprune.priors import ARD, BoundNormal, BoundPrior, Gaussian, Horseshoe, Prior
 from bayesprune.prune.follow import install
 from bayesprune.prune.importance import removed_weights
 from bayesprune.train.kl import bind_prior
@@ -65,7 +66,7 @@ class EvidenceImportance(tp.importance.Importance):
     """
 
     def __init__(self, prior: Prior | None = None) -> None:
-        self.prior = _checked(prior)
+        self.prior = _checked_for_channels(prior)
         install()
 
     @torch.no_grad()
@@ -83,14 +84,8 @@ class EvidenceImportance(tp.importance.Importance):
 def _evidence(posterior: Posterior, prior: BoundPrior) -> Tensor:
     """dF of each weight."""
     mean, log_std, keep = posterior.mean.double(), posterior.log_std.double(), posterior.mask
-    variance = (2 * log_std).exp()
-    if isinstance(prior, BoundARD):  # its scale is at its best value, see `priors.ARD`
-        kept = torch.ones_like(mean) if keep is None else keep.to(mean)
-        total, count = (x.sum(prior.group_dims, keepdim=True) for x in ((mean.square() + variance) * kept, kept))
-        prior_variance = total / count.clamp(min=1)
-    else:
-        assert isinstance(prior, BoundGaussian), "no other prior passes `_checked`"
-        prior_variance = mean.new_tensor(prior.scale).square()
+    assert isinstance(prior, BoundNormal), "no other prior passes `_checked`"
+    variance, prior_variance = (2 * log_std).exp(), prior.variance(mean, log_std, keep)
     change = 0.5 * prior_variance.log() - log_std - 0.5 * mean.square() / variance
     return (change if keep is None else change.masked_fill(~keep, 0)).float()
 
@@ -99,10 +94,21 @@ def _checked(prior: Prior | None) -> Prior:
     prior = Gaussian() if prior is None else prior
     if isinstance(prior, Gaussian) and not prior.centered:
         return prior
-    if isinstance(prior, ARD) and prior.group != "weight":
+    if isinstance(prior, ARD | Horseshoe) and prior.group != "weight":
         return prior
     raise ValueError(
         f"the evidence cannot be compared under {prior!r}: a scale of its own for every weight never favours removal, "
         "and a prior without density at zero, or around the trained weights, says nothing of it. Expected Gaussian, or "
-        'ARD("channel") or ARD("layer").'
+        'ARD or Horseshoe over "channel", "input_channel" or "layer".'
     )
+
+
+def _checked_for_channels(prior: Prior | None) -> Prior:
+    prior = _checked(prior)
+    if isinstance(prior, ARD | Horseshoe) and not isinstance(prior.group, str):
+        raise ValueError(
+            f"the evidence of channels cannot be compared under {type(prior).__name__} over dependency groups: a scale "
+            "of its own for all that leaves together never favours removal. Rank channels with SNRImportance, or take "
+            'Gaussian, or ARD or Horseshoe over "channel", "input_channel" or "layer"; `evidence` compares weights.'
+        )
+    return prior

@@ -1,9 +1,14 @@
 """A torch-pruning criterion: how much of the posterior's signal leaves with a channel.
 
 The score of one weight with posterior N(mu, sigma^2) in a layer whose means have root mean square s is
-(mu / s)^2 (s / sigma)^p, a pure number: p = 2 is the squared signal-to-noise ratio, that is Optimal Brain Damage under
-a Laplace posterior (LeCun et al., 1989); p = 0 is the squared magnitude relative to the layer. A channel's score is
-the sum over all weights that are removed with it, in every layer of its dependency group.
+
+    mu^2 / (s^a sigma^p),    a = min(1, 2 - p).
+
+p = 2 is the squared signal-to-noise ratio, that is Optimal Brain Damage under a Laplace posterior (LeCun et al., 1989).
+A smaller p believes the stds in part: they are known roughly, and hold for small changes only. From 2 down to 1 what
+they lose goes to the layer's scale, so that the score stays a pure number; below 1 the score has a unit, but it is the
+same for all layers. p = 0 is the squared magnitude over the layer's. A channel's score is the sum over all weights that
+are removed with it, in every layer of its dependency group.
 Unlike torch-pruning's own importances it scores the exact block of a grouped convolution that a channel takes along.
 """
 
@@ -34,7 +39,7 @@ class RemovedWeights(NamedTuple):
 
 
 class SNRImportance(tp.importance.Importance):
-    """Score per channel: sum of (mu / s)^2 (s / sigma)^power over the weights that leave with it.
+    """Score per channel: sum of mu^2 / (s^min(1, 2 - power) sigma^power) over the weights that leave with it.
 
     s is the root mean square of a layer's means at scoring time. Deterministic layers of a group contribute nothing,
     and a group without any variational layer gets no score (None): torch-pruning then leaves it alone. Biases do not
@@ -46,7 +51,8 @@ class SNRImportance(tp.importance.Importance):
     target.
 
     Args:
-        power: Weight given to the stds: 2 is the squared signal-to-noise ratio, 0 ignores the stds.
+        power: Weight given to the stds, from 0 (they are ignored) to 2, the squared signal-to-noise ratio. 1 for stds
+            that were trained, 0.5 for those of `laplace.RunningLaplace`.
         reduction: "sum" is what removing the channel costs; "mean" divides by the number of weights.
 
     Example:
@@ -67,7 +73,7 @@ class SNRImportance(tp.importance.Importance):
     def __init__(self, power: float = 1.0, *, reduction: Literal["sum", "mean"] = "sum") -> None:
         if reduction not in ("sum", "mean"):
             raise ValueError(f'reduction is {reduction!r}; expected "sum" or "mean".')
-        if not 0 <= power < float("inf"):
+        if not 0 <= power <= 2:
             raise ValueError(f"power is {power!r}; expected 0 (stds ignored), 1, 2 (SNR^2), or between.")
         self.power = power
         self.reduction = reduction
@@ -112,11 +118,11 @@ def removed_weights(group: Group, weight_score: Callable[[VariationalLayer], Ten
 
 
 def weight_scores(layer: VariationalLayer, power: float) -> Tensor:
-    """(mu / s)^2 (s / sigma)^power of the layer's weights, in the weight's shape; 0 where the mean is zero."""
+    """mu^2 / (s^min(1, 2 - power) sigma^power) of the layer's weights, in their shape; 0 where the mean is zero."""
     mean, std = layer.posteriors()["weight"]
     mean, std = mean.detach().float(), std.detach()
     rms = mean.square().mean().sqrt()
-    return ((mean / rms).square() * (rms / std).pow(power)).masked_fill(mean == 0, 0.0)
+    return (mean.square() / (rms.pow(min(1.0, 2.0 - power)) * std.pow(power))).masked_fill(mean == 0, 0.0)
 
 
 def per_channel_sums(layer: nn.Module, values: Tensor, *, into_inputs: bool) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bayesprune.layers import VariationalLayer
+from bayesprune.layers import VariationalLayer, named_gates
 from bayesprune.prune.cuts import Axis, cut_parameters
 from bayesprune.prune.structure import ChannelGroup
 
@@ -89,8 +89,9 @@ def cost_model(model: nn.Module, groups: tuple[ChannelGroup, ...], macs: Mapping
 
 
 def stock_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Layer and parameter for what the stock model has too, tied ones under every holder: stds are left out."""
-    for name, module in model.named_modules():
+    """Layer and parameter for what the stock model has too, tied ones under every holder: no stds, no gates."""
+    gates = {gate for _, gate in named_gates(model)}
+    for name, module in ((name, module) for name, module in model.named_modules() if module not in gates):
         stds: set[int] = set()
         if isinstance(module, VariationalLayer):
             stds = {id(part) for key in module.active_names() for part in module.log_std_parts(key)}

@@ -17,6 +17,9 @@ from bayesprune.prune.cuts import Axis, Member, cut_parameters, is_depthwise, ti
 from bayesprune.prune.follow import TAG, install
 from bayesprune.prune.structure import ChannelGroup
 
+# What a model's own code raises when its sizes no longer fit each other.
+SHAPE_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
 Selection = Sequence[tuple[ChannelGroup, Sequence[tuple[int, ...]]]]
 """Groups, and the units that leave each."""
 

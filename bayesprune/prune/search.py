@@ -1,102 +1,132 @@
 """Self-compression: makes a model as small as a tolerated loss allows, by removing, retraining and looking again.
 
 The loop of Carannante et al. (2021): train, remove what carries nothing, retrain the smaller model, until the accuracy
-on validation data falls. A cut that costs too much is taken back and tried again at half its size.
+on validation data falls. Then bisection: between the smallest size that passed and the largest that failed, on a
+logarithmic scale, each trial going on from the model that passed. Small cuts with training in between end far below
+what one deep cut of the trained model allows (docs/pruning.md has figures).
+
+Bisection takes the score for a function that never rises when more is removed. A measured score is not quite that:
+where it is noisy, a size may fail by chance, and nothing below it is tried again, or pass by chance. Whatever happens,
+the model that is returned is one that was evaluated, with its own score within the tolerance.
 """
 
 import copy
 import logging
+import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from bayesprune.errors import InfeasibleTargetError
+from bayesprune.layers import named_posteriors
 from bayesprune.prune.channels import prune_channels
+from bayesprune.prune.curve import UNITS, Compression, Trial
+from bayesprune.prune.weights import prune_weights
 
 _LOGGER = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Trial:
-    """One cut: MACs kept, as a fraction of the model at the start, the score after it, and whether it was kept."""
-
-    macs: float
-    score: float
-    accepted: bool
-
-
-@dataclass(frozen=True)
-class Compression:
-    """The smallest model within the tolerance, and the trials that led to it, the uncut model first."""
-
-    model: nn.Module
-    trials: tuple[Trial, ...]
+_SMALLEST = 1e-4  # the size that counts as failed before any did
 
 
 def compress(
     model: nn.Module,
-    example_inputs: Any,
+    example_inputs: Any = None,
     *,
     evaluate: Callable[[nn.Module], float],
     tolerance: float,
     fine_tune: Callable[[nn.Module], object] | None = None,
+    what: Literal["channels", "weights"] = "channels",
     reference: float | None = None,
     step: float = 0.3,
     min_step: float = 0.05,
     data: Iterable[Any] | None = None,
-    importance: Any = None,
     **options: Any,
 ) -> Compression:
-    """The smallest model whose score stays within `tolerance`, found by cutting channels step by step.
+    """The smallest model whose score stays within `tolerance`, by MACs or by single weights, and the whole curve.
 
-    Each step removes the fraction `step` of the present MACs from a copy, fine-tunes and evaluates it. A copy within
-    the tolerance replaces the model; otherwise the step is halved, until it is below `min_step`.
+    Each trial cuts a copy of the smallest model that passed, fine-tunes and evaluates it. The first cuts remove the
+    fraction `step`; once a size has failed, sizes above it are tried. Sizes are fractions: of the MACs of `model`, or
+    of all its weights, biases apart. The stds stay as they are, unless `fine_tune` trains them.
 
     Args:
         model: A variational model with trained posteriors; it is not changed.
-        example_inputs: Inputs of the model's forward, for counting and tracing.
+        example_inputs: Inputs of the model's forward, for counting and tracing; single weights need none.
         evaluate: Score of a model on validation data, higher is better, in evaluation mode. Never the test split.
         tolerance: Largest loss of that score that is accepted, in its own unit.
         fine_tune: Trains a model in place after each cut, with an optimizer of its own.
+        what: Whether channels or single weights go.
         reference: The score that is compared with; None is that of `model`.
-        step: Fraction of the MACs that the first cuts remove, between 0 and 1.
-        min_step: The search ends when the step falls below this.
+        step: Fraction of what is there that one cut removes at most, between 0 and 1. Without `fine_tune` cuts may be
+            larger, since nothing is learned between them.
+        min_step: The search ends when a size that failed is no further than this fraction below the one that passed.
         data: Batches for recalibrating batch norm after each cut.
-        importance: The criterion, as for `prune_channels`.
-        **options: Further options of `prune_channels` (`granularity`, `uniform`, `round_to`, `ignored_layers`).
+        **options: Further options of `prune_channels` (`importance`, `granularity`, `uniform`, ...) or of
+            `prune_weights` (`score`, `scope`, `min_kept`).
 
     Raises:
-        ValueError: the tolerance is negative or the steps are not fractions.
+        ValueError: an option is not one of those named, or out of range.
     """
     if tolerance < 0:
         raise ValueError(f"tolerance is {tolerance!r}; expected the largest accepted loss of the score, 0 or more.")
+    if what not in UNITS:
+        raise ValueError(f"what is {what!r}; expected one of {', '.join(UNITS)}.")
+    if what == "channels" and example_inputs is None:
+        raise ValueError("compress needs example_inputs to remove channels; they are counted and traced with them.")
     if not 0 < min_step <= step < 1:
         raise ValueError(f"step={step!r}, min_step={min_step!r}; expected 0 < min_step <= step < 1.")
     score = evaluate(model)
     reference = score if reference is None else reference
-    smallest, kept, trials = model, 1.0, [Trial(1.0, score, True)]
-    while step >= min_step:
+    kept = 1.0 if what == "channels" else _share_of_weights(model)
+    smallest, trials = model, [Trial(kept, score, score >= reference - tolerance)]
+    passed, failed, failed_sizes = kept, _SMALLEST, set[float]()
+    while passed * (1 - min_step) > failed:
+        fraction = max(math.sqrt(failed * passed), 0 if fine_tune is None else passed * (1 - step))
         candidate = copy.deepcopy(smallest)
         try:
-            report = prune_channels(
-                candidate, example_inputs, target={"macs": 1 - step}, importance=importance, data=data, **options
-            )
+            size = _cut(candidate, example_inputs, what, kept, fraction, data=data, **options)
         except InfeasibleTargetError as error:
             _LOGGER.info("compress: %s", error)
-            step /= 2
+            failed = fraction
+            continue
+        if size in failed_sizes:  # the same cut of the same model
+            failed = fraction
             continue
         if fine_tune is not None:
             fine_tune(candidate)
-        score, macs = evaluate(candidate), kept * report.macs_after / report.macs_before
-        accepted = score >= reference - tolerance
-        trials.append(Trial(macs, score, accepted))
-        _LOGGER.info(
-            "compress: %.1f%% of the MACs, score %.4f, %s", 100 * macs, score, "kept" if accepted else "undone"
-        )
-        if accepted:
-            smallest, kept = candidate, macs
+        score = evaluate(candidate)
+        trials.append(Trial(size, score, score >= reference - tolerance))
+        verdict = "kept" if trials[-1].accepted else "undone"
+        _LOGGER.info("compress: %.2f%% of the %s, score %.4f, %s", 100 * size, UNITS[what], score, verdict)
+        if trials[-1].accepted:
+            smallest, kept, passed = candidate, size, min(size, fraction)
+            failed_sizes.clear()
         else:
-            step /= 2
-    return Compression(copy.deepcopy(model) if smallest is model else smallest, tuple(trials))
+            failed = fraction
+            failed_sizes.add(size)
+    if not any(trial.accepted for trial in trials):
+        _LOGGER.warning(
+            "compress found no model within %g of the score %.4f; the uncut one has %.4f and is returned.",
+            tolerance,
+            reference,
+            trials[0].score,
+        )
+    found = copy.deepcopy(model) if smallest is model else smallest
+    return Compression(found, tuple(trials), what, reference, tolerance)
+
+
+def _cut(model: nn.Module, example_inputs: Any, what: str, kept: float, fraction: float, **options: Any) -> float:
+    """The size of the model after a cut from `kept` down to `fraction`."""
+    if what == "weights":
+        weights = prune_weights(model, sparsity=1 - fraction, **options)
+        return weights.kept / weights.total
+    channels = prune_channels(model, example_inputs, target={"macs": fraction / kept}, **options)
+    return kept * channels.macs_after / channels.macs_before
+
+
+def _share_of_weights(model: nn.Module) -> float:
+    """The fraction of the weights that no mask has removed."""
+    masks = [(posterior.mask, posterior.mean.numel()) for posterior in named_posteriors(model) if posterior.is_weight]
+    kept = sum(total if mask is None else int(mask.sum()) for mask, total in masks)
+    return kept / max(1, sum(total for _, total in masks))

@@ -35,7 +35,7 @@ def disagreement(model: nn.Module, selection: Selection, example_inputs: Any) ->
             _randomise(model, group, generator)
         uncut = snapshot(model)
         for group, units in selection:
-            _silence(group, units)
+            silence(group, units)
         expected = _outputs_behind(model, selection, example_inputs)
         uncut()
         try:
@@ -76,7 +76,8 @@ def _replace(module: nn.Module, name: str, scale: float, generator: torch.Genera
         module._buffers[name] = values
 
 
-def _silence(group: ChannelGroup, units: Any) -> None:
+def silence(group: ChannelGroup, units: Any) -> None:
+    """Zeroes what the layers behind read of these units, in place, by new parameters: as good as their removal."""
     for member in group.members:
         if member.axis[1] != "in":
             continue

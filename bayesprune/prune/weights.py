@@ -5,8 +5,9 @@ make the model faster on ordinary hardware (removed channels do, see `prune_chan
 """
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from bayesprune.layers import Posterior, VariationalLayer, named_posteriors, variational_layers
 from bayesprune.layers.sharding import whole
+from bayesprune.prune.floors import check_min_kept, floor_of, keep_best, within_caps
+from bayesprune.prune.recalibrate import recalibrate_batch_norm
 from bayesprune.prune.scores import snr
 
 Score = Callable[[Posterior], Tensor]
@@ -22,7 +25,7 @@ Score = Callable[[Posterior], Tensor]
 
 @dataclass(frozen=True)
 class WeightRow:
-    """One weight tensor: its name, how many weights it has and keeps, and why it was passed over, if it was."""
+    """One weight tensor: its name, how many weights it has and keeps, and whether it was passed over or held back."""
 
     name: str
     total: int
@@ -67,11 +70,13 @@ class WeightReport:
 def prune_weights(
     model: nn.Module,
     *,
-    sparsity: float | None = None,
+    sparsity: float | Mapping[str, float] | None = None,
     snr_below: float | None = None,
     pattern: str | None = None,
     scope: str = "global",
     score: Score = snr,
+    min_kept: float = 1,
+    data: Iterable[Any] | None = None,
 ) -> WeightReport:
     """Removes single weights of the variational layers, biases apart; in place. Exactly one target is given.
 
@@ -81,30 +86,39 @@ def prune_weights(
 
     Args:
         model: A variational model.
-        sparsity: Fraction of weights to remove in all, 0 to 1.
+        sparsity: Fraction of weights to remove in all, 0 to 1; or fractions by name of layer or parameter, ranked
+            inside each, where what has no name loses nothing.
         snr_below: Remove weights whose SNR is below this; 1 removes what is more noise than signal.
         pattern: "N:M", such as "2:4": keep the best N of every M consecutive inputs of each output. Layers whose number
             of inputs is not a multiple of M are left, and said so.
         scope: Whether `sparsity` ranks all weights together ("global") or each layer's apart ("layer").
         score: Score of a posterior's weights, the lowest going first: `scores.snr`, or `scores.magnitude` as a control.
+        min_kept: What every weight tensor keeps: below 1 a fraction of its weights, from 1 on a number of them. With
+            `sparsity` the other tensors lose the more; the report says where it was needed. A pattern has no need.
+        data: Batches (inputs, or tuples that start with them) for recalibrating batch norm, forward passes only.
 
     Raises:
+        InfeasibleTargetError: `min_kept` leaves fewer weights to remove than `sparsity` says; nothing was changed.
         ValueError: not exactly one target, one out of range, NaN scores, or a model without variational layers.
     """
     posteriors = [posterior for posterior in named_posteriors(model) if posterior.is_weight]
-    _check(posteriors, sparsity, snr_below, pattern, scope)
+    _check(posteriors, sparsity, snr_below, pattern, scope, min_kept)
+    floors = [min(floor_of(p.mean.numel(), min_kept), int((~_removed(p)).sum())) for p in posteriors]
     if snr_below is not None:
-        keeps = {posterior: _scores(posterior, snr) >= snr_below for posterior in posteriors}
+        keeps, is_floored = _keep_above(posteriors, snr_below, floors)
     elif pattern is not None:
-        keeps = {posterior: _keep_pattern(posterior, pattern, score) for posterior in posteriors}
-    elif scope == "layer":
-        keeps = {posterior: _keep_best([posterior], sparsity, score)[0] for posterior in posteriors}
+        keeps = [_keep_pattern(posterior, pattern, score) for posterior in posteriors]
+        is_floored = [False] * len(keeps)
+    elif scope == "layer" or isinstance(sparsity, Mapping):
+        keeps, is_floored = _keep_shares(posteriors, _fractions(posteriors, sparsity), score, floors)
     else:
-        keeps = dict(zip(posteriors, _keep_best(posteriors, sparsity, score), strict=True))
+        assert sparsity is not None, "exactly one target"
+        scores = [_scores(posterior, score) for posterior in posteriors]
+        keeps, is_floored = keep_best(scores, round(sparsity * sum(s.numel() for s in scores)), floors)
     rows = []
     holders = _holders(model)
-    for posterior, keep in keeps.items():
-        total, note = posterior.mean.numel(), ""
+    for posterior, keep, floored in zip(posteriors, keeps, is_floored, strict=True):
+        total, note = posterior.mean.numel(), f"held at min_kept={min_kept:g}" if floored else ""
         if keep is None:
             note = f"{_inputs(posterior)[1]} inputs are not a multiple of {_parse(pattern)[1]}"
         else:
@@ -112,22 +126,51 @@ def prune_weights(
             for layer, name in holders[id(posterior.mean)]:
                 layer.set_mask(name, keep)
         rows.append(WeightRow(posterior.name, total, total - int(_removed(posterior).sum()), note))
+    if data is not None:
+        recalibrate_batch_norm(model, data)
     return WeightReport(tuple(rows))
 
 
-def _keep_best(posteriors: list[Posterior], sparsity: float | None, score: Score) -> list[Tensor]:
-    """Exactly the best (1 - sparsity) of the weights of all these posteriors; ties go by position."""
-    assert sparsity is not None, "checked by the caller"
-    scores = [_scores(posterior, score) for posterior in posteriors]
-    flat = torch.cat([s.flatten().cpu() for s in scores])
-    keep = torch.ones(flat.numel(), dtype=torch.bool)
-    if count := round(sparsity * flat.numel()):
-        threshold = flat.kthvalue(count).values  # several times faster than sorting all
-        keep = flat > threshold
-        ties = (flat == threshold).nonzero().flatten()
-        keep[ties[count - int((flat < threshold).sum()) :]] = True
-    pieces = keep.split([s.numel() for s in scores])
-    return [piece.view(s.shape).to(s.device) for piece, s in zip(pieces, scores, strict=True)]
+def _fractions(posteriors: list[Posterior], sparsity: float | Mapping[str, float] | None) -> list[float]:
+    """The sparsity of each tensor: that of its own name, of its layer's, or none."""
+    if not isinstance(sparsity, Mapping):
+        return [float(sparsity or 0)] * len(posteriors)
+    layers = {posterior: posterior.name.rpartition(".")[0] for posterior in posteriors}
+    names = {posterior.name for posterior in posteriors}
+    if unknown := sorted(set(sparsity) - names - set(layers.values())):
+        raise ValueError(
+            f"sparsity names {', '.join(map(repr, unknown[:5]))}, of which the model has no weights to remove; "
+            f"expected layers or parameters among {', '.join(sorted(names)[:8])}{', ...' if len(names) > 8 else ''}."
+        )
+    return [sparsity.get(posterior.name, sparsity.get(layer, 0.0)) for posterior, layer in layers.items()]
+
+
+def _keep_shares(
+    posteriors: list[Posterior], fractions: list[float], score: Score, floors: list[int]
+) -> tuple[list[Tensor], list[bool]]:
+    """The best of each tensor, as many as its fraction and the floors say."""
+    sizes = [posterior.mean.numel() for posterior in posteriors]
+    counts = [round(fraction * size) for fraction, size in zip(fractions, sizes, strict=True)]
+    caps = [size - floor for size, floor in zip(sizes, floors, strict=True)]
+    keeps = [
+        keep_best([_scores(posterior, score)], count, [0])[0][0]
+        for posterior, count in zip(posteriors, within_caps(counts, caps), strict=True)
+    ]
+    return keeps, [count > cap for count, cap in zip(counts, caps, strict=True)]
+
+
+def _keep_above(posteriors: list[Posterior], threshold: float, floors: list[int]) -> tuple[list[Tensor], list[bool]]:
+    """What has this SNR, and the best of each tensor up to its floor."""
+    keeps, is_floored = [], []
+    for posterior, floor in zip(posteriors, floors, strict=True):
+        scores = _scores(posterior, snr)
+        keep = scores >= threshold
+        is_floored.append(int(keep.sum()) < floor)
+        if is_floored[-1]:
+            keep, _ = keep_best([scores], scores.numel() - floor, [0])
+            keep = keep[0]
+        keeps.append(keep)
+    return keeps, is_floored
 
 
 def _keep_pattern(posterior: Posterior, pattern: str | None, score: Score) -> Tensor | None:
@@ -165,7 +208,8 @@ def _scores(posterior: Posterior, score: Score) -> Tensor:
             f"the scores of {posterior.name} have {bad} of {scores.numel()} values that are NaN; expected numbers. "
             "Check whether training diverged."
         )
-    return scores.masked_fill(_removed(posterior), -torch.inf)
+    limits = torch.finfo(scores.dtype)
+    return scores.clamp(limits.min, limits.max).masked_fill(_removed(posterior), -torch.inf)
 
 
 def _removed(posterior: Posterior) -> Tensor:
@@ -181,7 +225,12 @@ def _parse(pattern: str | None) -> tuple[int, int]:
 
 
 def _check(
-    posteriors: list[Posterior], sparsity: float | None, snr_below: float | None, pattern: str | None, scope: str
+    posteriors: list[Posterior],
+    sparsity: float | Mapping[str, float] | None,
+    snr_below: float | None,
+    pattern: str | None,
+    scope: str,
+    min_kept: float,
 ) -> None:
     if not posteriors:
         raise ValueError("prune_weights got a model without variational layers; call to_variational first.")
@@ -189,11 +238,13 @@ def _check(
     named = [name for name, value in given.items() if value is not None]
     if len(named) != 1:
         raise ValueError(f"prune_weights got {named or 'no target'}; expected exactly one of {', '.join(given)}.")
-    if sparsity is not None and not 0 <= sparsity <= 1:
-        raise ValueError(f"sparsity is {sparsity!r}; expected a fraction from 0 to 1.")
+    for value in sparsity.values() if isinstance(sparsity, Mapping) else [0.0 if sparsity is None else sparsity]:
+        if not 0 <= value <= 1:
+            raise ValueError(f"sparsity is {value!r}; expected a fraction from 0 to 1.")
     if snr_below is not None and not snr_below >= 0:
         raise ValueError(f"snr_below is {snr_below!r}; expected a ratio of 0 or more.")
     if pattern is not None:
         _parse(pattern)
     if scope not in ("global", "layer"):
         raise ValueError(f'scope is {scope!r}; expected "global" or "layer".')
+    check_min_kept(min_kept)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesprune.errors import StorageError, UnsupportedModelError
+from bayesprune.layers import named_gates
 from bayesprune.storage import base as bases
 from bayesprune.storage.base import Base
 from bayesprune.storage.digests import json_digest, sealed
@@ -52,7 +53,8 @@ def save(
     Raises:
         StorageError: the base cannot be rebuilt to the model (the message says where they differ), or the directory
             cannot be written.
-        UnsupportedModelError: the model is wrapped (DDP, FSDP, compiled), or holds tensors that safetensors does not.
+        UnsupportedModelError: the model is wrapped (DDP, FSDP, compiled), has gates, or holds tensors that safetensors
+            does not.
         ValueError: `model_args` for a module that is not timm's.
         TypeError: `history` or `report` are not JSON values.
     """
@@ -137,6 +139,12 @@ def _check_unwrapped(model: nn.Module) -> None:
         raise UnsupportedModelError(
             f"save got a model wrapped in {wrapper.__name__}; pass the model inside it (usually `.module`, for a "
             "compiled one `._orig_mod`)."
+        )
+    if gates := [name for name, _ in named_gates(model)]:
+        raise UnsupportedModelError(
+            f"save got a model with gates ({', '.join(gates[:3])}), which take part in training alone. Decide first: "
+            'prune_channels(model, x, target={"inclusion": 0.5}) or gates.close(model); to go on training later, '
+            "torch.save the state_dict() of model, optimizer and attachment."
         )
 
 

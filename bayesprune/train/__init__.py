@@ -2,6 +2,7 @@
 
 from bayesprune.train.attach import Attachment, attach
 from bayesprune.train.kl import kl_divergence
+from bayesprune.train.online_newton import OnlineNewton
 from bayesprune.train.temperature import default_temperature
 
-__all__ = ["Attachment", "attach", "default_temperature", "kl_divergence"]
+__all__ = ["Attachment", "OnlineNewton", "attach", "default_temperature", "kl_divergence"]

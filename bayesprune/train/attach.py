@@ -7,18 +7,18 @@ accumulation and data-parallel training need no correction, and the loss stays t
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from bayesprune.errors import UnsupportedModelError
 from bayesprune.layers import Posterior, VariationalLayer
 from bayesprune.layers.sharding import placed_as, sharded_as, whole
 from bayesprune.priors import BoundPrior, Gaussian, Prior
-from bayesprune.train.kl import bind_prior, sum_kl
+from bayesprune.train.checks import check_groups, check_options, check_types
+from bayesprune.train.gates import GateTraining
+from bayesprune.train.kl import bind_prior, collapsed_groups, refresh_scales
 from bayesprune.train.optimizers import add_to_first_group, grad_scaler_state, unwrapped
 
 _CHECK_EVERY = 100  # steps between two looks for collapsed layers
@@ -39,6 +39,7 @@ class Attachment:
         self,
         optimizer: Optimizer,
         bound: dict[Posterior, BoundPrior],
+        gates: GateTraining,
         *,
         num_data: int,
         temperature: float,
@@ -47,14 +48,14 @@ class Attachment:
     ) -> None:
         """Use `attach`."""
         self.num_data, self.temperature, self.warmup_steps, self.step = num_data, temperature, warmup_steps, 0
-        self._bound = bound
+        self._bound, self._gates = bound, gates
         parts = {id(part): part for posterior in bound for part in posterior.log_std_parts}  # frozen ones may thaw
         self._stds = list(parts.values())
         self._std_optimizer = Adam(
             self._stds, lr=std_lr, fused=all(part.device.type in ("cpu", "cuda") for part in self._stds)
         )
         self._optimizer = optimizer
-        self._added = add_to_first_group(optimizer, self._stds)
+        self._added = add_to_first_group(optimizer, [*self._stds, *gates.logits])
         self._warned: set[tuple[str, str]] = set()
         self._handle = optimizer.register_step_pre_hook(self._before_step)
 
@@ -65,8 +66,8 @@ class Attachment:
         return self.temperature * ramp / self.num_data
 
     def kl_divergence(self) -> Tensor:
-        """KL divergence from the attached prior, in nats: a differentiable scalar."""
-        return sum_kl(self._bound)
+        """KL divergence of weights and gates from their priors, in nats: a differentiable scalar."""
+        return self._gates.kl(self._bound)
 
     def detach(self) -> None:
         """Ends it: the optimizer is as it was before `attach`, and moves no std that it did not hold then."""
@@ -76,11 +77,12 @@ class Attachment:
             group["params"] = [parameter for parameter in group["params"] if id(parameter) not in added]
 
     def state_dict(self) -> dict[str, Any]:
-        """Step, the std optimizer's state and the prior's constants; tensors and numbers only."""
+        """Step, the state of the stds' and the gates' optimizers, the prior's constants; tensors, names and numbers."""
         return {
             "step": self.step,
             "std_optimizer": self._std_optimizer.state_dict(),
             "prior": {posterior.name: prior.state() for posterior, prior in self._bound.items()},
+            "gates": self._gates.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -103,13 +105,14 @@ class Attachment:
                     f"the state has a prior with {sorted(saved) or 'no constants'} for {posterior.name}, the "
                     f"one attached has {sorted(attached) or 'none'}; expected the prior of the run that was saved."
                 )
+        self._gates.load_state_dict(state.get("gates", {}))
         self.step = state["step"]
         self._std_optimizer.load_state_dict(state["std_optimizer"])
         for part, values in self._std_optimizer.state.items():
             values.update(_sharded_as(part, values))
         for posterior, prior in self._bound.items():
             constants = _sharded_as(posterior.mean, state["prior"][posterior.name])
-            self._bound[posterior] = replace(prior, **constants)  # type: ignore[type-var]
+            self._bound[posterior] = prior.with_state(constants)
 
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
@@ -128,13 +131,16 @@ class Attachment:
     def _update(self, optimizer: Optimizer) -> None:
         self._check_that_nothing_was_replaced()
         scale, overflow = grad_scaler_state(optimizer)
+        refresh_scales(self._bound, self._gates.keep)
         for posterior in self._bound:
             self._add_gradients(posterior, scale)
+        self._gates.add_gradients(self._bound, self.kl_weight, scale)
         if not overflow:
             self._std_optimizer.step()
+            self._gates.step()
             self._clamp()
             self.step += 1
-        for part in self._stds:
+        for part in (*self._stds, *self._gates.logits):
             part.grad = None
         if self.step % _CHECK_EVERY == 0:
             self._warn_of_collapse()
@@ -153,7 +159,8 @@ class Attachment:
         mean, parts = posterior.mean, posterior.log_std_parts
         if mean.grad is None and all(part.grad is None for part in parts):
             return  # not part of this step; torch's weight decay leaves such parameters alone, too
-        mean_gradient, std_gradient = self._bound[posterior].kl_gradient(mean, posterior.log_std, posterior.mask)
+        keep = self._gates.keep(posterior)
+        mean_gradient, std_gradient = self._bound[posterior].kl_gradient(mean, posterior.log_std, keep)
         if mean.grad is not None:
             mean.grad.add_(mean_gradient.to(mean.grad.dtype), alpha=self.kl_weight * scale)
         for part in parts:
@@ -195,6 +202,20 @@ class Attachment:
                     f"every weight has an SNR below 1 (largest {largest:.2g}) at step {self.step}: the prior has "
                     "switched the whole layer off. Lower the temperature, warm it up, or use a fixed prior scale.",
                 )
+        for name in self._gates.closed():
+            self._warn(
+                "gates",
+                name,
+                f"all its gates are closed at step {self.step}: the prior has switched it off. Lower the temperature, "
+                "warm it up, or raise prior_inclusion.",
+            )
+        for name in collapsed_groups(self._bound):
+            self._warn(
+                "group",
+                name,
+                "all units of its dependency group have prior stds below a hundredth of what they were at the start, "
+                f"at step {self.step}: the prior has switched the group off. Lower the temperature, or warm it up.",
+            )
 
     def _warn(self, kind: str, name: str, message: str) -> None:
         if (kind, name) not in self._warned:
@@ -234,60 +255,23 @@ def attach(
             an attachment to it already.
         UnsupportedModelError: DeepSpeed or FSDP 1, which cut means and stds apart.
     """
-    if not num_data > 0:
-        raise ValueError(f"num_data is {num_data!r}; expected the number of training examples, above 0.")
-    if temperature < 0 or warmup_steps < 0 or std_lr < 0:
-        raise ValueError(
-            f"temperature={temperature!r}, warmup_steps={warmup_steps!r}, std_lr={std_lr!r}; expected none below 0."
-        )
-    for kind in (type(optimizer), type(model)):
-        if kind.__module__.startswith("deepspeed") or kind.__name__ in _REFUSED:
-            raise UnsupportedModelError(
-                f"attach got {kind.__name__}, which flattens parameters, steps inside backward or calls its closure "
-                "several times; expected a first-order optimizer, with DDP or FSDP2 where training is distributed."
-            )
+    check_options(num_data, temperature, warmup_steps, std_lr)
+    check_types(optimizer, model)
     optimizer = unwrapped(optimizer)
     model = getattr(model, "_orig_mod", model)
     model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     bound = bind_prior(model, Gaussian() if prior is None else prior)
-    _check_groups(optimizer, bound)
+    hooks = [getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_pre_hooks.values()]
+    check_groups(optimizer, bound, [hook._bound for hook in hooks if isinstance(hook, Attachment)])
     return Attachment(
         optimizer,
         bound,
+        GateTraining(model),
         num_data=num_data,
         temperature=temperature,
         warmup_steps=warmup_steps,
         std_lr=std_lr,
     )
-
-
-_REFUSED = ("FullyShardedDataParallel", "DeepSpeedOptimizerWrapper", "LBFGS")
-
-
-def _check_groups(optimizer: Optimizer, bound: dict[Posterior, BoundPrior]) -> None:
-    means = {id(posterior.mean) for posterior in bound}
-    held = 0
-    decay = 0.0
-    for group in optimizer.param_groups:
-        count = sum(id(parameter) in means for parameter in group["params"])
-        held += count
-        decay = max(decay, group.get("weight_decay", 0.0) if count else 0.0)
-    attached = [getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_pre_hooks.values()]
-    if any(isinstance(other, Attachment) and not other._bound.keys().isdisjoint(bound) for other in attached):
-        raise ValueError(
-            f"{type(optimizer).__name__} has an attachment to this model already; call its detach() first."
-        )
-    if not held:
-        raise ValueError(
-            f"{type(optimizer).__name__} holds none of the model's {len(means)} posterior means; expected the "
-            "optimizer of this very model. Create it from model.parameters() and attach both together."
-        )
-    if decay:
-        warnings.warn(
-            f"{type(optimizer).__name__} has weight_decay={decay:g} on posterior means, a second Gaussian prior beside "
-            "the one attached; set weight_decay=0 for them, unless that is meant.",
-            stacklevel=3,
-        )
 
 
 def _sharded_as(parameter: Tensor, values: Mapping[str, Any]) -> dict[str, Any]:

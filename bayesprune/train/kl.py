@@ -1,18 +1,25 @@
 """The KL divergence of a model's posterior from its prior: the complexity term of the ELBO."""
 
+from collections.abc import Callable
+from operator import attrgetter
+
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from bayesprune.layers import Posterior, VariationalLayer, named_posteriors
 from bayesprune.layers.sharding import whole
-from bayesprune.priors import Binding, BoundPrior, Gaussian, Prior
+from bayesprune.priors import Binding, BoundDependency, BoundPrior, Gaussian, Prior, refresh
+from bayesprune.train.gates import GateTraining
 
 
 def kl_divergence(model: nn.Module, prior: Prior | None = None) -> Tensor:
     """KL divergence in nats, summed over all posterior weights: a scalar, differentiable in means and log stds.
 
-    Tied weights count once, removed weights not at all. A prior whose scale is "layer_rms" takes it from the present
-    means, as a constant; `attach` fixes it when training starts.
+    Tied weights count once, removed weights not at all, those behind gates as far as the gates are open, which have a
+    KL of their own. A prior whose scale is "layer_rms" takes it from the present means, as a constant; `attach` fixes
+    it when training starts. Learned scales are at their best for the present posterior; those that an attachment keeps
+    across tensors are one step behind it.
 
     Args:
         model: A variational model.
@@ -21,7 +28,7 @@ def kl_divergence(model: nn.Module, prior: Prior | None = None) -> Tensor:
     Raises:
         ValueError: the model has no variational layer.
     """
-    return sum_kl(bind_prior(model, Gaussian() if prior is None else prior))
+    return GateTraining(model).kl(bind_prior(model, Gaussian() if prior is None else prior))
 
 
 def bind_prior(model: nn.Module, prior: Prior) -> dict[Posterior, BoundPrior]:
@@ -30,10 +37,35 @@ def bind_prior(model: nn.Module, prior: Prior) -> dict[Posterior, BoundPrior]:
     Raises:
         ValueError: the model has no variational layer.
     """
-    bound = {posterior: prior.bind(_binding(posterior)) for posterior in named_posteriors(model)}
-    if not bound:
+    posteriors = list(named_posteriors(model))
+    if not posteriors:
         raise ValueError("the model has no variational layer; call to_variational first.")
+    bound = dict(zip(posteriors, prior.bind_all([_binding(posterior) for posterior in posteriors]), strict=True))
+    refresh_scales(bound, GateTraining(model).keep, until_rest=True)
     return bound
+
+
+@torch.no_grad()
+def refresh_scales(
+    bound: dict[Posterior, BoundPrior],
+    keep: Callable[[Posterior], Tensor | None] = attrgetter("mask"),
+    *,
+    until_rest: bool = False,
+) -> None:
+    """Moves scales that tensors share towards their best for the present posteriors: one step, or until they rest.
+
+    Args:
+        bound: The priors of all posteriors of a model.
+        keep: How much of each weight counts; by default its mask.
+        until_rest: Whether to go on until the scales rest.
+    """
+    refresh([(prior, p.mean, p.log_std, keep(p)) for p, prior in bound.items()], until_rest=until_rest)
+
+
+def collapsed_groups(bound: dict[Posterior, BoundPrior]) -> list[str]:
+    """Names of the dependency groups that a prior has switched off altogether."""
+    found = (prior.collapsed_groups() for prior in bound.values() if isinstance(prior, BoundDependency))
+    return next(found, [])
 
 
 def sum_kl(bound: dict[Posterior, BoundPrior]) -> Tensor:
@@ -48,7 +80,27 @@ def _binding(posterior: Posterior) -> Binding:
     scale = _rms(layer, [posterior.parameter])
     if not posterior.is_weight:
         scale = max(scale, _rms(layer, weights))
-    return Binding(mean, scale or getattr(layer, weights[0])[0].numel() ** -0.5, posterior.unit_dims)
+    input_dims, num_blocks = _inputs(posterior)
+    return Binding(
+        mean=mean,
+        layer_rms=scale or getattr(layer, weights[0])[0].numel() ** -0.5,
+        unit_dims=posterior.unit_dims,
+        input_dims=input_dims,
+        num_blocks=num_blocks,
+        name=posterior.name,
+    )
+
+
+def _inputs(posterior: Posterior) -> tuple[tuple[int, ...], int]:
+    """Dimensions that number input channels, and the blocks of rows that each have inputs of their own."""
+    layer = posterior.layer
+    if not posterior.is_weight:
+        return (), 1
+    if isinstance(layer, _ConvNd):
+        return ((0,), 1) if layer.transposed else ((1,), layer.groups)
+    if isinstance(layer, nn.Embedding):
+        return (0,), 1  # the words are its inputs
+    return (1 - layer.unit_dims[0],), 1
 
 
 def _rms(layer: VariationalLayer, names: list[str]) -> float:

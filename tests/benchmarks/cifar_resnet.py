@@ -1,10 +1,11 @@
-"""The CIFAR-10 ResNet-20 with option A shortcuts, its trained weights, and the images in memory.
+"""The CIFAR-10 ResNets with option A shortcuts, their trained weights, and the images in memory.
 
 Network: He et al., 2016. Trained weights: github.com/akamaster/pytorch_resnet_cifar10.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,16 +35,16 @@ class Block(nn.Module):
         return F.relu(x + y)
 
 
-class ResNet20(nn.Module):
-    """Three stages of three blocks, 16, 32 and 64 channels."""
+class ResNet(nn.Module):
+    """Three stages of `num_blocks` blocks, 16, 32 and 64 channels: 6 num_blocks + 2 layers deep."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_blocks: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = nn.Sequential(Block(16, 16, 1), Block(16, 16, 1), Block(16, 16, 1))
-        self.layer2 = nn.Sequential(Block(16, 32, 2), Block(32, 32, 1), Block(32, 32, 1))
-        self.layer3 = nn.Sequential(Block(32, 64, 2), Block(64, 64, 1), Block(64, 64, 1))
+        self.layer1 = nn.Sequential(*(Block(16, 16, 1) for _ in range(num_blocks)))
+        self.layer2 = nn.Sequential(Block(16, 32, 2), *(Block(32, 32, 1) for _ in range(num_blocks - 1)))
+        self.layer3 = nn.Sequential(Block(32, 64, 2), *(Block(64, 64, 1) for _ in range(num_blocks - 1)))
         self.linear = nn.Linear(64, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,13 +52,28 @@ class ResNet20(nn.Module):
         return self.linear(x.mean((2, 3)))
 
 
+class ResNet20(ResNet):
+    """The network of the one-shot and half-MACs pages."""
+
+    def __init__(self) -> None:
+        super().__init__(3)
+
+
 def trained_resnet20(data_dir: Path) -> ResNet20:
-    """The network at the published weights, whose names carry the prefix of a data-parallel wrapper."""
-    path = data_dir / "weights" / "resnet_cifar10" / "resnet20-12fca82f.th"
+    """ResNet-20 at the published weights."""
+    return _trained(ResNet20(), data_dir / "weights" / "resnet_cifar10" / "resnet20-12fca82f.th")
+
+
+def trained_resnet56(data_dir: Path) -> ResNet:
+    """ResNet-56 at the published weights."""
+    return _trained(ResNet(9), data_dir / "weights" / "resnet_cifar10" / "resnet56-4bfd9763.th")
+
+
+def _trained(model: Any, path: Path) -> Any:
+    """The names in the file carry the prefix of a data-parallel wrapper."""
     state = torch.load(path, weights_only=True, map_location="cpu")["state_dict"]
-    model = ResNet20().to(memory_format=torch.channels_last)
     model.load_state_dict({name.removeprefix("module."): value for name, value in state.items()})
-    return model
+    return model.to(memory_format=torch.channels_last)
 
 
 class Images:

@@ -18,7 +18,8 @@ Every score but "tp pruner" goes through `bp.prune_channels`, so selection and b
 torch-pruning's `BasePruner` with its own selection inside each layer, the ratio of channels searched for the nearest to
 half the MACs. (On the dense network its global selection leaves the same widths as `prune_channels` does with its
 magnitude.) The network's shortcuts (slice and pad) leave only the inner channels of each block to be removed.
-"power 0" is our score without the stds, on the same network as the chosen one.
+"power 0" is our score without the stds, on the same network as the chosen one: (mean / s)^2, with s the layer's root
+mean square (for powers below 1 the score has been another since).
 
 `global` ranks all channels together, `uniform` removes the same fraction of every layer. "on plain": removed from the
 plainly fine-tuned network; "on per_weight" and so on: from the variational network with that structure of stds.

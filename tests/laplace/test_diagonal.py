@@ -168,7 +168,7 @@ def test_what_is_not_known_is_said_and_stays():
     with pytest.warns(UserWarning, match="2 parameters keep the stds that they had.*unused.weight, unused.bias"):
         fit_laplace(model, batches, loss=lambda model, batch: F.cross_entropy(model["used"](batch[0]), batch[1]))
     assert torch.equal(model["unused"].weight_log_std, before)
-    with pytest.raises(UnsupportedModelError, match="BoundARD, which has no precision"):
+    with pytest.raises(UnsupportedModelError, match="BoundLearned, which has no precision"):
         fit_laplace(model, batches, prior=bp.priors.ARD())
 
 

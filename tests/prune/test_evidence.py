@@ -8,7 +8,9 @@ from torch.distributions import Normal
 
 import bayesprune as bp
 from bayesprune import priors
+from bayesprune.prune import dependency_groups
 from bayesprune.prune.groups import find_groups
+from bayesprune.train.kl import bind_prior
 from tests.cases import structures
 
 
@@ -33,15 +35,31 @@ def test_evidence_is_the_savage_dickey_ratio(std):
         torch.testing.assert_close(found[f"{name}.weight"], ratio.detach(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("group", ["channel", "layer"])
+@pytest.mark.parametrize("group", ["channel", "input_channel", "layer"])
 def test_a_learned_scale_is_the_prior_that_it_is_at_its_best(group):
     net = model()
     mean, std = (x.detach().double() for x in net[0].posteriors()["weight"])
     squares = mean.square() + std.square()
-    scale = squares.mean(1, keepdim=True) if group == "channel" else squares.mean()
+    scale = squares.mean() if group == "layer" else squares.mean(1 if group == "channel" else 0, keepdim=True)
     expected = 0.5 * (scale / std.square()).log() - 0.5 * (mean / std).square()
     found = bp.evidence(net, priors.ARD(group))["0.weight"]
     torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
+    by_default = bp.evidence(net, priors.Horseshoe(group, 1e6))["0.weight"]  # hardly a prior of the scale
+    torch.testing.assert_close(by_default, found, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_are_compared_under_scales_of_dependency_groups_and_channels_are_not():
+    """dF of a channel would be that of ARD per weight: it has a scale of its own."""
+    net = model()
+    prior = priors.ARD(dependency_groups(net, torch.randn(1, 5)))
+    its = next(iter(bind_prior(net, prior).values()))
+    mean, std = (x.detach() for x in net[0].posteriors()["weight"])
+    scale = its.variance(mean, std.log()).sqrt()
+    assert scale.shape == (6, 1)
+    expected = (scale / std).log() - 0.5 * (mean / std).square()
+    torch.testing.assert_close(bp.evidence(net, prior)["0.weight"], expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="channels cannot be compared under ARD over dependency groups.*SNRImportance"):
+        bp.EvidenceImportance(prior)
 
 
 def test_evidence_is_the_difference_of_two_models_log_evidence():
@@ -97,8 +115,8 @@ def test_channels_go_where_the_evidence_says_so():
 
 @pytest.mark.parametrize(
     "prior",
-    [priors.ARD("weight"), priors.Gaussian(centered=True), priors.LogUniform()],
-    ids=["ARD", "MOPED", "improper"],
+    [priors.ARD("weight"), priors.Horseshoe("weight"), priors.Gaussian(centered=True), priors.LogUniform()],
+    ids=["ARD", "horseshoe", "MOPED", "improper"],
 )
 def test_refuses_priors_that_allow_no_comparison(prior):
     with pytest.raises(ValueError, match="the evidence cannot be compared"):

@@ -1,10 +1,15 @@
-"""The search of `compress`: how it steps, what it keeps, what it refuses."""
+"""The search of `compress`: how it bisects, what it keeps, what it says, what it refuses."""
+
+import json
 
 import pytest
 import torch
 from torch import nn
 
 import bayesprune as bp
+from bayesprune.layers import named_posteriors
+from bayesprune.prune import Compression, Trial
+from bayesprune.prune.scores import magnitude
 
 
 def model() -> nn.Module:
@@ -16,20 +21,79 @@ def hidden(net: nn.Module) -> int:
     return net[0].out_features + net[2].out_features
 
 
+def num_weights(net: nn.Module) -> int:
+    return sum(int(posterior.mean.count_nonzero()) for posterior in named_posteriors(net) if posterior.is_weight)
+
+
+def learn(net: nn.Module) -> None:
+    """Nothing, so that a size is all that a score can depend on."""
+
+
 X = torch.zeros(1, 8)
 
 
-def test_stops_at_the_smallest_model_that_passes():
+@pytest.mark.parametrize("fine_tune", [None, learn])
+def test_stops_at_the_smallest_model_that_passes(fine_tune):
     def evaluate(net):
         return 1.0 if hidden(net) >= 60 else 0.0
 
-    found = bp.compress(model(), X, evaluate=evaluate, tolerance=0.5, step=0.3, min_step=0.05)
+    found = bp.compress(model(), X, evaluate=evaluate, tolerance=0.5, fine_tune=fine_tune, step=0.3, min_step=0.05)
     accepted = [trial for trial in found.trials if trial.accepted]
-    assert hidden(found.model) >= 60
-    assert hidden(found.model) < 80
-    assert found.trials[0].macs == 1.0
-    assert accepted[-1].macs == min(trial.macs for trial in accepted)
+    assert 60 <= hidden(found.model) < 64
+    assert found.trials[0].kept == 1.0
+    assert accepted[-1].kept == min(trial.kept for trial in accepted)
     assert [trial.accepted for trial in found.trials].count(False) >= 1
+
+
+@pytest.mark.parametrize("fine_tune", [None, learn])
+@pytest.mark.parametrize("smallest", [4800, 1234, 57, 4])
+def test_finds_the_smallest_number_of_weights_of_a_monotone_score(fine_tune, smallest):
+    """Within `min_step` of the true one, whatever it is, in few trials."""
+    found = bp.compress(
+        model(),
+        what="weights",
+        evaluate=lambda net: float(num_weights(net) >= smallest),
+        tolerance=0.5,
+        fine_tune=fine_tune,
+        min_step=0.02,
+    )
+    assert smallest <= num_weights(found.model) <= max(smallest / 0.98, smallest + 1)
+    assert len(found.trials) <= (12 if fine_tune is None else 30)
+    assert min(trial.kept for trial in found.trials if trial.accepted) == num_weights(found.model) / 4800
+
+
+@pytest.mark.parametrize("what", ["channels", "weights"])
+def test_a_score_that_is_not_monotone_still_gives_a_model_within_the_tolerance(what):
+    scores: dict[int, float] = {}
+
+    def evaluate(net):
+        torch.manual_seed(num_weights(net))
+        return scores.setdefault(id(net), float(torch.rand(()))) if scores else scores.setdefault(id(net), 0.7)
+
+    kept_alive = []
+    found = bp.compress(
+        model(), X, what=what, evaluate=evaluate, tolerance=0.2, fine_tune=kept_alive.append, data=[X.expand(4, 8)]
+    )
+    assert scores[id(found.model)] >= found.reference - found.tolerance
+    best = min((trial for trial in found.trials if trial.accepted), key=lambda trial: trial.kept)
+    assert scores[id(found.model)] == best.score
+    assert {trial.accepted for trial in found.trials} == {True, False}
+
+
+def test_cuts_go_on_from_what_was_learned():
+    """Each trial starts from the smallest model that passed, and its first cut is no deeper than the step."""
+    steps = []
+
+    def fine_tune(net):
+        net.trained = getattr(net, "trained", 0) + 1
+
+    def evaluate(net):
+        steps.append((getattr(net, "trained", 0), num_weights(net)))
+        return 1.0 if num_weights(net) >= 1000 else 0.0
+
+    bp.compress(model(), what="weights", evaluate=evaluate, tolerance=0.5, fine_tune=fine_tune, step=0.5)
+    assert steps[:4] == [(0, 4800), (1, 2400), (2, 1200), (3, 600)]
+    assert all(trained == 3 for trained, _ in steps[3:5])
 
 
 def test_leaves_the_given_model_alone_even_when_nothing_passes():
@@ -52,16 +116,73 @@ def test_fine_tunes_each_candidate_before_it_is_judged():
     )
     assert len(seen) == len(found.trials) - 1
     assert all(size < 128 for size in seen)
+    assert len(set(seen)) == len(seen), "the same cut is not tried twice"
 
 
-def test_compares_with_the_reference_that_is_given():
+def test_compares_with_the_reference_that_is_given(caplog):
     found = bp.compress(model(), X, evaluate=lambda net: 0.9, tolerance=0.05, reference=1.0, step=0.3, min_step=0.2)
-    assert not any(trial.accepted for trial in found.trials[1:])
+    assert not any(trial.accepted for trial in found.trials)
+    assert "no model within 0.05 of the score 1.0000; the uncut one has 0.9000 and is returned" in caplog.text
+    assert "nothing within the tolerance" in str(found)
+
+
+def test_weights_that_were_removed_before_count_and_options_reach_the_removal():
+    net = model()
+    bp.prune_weights(net, sparsity=0.5, score=magnitude)
+    found = bp.compress(
+        net, what="weights", evaluate=lambda n: 1.0, tolerance=0.1, score=magnitude, scope="layer", min_kept=0.1
+    )
+    assert found.trials[0].kept == 0.5
+    counts = [int(found.model[i].weight.count_nonzero()) for i in (0, 2, 4)]
+    assert counts[::2] == [52, 20]
+    assert 410 <= counts[1] <= 432
+
+
+def test_the_curve_is_said_from_large_to_small():
+    found = bp.compress(
+        model(), what="weights", evaluate=lambda net: num_weights(net) / 4800, tolerance=0.25, fine_tune=learn
+    )
+    sizes = [trial.kept for trial in found.curve]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sorted(trial.accepted for trial in found.curve) == [trial.accepted for trial in found.curve][::-1]
+    document = json.loads(json.dumps(found.to_dict()))
+    assert (document["what"], document["reference"], document["tolerance"]) == ("weights", 1.0, 0.25)
+    assert document["trials"][0] == {"kept": 1.0, "score": 1.0, "accepted": True}
+    assert len(document["trials"]) == len(found.trials)
+    text = str(found)
+    smallest = min(trial.kept for trial in found.trials if trial.accepted)
+    assert f"{smallest:.2%} of the weights kept (tolerance 0.25)" in text
+    assert text.count("too low") == sum(not trial.accepted for trial in found.trials)
+    assert text.count("smallest") == 1
 
 
 @pytest.mark.parametrize(
-    "options", [{"tolerance": -0.1}, {"tolerance": 0.1, "step": 1.0}, {"tolerance": 0.1, "min_step": 0.5}]
+    "options",
+    [
+        {"tolerance": -0.1},
+        {"tolerance": 0.1, "step": 1.0},
+        {"tolerance": 0.1, "min_step": 0.5},
+        {"tolerance": 0.1, "what": "heads"},
+    ],
 )
-def test_refuses_numbers_out_of_range(options):
+def test_refuses_options_out_of_range(options):
     with pytest.raises(ValueError, match="expected"):
         bp.compress(model(), X, evaluate=lambda net: 1.0, **options)
+
+
+def test_channels_need_example_inputs():
+    with pytest.raises(ValueError, match="compress needs example_inputs to remove channels"):
+        bp.compress(model(), evaluate=lambda net: 1.0, tolerance=0.1)
+
+
+def test_the_curve_is_drawn():
+    pytest.importorskip("matplotlib")
+    from bayesprune.evaluate.plots import compression_curve
+
+    trials = (Trial(1.0, 0.9, True), Trial(0.5, 0.89, True), Trial(0.02, 0.7, False))
+    drawn = compression_curve(Compression(nn.Identity(), trials, "weights", 0.9, 0.02))
+    assert drawn.startswith('<svg role="img" aria-label="Score against weights kept"')
+    assert "weights kept" in drawn
+    assert "2 %" in drawn
+    nothing = compression_curve(Compression(nn.Identity(), trials[2:], "channels", 0.9, 0.02))
+    assert "MACs kept" in nothing

@@ -42,7 +42,7 @@ def kept(model: nn.Module) -> torch.Tensor:
 def test_global_sparsity_is_exact_and_keeps_the_best(std, sparsity):
     model = net(std)
     scores = flat(model)
-    report = bp.prune_weights(model, sparsity=sparsity)
+    report = bp.prune_weights(model, sparsity=sparsity, min_kept=0)
     removed = round(sparsity * scores.numel())
     assert (report.total, report.kept) == (scores.numel(), scores.numel() - removed)
     assert report.sparsity == pytest.approx(removed / scores.numel())
@@ -57,7 +57,7 @@ def test_global_sparsity_is_exact_and_keeps_the_best(std, sparsity):
 def test_layer_sparsity_is_exact_in_every_layer(sparsity):
     model = net()
     scores = {posterior.name: bp.prune.scores.snr(posterior) for posterior in weights(model)}
-    report = bp.prune_weights(model, sparsity=sparsity, scope="layer")
+    report = bp.prune_weights(model, sparsity=sparsity, scope="layer", min_kept=0)
     for row, posterior in zip(report.rows, weights(model), strict=True):
         removed = round(sparsity * row.total)
         assert (row.name, row.kept) == (posterior.name, row.total - removed)
@@ -84,7 +84,7 @@ def test_snr_below():
 def test_the_score_may_be_the_magnitude():
     model = net()
     scores = flat(model, magnitude)
-    bp.prune_weights(model, sparsity=0.5, score=magnitude)
+    bp.prune_weights(model, sparsity=0.5, score=magnitude, min_kept=0)
     removed = ~kept(model)
     assert scores[removed].max() < scores[~removed].min()
 
@@ -173,7 +173,7 @@ def test_stages_end_where_one_step_does():
 def test_biases_and_other_parameters_stay():
     model = net()
     before = {name: parameter.clone() for name, parameter in model.named_parameters() if "weight" not in name}
-    report = bp.prune_weights(model, sparsity=1.0)
+    report = bp.prune_weights(model, sparsity=1.0, min_kept=0)
     assert all(torch.equal(model.get_parameter(name), parameter) for name, parameter in before.items())
     assert [row.name for row in report.rows] == ["0.weight", "2.weight", "4.weight"]
     assert report.sparsity == 1.0
@@ -229,7 +229,7 @@ def test_tied_weights_are_removed_from_both_layers():
     model = nn.Sequential(nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False))
     model[1].weight = model[0].weight
     bp.to_variational(model, relative_std=0.5)
-    report = bp.prune_weights(model, sparsity=1.0)
+    report = bp.prune_weights(model, sparsity=1.0, min_kept=0)
     assert (report.total, report.kept) == (36, 0)
     for layer in model:
         for estimator in ("weight_sampling", "flipout", "local_reparameterization"):
@@ -279,6 +279,14 @@ def test_other_checkpoints_do_not_bring_removed_weights_back():
         ({"pattern": "0:4"}, "pattern is '0:4'"),
         ({"pattern": "half"}, "pattern is 'half'"),
         ({"pattern": "2:4:8"}, "pattern is '2:4:8'"),
+        ({"sparsity": {"0": 0.5, "2.weight": 1.5}}, "sparsity is 1.5; expected a fraction from 0 to 1"),
+        ({"sparsity": {"0.bias": 0.5, "7": 0.5}}, "sparsity names '0.bias', '7', of which the model has no weights"),
+        ({"sparsity": 0.99}, "2 of 240 weights were to stay, and the floors under 3 tensors keep 3"),
+        ({"sparsity": 0.8, "min_kept": 0.25}, "48 of 240 weights were to stay, and the floors under 3 tensors keep 60"),
+        ({"sparsity": 1.0, "scope": "layer"}, "240 weights were to go, and the floors under the tensors let 237"),
+        ({"sparsity": {"0": 1.0, "2": 1.0}}, "144 weights were to go, and the floors under the tensors let 142"),
+        ({"sparsity": 0.5, "min_kept": -1}, "min_kept is -1; expected a fraction from 0, below 1, or a whole number"),
+        ({"sparsity": 0.5, "min_kept": 1.5}, "min_kept is 1.5"),
         ({"sparsity": 0.5, "scope": "channel"}, 'scope is \'channel\'; expected "global" or "layer"'),
     ],
 )

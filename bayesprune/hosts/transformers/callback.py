@@ -208,7 +208,7 @@ class BayesPruneCallback(TrainerCallback):
             return
         target = self.prune.removal_after(state.global_step, state.max_steps)
         if target is not None:
-            prune_weights(event["model"], sparsity=target, scope=self.prune.scope, score=self.prune.score)
+            self.prune.remove(event["model"], target)
             forget_removed(event["optimizer"], event["model"])
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:

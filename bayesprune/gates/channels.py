@@ -1,0 +1,138 @@
+"""A gate for every channel and head that can leave the model: spike and slab by dependency group.
+
+After Jantre, Bhattacharya and Maiti (2023, arXiv 2308.09104), who gate the nodes of a layer. What differs: one gate
+stands for everything that leaves with a channel, in all layers of its dependency group; it acts where the channel is
+read, which is what removing it does whatever norm and activation stand before (theirs multiplies the norm's scale and
+shift, the same thing in front of a ReLU); the slab is that of any prior given to `attach`.
+"""
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from bayesprune.gates.trial import reasons_against
+from bayesprune.layers import GateOptions, named_gates
+from bayesprune.layers.gates import CHANNEL_GATE, ChannelGate, SharedDraws
+from bayesprune.prune.cuts import cut_parameters
+from bayesprune.prune.groups import find_groups
+from bayesprune.prune.roots import is_root
+from bayesprune.prune.structure import GRANULARITY, ChannelGroup
+
+
+@dataclass(frozen=True)
+class GateReport:
+    """Where gates were put; prints as a table.
+
+    Attributes:
+        gated: Number of units (channels, heads, sets of channels that leave together) by the group's first layer.
+        left_out: Why a layer's channels have no gates, by name.
+    """
+
+    gated: dict[str, int]
+    left_out: dict[str, str]
+
+    def __str__(self) -> str:
+        """The table as plain text."""
+        table = Table("layer", "gates", "note", title=f"{sum(self.gated.values()):,} gates")
+        for name, count in self.gated.items():
+            table.add_row(name, f"{count:,}", "")
+        for name, reason in self.left_out.items():
+            table.add_row(name, "-", reason)
+        console = Console(width=120, no_color=True)
+        with console.capture() as capture:
+            console.print(table)
+        return capture.get()
+
+
+def add_channel_gates(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    prior_inclusion: float = 1e-4,
+    initial_inclusion: float = 0.99,
+    temperature: float = 0.5,
+    lr: float = 1e-2,
+    granularity: Collection[str] = GRANULARITY,
+    ignored_layers: Iterable[nn.Module] = (),
+) -> GateReport:
+    """Gives every channel and head that can leave the model a gate; in place.
+
+    Until training the output in evaluation mode is what it was. `attach` finds the gates, adds their KL and moves them.
+    `prune_channels(model, example_inputs, target={"inclusion": 0.5})` removes what they closed; `close` sets its
+    weights to zero instead. Every group was tried: where a closed gate gives another output than the removed channel,
+    as with layer norm, whose statistics the channel leaves, the group has no gates, and the report says so.
+
+    Args:
+        model: With variational layers (the KL of their weights then counts as far as the weights are there). Not
+            wrapped.
+        example_inputs: A tensor, a tuple of positional arguments, or a mapping of keyword arguments.
+        prior_inclusion: Prior probability that a channel is there.
+        initial_inclusion: Posterior probability at the start.
+        temperature: Of the binary concrete relaxation.
+        lr: Learning rate of the gates' logits.
+        granularity: Which of "heads", "mlp" and "width" get gates; see `prune_channels`.
+        ignored_layers: Layers, with everything inside them, whose output channels get none.
+
+    Raises:
+        UnsupportedModelError: torch-pruning cannot trace the model.
+        ValueError: no group can have gates, the model has some, or a number is out of range.
+    """
+    options = GateOptions(prior_inclusion, initial_inclusion, temperature, lr)
+    if any(isinstance(gate, ChannelGate) for _, gate in named_gates(model)):
+        raise ValueError("the model has gates on its channels already; call gates.close first.")
+    structure = find_groups(model, example_inputs, granularity=granularity, ignored_layers=ignored_layers)
+    left_out = dict(structure.left_whole)
+    built = {group: _build(model, group, options) for group in structure.groups}
+    reasons = reasons_against(model, built, example_inputs)
+    for group, reason in reasons.items():
+        left_out |= dict.fromkeys([group.name, *group.layers], reason)
+    gates = {group.name: gate for group, gate in built.items() if group not in reasons}
+    if not gates:
+        raise ValueError(
+            f"no channels of {type(model).__name__} can have gates: "
+            + "; ".join(f"{name} ({reason})" for name, reason in list(left_out.items())[:4])
+        )
+    for name, gate in gates.items():
+        root = model.get_submodule(name)
+        root.add_module(CHANNEL_GATE, gate.train(root.training))
+        for side in gate.sides:
+            if side.feature_dim is not None:
+                side.attach()
+    if shared := [gate for gate in gates.values() if gate.num_readers > 1]:
+        draws = SharedDraws(shared)
+        model.register_forward_pre_hook(draws.begin)
+        model.register_forward_hook(draws.end, always_call=True)
+    return GateReport({name: gate.logits.numel() for name, gate in gates.items()}, left_out)
+
+
+def _build(model: nn.Module, group: ChannelGroup, options: GateOptions) -> ChannelGate:
+    """The group's gate, not yet in the model."""
+    root = next(model.get_submodule(group.name).parameters())
+    gate = ChannelGate(len(group.units), options, root.device)
+    unit_of = {channel: number for number, unit in enumerate(group.units) for channel in unit}
+    for member in group.members:
+        layer = member.layer
+        if not isinstance(layer, nn.Module):
+            continue  # a parameter that stands by itself: what it adds is gated where it is read
+        units = torch.full((member.size,), len(group.units))
+        for channel, positions in member.positions.items():
+            units[positions] = unit_of[channel]
+        parameters = tuple(cut_parameters(layer, member.axis[1]))
+        if member.axis[1] == "out":
+            gate.add_side(layer, units, parameters=parameters)
+        elif is_root(layer):
+            is_conv = isinstance(layer, _ConvNd)
+            gate.add_side(
+                layer,
+                units,
+                parameters=parameters,
+                feature_dim=-len(layer.kernel_size) - 1 if is_conv else -1,
+                blocks=layer.groups if is_conv else 1,
+            )
+    return gate

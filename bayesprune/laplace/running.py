@@ -1,0 +1,128 @@
+"""A Laplace posterior that is kept up to date during ordinary training, from the gradients that it computes anyway.
+
+The training stays as it is: no noise, no KL, no second pass. A hook before each step of the user's optimizer keeps an
+exponential moving average of the squared batch gradients, from which the stds follow as in `adam_laplace`, for any
+optimizer. Under gradual removal the curvature is that of the present, partly removed network: that of a trained network
+alone, whose gradients have almost vanished, says little about removing most of its weights.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from bayesprune.laplace.stds import prior_precision, set_precision
+from bayesprune.layers import Posterior
+from bayesprune.priors import Gaussian, Prior
+from bayesprune.train.kl import bind_prior
+from bayesprune.train.optimizers import grad_scaler_state, unwrapped
+
+
+class RunningLaplace:
+    """Stds from a moving average of squared gradients; `update` writes them.
+
+    batch_size times the average stands for the Fisher information, with the bias that `adam_laplace` states. Cost: one
+    number a weight, and a few element-wise operations a step.
+
+    Args:
+        optimizer: Any torch optimizer, or accelerate's wrapper of one.
+        model: A variational model that it trains, converted with `estimator="mean"` unless the gradients shall be those
+            of sampled weights.
+        num_data: Size of the training set.
+        batch_size: Examples in each optimizer step, over all processes and accumulated batches.
+        decay: Of the moving average, by optimizer step; 0.98 looks back some 50 steps.
+        prior: A `priors.Gaussian`, whose precision is added; None is `Gaussian("layer_rms")`, of the present weights.
+
+    Example:
+        >>> import torch, bayesprune as bp
+        >>> model = bp.to_variational(torch.nn.Linear(4, 3), estimator="mean")
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> posterior = bp.laplace.RunningLaplace(optimizer, model, num_data=1_000, batch_size=32)
+        >>> loss = torch.nn.functional.cross_entropy(model(torch.randn(32, 4)), torch.randint(3, (32,)))
+        >>> loss.backward()
+        >>> optimizer.step()
+        >>> posterior.update()
+        >>> report = bp.prune_weights(model, sparsity=0.5, score=bp.prune.SNRScore(power=0.5))
+
+    Raises:
+        ValueError: a number is out of range, or the model has no variational layer.
+        UnsupportedModelError: the prior has no precision of its own.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        model: nn.Module,
+        *,
+        num_data: int,
+        batch_size: int,
+        decay: float = 0.98,
+        prior: Prior | None = None,
+    ) -> None:
+        if num_data < 1 or batch_size < 1 or not 0 <= decay < 1:
+            raise ValueError(
+                f"num_data={num_data!r}, batch_size={batch_size!r}, decay={decay!r}; expected at least one example, "
+                "and a decay from 0 to below 1."
+            )
+        bound = bind_prior(model, Gaussian() if prior is None else prior)
+        self._precisions = {posterior: prior_precision(posterior.name, its) for posterior, its in bound.items()}
+        self._scale, self._decay = float(num_data) * batch_size, decay
+        self._averages: dict[str, Tensor] = {}
+        self._steps: dict[str, int] = {}
+        self._handle = unwrapped(optimizer).register_step_pre_hook(self._before_step)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Writes the stds of every posterior that has had a gradient, in place.
+
+        Raises:
+            RuntimeError: no optimizer step with a gradient was taken yet.
+        """
+        if not self._averages:
+            raise RuntimeError("no step with a gradient was taken yet; expected update() after optimizer.step().")
+        for posterior, precision in self._precisions.items():
+            average = self._averages.get(posterior.name)
+            if average is not None:
+                corrected = average.double() / (1 - self._decay ** self._steps[posterior.name])
+                set_precision(posterior, self._scale * corrected + precision)
+
+    def detach(self) -> None:
+        """Ends it; the stds stay as they were last written."""
+        self._handle.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averages and the numbers of their steps, by parameter name."""
+        return {"averages": dict(self._averages), "steps": dict(self._steps)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from the state of a run with the same model.
+
+        Raises:
+            ValueError: the state belongs to other posteriors.
+        """
+        shapes = {posterior.name: posterior.mean.shape for posterior in self._precisions}
+        unknown = [name for name, average in state["averages"].items() if shapes.get(name) != average.shape]
+        if unknown:
+            raise ValueError(
+                f"the state has averages of {unknown[:5]} that the model has not, or not in this shape; expected that "
+                "of a run with the same model."
+            )
+        self._averages = {name: average.clone() for name, average in state["averages"].items()}
+        self._steps = dict(state["steps"])
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+        scale, overflow = grad_scaler_state(optimizer)
+        if overflow:
+            return
+        for posterior in self._precisions:
+            if posterior.mean.grad is not None:
+                self._add(posterior, posterior.mean.grad.float() / scale)
+
+    def _add(self, posterior: Posterior, gradient: Tensor) -> None:
+        name = posterior.name
+        if name not in self._averages:
+            self._averages[name], self._steps[name] = torch.zeros_like(gradient), 0
+        self._averages[name].mul_(self._decay).addcmul_(gradient, gradient, value=1 - self._decay)
+        self._steps[name] += 1

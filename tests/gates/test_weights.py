@@ -1,0 +1,106 @@
+"""A gate for every weight."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import bayesprune as bp
+from bayesprune import gates
+from bayesprune.layers import named_gates
+from bayesprune.prune.inclusion import inclusion
+from tests.cases import Tied, structures
+from tests.gates.gated_nets import spread
+
+
+def nets():
+    torch.manual_seed(2)
+    conv = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+    attention = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+    return {"conv": (conv, torch.randn(3, 2, 4, 4)), "attention": (attention, torch.randn(2, 3, 8))}
+
+
+def output(model, x):
+    with torch.no_grad():
+        return model.eval()(x)
+
+
+@structures
+@pytest.mark.parametrize("name", ["conv", "attention"])
+def test_closed_gates_are_removed_weights(name, std):
+    net, x = nets()[name]
+    model = bp.to_variational(net.double(), std=std).double()
+    x = x.double()
+    before = output(model, x)
+    gates.add_weight_gates(model)
+    torch.testing.assert_close(output(model, x), before, rtol=0, atol=1e-14 if name == "attention" else 0)
+    spread(model)
+    gated, probabilities = output(model, x), gates.inclusion_probabilities(model)
+    assert not torch.allclose(gated, before)
+    assert probabilities.keys() == {n for n, p in model.named_parameters() if p.dim() > 1 and "log" not in n}
+    gates.close(model)
+    torch.testing.assert_close(output(model, x), gated, rtol=0, atol=1e-12)
+    assert not list(named_gates(model))
+    for parameter, probability in probabilities.items():
+        layer, _, key = parameter.rpartition(".")
+        assert torch.equal(model.get_submodule(layer).mask(key), probability > 0.5)
+    bp.to_deterministic(model)
+    assert [type(module) for module in model.modules()] == [type(module) for module in net.modules()]
+
+
+def test_a_training_forward_is_gate_times_draw():
+    layer = bp.to_variational(nn.Linear(3, 2).double(), estimator="weight_sampling").double()
+    gates.add_weight_gates(layer)
+    spread(layer)
+    layer.train()
+    torch.manual_seed(4)
+    found = layer(torch.eye(3, dtype=torch.float64)) - layer.bias
+    torch.manual_seed(4)
+    open_gates = layer.weight_gate.draw()
+    drawn = layer.weight + layer.weight_log_std.exp() * torch.randn(2, 3, dtype=torch.float64)
+    bias = layer.bias_log_std.exp() * torch.randn(2, dtype=torch.float64)
+    torch.testing.assert_close(found, (open_gates * drawn).T + bias)
+    assert set(open_gates.unique().tolist()) == {0.0, 1.0}
+
+
+def test_sparsity_by_inclusion_and_copies():
+    net, x = nets()["conv"]
+    model = gates.add_weight_gates(bp.to_variational(net))
+    spread(model)
+    copied = copy.deepcopy(model)
+    copied[0].weight_gate.logits.data.fill_(-1.0)
+    assert not torch.equal(output(model, x), output(copied, x))
+    bp.prune_weights(model, sparsity=0.5, score=inclusion)
+    probabilities, mask = model[0].weight_gate.probabilities, model[0].weight_mask
+    assert probabilities[mask].min() >= probabilities[~mask].max()
+
+
+def test_tied_weights_have_one_gate():
+    model = bp.to_variational(Tied(nn.Linear(3, 3), nn.Linear(3, 3)))
+    gates.add_weight_gates(model)
+    assert model.first.weight_gate is model.second.weight_gate
+    spread(model)
+    gated = output(model, torch.eye(3))
+    gates.close(model)
+    torch.testing.assert_close(output(model, torch.eye(3)), gated)
+
+
+def test_channels_can_go_from_a_net_with_both_kinds():
+    torch.manual_seed(6)
+    model, x = bp.to_variational(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))), torch.randn(5, 4)
+    gates.add_weight_gates(model)
+    gates.add_channel_gates(model, x)
+    spread(model)
+    gated = output(model, x)
+    bp.prune_channels(model, x, target={"inclusion": 0.5})
+    torch.testing.assert_close(output(model, x), gated)
+    assert model[2].weight_mask.shape == model[2].weight.shape == (2, model[0].out_features)
+
+
+def test_refuses():
+    with pytest.raises(ValueError, match="without variational layers"):
+        gates.add_weight_gates(nn.Linear(2, 2))
+    layer = gates.add_weight_gates(bp.to_variational(nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match="already"):
+        gates.add_weight_gates(layer)
