@@ -7,6 +7,8 @@ training: noise and a KL, an L1 penalty, DepGraph's group regulariser.
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -37,6 +39,8 @@ class Method:
         std: Structure of the stds where the training is variational; None is plain training.
         l1: Weight of the L1 penalty on weights while they are being removed.
         group_reg: Weight of DepGraph's regulariser before the removal (channels).
+        conditioned: Batches of 64 at each cut (of weights there are several, of channels one) for Kronecker factors, by
+            which the weights that are left make up for it; each is paid for as a gradient evaluation.
     """
 
     name: str
@@ -44,6 +48,7 @@ class Method:
     std: str | None = None
     l1: float = 0.0
     group_reg: float = 0.0
+    conditioned: int = 0
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,7 @@ def train(
         bp.attach(optimizer, model, num_data=NUM_DATA, std_lr=2e-2)
     before(optimizer)
     model.train()
-    for step, (images, labels) in enumerate(batches, start=1):
+    for step, (images, labels) in enumerate(islice(batches, num_steps), start=1):
         with torch.autocast("cpu", torch.bfloat16):
             outputs = model(images)
         optimizer.zero_grad()
@@ -140,9 +145,14 @@ def train(
 
 
 def prune_weights(dense: nn.Module, method: Method, sparsity: float, batches: Batches, budget: Budget) -> nn.Module:
-    """Gradual removal (cubic, 30 cuts between a tenth and 0.7 of the steps) while training goes on."""
+    """Gradual removal (cubic, between a tenth and 0.7 of the steps) while training goes on.
+
+    In 30 cuts, or where each is paid for in 10: `batches` has the evaluations of both kinds.
+    """
     model = converted(dense, method.std)
-    schedule = PruneSchedule(sparsity, begin=0.1, end=0.7, num_updates=30)
+    num_cuts = 10 if method.conditioned else 30
+    num_steps = budget.total - num_cuts * method.conditioned
+    schedule = PruneSchedule(sparsity, begin=0.1, end=0.7, num_updates=num_cuts)
     gradients, laplace = Gradients(model), None
     score = weight_score(method.score, gradients)
 
@@ -153,21 +163,29 @@ def prune_weights(dense: nn.Module, method: Method, sparsity: float, batches: Ba
 
     def each_gradient(step: int) -> None:
         gradients.add()
-        if method.l1 and step <= 0.7 * budget.total:
+        if method.l1 and step <= 0.7 * num_steps:
             for posterior in gradients.posteriors:
                 posterior.mean.grad.add_(posterior.mean.detach().sign(), alpha=method.l1)
 
     def each_step(step: int) -> None:
-        removal = schedule.removal_after(step, budget.total)
-        if removal is not None:
-            if laplace is not None:
-                laplace.update()
+        removal = schedule.removal_after(step, num_steps)
+        if removal is None:
+            return
+        if laplace is not None:
+            laplace.update()
+        if not method.conditioned:
             bp.prune_weights(model, sparsity=removal, score=score)
+            return
+        calibration = list(islice(batches, method.conditioned))
+        posterior = bp.fit_kronecker(model.eval(), calibration, num_data=NUM_DATA)
+        bp.prune_weights(model, sparsity=removal, score=score)
+        bp.condition_on_zeros(model, posterior)
+        model.train()
 
     train(
         model,
         batches,
-        budget.total,
+        num_steps,
         budget.lr,
         std=method.std,
         each_gradient=each_gradient,
@@ -183,8 +201,13 @@ def prepare_channels(
     """The training before the removal, alike for all methods with the same `std`, `l1` and `group_reg`."""
     model, laplace = converted(dense, method.std), None
     weights = [posterior for posterior in named_posteriors(model) if posterior.is_weight]
+    whole = [layer for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d) and not _is_inner(name)]
     pruner = tp.pruner.GroupNormPruner(
-        model, EXAMPLE, tp.importance.GroupMagnitudeImportance(), reg=method.group_reg, ignored_layers=[model.linear]
+        model,
+        EXAMPLE,
+        tp.importance.GroupMagnitudeImportance(),
+        reg=method.group_reg,
+        ignored_layers=[*whole, model.linear],  # it fails at the shortcuts, whose channels cannot go anyway
     )
 
     def follow(optimizer: torch.optim.Optimizer) -> None:
@@ -202,6 +225,10 @@ def prepare_channels(
     if laplace is not None:
         laplace.update()
     return model, laplace
+
+
+def _is_inner(name: str) -> bool:
+    return name.startswith("layer") and name.endswith("conv1")
 
 
 def channel_importance(name: str, model: nn.Module, batches: Batches) -> tuple[tp.importance.Importance, int]:
@@ -240,7 +267,12 @@ def prune_channels(
     """The network cut to this fraction of its MACs, the same after plain fine-tuning, and that one's steps."""
     cut = copy.deepcopy(prepared)
     importance, spent = channel_importance(method.score, cut, batches)
-    bp.prune_channels(cut, EXAMPLE, target={"macs": macs}, importance=importance)
+    compensate = None
+    if method.conditioned:
+        posterior = bp.fit_kronecker(cut.eval(), islice(batches, method.conditioned), num_data=NUM_DATA)
+        compensate = partial(bp.condition_on_channels, cut, posterior)
+    spent += method.conditioned
+    bp.prune_channels(cut, EXAMPLE, target={"macs": macs}, importance=importance, before_cut=compensate)
     bp.to_deterministic(cut).zero_grad()
     tuned = converted(cut, None)
     train(tuned, batches, budget.after - spent, budget.lr)

@@ -25,7 +25,7 @@ from bayesprune.prune.groups import find_groups
 from bayesprune.prune.removal import snapshot
 from bayesprune.prune.silenced import silence
 
-SETTINGS: dict[str, Any] = {"images": 256, "budget": CHANNELS["20"].before, "lr": CHANNELS["20"].lr}
+SETTINGS: dict[str, Any] = {"images": 128, "budget": CHANNELS["20"].before, "lr": CHANNELS["20"].lr}
 SKIPPED = ("magnitude after L1", "DepGraph, group norm")  # they train otherwise and score as magnitude does
 INTRODUCTION = """# CIFAR-10, channels removed one by one
 
