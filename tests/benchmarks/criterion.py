@@ -61,6 +61,7 @@ CHANNEL_METHODS = (
     Method("LAMP", "lamp"),
     Method("Taylor", "taylor"),
     Method("diagonal OBD", "snr 2"),
+    Method("no stds, mean^2 / s", "snr 0"),
     Method("torch-pruning Hessian", "hessian"),
     Method("DepGraph, group norm", "magnitude"),
     Method("random", "random"),

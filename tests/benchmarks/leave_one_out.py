@@ -106,7 +106,7 @@ def main() -> None:
     lines = [INTRODUCTION.format(**SETTINGS, channels=rows[0]["channels"], layers=rows[0]["layers"])]
     for name, found in sorted(by_method.items(), key=lambda item: -mean(row["all"] for row in item[1])):
         cells = [[row[key] for row in found] for key in ("all", "inside")]
-        shown = [f"{mean(values):.2f} ± {stdev(values):.2f}" for values in cells]
+        shown = [f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if values[1:] else "") for values in cells]
         lines.append(f"| {name} | {' | '.join(shown)} |\n")
     args.out.with_suffix(".md").write_text("".join(lines), encoding="utf-8")
 
