@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -28,6 +27,7 @@ from bayesprune.layers import (
     variational_layers,
     variational_type,
 )
+from bayesprune.tables import as_text
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -59,10 +59,7 @@ class ConversionTable(list[ConversionRow]):
         table = Table("module", "type", "status", "reason", title=self.summary())
         for row in self:
             table.add_row(row.name or "(model)", row.type, row.status, row.reason)
-        console = Console(width=160, no_color=True)
-        with console.capture() as capture:
-            console.print(table)
-        return capture.get()
+        return as_text(table, width=160)
 
     def summary(self) -> str:
         """One line: how many modules were converted, fall back, were left."""

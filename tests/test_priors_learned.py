@@ -17,7 +17,8 @@ from bayesprune.errors import UnsupportedModelError
 from bayesprune.layers import registry
 from bayesprune.priors import ARD, Binding, DependencyGroup, Gaussian, Horseshoe, Member
 from bayesprune.prune import dependency_groups
-from bayesprune.train.kl import bind_prior, refresh_scales, sum_kl
+from bayesprune.train.gates import sum_kl
+from bayesprune.train.kl import bind_prior, refresh_scales
 from tests.cases import LAYERS, Tied
 from tests.oracles import gaussian_kl
 

@@ -11,18 +11,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from bayesprune.gates.trial import reasons_against
-from bayesprune.layers import GateOptions, named_gates
+from bayesprune.layers import GateOptions
 from bayesprune.layers.gates import CHANNEL_GATE, ChannelGate, SharedDraws
 from bayesprune.prune.cuts import cut_parameters
 from bayesprune.prune.groups import find_groups
+from bayesprune.prune.inclusion import has_channel_gates
 from bayesprune.prune.roots import is_root
 from bayesprune.prune.structure import GRANULARITY, ChannelGroup
+from bayesprune.tables import as_text
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,7 @@ class GateReport:
             table.add_row(name, f"{count:,}", "")
         for name, reason in self.left_out.items():
             table.add_row(name, "-", reason)
-        console = Console(width=120, no_color=True)
-        with console.capture() as capture:
-            console.print(table)
-        return capture.get()
+        return as_text(table)
 
 
 def add_channel_gates(
@@ -84,7 +82,7 @@ def add_channel_gates(
         ValueError: no group can have gates, the model has some, or a number is out of range.
     """
     options = GateOptions(prior_inclusion, initial_inclusion, temperature, lr)
-    if any(isinstance(gate, ChannelGate) for _, gate in named_gates(model)):
+    if has_channel_gates(model):
         raise ValueError("the model has gates on its channels already; call gates.close first.")
     structure = find_groups(model, example_inputs, granularity=granularity, ignored_layers=ignored_layers)
     left_out = dict(structure.left_whole)

@@ -20,10 +20,9 @@ from torch.optim import Optimizer
 
 from bayesprune.laplace.calibration import Call, Loss, record
 from bayesprune.laplace.matrices import from_matrix, input_rows, is_matrix_product, output_rows
-from bayesprune.laplace.stds import prior_precision, set_precision
+from bayesprune.laplace.stds import prior_precisions, set_precision
 from bayesprune.layers import Posterior, named_posteriors
-from bayesprune.priors import Gaussian, Prior
-from bayesprune.train.kl import bind_prior
+from bayesprune.priors import Prior
 
 _MAX_NUMBERS = 2**25  # of per-example gradients held at a time: 128 MiB
 
@@ -66,8 +65,7 @@ def fit_laplace(
         >>> batches = [(torch.randn(32, 4), torch.randint(3, (32,)))]
         >>> model = bp.fit_laplace(model, batches, num_data=50_000)
     """
-    bound = bind_prior(model, Gaussian() if prior is None else prior)
-    precisions = {posterior: prior_precision(posterior.name, its) for posterior, its in bound.items()}
+    precisions = prior_precisions(model, prior)
     squares, seen = sums_of_squares(model, loader, loss=loss, num_batches=num_batches)
     scale = (seen if num_data is None else num_data) / seen
     for posterior, precision in precisions.items():
@@ -103,8 +101,7 @@ def adam_laplace(
     Raises:
         ValueError: the optimizer has no second moment of any posterior mean.
     """
-    bound = bind_prior(model, Gaussian() if prior is None else prior)
-    precisions = {posterior: prior_precision(posterior.name, its) for posterior, its in bound.items()}
+    precisions = prior_precisions(model, prior)
     betas = {id(p): group.get("betas", (0.0, 0.0)) for group in optimizer.param_groups for p in group["params"]}
     moments: dict[str, Tensor] = {}
     for posterior in precisions:
@@ -114,7 +111,7 @@ def adam_laplace(
             moments[posterior.name] = state["exp_avg_sq"].double() / correction
     if not moments:
         raise ValueError(
-            f"{type(optimizer).__name__} has no exp_avg_sq for any of the model's {len(bound)} posterior means; "
+            f"{type(optimizer).__name__} has no exp_avg_sq for any of the model's {len(precisions)} posterior means; "
             "expected Adam or AdamW after training this very model."
         )
     for posterior, precision in precisions.items():

@@ -22,10 +22,9 @@ from torch import Tensor, nn
 from bayesprune.errors import UnsupportedModelError
 from bayesprune.laplace.calibration import Call, Loss, record
 from bayesprune.laplace.matrices import from_matrix, input_rows, is_matrix_product, output_rows, to_matrix
-from bayesprune.laplace.stds import prior_precision, set_precision
+from bayesprune.laplace.stds import prior_precisions, set_precision
 from bayesprune.layers import VariationalLayer, named_posteriors
-from bayesprune.priors import Gaussian, Prior
-from bayesprune.train.kl import bind_prior
+from bayesprune.priors import Prior
 
 
 @dataclass
@@ -111,8 +110,7 @@ def fit_kronecker(
     """
     if block_size < 1:
         raise ValueError(f"block_size is {block_size!r}; expected 1 or more, 1024 say.")
-    bound = bind_prior(model, Gaussian() if prior is None else prior)
-    precisions = {posterior.name: prior_precision(posterior.name, its) for posterior, its in bound.items()}
+    precisions = {posterior.name: value for posterior, value in prior_precisions(model, prior).items()}
     holders = _holders(model)
     inputs: dict[int, list[Tensor]] = {}
     outputs: dict[int, list[Tensor]] = {}

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bayesprune.laplace.stds import prior_precision, set_precision
+from bayesprune.laplace.stds import prior_precisions, set_precision
 from bayesprune.layers import Posterior
-from bayesprune.priors import Gaussian, Prior
-from bayesprune.train.kl import bind_prior
+from bayesprune.priors import Prior
 from bayesprune.train.optimizers import grad_scaler_state, unwrapped
 
 
@@ -65,8 +64,7 @@ class RunningLaplace:
                 f"num_data={num_data!r}, batch_size={batch_size!r}, decay={decay!r}; expected at least one example, "
                 "and a decay from 0 to below 1."
             )
-        bound = bind_prior(model, Gaussian() if prior is None else prior)
-        self._precisions = {posterior: prior_precision(posterior.name, its) for posterior, its in bound.items()}
+        self._precisions = prior_precisions(model, prior)
         self._scale, self._decay = float(num_data) * batch_size, decay
         self._averages: dict[str, Tensor] = {}
         self._steps: dict[str, int] = {}

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bayesprune.errors import UnsupportedModelError
 from bayesprune.layers import Posterior
-from bayesprune.priors import BoundGaussian, BoundPrior
+from bayesprune.priors import BoundGaussian, BoundPrior, Gaussian, Prior
+from bayesprune.train.kl import bind_prior
 
 _MAX_SWEEPS, _TOLERANCE = 200, 1e-7
 
@@ -54,12 +55,18 @@ def set_precision(posterior: Posterior, precision: Tensor) -> None:
         part.copy_(torch.where(values.isnan(), part, values.to(part)))
 
 
-def prior_precision(name: str, prior: BoundPrior) -> float:
-    """1 / variance of a Gaussian prior.
+def prior_precisions(model: nn.Module, prior: Prior | None) -> dict[Posterior, float]:
+    """1 / variance of the prior of every posterior; None is `Gaussian("layer_rms")`.
 
     Raises:
-        UnsupportedModelError: the prior is another.
+        ValueError: the model has no variational layer.
+        UnsupportedModelError: the prior is not Gaussian.
     """
+    bound = bind_prior(model, Gaussian() if prior is None else prior)
+    return {posterior: _precision(posterior.name, its) for posterior, its in bound.items()}
+
+
+def _precision(name: str, prior: BoundPrior) -> float:
     if not isinstance(prior, BoundGaussian):
         raise UnsupportedModelError(
             f"the prior of {name} is {type(prior).__name__}, which has no precision of its own; expected "

@@ -16,7 +16,7 @@ from bayesprune import estimators
 from bayesprune.estimators import Gaussian
 from bayesprune.layers import gates, masks
 from bayesprune.layers.sharding import sharded_as
-from bayesprune.layers.structures import SUFFIXES
+from bayesprune.layers.structures import SUFFIXES, not_narrowed
 
 
 class VariationalLayer(nn.Module):
@@ -185,13 +185,7 @@ class VariationalLayer(nn.Module):
         """Casts to half precision leave the stds in float32, where they can take small steps."""
         parts = [part for name in self.active_names() for part in self.log_std_parts(name)]
         companions = [tensor for part in parts for tensor in (part, part.grad)]
-
-        def apply(tensor: Tensor) -> Tensor:
-            applied = fn(tensor)
-            is_narrowed = applied.dtype in (torch.float16, torch.bfloat16)
-            return tensor.to(applied.device) if is_narrowed and any(tensor is c for c in companions) else applied
-
-        return super()._apply(apply, recurse)
+        return super()._apply(not_narrowed(fn, lambda tensor: any(tensor is c for c in companions)), recurse)
 
     def _part_names(self, name: str) -> list[str]:
         return [key for key in (f"{name}_{suffix}" for suffix in SUFFIXES) if key in self._parameters]

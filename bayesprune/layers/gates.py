@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from bayesprune import noise
 from bayesprune.estimators import Gaussian
+from bayesprune.layers.structures import not_narrowed
 
 CHANNEL_GATE = "channel_gate"
 _P = ParamSpec("_P")
@@ -101,12 +102,7 @@ class Gate(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Casts to half precision leave the logits in float32, where they can take small steps."""
-
-        def apply(tensor: Tensor) -> Tensor:
-            applied = fn(tensor)
-            return tensor.to(applied.device) if applied.dtype in (torch.float16, torch.bfloat16) else applied
-
-        return super()._apply(apply, recurse)
+        return super()._apply(not_narrowed(fn), recurse)
 
     def _load_from_state_dict(
         self,

@@ -7,6 +7,9 @@ A structure maps the tensor's shape and its output dimensions to the shapes of i
 
 from collections.abc import Callable
 
+import torch
+from torch import Tensor
+
 Shape = tuple[int, ...]
 Structure = Callable[[Shape, Shape], dict[str, Shape]]
 
@@ -39,3 +42,16 @@ def part_shapes(std: str, shape: Shape, unit_dims: Shape) -> dict[str, Shape]:
 
 def _broadcastable(shape: Shape, dims: Shape) -> Shape:
     return tuple(size if dim in dims else 1 for dim, size in enumerate(shape))
+
+
+def not_narrowed(
+    fn: Callable[[Tensor], Tensor], spared: Callable[[Tensor], bool] = lambda tensor: True
+) -> Callable[[Tensor], Tensor]:
+    """The function for `nn.Module._apply`, but where it casts a spared tensor to half precision it only moves it."""
+
+    def apply(tensor: Tensor) -> Tensor:
+        applied = fn(tensor)
+        is_narrowed = applied.dtype in (torch.float16, torch.bfloat16)
+        return tensor.to(applied.device) if is_narrowed and spared(tensor) else applied
+
+    return apply

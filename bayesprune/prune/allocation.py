@@ -20,12 +20,11 @@ from bayesprune.layers import Posterior, named_posteriors
 from bayesprune.macs import eval_mode, macs_by_module
 from bayesprune.prune import plan
 from bayesprune.prune.groups import find_groups
-from bayesprune.prune.importance import SNRImportance
+from bayesprune.prune.importance import Importance, SNRImportance, lowest, unit_scores
 from bayesprune.prune.removal import snapshot
 from bayesprune.prune.scores import snr
 from bayesprune.prune.silenced import silence
 from bayesprune.prune.structure import GRANULARITY, ChannelGroup
-from bayesprune.prune.trace import quiet
 from bayesprune.prune.weights import Score
 
 CHANNEL_LEVELS = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -75,7 +74,7 @@ class MeasuredImportance(tp.importance.Importance):
         ignored_layers: As for `prune_channels`.
 
     Raises:
-        ValueError: an option is not one of those named, or the loss is not a number.
+        ValueError: an option is not one of those named, or the loss is not a number, or the scores cannot be ranked.
     """
 
     def __init__(
@@ -84,7 +83,7 @@ class MeasuredImportance(tp.importance.Importance):
         example_inputs: object,
         loss: Loss,
         *,
-        importance: tp.importance.Importance | None = None,
+        importance: Importance | None = None,
         levels: Sequence[float] = CHANNEL_LEVELS,
         per: str = "macs",
         granularity: Collection[str] = GRANULARITY,
@@ -101,8 +100,7 @@ class MeasuredImportance(tp.importance.Importance):
         with eval_mode(model), torch.no_grad():
             base = _measured(loss, model)
             for index, group in enumerate(structure.groups):
-                with quiet():
-                    scores = importance(group.group)
+                scores = unit_scores(importance, group)
                 if scores is None:
                     continue
                 saved = 1.0
@@ -156,11 +154,10 @@ def layer_sparsities(
 
 
 def _unit_costs(
-    model: nn.Module, group: ChannelGroup, scores: Tensor, loss: Loss, base: float, levels: Sequence[float]
+    model: nn.Module, group: ChannelGroup, scores: list[float], loss: Loss, base: float, levels: Sequence[float]
 ) -> Tensor:
     """By root channel, what its unit's place in the order costs."""
-    values = scores.double().cpu()
-    order = sorted(group.units, key=lambda unit: float(values[list(unit)].mean()))
+    order = lowest(group, scores, len(scores))
     removed, increases = [], []
     for count in _counts(len(order), levels):
         undo = snapshot(model)

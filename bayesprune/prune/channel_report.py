@@ -3,10 +3,10 @@
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from rich.console import Console
 from rich.table import Table
 
 from bayesprune.macs import COUNTER
+from bayesprune.tables import as_text
 
 
 @dataclass(frozen=True)
@@ -80,16 +80,11 @@ class ChannelReport:
         layers: dict[str, list[str]] = defaultdict(list)
         for layer, reason in self.left_whole.items():
             layers[reason].append(layer)
-        console = Console(width=120, no_color=True)
-        with console.capture() as capture:
-            console.print(title, markup=False, highlight=False)
-            console.print(table)
-            if self.config:
-                fields = ", ".join(f"{name}={value}" for name, value in self.config.items())
-                console.print(f"the config says so: {fields}", markup=False, highlight=False)
-            for reason, names in layers.items():
-                console.print(f"left whole: {shown(names)}: {reason}", markup=False, highlight=False)
-        return capture.get()
+        notes = [f"left whole: {shown(names)}: {reason}" for reason, names in layers.items()]
+        if self.config:
+            fields = ", ".join(f"{name}={value}" for name, value in self.config.items())
+            notes.insert(0, f"the config says so: {fields}")
+        return as_text(title, table, *notes)
 
 
 def shown(names: tuple[str, ...] | list[str], *, most: int = 3) -> str:

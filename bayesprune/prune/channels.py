@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch_pruning as tp
 from torch import nn
 
 from bayesprune.errors import InfeasibleTargetError, UnsupportedModelError
@@ -25,19 +24,16 @@ from bayesprune.prune.checks import check_model, checked_target
 from bayesprune.prune.config import follow_config
 from bayesprune.prune.evidence import EvidenceImportance
 from bayesprune.prune.groups import find_groups
-from bayesprune.prune.importance import SNRImportance, removed_weights, weight_scores
+from bayesprune.prune.importance import Importance, SNRImportance, lowest, removed_weights, unit_scores, weight_scores
 from bayesprune.prune.inclusion import BeforeCut, InclusionImportance, folding
 from bayesprune.prune.recalibrate import recalibrate_batch_norm
 from bayesprune.prune.removal import SHAPE_ERRORS, Selection, remove, snapshot
 from bayesprune.prune.structure import GRANULARITY, ChannelGroup
-from bayesprune.prune.trace import quiet
 from bayesprune.prune.verify import misplaced
 
 _LOGGER = logging.getLogger(__name__)
 
 _WRONG_GRAPH = "another order of its channels changes the output, so the dependency graph is wrong about it"
-
-Importance = tp.importance.Importance | Callable[[Any], Any]
 
 
 @passing_gates
@@ -101,7 +97,7 @@ def prune_channels(
     left_whole |= {layer: _WRONG_GRAPH for group in wrong for layer in group.layers}
     groups = tuple(group for group in structure.groups if group not in wrong)
     default = {"evidence": EvidenceImportance, "inclusion": InclusionImportance}.get(what, SNRImportance)
-    score = _rms_snr if what == "snr" else _mean_scores(importance or default())
+    score = _rms_snr if what == "snr" else partial(unit_scores, importance or default())
     scores = {group: values for group in groups if (values := score(group)) is not None}
     left_whole |= {
         layer: "nothing in its group has a score (no " + ("gate)" if what == "inclusion" else "variational layer)")
@@ -114,7 +110,7 @@ def prune_channels(
         groups = tuple(scores)
         costs = plan.cost_model(model, groups, macs)
         counts = _choose(costs, list(scores.values()), what, value, uniform, round_to, left_whole)
-        selection = [(g, _lowest(g, scores[g], count)) for g, count in zip(groups, counts, strict=True)]
+        selection = [(g, lowest(g, scores[g], count)) for g, count in zip(groups, counts, strict=True)]
         failures, undo, macs_after = _attempt(model, selection, example_inputs)
         if not failures:
             break
@@ -165,27 +161,6 @@ def _heads(group: ChannelGroup, units: Iterable[tuple[int, ...]]) -> tuple[int, 
     return tuple(sorted(start + head for start in first for head in range(group.heads_per_unit)))
 
 
-def _mean_scores(importance: Importance) -> Callable[[ChannelGroup], list[float] | None]:
-    @torch.no_grad()
-    def score(group: ChannelGroup) -> list[float] | None:
-        with quiet():
-            scores = importance(group.group)
-        if scores is None:
-            return None
-        name = type(importance).__name__
-        if scores.shape != (group.num_channels,):
-            raise ValueError(
-                f"{name} gave scores of shape {tuple(scores.shape)} for {group.name}; expected one for each of its "
-                f"{group.num_channels} channels."
-            )
-        if torch.isnan(scores).any():
-            raise ValueError(f"{name} gave NaN for channels of {group.name}; check its weights and gradients.")
-        values = scores.double().cpu()
-        return [float(values[list(unit)].mean()) for unit in group.units]
-
-    return score
-
-
 @torch.no_grad()
 def _rms_snr(group: ChannelGroup) -> list[float] | None:
     removed = removed_weights(group.group, partial(weight_scores, power=2))
@@ -193,11 +168,6 @@ def _rms_snr(group: ChannelGroup) -> list[float] | None:
         return None
     score, count = (values.double().cpu() for values in removed)
     return [float((score[list(u)].sum() / count[list(u)].sum().clamp(min=1)).sqrt()) for u in group.units]
-
-
-def _lowest(group: ChannelGroup, scores: list[float], count: int) -> list[tuple[int, ...]]:
-    ranked = sorted(range(len(scores)), key=scores.__getitem__)
-    return [group.units[index] for index in ranked[:count]]
 
 
 def _choose(

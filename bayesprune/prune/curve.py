@@ -3,9 +3,10 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from torch import nn
+
+from bayesprune.tables import as_text
 
 UNITS = {"channels": "MACs", "weights": "weights"}
 """What is counted where these are removed."""
@@ -56,7 +57,4 @@ class Compression:
         for trial in self.curve:
             verdict = "smallest" if trial.accepted and trial.kept == smallest else "" if trial.accepted else "too low"
             table.add_row(f"{trial.kept:.2%}", f"{trial.score:.4f}", f"{self.reference - trial.score:.4f}", verdict)
-        console = Console(width=120, no_color=True)
-        with console.capture() as capture:
-            console.print(f"{found} (tolerance {self.tolerance:g})", table, sep="\n")
-        return capture.get()
+        return as_text(f"{found} (tolerance {self.tolerance:g})", table)

@@ -14,7 +14,7 @@ Unlike torch-pruning's own importances it scores the exact block of a grouped co
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch_pruning as tp
@@ -24,6 +24,10 @@ from torch_pruning.dependency import Group
 
 from bayesprune.layers import VariationalLayer
 from bayesprune.prune.follow import install
+from bayesprune.prune.structure import ChannelGroup
+from bayesprune.prune.trace import quiet
+
+Importance = tp.importance.Importance | Callable[[Any], Any]
 
 
 class RemovedWeights(NamedTuple):
@@ -140,3 +144,32 @@ def per_channel_sums(layer: nn.Module, values: Tensor, *, into_inputs: bool) -> 
         into_inputs = not into_inputs  # a linear layer of weight (I, O)
     blocks = values.reshape(groups, rows, columns, -1)
     return blocks.sum((2, 3) if into_inputs == transposed else (1, 3)).flatten()
+
+
+@torch.no_grad()
+def unit_scores(importance: Importance, group: ChannelGroup) -> list[float] | None:
+    """The mean score of a channel in each of the group's units; None where the importance gives none.
+
+    Raises:
+        ValueError: the scores are not one number for each channel.
+    """
+    with quiet():
+        scores = importance(group.group)
+    if scores is None:
+        return None
+    name = type(importance).__name__
+    if scores.shape != (group.num_channels,):
+        raise ValueError(
+            f"{name} gave scores of shape {tuple(scores.shape)} for {group.name}; expected one for each of its "
+            f"{group.num_channels} channels."
+        )
+    if torch.isnan(scores).any():
+        raise ValueError(f"{name} gave NaN for channels of {group.name}; check its weights and gradients.")
+    values = scores.double().cpu()
+    return [float(values[list(unit)].mean()) for unit in group.units]
+
+
+def lowest(group: ChannelGroup, scores: list[float], count: int) -> list[tuple[int, ...]]:
+    """The `count` units with the lowest scores, in their order."""
+    ranked = sorted(range(len(scores)), key=scores.__getitem__)
+    return [group.units[index] for index in ranked[:count]]

@@ -11,15 +11,13 @@ from torch import Tensor, nn
 
 from bayesprune.macs import eval_mode, run_forward
 from bayesprune.prune.cuts import cut_parameters
-from bayesprune.prune.removal import Selection, remove, snapshot
+from bayesprune.prune.removal import SHAPE_ERRORS, Selection, remove, snapshot
 from bayesprune.prune.structure import ChannelGroup
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 """Largest difference of what the layers behind put out, relative to the largest value; 0.1 in lower precision."""
 
 _PERIOD = 65521  # of the random numbers; a prime, so that no two rows repeat each other
-
-_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 @torch.no_grad()
@@ -41,7 +39,7 @@ def disagreement(model: nn.Module, selection: Selection, example_inputs: Any) ->
         try:
             remove(model, selection)
             found = _outputs_behind(model, selection, example_inputs)
-        except _ERRORS as error:
+        except SHAPE_ERRORS as error:
             return f"the model does not run without one ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
     finally:
         undo()

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -19,6 +18,7 @@ from bayesprune.layers.sharding import whole
 from bayesprune.prune.floors import check_min_kept, floor_of, keep_best, within_caps
 from bayesprune.prune.recalibrate import recalibrate_batch_norm
 from bayesprune.prune.scores import snr
+from bayesprune.tables import as_text
 
 Score = Callable[[Posterior], Tensor]
 
@@ -60,10 +60,7 @@ class WeightReport:
         table = Table("weight", "total", "kept", "sparsity", "note", title=title)
         for row in self.rows:
             table.add_row(row.name, f"{row.total:,}", f"{row.kept:,}", f"{1 - row.kept / row.total:.1%}", row.note)
-        console = Console(width=120, no_color=True)
-        with console.capture() as capture:
-            console.print(table)
-        return capture.get()
+        return as_text(table)
 
 
 @torch.no_grad()

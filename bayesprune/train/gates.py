@@ -6,6 +6,8 @@ it reads, of the weight itself. A channel that it makes and reads, on a residual
 """
 
 from collections import defaultdict
+from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,6 +20,15 @@ from bayesprune.layers.gates import ChannelGate, Gate, GatedSide, weight_gate
 from bayesprune.priors import BoundPrior
 
 Bound = dict[Posterior, BoundPrior]
+
+
+def sum_kl(bound: Bound, keep: Callable[[Posterior], Tensor | None] = attrgetter("mask")) -> Tensor:
+    """KL divergence of these posteriors from their priors, in nats: a scalar; `keep` is how much of each counts."""
+    return _total([prior.kl(p.mean, p.log_std, keep(p)) for p, prior in bound.items()])
+
+
+def _total(terms: list[Tensor]) -> Tensor:
+    return torch.stack([term.to(terms[0]) for term in terms]).sum()
 
 
 class GateTraining:
@@ -75,9 +86,7 @@ class GateTraining:
 
     def kl(self, bound: Bound) -> Tensor:
         """KL divergence of weights and gates from their priors, in nats: a scalar, in the graph."""
-        slabs = [prior.kl(p.mean, p.log_std, self.keep(p)) for p, prior in bound.items()]
-        terms = [*slabs, *(gate.kl() for gate in self.gates.values())]
-        return torch.stack([term.to(terms[0]) for term in terms]).sum()
+        return _total([sum_kl(bound, self.keep), *(gate.kl() for gate in self.gates.values())])
 
     @torch.no_grad()
     def add_gradients(self, bound: Bound, weight: float, scale: float) -> None:
@@ -95,7 +104,7 @@ class GateTraining:
             for posterior, prior in bound.items():
                 if (keep := self.keep(posterior)) is not None and keep.requires_grad:
                     terms.append(prior.kl(posterior.mean.detach(), posterior.log_std.detach(), keep))
-            gradients = torch.autograd.grad(torch.stack([term.to(terms[0]) for term in terms]).sum(), moving)
+            gradients = torch.autograd.grad(_total(terms), moving)
         for logits, gradient in zip(moving, gradients, strict=True):
             assert logits.grad is not None, "only those with a gradient move"
             logits.grad.div_(scale).add_(gradient, alpha=weight)

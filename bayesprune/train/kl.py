@@ -68,12 +68,6 @@ def collapsed_groups(bound: dict[Posterior, BoundPrior]) -> list[str]:
     return next(found, [])
 
 
-def sum_kl(bound: dict[Posterior, BoundPrior]) -> Tensor:
-    """KL divergence of these posteriors from their priors, in nats: a scalar."""
-    terms = [prior.kl(posterior.mean, posterior.log_std, posterior.mask) for posterior, prior in bound.items()]
-    return torch.stack([term.to(terms[0].device) for term in terms]).sum()
-
-
 def _binding(posterior: Posterior) -> Binding:
     layer, mean = posterior.layer, posterior.mean
     weights = [name for name in layer.active_names() if getattr(layer, name).dim() > 1]

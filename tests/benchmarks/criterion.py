@@ -67,8 +67,25 @@ CHANNEL_METHODS = (
     Method("random", "random"),
 )
 DEEP = {
-    "weights": ("ours, conditioned on zero", "ours", "magnitude"),
-    "channels": ("ours, variational", "ours, variational, conditioned on zero", "magnitude", "diagonal OBD"),
+    "weights": (
+        "ours, conditioned on zero",
+        "magnitude, conditioned on zero",
+        "ours",
+        "magnitude",
+        "magnitude after L1",
+        "diagonal OBD",
+        "random",
+    ),
+    "channels": (
+        "ours, variational, conditioned on zero",
+        "ours, variational",
+        "magnitude, conditioned on zero",
+        "magnitude",
+        "diagonal OBD",
+        "no stds, mean^2 / s",
+        "DepGraph, group norm",
+        "random",
+    ),
 }
 ONCE = {
     "weights": ("ours, variational", "Taylor", "random"),
