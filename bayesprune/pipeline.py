@@ -3,25 +3,23 @@
 import copy
 import itertools
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from bayesprune.convert import check_options, conversion_table, to_deterministic, to_variational
-from bayesprune.data import Data
-from bayesprune.evaluate import ACCURACY, HistoryPoint, Report, accuracy, count_parameters, report
+from bayesprune.evaluate import HistoryPoint, Report, count_parameters, report
 from bayesprune.evaluate.running import device_of, on_device
-from bayesprune.hosts.task import Progress, Split, Task, check_finite
+from bayesprune.hosts.task import Progress, Task
+from bayesprune.layers import named_posteriors
 from bayesprune.predictive import sampling
-from bayesprune.prune import PruneSchedule, compress, prune_channels, signal_to_noise
+from bayesprune.prune import compress, prune_channels, signal_to_noise
 from bayesprune.prune.checks import checked_target
 from bayesprune.storage import save
-from bayesprune.train import attach
 
 NUM_STAGES = 5
 _SMALL_CUT = {"macs": 0.95}  # a search needs one at least
@@ -94,8 +92,8 @@ class Recipe:
 
 def run(
     model: nn.Module, task: Task, recipe: Recipe, out: Path, progress: Progress, *, name: str, is_trained: bool
-) -> Report:
-    """Compresses the model, saves it to `out` with a report, and returns the report.
+) -> Report | None:
+    """Compresses the model, saves it to `out` with a report, and returns the report; None where another process does.
 
     What decides anything is measured on the validation split; the test split gives the report's two figures.
 
@@ -159,6 +157,8 @@ def run(
         to_deterministic(model)
     validate(model, "fine-tuned")
 
+    if not task.is_main:
+        return None
     progress.stage("Save and report")
     points = [{"nonzero_parameters": p.nonzero_parameters, task.metric.name: p.accuracy} for p in history]
     save(model, out, history=[{"label": p.label, **point} for p, point in zip(history, points, strict=True)])
@@ -178,65 +178,6 @@ def run(
     result.save(out)
     task.save_beside(out)
     return result
-
-
-class LoaderTask:
-    """Classes of images from data loaders, trained by a plain loop: AdamW, one cycle of the learning rate."""
-
-    metric = ACCURACY
-
-    def __init__(self, data: Data) -> None:
-        """Takes the loaders as they are."""
-        self.data, self.description = data, data.description
-        self.calibration: Iterable[Any] = data.train
-        self.example_inputs = next(iter(data.validation))[0][:1]
-
-    def train(
-        self,
-        model: nn.Module,
-        progress: Progress,
-        *,
-        num_epochs: int,
-        lr: float,
-        learn_stds: bool = False,
-        sparsity: float | None = None,
-    ) -> None:
-        """Minimises the cross-entropy; removes weights in ten steps after a fifth of the training, for half of it."""
-        device, loader = device_of(model), self.data.train
-        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
-        num_steps = num_epochs * len(loader)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=num_steps)
-        if learn_stds:
-            attach(optimizer, model, num_data=self.data.num_data, warmup_steps=num_steps // 5)
-        removal = None if sparsity is None else PruneSchedule(sparsity, begin=0.2, end=0.7, num_updates=10)
-        model.train()
-        step = 0
-        with progress.training(num_epochs, len(loader)) as advance:
-            for _ in range(num_epochs):
-                for images, labels in loader:
-                    optimizer.zero_grad()
-                    loss = F.cross_entropy(model(images.to(device)), labels.to(device))
-                    number = check_finite(float(loss.detach()), lr)
-                    loss.backward()
-                    optimizer.step()
-                    schedule.step()
-                    step += 1
-                    target = None if removal is None else removal.removal_after(step, num_steps)
-                    if removal is not None and target is not None:
-                        removal.remove(model, target)
-                    advance(number)
-        model.eval()
-
-    def score(self, model: nn.Module, split: Split) -> float:
-        """Top-1 accuracy."""
-        return accuracy(model, self.data.validation if split == "validation" else self.data.test)
-
-    def save_beside(self, directory: Path) -> None:
-        """Nothing: timm's `config.json` says how images are prepared."""
-
-    def how_to_load(self, directory: Path) -> str:
-        """By `bayesprune.load`."""
-        return f'import bayesprune; model = bayesprune.load("{directory}")'
 
 
 def _check_feasible(model: nn.Module, task: Task, recipe: Recipe) -> None:
@@ -291,8 +232,13 @@ def _smallest(
 
 
 def _fine_tune(model: nn.Module, task: Task, num_epochs: int, lr: float, progress: Progress) -> None:
+    stds = [part for p in named_posteriors(model) for part in p.log_std_parts if part.requires_grad]
+    for part in stds:
+        part.requires_grad_(False)  # DDP waits for the gradient of whatever may have one
     with sampling(model, "mean"):  # as it will be used; the stds stay as they were learned
         task.train(model, progress, num_epochs=num_epochs, lr=lr)
+    for part in stds:
+        part.requires_grad_(True)
 
 
 def _example(model: nn.Module, task: Task) -> Any:

@@ -22,8 +22,8 @@ ROWS = (
     ("compiling", "gates"),
     ("storage", "evaluate", "evi"),
     ("hosts",),
-    ("data",),
-    ("pipeline",),
+    ("data", "checkpoints"),
+    ("pipeline", "loader_task"),
     ("cli",),
 )
 ROW_OF = {unit: row for row, units in enumerate(ROWS) for unit in units}

@@ -32,11 +32,12 @@ class BySize:
 
     description = "nothing"
     calibration = ()
+    is_main = True
 
     def __init__(self, metric, score):
         self.metric, self.of_size, self.example_inputs, self.trained = metric, score, torch.randn(1, 8), []
 
-    def train(self, model, progress, *, num_epochs, lr, learn_stds=False, sparsity=None):
+    def train(self, model, progress, *, num_epochs, lr, learn_stds=False, sparsity=None, checkpoint=None):
         self.trained.append((num_epochs, learn_stds, sparsity))
         model.eval()
 

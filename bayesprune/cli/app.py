@@ -3,6 +3,7 @@
 import logging
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,6 +15,7 @@ from rich.table import Table
 from typer import Option
 
 from bayesprune import pipeline
+from bayesprune.checkpoints import Checkpoints, Interval, ResumableTask
 from bayesprune.cli.jobs import DEFAULTS, Request, library_of, prepare
 from bayesprune.cli.progress import ConsoleProgress
 from bayesprune.errors import BayespruneError
@@ -95,8 +97,14 @@ def compress(
     estimator: Annotated[str, Option(help="auto, weight_sampling, flipout, local_reparameterization.")] = "auto",
     seed: Annotated[int, Option()] = 0,
     device: Annotated[str | None, Option(help="cpu, cuda, ...", show_default="cuda if there is one")] = None,
+    checkpoint_every: Annotated[
+        str, Option(help="Steps (500) or a time (30s, 10min, 2h); with hf: only the ends of trainings are kept.")
+    ] = "10min",
 ) -> None:
-    """Compress a model: train or load it, learn its posteriors, remove, fine-tune, save, report."""
+    """Compress a model: train or load it, learn its posteriors, remove, fine-tune, save, report.
+
+    After a kill the same command goes on from the checkpoints in OUT.checkpoints, a folder beside OUT.
+    """
     default = DEFAULTS[library_of(model)]
     wanted, what = _target(target, tolerance)
     recipe = pipeline.Recipe(
@@ -129,18 +137,26 @@ def compress(
         seed=seed,
         device=device,
     )
+    every = Interval.parse(checkpoint_every)
     require_matplotlib()  # for the report, which comes last
     _check_writable(out)
     torch.manual_seed(seed)
-    progress = ConsoleProgress(_CONSOLE, pipeline.NUM_STAGES)
     job = prepare(request)
+    _CONSOLE.quiet = not job.task.is_main
+    progress = ConsoleProgress(_CONSOLE, pipeline.NUM_STAGES)
+    asked = {name: str(value) for name, value in {**asdict(request), **asdict(recipe)}.items()}
+    beside = out.absolute().with_name(f"{out.absolute().name}.checkpoints")
+    checkpoints = Checkpoints(beside, asked, every, generators=job.task.generators, is_writer=job.task.is_main)
+    resumable = ResumableTask(job.task, checkpoints)
     progress.say(f"{model} on {job.task.description}")
     if job.untrained is not None:
         progress.say(f"the model is trained first: {job.untrained}")
-    result = pipeline.run(job.model, job.task, recipe, out, progress, name=model, is_trained=job.untrained is None)
-    _CONSOLE.print(result.table())
-    progress.say(f"report: {out / 'report.html'}")
-    progress.say(f"load the model: {job.task.how_to_load(out)}")
+    result = pipeline.run(job.model, resumable, recipe, out, progress, name=model, is_trained=job.untrained is None)
+    if result is not None:
+        _CONSOLE.print(result.table())
+        progress.say(f"report: {out / 'report.html'}")
+        progress.say(f"load the model: {resumable.how_to_load(out)}")
+    resumable.close()
 
 
 @app.command()

@@ -13,7 +13,6 @@ from typer import BadParameter
 
 from bayesprune.data import Data, load_data
 from bayesprune.hosts.task import Task
-from bayesprune.pipeline import LoaderTask
 
 HF_TASKS = ("text-classification", "causal-lm", "image-classification")
 
@@ -108,6 +107,15 @@ def prepare(request: Request) -> Job:
 def _from_timm(request: Request) -> Job:
     from bayesprune.hosts import timm as host  # an extra: the error says how to install it
 
+    if find_spec("accelerate") is None:
+        raise ModuleNotFoundError('timm:NAME needs accelerate, which is not installed: pip install "bayesprune[timm]"')
+    from accelerate import Accelerator
+
+    from bayesprune.loader_task import LoaderTask, check_launch
+
+    device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    accelerator = Accelerator(cpu=device == "cpu", device_placement=False)
+    check_launch(accelerator, request.device)
     name = request.model.removeprefix("timm:")
     is_trained = request.checkpoint is not None
     data = _images(request)(config=host.data_config(name) if is_trained or request.pretrained else None)
@@ -118,9 +126,9 @@ def _from_timm(request: Request) -> Job:
         checkpoint=request.checkpoint,
         pretrained=request.pretrained,
     )
-    device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = accelerator.device if accelerator.num_processes > 1 else device
     untrained = "it has no checkpoint" if not is_trained else "--train" if request.train else None
-    return Job(model.to(device), LoaderTask(data), untrained)
+    return Job(model.to(device), LoaderTask(data, accelerator), untrained)
 
 
 def _from_transformers(request: Request) -> Job:

@@ -1,10 +1,11 @@
 """What the command line's pipeline needs to know of a model's data and training, whichever library has the loop."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import nn
 
 from bayesprune.evaluate import Metric
@@ -26,6 +27,20 @@ class Progress(Protocol):
         ...
 
 
+class Checkpoint(Protocol):
+    """Keeps the state of one training, so that it goes on after a kill."""
+
+    def saved(self) -> dict[str, Any] | None:
+        """What was given to `offer` last, and the `step`; None where this training had not come so far."""
+        ...
+
+    def restore_random_state(self) -> None:
+        """Random numbers go on as they would have; to be called when everything else is where it was."""
+
+    def offer(self, step: int, state: Callable[[], Mapping[str, Any]]) -> None:
+        """Keeps the state after this step, counted from 1, where it is time to: tensors, names and numbers."""
+
+
 class Task(Protocol):
     """Data, and how a model is trained and judged on them.
 
@@ -34,12 +49,16 @@ class Task(Protocol):
         metric: What `score` returns.
         example_inputs: One example, as the model's forward takes it.
         calibration: Batches of training inputs, each time from the start.
+        generators: Random generators of the task's own, which a checkpoint keeps beside the global ones.
+        is_main: Whether this process writes files and speaks; one of several does.
     """
 
     description: str
     metric: Metric
     example_inputs: Any
     calibration: Iterable[Any]
+    generators: Sequence[torch.Generator]
+    is_main: bool
 
     def train(
         self,
@@ -50,6 +69,7 @@ class Task(Protocol):
         lr: float,
         learn_stds: bool = False,
         sparsity: float | None = None,
+        checkpoint: Checkpoint | None = None,
     ) -> None:
         """Trains the model in place and leaves it in evaluation mode.
 
@@ -60,6 +80,7 @@ class Task(Protocol):
             lr: The highest learning rate.
             learn_stds: Attach the KL, so that the stds of a variational model are learned.
             sparsity: Fraction of single weights to remove on the way, gradually, leaving time to recover.
+            checkpoint: Where a loop that can go on in the middle keeps its state, and finds it after a kill.
 
         Raises:
             FloatingPointError: the loss is not finite.
@@ -75,6 +96,9 @@ class Task(Protocol):
     def how_to_load(self, directory: Path) -> str:
         """The Python that loads the saved model in a fresh process."""
         ...
+
+    def close(self) -> None:
+        """Ends what the task holds; the last call."""
 
 
 def check_finite(loss: float, lr: float) -> float:

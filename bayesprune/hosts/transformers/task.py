@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from bayesprune.evaluate import ACCURACY, PERPLEXITY, Metric, accuracy, perplexity
-from bayesprune.hosts.task import Progress, Split
+from bayesprune.hosts.task import Checkpoint, Progress, Split
 from bayesprune.hosts.transformers.pretrained import (
     AUTO_CLASSES,
 )
@@ -67,7 +67,9 @@ class TrainerTask:
         self.kind, self.splits, self.collate, self.options = kind, splits, collate, options
         self.description, self.preparation = description, preparation
         self.metric: Metric = PERPLEXITY if kind == "causal-lm" else ACCURACY
-        self.calibration: Iterable[dict[str, Any]] = _Inputs(self._loader("train"))
+        loader = self._loader("train")
+        self.calibration: Iterable[dict[str, Any]] = _Inputs(loader)
+        self.generators, self.is_main = [loader.generator], True
         self.example_inputs, _ = next(self._pairs("validation", [_middle(splits["validation"])]))
 
     def train(
@@ -79,8 +81,12 @@ class TrainerTask:
         lr: float,
         learn_stds: bool = False,
         sparsity: float | None = None,
+        checkpoint: Checkpoint | None = None,
     ) -> None:
-        """By the stock Trainer, with `BayesPruneCallback` where stds are learned or weights removed."""
+        """By the stock Trainer, with `BayesPruneCallback` where stds are learned or weights removed.
+
+        A training that was killed begins again: the Trainer reads no checkpoint of a model whose names on disk differ.
+        """
         assert isinstance(model, PreTrainedModel), "the task came with such a model"
         data = TrainingData(self.splits["train"], self.collate, self.options.batch_size, self.options.seed)
         train(model, data, progress, num_epochs=num_epochs, lr=lr, learn_stds=learn_stds, sparsity=sparsity)
@@ -101,6 +107,9 @@ class TrainerTask:
         auto_class = AUTO_CLASSES[self.kind]
         first = "import bayesprune; " if "quantization_config" in config else ""
         return f'{first}from transformers import {auto_class}; model = {auto_class}.from_pretrained("{directory}")'
+
+    def close(self) -> None:
+        """Nothing: each training ends what it began."""
 
     def _pairs(self, split: str, examples: Any = None) -> Iterator[tuple[dict[str, Any], Tensor]]:
         for batch in self._loader(split, examples):

@@ -1,0 +1,187 @@
+"""Classes of images from data loaders, trained by a plain loop in one process or several."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, broadcast
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler
+
+from bayesprune.data import Data
+from bayesprune.evaluate import ACCURACY, accuracy
+from bayesprune.evaluate.running import device_of
+from bayesprune.hosts.task import Checkpoint, Progress, Split, Task, check_finite
+from bayesprune.prune import PruneSchedule
+from bayesprune.train import attach
+
+
+class LoaderTask(Task):
+    """Images from loaders: AdamW, one cycle of the learning rate, precision and processes as accelerate says.
+
+    With several processes each has its part of every epoch, in batches of the loader's size, and a model of its own
+    that DDP keeps equal to the others. The validation score is the main process's in all of them.
+    """
+
+    metric = ACCURACY
+
+    def __init__(self, data: Data, accelerator: Accelerator) -> None:
+        """Takes the loaders as they are."""
+        self.data, self.accelerator, self.description = data, accelerator, data.description
+        self.calibration: Iterable[Any] = data.train
+        self.example_inputs = next(iter(data.validation))[0][:1]
+        self.generators = [_generator_of(data.train)]
+        self.is_main: bool = accelerator.is_main_process
+
+    def train(
+        self,
+        model: nn.Module,
+        progress: Progress,
+        *,
+        num_epochs: int,
+        lr: float,
+        learn_stds: bool = False,
+        sparsity: float | None = None,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
+        """Minimises the cross-entropy; removes weights in ten steps after a fifth of the training, for half of it."""
+        device, loader = device_of(model), self._training_loader()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+        num_steps = num_epochs * len(loader)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=num_steps)
+        parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule}
+        if learn_stds:
+            parts["attachment"] = attach(optimizer, model, num_data=self.data.num_data, warmup_steps=num_steps // 5)
+        removal = None if sparsity is None else PruneSchedule(sparsity, begin=0.2, end=0.7, num_updates=10)
+        wrapped, stepper = self.accelerator.prepare(model, optimizer)
+        if self.accelerator.scaler is not None:
+            parts["scaler"] = self.accelerator.scaler
+        batches = _Batches(loader, num_epochs, parts, checkpoint)
+        model.train()
+        with progress.training(num_epochs, len(loader)) as advance:
+            for _ in range(batches.num_done):
+                advance(float("nan"))
+            for step, (images, labels) in batches:
+                stepper.zero_grad()
+                with self.accelerator.autocast():
+                    outputs = wrapped(images.to(device))
+                loss = F.cross_entropy(outputs.float(), labels.to(device))
+                number = check_finite(float(loss.detach()), lr)
+                self.accelerator.backward(loss)
+                stepper.step()
+                schedule.step()
+                target = None if removal is None else removal.removal_after(step, num_steps)
+                if removal is not None and target is not None:
+                    removal.remove(model, target)
+                advance(number)
+                batches.offer_checkpoint(step)
+        self.accelerator.free_memory()
+        if self.accelerator.num_processes > 1:  # each has batch-norm statistics of its own images
+            with torch.no_grad():
+                broadcast(list(model.state_dict().values()))
+        model.eval()
+
+    def score(self, model: nn.Module, split: Split) -> float:
+        """Top-1 accuracy."""
+        if split == "test" or self.accelerator.num_processes == 1:
+            return accuracy(model, self.data.validation if split == "validation" else self.data.test)
+        found = torch.tensor([accuracy(model, self.data.validation)], device=self.accelerator.device)
+        broadcast(found)
+        return float(found)
+
+    def save_beside(self, directory: Path) -> None:
+        """Nothing: timm's `config.json` says how images are prepared."""
+
+    def how_to_load(self, directory: Path) -> str:
+        """By `bayesprune.load`."""
+        return f'import bayesprune; model = bayesprune.load("{directory}")'
+
+    def close(self) -> None:
+        """Waits for the main process, and ends the group of processes."""
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+
+    def _training_loader(self) -> DataLoader[Any]:
+        """The loader, or that of this process's part."""
+        loader, num_processes = self.data.train, self.accelerator.num_processes
+        if num_processes == 1:
+            return loader
+        dataset: Any = loader.dataset
+        batch_size = min(loader.batch_size or 1, max(1, len(dataset) // num_processes))
+        sampler = DistributedSampler(dataset, num_processes, self.accelerator.process_index, drop_last=True)
+        return DataLoader(
+            dataset,
+            batch_size,
+            sampler=sampler,
+            drop_last=True,
+            num_workers=loader.num_workers,
+            generator=loader.generator,
+        )
+
+
+def check_launch(accelerator: Accelerator, device: str | None) -> None:
+    """Refuses what the loop does not do.
+
+    Raises:
+        ValueError: the processes are to spread the model itself, or a device was named for all of them.
+    """
+    kind = accelerator.distributed_type
+    if kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        raise ValueError(
+            f"compress was launched with {kind.value}; expected one process, or several that each hold the model "
+            "(DDP). Models too large for that learn their posteriors under FSDP 2 in a loop of your own."
+        )
+    if accelerator.num_processes > 1 and device not in (None, "cpu", "cuda"):
+        raise ValueError(f"--device is {device!r} for {accelerator.num_processes} processes; leave it out.")
+
+
+def _generator_of(loader: DataLoader[Any]) -> torch.Generator:
+    assert isinstance(loader.generator, torch.Generator), "load_data gives the training images one"
+    return loader.generator
+
+
+class _Batches:
+    """All batches of a training with their numbers from 1, but those that were done before a kill."""
+
+    def __init__(
+        self, loader: DataLoader[Any], num_epochs: int, parts: Mapping[str, Any], checkpoint: Checkpoint | None
+    ) -> None:
+        """Puts the parts, all that a training changes, into the state of the checkpoint, if there is one."""
+        self._loader, self._num_epochs, self._parts, self._checkpoint = loader, num_epochs, parts, checkpoint
+        self._order: Tensor | None = None
+        self._saved = None if checkpoint is None else checkpoint.saved()
+        self.num_done = 0 if self._saved is None else int(self._saved["step"])
+        for name, part in self._parts.items():
+            if self._saved is not None:
+                part.load_state_dict(self._saved[name])
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        generator, step = _generator_of(self._loader), self.num_done
+        first_epoch, num_skipped = divmod(self.num_done, len(self._loader))
+        for epoch in range(first_epoch, self._num_epochs):
+            if isinstance(self._loader.sampler, DistributedSampler):
+                self._loader.sampler.set_epoch(epoch)
+            if num_skipped and self._saved is not None:
+                generator.set_state(self._saved["order"])
+            self._order = generator.get_state()
+            batches = iter(self._loader)
+            for _ in islice(batches, num_skipped):
+                pass
+            if step == self.num_done and self._checkpoint is not None and self._saved is not None:
+                self._checkpoint.restore_random_state()
+            num_skipped = 0
+            for batch in batches:
+                step += 1
+                yield step, batch
+
+    def offer_checkpoint(self, step: int) -> None:
+        """The training stands after this step."""
+        if self._checkpoint is not None:
+            self._checkpoint.offer(step, self._state)
+
+    def _state(self) -> dict[str, Any]:
+        return {"order": self._order} | {name: part.state_dict() for name, part in self._parts.items()}
