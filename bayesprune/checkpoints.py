@@ -157,7 +157,7 @@ class Running(Checkpoint):
         self._step, self._time = 0, time.monotonic()
 
     def saved(self) -> dict[str, Any] | None:
-        """The state and the `step` that were given to `offer` last; None where this training had not come so far."""
+        """The state and the `step` that were given to `keep` last; None where this training had not come so far."""
         if not self._path.is_file():
             return None
         state = _read(self._path)
@@ -171,15 +171,16 @@ class Running(Checkpoint):
         assert self._random is not None, "saved() found a checkpoint"
         set_random_state(self._random, self._generators)
 
-    def offer(self, step: int, state: Callable[[], Mapping[str, Any]]) -> None:
-        """Writes the state after this step, counted from 1, where it is time to."""
-        now = time.monotonic()
-        is_due = step - self._step >= self._every.steps or now - self._time >= self._every.seconds
-        if not (is_due and self._is_writer):
-            return
-        random_numbers = random_state(self._generators)
-        content = {"number": self._number, "state": {**state(), "step": step}, "random": random_numbers}
-        _write(self._path, lambda path: torch.save(content, path))
+    def is_due(self, step: int) -> bool:
+        """Whether the interval has passed since the last time."""
+        return step - self._step >= self._every.steps or time.monotonic() - self._time >= self._every.seconds
+
+    def keep(self, step: int, state: Mapping[str, Any]) -> None:
+        """Writes the state after this step, counted from 1."""
+        if self._is_writer:
+            random_numbers = random_state(self._generators)
+            content = {"number": self._number, "state": {**state, "step": step}, "random": random_numbers}
+            _write(self._path, lambda path: torch.save(content, path))
         self._step, self._time = step, time.monotonic()
 
 

@@ -1,5 +1,6 @@
 """Classes of images from data loaders, trained by a plain loop in one process or several."""
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -10,12 +11,14 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, DistributedSampler
 
 from bayesprune.data import Data
 from bayesprune.evaluate import ACCURACY, accuracy
 from bayesprune.evaluate.running import device_of
 from bayesprune.hosts.task import Checkpoint, Progress, Split, Task, check_finite
+from bayesprune.layers.sharding import sharded_as, values_sharded_as, whole
 from bayesprune.prune import PruneSchedule
 from bayesprune.train import attach
 
@@ -24,7 +27,8 @@ class LoaderTask(Task):
     """Images from loaders: AdamW, one cycle of the learning rate, precision and processes as accelerate says.
 
     With several processes each has its part of every epoch, in batches of the loader's size, and a model of its own
-    that DDP keeps equal to the others. The validation score is the main process's in all of them.
+    that DDP keeps equal to the others; under FSDP 2 a copy is sharded while it is trained, and each process holds the
+    whole weights beside it. The validation score is the main process's in all of them.
     """
 
     metric = ACCURACY
@@ -50,18 +54,20 @@ class LoaderTask(Task):
     ) -> None:
         """Minimises the cross-entropy; removes weights in ten steps after a fifth of the training, for half of it."""
         device, loader = device_of(model), self._training_loader()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+        is_sharded = self.accelerator.distributed_type == DistributedType.FSDP
+        trained = copy.deepcopy(model) if is_sharded else model
+        optimizer = torch.optim.AdamW(trained.parameters(), lr=lr, weight_decay=0.0)
         num_steps = num_epochs * len(loader)
+        wrapped, stepper = self.accelerator.prepare(trained, optimizer)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=num_steps)
-        parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule}
+        parts: dict[str, Any] = {"model": trained, "optimizer": optimizer, "schedule": schedule}
         if learn_stds:
-            parts["attachment"] = attach(optimizer, model, num_data=self.data.num_data, warmup_steps=num_steps // 5)
+            parts["attachment"] = attach(optimizer, trained, num_data=self.data.num_data, warmup_steps=num_steps // 5)
         removal = None if sparsity is None else PruneSchedule(sparsity, begin=0.2, end=0.7, num_updates=10)
-        wrapped, stepper = self.accelerator.prepare(model, optimizer)
         if self.accelerator.scaler is not None:
             parts["scaler"] = self.accelerator.scaler
         batches = _Batches(loader, num_epochs, parts, checkpoint)
-        model.train()
+        trained.train()
         with progress.training(num_epochs, len(loader)) as advance:
             for _ in range(batches.num_done):
                 advance(float("nan"))
@@ -76,10 +82,13 @@ class LoaderTask(Task):
                 schedule.step()
                 target = None if removal is None else removal.removal_after(step, num_steps)
                 if removal is not None and target is not None:
-                    removal.remove(model, target)
+                    removal.remove(trained, target)
                 advance(number)
-                batches.offer_checkpoint(step)
+                if checkpoint is not None and self._is_agreed(checkpoint.is_due(step)):
+                    checkpoint.keep(step, batches.state())
         self.accelerator.free_memory()
+        if is_sharded:
+            model.load_state_dict({name: whole(value) for name, value in trained.state_dict().items()})
         if self.accelerator.num_processes > 1:  # each has batch-norm statistics of its own images
             with torch.no_grad():
                 broadcast(list(model.state_dict().values()))
@@ -89,9 +98,7 @@ class LoaderTask(Task):
         """Top-1 accuracy."""
         if split == "test" or self.accelerator.num_processes == 1:
             return accuracy(model, self.data.validation if split == "validation" else self.data.test)
-        found = torch.tensor([accuracy(model, self.data.validation)], device=self.accelerator.device)
-        broadcast(found)
-        return float(found)
+        return self._of_main(accuracy(model, self.data.validation))
 
     def save_beside(self, directory: Path) -> None:
         """Nothing: timm's `config.json` says how images are prepared."""
@@ -104,6 +111,16 @@ class LoaderTask(Task):
         """Waits for the main process, and ends the group of processes."""
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
+
+    def _is_agreed(self, decision: bool) -> bool:
+        """The main process's decision where all have to take part: sharded tensors are gathered."""
+        is_sharded = self.accelerator.distributed_type == DistributedType.FSDP
+        return bool(self._of_main(float(decision))) if is_sharded else decision
+
+    def _of_main(self, number: float) -> float:
+        found = torch.tensor([number], dtype=torch.float64, device=self.accelerator.device)
+        broadcast(found)
+        return float(found)
 
     def _training_loader(self) -> DataLoader[Any]:
         """The loader, or that of this process's part."""
@@ -127,14 +144,13 @@ def check_launch(accelerator: Accelerator, device: str | None) -> None:
     """Refuses what the loop does not do.
 
     Raises:
-        ValueError: the processes are to spread the model itself, or a device was named for all of them.
+        ValueError: the model is to be spread in another way than by FSDP 2, or a device was named for all processes.
     """
     kind = accelerator.distributed_type
-    if kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
-        raise ValueError(
-            f"compress was launched with {kind.value}; expected one process, or several that each hold the model "
-            "(DDP). Models too large for that learn their posteriors under FSDP 2 in a loop of your own."
-        )
+    is_fsdp2 = kind == DistributedType.FSDP and accelerator.state.fsdp_plugin.fsdp_version == 2
+    if not is_fsdp2 and kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        name = "FSDP 1" if kind == DistributedType.FSDP else kind.value
+        raise ValueError(f"compress was launched with {name}; expected one process, DDP or FSDP 2 (fsdp_version: 2).")
     if accelerator.num_processes > 1 and device not in (None, "cpu", "cuda"):
         raise ValueError(f"--device is {device!r} for {accelerator.num_processes} processes; leave it out.")
 
@@ -157,7 +173,7 @@ class _Batches:
         self.num_done = 0 if self._saved is None else int(self._saved["step"])
         for name, part in self._parts.items():
             if self._saved is not None:
-                part.load_state_dict(self._saved[name])
+                _restore(part, self._saved[name])
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         generator, step = _generator_of(self._loader), self.num_done
@@ -178,10 +194,18 @@ class _Batches:
                 step += 1
                 yield step, batch
 
-    def offer_checkpoint(self, step: int) -> None:
-        """The training stands after this step."""
-        if self._checkpoint is not None:
-            self._checkpoint.offer(step, self._state)
+    def state(self) -> dict[str, Any]:
+        """All that a checkpoint needs, whole; under FSDP 2 every process calls it."""
+        parts = {name: part.state_dict() for name, part in self._parts.items()}
+        return {"order": self._order} | tree_map(lambda v: whole(v) if isinstance(v, Tensor) else v, parts)
 
-    def _state(self) -> dict[str, Any]:
-        return {"order": self._order} | {name: part.state_dict() for name, part in self._parts.items()}
+
+def _restore(part: Any, state: dict[str, Any]) -> None:
+    """`part.load_state_dict` of whole tensors, which are cut where the part is sharded."""
+    if isinstance(part, nn.Module):
+        current = part.state_dict()
+        state = {name: sharded_as(value, current[name]) if name in current else value for name, value in state.items()}
+    part.load_state_dict(state)
+    if isinstance(part, torch.optim.Optimizer):
+        for parameter, values in part.state.items():
+            values.update(values_sharded_as(parameter, values))

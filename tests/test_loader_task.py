@@ -2,6 +2,7 @@
 
 import os
 import socket
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,17 +12,20 @@ from torch import multiprocessing, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import bayesprune as bp
+from bayesprune.checkpoints import Interval, Running
 from bayesprune.data import Data
-from tests.test_checkpoints import Until
+from tests.test_checkpoints import Killed, Until
 
 accelerate = pytest.importorskip("accelerate")
+
+from accelerate.utils import DistributedType  # noqa: E402
+
+from bayesprune.loader_task import LoaderTask, check_launch  # noqa: E402
 
 NUM_IMAGES, NUM_PROCESSES = 32, 2
 
 
 def task(batch_size):
-    from bayesprune.loader_task import LoaderTask
-
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(3, (NUM_IMAGES,), generator=generator)
     images = torch.randn(NUM_IMAGES, 6, generator=generator) + labels.view(-1, 1)
@@ -30,25 +34,40 @@ def task(batch_size):
     return LoaderTask(data, accelerate.Accelerator(cpu=True))
 
 
-def trained(batch_size, *, with_norm=False):
+def trained(batch_size, *, estimator="moments", with_norm=False, checkpoints=None, num_steps=10**6):
     """A net that draws nothing: its loss on a batch is the mean of those on the halves."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8) if with_norm else nn.Tanh(), nn.Linear(8, 3))
-    bp.to_variational(model, relative_std=0.3, estimator="weight_sampling" if with_norm else "moments")
+    bp.to_variational(model, relative_std=0.3, estimator=estimator)
     whole = task(batch_size)
-    whole.train(model, Until(10**6), num_epochs=6, lr=0.05, learn_stds=True, sparsity=0.4)
+    running = None if checkpoints is None else Running(checkpoints, 0, Interval(steps=4), (), whole.is_main)
+    whole.train(model, Until(num_steps), num_epochs=9, lr=0.05, learn_stds=True, sparsity=0.4, checkpoint=running)
     return whole, model
 
 
-def run(rank: int, folder: str, port: int) -> None:
+def run(rank: int, folder: str, port: int, kind: str) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(NUM_PROCESSES)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    found, model = trained(NUM_IMAGES // NUM_PROCESSES)
+    if kind == "FSDP":
+        os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}
+        accelerate.PartialState(cpu=True)  # offers it to processes with GPUs alone, though torch shards on CPUs as well
+        accelerate.PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    half = NUM_IMAGES // NUM_PROCESSES
+    noiseless = "mean" if kind == "FSDP" else "moments"
+    found, model = trained(half, estimator=noiseless)
     assert found.accelerator.num_processes == NUM_PROCESSES
-    other, normed = trained(NUM_IMAGES // NUM_PROCESSES, with_norm=True)
-    state = {"model": model.state_dict(), "normed": normed.state_dict(), "score": other.score(normed, "validation")}
-    torch.save({**state, "is_main": found.is_main}, Path(folder) / f"{rank}.pt")
+    assert kind in found.accelerator.distributed_type.value
+    check_launch(found.accelerator, "cpu")
+    state = {"model": model.state_dict(), "is_main": found.is_main}
+    path = Path(folder) / "running.pt"
+    with pytest.raises(Killed):
+        trained(half, estimator=noiseless, checkpoints=path, num_steps=6)
+    found.accelerator.wait_for_everyone()
+    state["resumed"] = trained(half, estimator=noiseless, checkpoints=path)[1].state_dict()
+    other, normed = trained(half, estimator="weight_sampling", with_norm=True)
+    state |= {"normed": normed.state_dict(), "score": other.score(normed, "validation")}
+    torch.save(state, Path(folder) / f"{rank}.pt")
     found.close()
 
 
@@ -60,15 +79,20 @@ def free_port():
     yield port
 
 
-def test_two_processes_train_the_model_of_one(tmp_path):
-    _, expected = trained(NUM_IMAGES)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["MULTI", "FSDP"])
+def test_two_processes_train_the_model_of_one(kind, tmp_path):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not come from a draw")  # of the means, with FSDP
+        _, expected = trained(NUM_IMAGES, estimator="mean" if kind == "FSDP" else "moments")
     with free_port() as port:
-        multiprocessing.spawn(run, (str(tmp_path), port), nprocs=NUM_PROCESSES)
+        multiprocessing.spawn(run, (str(tmp_path), port, kind), nprocs=NUM_PROCESSES)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(NUM_PROCESSES))
     assert (first.pop("is_main"), second.pop("is_main")) == (True, False)
-    for part in ("model", "normed"):
+    for part in ("model", "normed", "resumed"):
         assert all(torch.equal(first[part][name], second[part][name]) for name in first[part])
     assert first["score"] == second["score"]
     for name, value in expected.state_dict().items():
         torch.testing.assert_close(first["model"][name], value, rtol=1e-5, atol=1e-6)
+        assert torch.equal(first["resumed"][name], first["model"][name]), name
     assert int(sum((~mask).sum() for name, mask in expected.state_dict().items() if name.endswith("mask"))) > 20

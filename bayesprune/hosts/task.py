@@ -31,14 +31,18 @@ class Checkpoint(Protocol):
     """Keeps the state of one training, so that it goes on after a kill."""
 
     def saved(self) -> dict[str, Any] | None:
-        """What was given to `offer` last, and the `step`; None where this training had not come so far."""
+        """What was given to `keep` last, and the `step`; None where this training had not come so far."""
         ...
 
     def restore_random_state(self) -> None:
         """Random numbers go on as they would have; to be called when everything else is where it was."""
 
-    def offer(self, step: int, state: Callable[[], Mapping[str, Any]]) -> None:
-        """Keeps the state after this step, counted from 1, where it is time to: tensors, names and numbers."""
+    def is_due(self, step: int) -> bool:
+        """Whether it is time to keep the state after this step, counted from 1."""
+        ...
+
+    def keep(self, step: int, state: Mapping[str, Any]) -> None:
+        """Keeps the state after this step: tensors, names and numbers."""
 
 
 class Task(Protocol):

@@ -1,5 +1,8 @@
 """Tensors that FSDP 2 has cut over processes, whole; and whole tensors that every process has, cut the same way."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor
 
 
@@ -15,6 +18,14 @@ def sharded_as(tensor: Tensor, other: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor  # absent from a torch built without torch.distributed
 
     return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)  # type: ignore[attr-defined]
+
+
+def values_sharded_as(parameter: Tensor, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, those of the parameter's shape sharded as it is: what an optimizer knows of the parameter."""
+    return {
+        key: sharded_as(value, parameter) if isinstance(value, Tensor) and value.shape == parameter.shape else value
+        for key, value in values.items()
+    }
 
 
 def placed_as(tensor: Tensor, other: Tensor) -> Tensor:
