@@ -52,6 +52,8 @@ WEIGHT_METHODS = (
 CHANNEL_METHODS = (
     replace(VARIATIONAL, name="ours, variational, conditioned on zero", conditioned=16),
     VARIATIONAL,
+    replace(VARIATIONAL, name="ours, variational, power 0.5", score="snr 0.5"),
+    replace(VARIATIONAL, name="variational training, mean^2 / s", score="snr 0"),
     Method("ours, conditioned on zero", "snr 0.5", conditioned=16),
     Method("magnitude, conditioned on zero", "magnitude", conditioned=16),
     OURS,
@@ -79,6 +81,8 @@ DEEP = {
     "channels": (
         "ours, variational, conditioned on zero",
         "ours, variational",
+        "ours, variational, power 0.5",
+        "variational training, mean^2 / s",
         "magnitude, conditioned on zero",
         "magnitude",
         "diagonal OBD",

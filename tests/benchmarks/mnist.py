@@ -39,7 +39,7 @@ from mnist_methods import (
 )
 from mnist_stops import RULES, stop
 from mnist_table import page
-from mnist_tasks import ALL, L1, POSTERIOR, TASKS, Level, Task
+from mnist_tasks import ALL, L1, STRUCTURES, TASKS, Level, Task
 from mnist_units import compact, keep_units, live_units
 
 import bayesprune as bp
@@ -147,7 +147,7 @@ class Benchmark:
         started, data = time.monotonic(), self.data(task, validation=validation)
         net, before = self.tuned(task, method, seed, l1_weight, validation=validation)
         row: dict[str, Any] = {"error_before": error(net, data), "levels": []}
-        if method == POSTERIOR and not task.by_units:
+        if method in STRUCTURES and not task.by_units:
             row["below_1"] = _without_noise(net, data)
         torch.manual_seed(seed + 100)
         net.observes = method in ("obd", "taylor")
@@ -180,7 +180,7 @@ class Benchmark:
         """The network before the cuts, and the gradients that it has seen; kept in the work directory."""
         data = self.data(task, validation=validation)
         start, steps = self.dense(task, seed, data, validation=validation)
-        kind = method if method in (POSTERIOR, L1) else "plain"
+        kind = method.replace(", ", "-") if method in (*STRUCTURES, L1) else "plain"
         lasso = f"-{'group' if task.by_units else 'weight'}-{l1_weight:g}" if l1_weight is not None else ""
         path = self.work / f"{task.data}-{task.net}-{kind}{lasso}-{seed}-{validation}.pt"
         phase_steps = round(task.tune.epochs * (len(data.labels) // BATCH))
@@ -189,8 +189,9 @@ class Benchmark:
             net = torch.load(path, weights_only=False)
             net.penalty = penalty
             return net, steps + phase_steps
-        prior = bp.priors.ARD("weight") if kind == POSTERIOR else None
-        net = network({"mlp": mlp, "lenet5": lenet5}[task.net](), prior=prior)
+        prior = bp.priors.ARD("weight") if method in STRUCTURES else None
+        std = STRUCTURES.get(method, "per_weight")
+        net = network({"mlp": mlp, "lenet5": lenet5}[task.net](), prior=prior, std=std)
         net.model.load_state_dict({k: v for k, v in start.items() if "log_std" not in k}, strict=False)
         net.penalty = penalty
         torch.manual_seed(seed + 50)
@@ -242,7 +243,7 @@ def main() -> None:
     )
     parser.add_argument("--work", type=Path, default=Path("work-mnist"), help="folder for networks that rows share")
     parser.add_argument("--tasks", nargs="+", choices=[task.name for task in TASKS], default=None)
-    parser.add_argument("--methods", nargs="+", choices=[*ALL, "stops"], default=[*ALL, "stops"])
+    parser.add_argument("--methods", nargs="+", choices=[*ALL, *STRUCTURES, "stops"], default=[*ALL, "stops"])
     options = parser.parse_args()
     if options.table:
         settings, rows = read(options.out)
@@ -262,7 +263,7 @@ def main() -> None:
                         benchmark.measure_stop(task, rule, seed)
         for seed in options.seeds:
             for task in chosen:
-                if method in task.methods:
+                if method in task.methods or (method in STRUCTURES and task.net == "mlp"):
                     benchmark.measure(task, method, seed)
 
 

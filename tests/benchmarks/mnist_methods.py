@@ -88,10 +88,10 @@ def lenet5() -> nn.Sequential:
     return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(800, 500), nn.ReLU(), nn.Linear(500, 10))
 
 
-def network(layers: nn.Sequential, *, prior: bp.priors.Prior | None, relative_std: float = 0.1) -> Network:
+def network(layers: nn.Sequential, *, prior: bp.priors.Prior | None, std: str = "per_weight") -> Network:
     """The network with posteriors, or without where there is no prior."""
     estimator = "mean" if prior is None else "auto"
-    model = bp.to_variational(layers, relative_std=relative_std, estimator=estimator)
+    model = bp.to_variational(layers, std=std, estimator=estimator)
     model = model.to(memory_format=torch.channels_last)
     total = sum(p.mean.numel() for p in named_posteriors(model) if p.is_weight)
     return Network(model, prior, total, torch.arange(784) if isinstance(layers[0], nn.Linear) else None)
@@ -200,8 +200,8 @@ def weight_score(method: str, net: Network, *, by_units: bool) -> Score:
 
     norm = squares if by_units else magnitude
     posterior_score = nats if by_units else snr
-    scores = {"posterior": posterior_score, "magnitude": norm, "L1": norm, "random": random, "lamp": lamp}
-    return {**scores, "taylor": taylor, "obd": obd}[method]
+    scores = {"magnitude": norm, "L1": norm, "random": random, "lamp": lamp}
+    return {**scores, "taylor": taylor, "obd": obd}.get(method, posterior_score)
 
 
 def num_kept(net: Network) -> int:

@@ -6,6 +6,8 @@ from typing import Any
 
 NAMES = {
     "posterior": "posterior",
+    "posterior, rank_one": "posterior, rank-one stds",
+    "posterior, per_channel": "posterior, a std for each unit",
     "magnitude": "magnitude",
     "L1": "magnitude after tuned L1",
     "random": "random",
@@ -124,7 +126,7 @@ def _sizes(by_method: dict[str, list[dict[str, Any]]], targets: list[str]) -> li
 
 
 def _stops(rows: list[dict[str, Any]], stops: list[dict[str, Any]]) -> list[str]:
-    found = [row for row in rows if "below_1" in row]
+    found = [row for row in rows if "below_1" in row and row["method"] == "posterior"]
     lines = ["Where criteria stop by themselves, with no number given; removed at once, nothing trained after it:", ""]
     if found:
         share = ", ".join(f"{1 - row['below_1']['share']:.2%}" for row in found)

@@ -6,6 +6,7 @@ from typing import Any
 from mnist_methods import Phase
 
 POSTERIOR, L1 = "posterior", "L1"
+STRUCTURES = {POSTERIOR: "per_weight", "posterior, rank_one": "rank_one", "posterior, per_channel": "per_channel"}
 CONTROLS = ("magnitude", L1, "random", "lamp", "obd", "taylor")
 
 
