@@ -168,7 +168,7 @@ def _key(model: nn.Module, tensors: list[Tensor], given: _Flat) -> Hashable:
         tuple(name for name, _ in model.named_parameters()),
         tuple(name for name, _ in model.named_buffers()),
         tuple((t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors),
-        *(given.constants, given.is_tensor, given.spec),
+        *(given.constants, given.is_tensor, repr(given.spec)),  # a spec with a dict has no hash in torch 2.7
         tuple(module.training for module in model.modules()),
         torch.is_grad_enabled(),
         tuple((name, _autocast_dtype(name)) for name in _device_types(tensors)),

@@ -147,7 +147,7 @@ def check_launch(accelerator: Accelerator, device: str | None) -> None:
         ValueError: the model is to be spread in another way than by FSDP 2, or a device was named for all processes.
     """
     kind = accelerator.distributed_type
-    is_fsdp2 = accelerator.is_fsdp2
+    is_fsdp2 = getattr(accelerator, "is_fsdp2", False)  # absent before accelerate knew it
     if not is_fsdp2 and kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         name = "FSDP 1" if kind == DistributedType.FSDP else kind.value
         raise ValueError(f"compress was launched with {name}; expected one process, DDP or FSDP 2 (fsdp_version: 2).")

@@ -259,6 +259,6 @@ class VariationalConv2dSame(VariationalConv2d, Conv2dSame):
     operation = VariationalLayer.operation
 
 
-register_host(Host("timm", timm_base, build, files))
+register_host(Host("timm", timm_base, build, files, takes_buffers=True))
 if not is_model(ARCHITECTURE):
     register_model(bayesprune_pruned)

@@ -2,9 +2,10 @@
 
 from bayesprune.estimators import Gaussian
 from bayesprune.layers import stock  # noqa: F401  (registers torch's layers)
-from bayesprune.layers.base import Posterior, VariationalLayer, named_posteriors, variational_layers
+from bayesprune.layers.base import VariationalLayer
 from bayesprune.layers.closing import close_gates, drop_gates, fold_gates
 from bayesprune.layers.gates import Gate, GateOptions, named_gates, passing_gates
+from bayesprune.layers.posteriors import Posterior, named_posteriors, variational_layers
 from bayesprune.layers.registry import register_layer, registered_types, variational_type
 from bayesprune.layers.structures import STRUCTURES, part_shapes
 

@@ -6,15 +6,15 @@ stock layer survive; outside training and outside `sampling(...)` the stock forw
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from bayesprune import estimators
-from bayesprune.estimators import Gaussian
+from bayesprune.estimators import Factors, Gaussian, LogGaussian
 from bayesprune.layers import gates, masks
+from bayesprune.layers.operations import LayerOperation
 from bayesprune.layers.sharding import sharded_as
 from bayesprune.layers.structures import SUFFIXES, not_narrowed
 
@@ -50,12 +50,9 @@ class VariationalLayer(nn.Module):
         estimator = self.running_estimator(x)
         if estimator == "mean" and not (gates.has_weight_gates(self) or (self.training and self.masked_names())):
             return super().forward(*args, **kwargs)
-        posteriors = self.posteriors()
-
-        def operation(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            return self.operation(x, weight, bias, *rest, **kwargs)
-
-        weight, bias = posteriors["weight"], posteriors.get("bias")
+        weight = self.posterior("weight")
+        bias = self.posterior("bias") if self._part_names("bias") else None
+        operation = LayerOperation(self, rest, kwargs)
         return estimators.run(estimator, operation, x, weight, bias, self.feature_dim)
 
     @property
@@ -72,6 +69,23 @@ class VariationalLayer(nn.Module):
         """The stock forward with these tensors in place of weight and bias."""
         with self.substituted(weight=weight, bias=bias):
             return super().forward(x, *args, **kwargs)
+
+    def pullback(
+        self, gradient: Tensor, x: Tensor, weight: Tensor, needed: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None] | None:
+        """Gradients of the operation without bias by x and weight, None where not needed.
+
+        None in place of both has the operation run once more and be differentiated.
+        """
+        return None
+
+    def std_factors(self, log_stds: tuple[Tensor, ...]) -> Factors | None:
+        """The parts of the weight's log std by groups where the std is an outer product, with `reach_kernel`."""
+        return None
+
+    def reach_kernel(self, energy: Tensor) -> Tensor | None:
+        """The weight of ones that sums energies (N, G, ...) for every output; None where nothing is to be summed."""
+        raise NotImplementedError
 
     def meets_one_position(self, x: Tensor) -> bool:
         """Whether each weight meets one position of each example, so that its noise is not shared."""
@@ -110,8 +124,11 @@ class VariationalLayer(nn.Module):
         Raises:
             ValueError: stds and means no longer fit, because a tool changed the one without the other.
         """
-        shape = getattr(self, name).shape
-        parts = self.log_std_parts(name)
+        parts = self._checked_parts(name)
+        return sum(parts[1:], start=parts[0])
+
+    def _checked_parts(self, name: str) -> list[nn.Parameter]:
+        shape, parts = getattr(self, name).shape, self.log_std_parts(name)
         for part in parts:
             if len(part.shape) != len(shape) or any(p not in (1, m) for p, m in zip(part.shape, shape, strict=True)):
                 raise ValueError(
@@ -119,16 +136,16 @@ class VariationalLayer(nn.Module):
                     f"{tuple(part.shape)}; expected equal or 1 in every dimension. The layer was resized without its "
                     "stds: construct SNRImportance() before pruning with torch-pruning, or use prune_channels."
                 )
-        return sum(parts[1:], start=parts[0])
+        return parts
 
     def posteriors(self) -> dict[str, Gaussian]:
         """Mean and std by parameter name, in the graph; both zero where the mask removed the weight."""
-        return {name: self._posterior(name) for name in self.active_names()}
+        return {name: estimators.as_gaussian(self.posterior(name)) for name in self.active_names()}
 
-    def _posterior(self, name: str) -> Gaussian:
-        mean, std, mask = getattr(self, name), self.log_std(name).exp(), self.mask(name)
-        posterior = Gaussian(mean, std) if mask is None else Gaussian(mean * mask, std * mask)
-        return gates.gated(self, name, posterior)
+    def posterior(self, name: str) -> estimators.Posterior:
+        """The posterior of one parameter, in parts, from which an estimator computes what it needs."""
+        parts = tuple(self._checked_parts(name))
+        return gates.gated(self, name, LogGaussian(getattr(self, name), parts, self.mask(name)))
 
     def set_mask(self, name: str, keep: Tensor) -> None:
         """Removes the weights where `keep`, which is whole, is False: they are zero from now on, also in training."""
@@ -221,69 +238,6 @@ class VariationalLayer(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> tuple:
         # The class may have been made at run time, so a pickle or a copy names the stock class instead.
         return _rebuild, (self.stock_type,), self.__dict__.copy()
-
-
-@dataclass(frozen=True)
-class Posterior:
-    """The posterior of one parameter of a model.
-
-    Attributes:
-        name: The parameter's name in the model, as in its state dict.
-        layer: The layer that holds it.
-        parameter: Its name in the layer.
-    """
-
-    name: str
-    layer: VariationalLayer
-    parameter: str
-
-    @property
-    def mean(self) -> nn.Parameter:
-        """The posterior means: the stock parameter itself."""
-        return getattr(self.layer, self.parameter)
-
-    @property
-    def log_std(self) -> Tensor:
-        """Log stds, broadcastable to the means."""
-        return self.layer.log_std(self.parameter)
-
-    @property
-    def mask(self) -> Tensor | None:
-        """True where the weight is kept; None while nothing was removed."""
-        return self.layer.mask(self.parameter)
-
-    @property
-    def log_std_parts(self) -> list[nn.Parameter]:
-        """The parameters whose broadcast sum is the log std."""
-        return self.layer.log_std_parts(self.parameter)
-
-    @property
-    def is_weight(self) -> bool:
-        """Whether it is a weight, not a bias."""
-        return self.mean.dim() > 1
-
-    @property
-    def unit_dims(self) -> tuple[int, ...]:
-        """Dimensions that number output units; empty for a bias."""
-        return self.layer.unit_dims if self.is_weight else ()
-
-
-def variational_layers(model: nn.Module) -> Iterator[tuple[str, VariationalLayer]]:
-    """Name and layer of every variational layer, shared ones once."""
-    for name, module in model.named_modules():
-        if isinstance(module, VariationalLayer):
-            yield name, module
-
-
-def named_posteriors(model: nn.Module) -> Iterator[Posterior]:
-    """Every posterior of a model; a tied parameter once, under its first name."""
-    seen: set[int] = set()
-    for prefix, layer in variational_layers(model):
-        for name in layer.active_names():
-            mean = getattr(layer, name)
-            if id(mean) not in seen:
-                seen.add(id(mean))
-                yield Posterior(f"{prefix}.{name}" if prefix else name, layer, name)
 
 
 def _rebuild(stock_type: type[nn.Module]) -> VariationalLayer:

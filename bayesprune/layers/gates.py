@@ -21,7 +21,7 @@ from torch.nn.functional import logsigmoid
 from torch.utils.hooks import RemovableHandle
 
 from bayesprune import noise
-from bayesprune.estimators import Gaussian
+from bayesprune.estimators import Gaussian, Posterior, as_gaussian
 from bayesprune.layers.structures import not_narrowed
 
 CHANNEL_GATE = "channel_gate"
@@ -269,10 +269,10 @@ def keep_slow_path(*_: Any) -> None:
     """A hook that does nothing: torch's fused transformer layers read raw weights, past the gates, where none is."""
 
 
-def gated(layer: nn.Module, name: str, posterior: Gaussian) -> Gaussian:
+def gated(layer: nn.Module, name: str, posterior: Posterior) -> Posterior:
     """The posterior of a layer's parameter given a draw of its gates; as it is where it has none."""
     gate = weight_gate(layer, name)
-    return posterior if gate is None or gate.passes else gate(posterior)
+    return posterior if gate is None or gate.passes else gate(as_gaussian(posterior))
 
 
 def passing_gates(

@@ -7,14 +7,19 @@ a registered class, since the default `operation` runs the stock forward.
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from bayesprune.estimators import sample, uncertain
+from bayesprune.estimators import Factors, center, sample, uncertain
 from bayesprune.layers.base import VariationalLayer
 from bayesprune.layers.gates import has_weight_gates
 from bayesprune.layers.registry import register_layer
+from bayesprune.layers.structures import factors
+
+Needed = tuple[bool, bool]
+Pullback = tuple[Tensor | None, Tensor | None]
 
 
 @register_layer(nn.Linear)
@@ -24,6 +29,20 @@ class VariationalLinear(VariationalLayer, nn.Linear):
     def operation(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x weight^T + bias."""
         return F.linear(x, weight, bias)
+
+    def pullback(self, gradient: Tensor, x: Tensor, weight: Tensor, needed: Needed) -> Pullback:
+        """Two products."""
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        of_x = gradient @ weight if needed[0] else None
+        return of_x, rows.t() @ x.reshape(-1, x.shape[-1]) if needed[1] else None
+
+    def std_factors(self, log_stds: tuple[Tensor, ...]) -> Factors | None:
+        """One group."""
+        return factors(log_stds, unit_dim=0, groups=1)
+
+    def reach_kernel(self, energy: Tensor) -> Tensor | None:
+        """One position reaches one position."""
+        return None if type(self).operation is VariationalLinear.operation else energy.new_ones((1, 1))
 
     def meets_one_position(self, x: Tensor) -> bool:
         """An input of (N, I), not of tokens (N, T, I)."""
@@ -38,6 +57,14 @@ class _VariationalConv(VariationalLayer, _ConvNd):
         """Channels stand before the spatial dimensions."""
         return -len(self.kernel_size) - 1
 
+    def std_factors(self, log_stds: tuple[Tensor, ...]) -> Factors | None:
+        """The groups of the convolution."""
+        return factors(log_stds, unit_dim=self.unit_dims[-1], groups=self.groups)
+
+    def reach_kernel(self, energy: Tensor) -> Tensor | None:
+        """A box of the kernel's size for every group."""
+        return energy.new_ones((self.groups, 1, *self.kernel_size))
+
     def meets_one_position(self, x: Tensor) -> bool:
         """An input of one pixel, as in squeeze-and-excitation blocks."""
         return all(size == 1 for size in x.shape[self.feature_dim + 1 :])
@@ -47,6 +74,16 @@ class _VariationalForwardConv(_VariationalConv):
     def operation(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The convolution, padding mode included."""
         return self._conv_forward(x, weight, bias)  # type: ignore[attr-defined]
+
+    def pullback(self, gradient: Tensor, x: Tensor, weight: Tensor, needed: Needed) -> Pullback | None:
+        """Two convolutions, where zeros are padded alike on both sides."""
+        if self.padding_mode != "zeros" or isinstance(self.padding, str):
+            return None
+        shape = (self.stride, self.padding, self.dilation, False, [0] * len(self.kernel_size), self.groups)
+        is_batched = x.dim() > len(self.kernel_size) + 1
+        tensors = (gradient, x) if is_batched else (gradient.unsqueeze(0), x.unsqueeze(0))
+        of_x, of_weight, _ = torch.ops.aten.convolution_backward(*tensors, weight, None, *shape, (*needed, False))
+        return of_x if is_batched or of_x is None else of_x.squeeze(0), of_weight
 
 
 @register_layer(nn.Conv1d)
@@ -115,8 +152,8 @@ class VariationalMultiheadAttention(VariationalLayer, nn.MultiheadAttention):
         ):
             return nn.MultiheadAttention.forward(self, query, *args, **kwargs)
         with ExitStack() as stack:
-            draw = {"mean": lambda posterior: posterior.mean, "moments": uncertain}.get(estimator, sample)
+            draw = {"mean": center, "moments": uncertain}.get(estimator, sample)
             for layer in layers:
-                draws = {name: draw(posterior) for name, posterior in layer.posteriors().items()}
+                draws = {name: draw(layer.posterior(name)) for name in layer.active_names()}
                 stack.enter_context(layer.substituted(**draws))
             return nn.MultiheadAttention.forward(self, query, *args, **kwargs)

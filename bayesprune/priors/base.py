@@ -74,9 +74,18 @@ class BoundNormal(BoundPrior):
 
     center: Tensor | None = None
 
+    @property
+    def fixed_variance(self) -> float | None:
+        """The variance where it is one number, whatever the posterior; the hook of `attach` is fastest then."""
+        return None
+
     @abstractmethod
     def variance(self, mean: Tensor, log_std: Tensor, keep: Tensor | None = None) -> Tensor:
         """The prior's variance, broadcastable to `mean`; where it is learned, the best for this posterior."""
+
+    def variance_from(self, mean: Tensor, log_std: Tensor, squares: Tensor, keep: Tensor | None = None) -> Tensor:
+        """`variance` where the squares of the stds are known already."""
+        return self.variance(mean, log_std, keep)
 
     def cost(self, mean: Tensor, log_std: Tensor, keep: Tensor | None = None) -> Tensor | float:
         """What the scales themselves cost under a prior of their own, in nats: a scalar."""
@@ -84,15 +93,17 @@ class BoundNormal(BoundPrior):
 
     def kl(self, mean: Tensor, log_std: Tensor, keep: Tensor | None = None) -> Tensor:
         """1/2 sum[ (m - c)^2 / s_p^2 + s^2 / s_p^2 - 1 - ln(s^2 / s_p^2) ], and the cost of the scales."""
-        variance = self.variance(mean, log_std, keep)
-        e = self._distance(mean).to(log_std.dtype).square() + (2 * log_std).exp()
+        squares = (2 * log_std).exp()
+        variance = self.variance_from(mean, log_std, squares, keep)
+        e = self._distance(mean).to(log_std.dtype).square() + squares
         divergence = e / variance - 1 - 2 * log_std + variance.log()
         return 0.5 * kept(divergence, keep).sum() + self.cost(mean, log_std, keep)
 
     def kl_gradient(self, mean: Tensor, log_std: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """((m - c) / s_p^2, s^2 / s_p^2 - 1): at its best value a scale has no gradient of its own."""
-        variance = self.variance(mean, log_std, keep)
-        std_gradient = ((2 * log_std).exp() / variance - 1).expand(mean.shape)
+        squares = (2 * log_std).exp()
+        variance = self.variance_from(mean, log_std, squares, keep)
+        std_gradient = (squares / variance - 1).expand(mean.shape)
         return kept(self._distance(mean).to(log_std.dtype) / variance, keep), kept(std_gradient, keep)
 
     def _distance(self, mean: Tensor) -> Tensor:
@@ -116,6 +127,6 @@ def kept(values: Tensor, keep: Tensor | None) -> Tensor:
     return values if keep is None else values * keep
 
 
-def second_moments(mean: Tensor, log_std: Tensor, keep: Tensor | None) -> Tensor:
+def second_moments(mean: Tensor, squares: Tensor, keep: Tensor | None) -> Tensor:
     """m^2 + s^2 of each weight, in the stds' dtype and the means' shape; zero where the weight has been removed."""
-    return kept(mean.to(log_std.dtype).square() + (2 * log_std).exp(), keep)
+    return kept(mean.to(squares.dtype).square() + squares, keep)

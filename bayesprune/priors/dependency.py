@@ -168,7 +168,7 @@ class _Sums:
     def __init__(self, prior: BoundDependency, mean: Tensor, log_std: Tensor, keep: Tensor | None) -> None:
         self.prior = prior
         others = [dim for dim in range(mean.dim()) if dim not in prior.slots]
-        energy = second_moments(mean, log_std, keep) / prior.scale**2
+        energy = second_moments(mean, (2 * log_std).exp(), keep) / prior.scale**2
         self.energy = energy.sum(others, keepdim=True) if others else energy
         if keep is None:
             self.count = torch.full_like(self.energy, mean.numel() // self.energy.numel())

@@ -1,5 +1,6 @@
 """Priors that training does not move: Gaussians and the log-uniform density."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -56,9 +57,14 @@ class BoundGaussian(BoundNormal):
         return log_std.new_tensor(self.scale).square()
 
     @property
+    def fixed_variance(self) -> float:
+        """The square of the scale."""
+        return self.scale**2
+
+    @property
     def max_log_std(self) -> float:
         """The log of the scale: data can only make a weight more certain than its prior."""
-        return float(torch.tensor(self.scale).log())
+        return math.log(self.scale)
 
 
 @dataclass(frozen=True)

@@ -154,14 +154,18 @@ class BoundLearned(BoundNormal):
 
     def variance(self, mean: Tensor, log_std: Tensor, keep: Tensor | None = None) -> Tensor:
         """The best variance of each weight's group."""
-        best, _, _ = self._best(mean, log_std, keep)
+        return self.variance_from(mean, log_std, (2 * log_std).exp(), keep)
+
+    def variance_from(self, mean: Tensor, log_std: Tensor, squares: Tensor, keep: Tensor | None = None) -> Tensor:
+        """The same, of known squares of the stds."""
+        best, _, _ = self._best(mean, squares, keep)
         return self.sums.spread(best, mean.shape[0])
 
     def cost(self, mean: Tensor, log_std: Tensor, keep: Tensor | None = None) -> Tensor | float:
         """sum_g ln(1 + u / tau^2), the negative log of the half-Cauchy density, relative to that at zero."""
         if self.shrinkage == 0:
             return 0.0
-        variance, shrinkage, present = self._best(mean, log_std, keep)
+        variance, shrinkage, present = self._best(mean, (2 * log_std).exp(), keep)
         cost = (variance * shrinkage).log1p()
         if self.shrinkage is None:
             cost = cost - 0.5 * torch.as_tensor(shrinkage).log()
@@ -171,9 +175,9 @@ class BoundLearned(BoundNormal):
         """1 / tau^2, where that is a constant."""
         return {"shrinkage": self.shrinkage} if self.shrinkage else {}
 
-    def _best(self, mean: Tensor, log_std: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor | float, Tensor]:
+    def _best(self, mean: Tensor, squares: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor | float, Tensor]:
         """u, k, and whether anything is left, of each group."""
-        energy = self.sums(second_moments(mean, log_std, keep))
+        energy = self.sums(second_moments(mean, squares, keep))
         if keep is None:
             count: Tensor | float = float(mean.numel() // energy.numel())
             present = torch.ones_like(energy, dtype=torch.bool)

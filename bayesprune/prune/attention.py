@@ -9,7 +9,7 @@ from torch import nn
 
 from bayesprune.macs import eval_mode, requires_grad, run_forward
 from bayesprune.prune.roots import is_linear, linear_sizes
-from bayesprune.prune.trace import HEAD_ATTRIBUTES, PASS_THROUGH, has_heads, reached, tensors_in, without_cache
+from bayesprune.prune.trace import HEAD_ATTRIBUTES, has_heads, last_layers, reached, tensors_in, without_cache
 
 _DIM_ATTRIBUTES = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
 _KV_ATTRIBUTES = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
@@ -121,8 +121,7 @@ def _layers_behind(model: nn.Module, modules: list[nn.Module], example_inputs: A
         tensor = next(tensors_in(output), None)
         if tensor is not None:
             inside = set(module.modules())
-            found = [layer for layer in reached(tensor.grad_fn, made_by, PASS_THROUGH) if layer in inside]
-            makes.setdefault(module, []).extend(found)
+            makes.setdefault(module, []).extend(last_layers(tensor, made_by, inside))
             came_from[tensor.grad_fn] = module
 
     linear = [layer for layer in model.modules() if is_linear(layer)]

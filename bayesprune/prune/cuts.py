@@ -65,8 +65,17 @@ def cut_parameters(layer: nn.Module, side: str) -> list[tuple[str, int]]:
     transposed = transposed or is_transposed_linear(layer)
     if side == "in":
         return [("weight", 0 if transposed else 1)]
-    found = [("weight", 1 if transposed else 0), ("bias", 0)]
+    found = [("weight", 1 if transposed else 0), ("bias", 0), *((name, 0) for name in gains(layer))]
     return [(name, dim) for name, dim in found if layer._parameters.get(name) is not None]
+
+
+def gains(layer: nn.Module | Tensor) -> list[str]:
+    """Further parameters with an entry for each output, as `ScaledStdConv2d` has; torch-pruning does not cut them."""
+    if not isinstance(layer, ROOT_TYPES):
+        return []
+    size = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+    names = _further_parameters(layer)
+    return [name for name in names if layer._parameters[name].shape[:1].numel() == size]  # type: ignore[union-attr]
 
 
 def is_depthwise(layer: nn.Module | Tensor) -> bool:
@@ -85,7 +94,7 @@ def num_blocks(member: Member) -> int:
 def misfit(member: Member) -> str | None:
     """Why this side cannot be cut rightly, if so."""
     layer, (name, _) = member.layer, member.axis
-    if unknown := _unknown_parameters(layer):
+    if unknown := [name for name in _further_parameters(layer) if name not in gains(layer)]:
         return f"torch-pruning does not know {name}.{unknown[0]}"
     if isinstance(layer, nn.Module) and is_root(layer) and layer._parameters.get("weight") is None:
         return f"the weight of {name} is computed, not a parameter"
@@ -102,8 +111,8 @@ def misfit(member: Member) -> str | None:
     return None
 
 
-def _unknown_parameters(layer: nn.Module | Tensor) -> list[str]:
-    """Parameters beside weight, bias and their stds, as a gain, which would keep their size."""
+def _further_parameters(layer: nn.Module | Tensor) -> list[str]:
+    """Parameters beside weight, bias and their stds, which torch-pruning leaves at their size."""
     if isinstance(layer, Tensor):
         return []
     known = {"weight", "bias"}

@@ -4,7 +4,6 @@ torch-pruning's dependency graph says what hangs together. What it cannot know i
 model's outputs, tied weights, the equal blocks that grouped convolutions ask for.
 """
 
-import random
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
@@ -26,9 +25,10 @@ from bayesprune.prune.cuts import (
 )
 from bayesprune.prune.heads import find_heads
 from bayesprune.prune.roots import is_root
-from bayesprune.prune.streams import is_width
+from bayesprune.prune.streams import Streams
 from bayesprune.prune.structure import GRANULARITY, ChannelGroup, ChannelStructure
 from bayesprune.prune.trace import Trace, quiet, trace
+from bayesprune.prune.walk import Reached, largest_axis, walk
 
 # Parts of the names that autograd gives products of activations, which mix channels in a way that no graph shows.
 _PRODUCTS = ("Bmm", "Baddbmm", "ttention", "Einsum")
@@ -96,11 +96,12 @@ class _Finder:
     def __init__(
         self, model: nn.Module, trace: Trace, ignored_layers: Iterable[nn.Module], heads: Iterable[ChannelGroup]
     ) -> None:
-        self.model, self.trace = model, trace
+        self.model, self.trace, self.bound = model, trace, largest_axis(trace.graph)
         self.names = {id(module): name for name, module in model.named_modules()}
         self.names |= {id(parameter): name for name, parameter in model.named_parameters()}
         self.ignored = {module for layer in ignored_layers for module in layer.modules()}
         self.holders = tied_parameters(model)
+        self.tied = {id(module) for holders in self.holders.values() for module, _ in holders}
         self.claimed: dict[Axis, set[int]] = defaultdict(set)
         for group in heads:
             self._claim(group.members)
@@ -108,6 +109,7 @@ class _Finder:
     def find(self, granularity: Collection[str]) -> tuple[list[ChannelGroup], dict[str, str]]:
         """All groups of this kind, and why layers stay whole."""
         modules = self.trace.graph.module2node
+        streams = None if set(granularity) >= {"mlp", "width"} else Streams(self.trace.graph)
         groups: list[ChannelGroup] = []
         left_whole: dict[str, str] = {}
         done: set[Any] = set()
@@ -121,10 +123,7 @@ class _Finder:
                 done |= set(left.layers)
                 continue
             done |= {member.layer for member in found.members if member.axis[1] == "out"}
-            if (
-                set(granularity) >= {"mlp", "width"}
-                or ("width" if is_width(found, self.trace.graph) else "mlp") in granularity
-            ):
+            if streams is None or ("width" if streams.is_width(found) else "mlp") in granularity:
                 groups.append(found)
             else:
                 left_whole |= dict.fromkeys(found.layers, _not_asked_for(" and ".join(granularity)))
@@ -135,14 +134,15 @@ class _Finder:
 
     def group_of(self, root: nn.Module) -> ChannelGroup:
         self._check_layer(root)  # before its group is built: that does not end for some attention with rotary positions
-        group = self._full_group(root)
+        reached = self._reached(root)
+        group = reached.group
         layers = [i.dep.layer for i in group if side(i.dep) == "out" and is_root(i.dep.layer)]
         try:
             for item in group:
                 self._check_node(item.dep.target.module, side(item.dep))
             members = list(self._members(group))
             self._check_members(members)
-            units = self._units(group, members)
+            units = self._units(reached, members)
         except _LeftWholeError as left:
             raise _LeftWholeError(left.reason, layers) from None
         self._claim(members)
@@ -152,14 +152,10 @@ class _Finder:
         for member in members:
             self.claimed[member.axis] |= {p for positions in member.positions.values() for p in positions}
 
-    def _full_group(self, root: nn.Module, channels: list[int] | None = None) -> Group:
-        graph = self.trace.graph
-        pruner = graph.get_pruner_of_module(root)
-        assert pruner is not None, "roots are of types that torch-pruning knows"
-        channels = list(range(pruner.get_out_channels(root))) if channels is None else channels
+    def _reached(self, root: nn.Module) -> Reached:
         try:
             with quiet():
-                return graph.get_pruning_group(root, pruner.prune_out_channels, channels)
+                return walk(self.trace.graph, root, bound=self.bound)
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise _LeftWholeError(f"torch-pruning fails on it ({type(error).__name__}: {error})") from error
 
@@ -186,32 +182,35 @@ class _Finder:
                 continue  # an operation, or a layer without channels of its own
             if None in item.root_idxs:
                 raise _LeftWholeError(_SHARED_BY_HEADS)
-            positions: dict[int, list[int]] = defaultdict(list)
-            for position, root in zip(item.idxs, item.root_idxs, strict=True):
-                positions[root].append(position)
-            in_order = {root: sorted(found) for root, found in positions.items()}
+            in_order = {root: [position] for position, root in zip(item.idxs, item.root_idxs, strict=True)}
+            if len(in_order) < len(item.idxs):
+                positions: dict[int, list[int]] = defaultdict(list)
+                for position, root in zip(item.idxs, item.root_idxs, strict=True):
+                    positions[root].append(position)
+                in_order = {root: sorted(found) for root, found in positions.items()}
             yield Member((self.names[id(layer)], side(item.dep)), item.dep, size, in_order)
 
     def _check_members(self, members: list[Member]) -> None:
         for member in members:
             if reason := misfit(member):
                 raise _LeftWholeError(reason)
-            if any(self.claimed[member.axis].intersection(p) for p in member.positions.values()):
+            claimed = self.claimed.get(member.axis)
+            if claimed and not all(map(claimed.isdisjoint, member.positions.values())):
                 raise _LeftWholeError(f"{member.axis[0]} would lose a channel to two groups")
         cuts: dict[tuple[int, str], set] = defaultdict(set)
         for member in members:
-            if isinstance(member.layer, nn.Module):
+            if isinstance(member.layer, nn.Module) and id(member.layer) in self.tied:
                 where = frozenset((root, *sorted(p)) for root, p in member.positions.items())
                 for name, dim in cut_parameters(member.layer, member.axis[1]):
                     cuts[id(member.layer), name].add((dim, where))
-        for holders in self.holders.values():
+        for holders in self.holders.values() if cuts else ():
             found = [cuts.get((id(module), name), set()) for module, name in holders]
             if any(cut != found[0] for cut in found):
                 shown = " and ".join(f"{self.names[id(module)]}.{name}" for module, name in holders)
                 raise _LeftWholeError(f"{shown} are tied and would be cut differently")
 
-    def _units(self, group: Group, members: list[Member]) -> list[tuple[int, ...]]:
-        channels = group[0].idxs
+    def _units(self, reached: Reached, members: list[Member]) -> list[tuple[int, ...]]:
+        channels = reached.group[0].idxs
         parents = {channel: channel for channel in channels}
         for member in members:
             block = member.size // num_blocks(member)
@@ -219,7 +218,7 @@ class _Finder:
             for root, positions in member.positions.items() if block < member.size else ():
                 for position in positions:
                     _join(parents, root, first.setdefault(position % block, root))
-        for one, other in self._linked_channels(group, members):
+        for one, other in reached.linked:
             _join(parents, one, other)
         found: dict[int, list[int]] = defaultdict(list)
         for channel in channels:
@@ -228,35 +227,13 @@ class _Finder:
         if len(units) < 2:
             raise _LeftWholeError("its channels can only leave all together")
         sizes = [[len(unit) for unit in units]]
-        sizes += [[sum(len(m.positions.get(root, ())) for root in unit) for unit in units] for m in members]
+        uneven = [
+            m for m in members if len(m.positions) < len(channels) or len(set(map(len, m.positions.values()))) > 1
+        ]
+        sizes += [[sum(len(m.positions.get(root, ())) for root in unit) for unit in units] for m in uneven]
         if any(len(set(counts)) > 1 for counts in sizes):
             raise _LeftWholeError("its channels hang together in sets of different sizes")
         return units
-
-    def _linked_channels(self, group: Group, members: list[Member]) -> Iterator[tuple[int, int]]:
-        """Pairs of root channels of which one takes the other along, as the two halves of a gated linear unit do.
-
-        A full group does not show them: it merges positions that are reached from two roots.
-        """
-        root, channels = group[0].dep.layer, group[0].idxs
-        some = random.Random(0).sample(channels, len(channels) // 2)
-        if not list(self._surplus(root, some, members)):
-            return
-        for bit in range(max(channels).bit_length()):
-            for value in (0, 1):
-                yield from self._surplus(root, [c for c in channels if c >> bit & 1 == value], members)
-
-    def _surplus(self, root: nn.Module, channels: list[int], members: list[Member]) -> Iterator[tuple[int, int]]:
-        """Pairs of a channel and another one of the root that loses positions with it."""
-        if not channels:
-            return
-        owner = {(m.axis, p): r for m in members for r, positions in m.positions.items() for p in positions}
-        for item in self._full_group(root, sorted(channels)):
-            name = self.names.get(id(item.dep.layer), "")
-            for position, channel in zip(item.idxs, item.root_idxs, strict=True):
-                linked = owner.get(((name, side(item.dep)), position))
-                if linked is not None and linked != channel:
-                    yield channel, linked
 
 
 def _join(parents: dict[int, int], one: int, other: int) -> None:

@@ -99,20 +99,34 @@ class _Finder:
                 joined = _group(place, self.members(place, layout), layout)
                 if self.disagreement([joined], shift=0) is None and self.disagreement([joined], shift=1) is None:
                     return [joined], {}
-        groups, reasons = [], {}
-        for attention in place if len(place) > 1 else ():
-            for layout in layouts:
-                group = self.separate([attention], layout)
-                if self.independent(group) is None:
-                    groups += group
-                    break
-        solved = {name for group in groups for name in group.attention}
+        alike: dict[Any, list[Attention]] = defaultdict(list)
         for attention in place:
-            if attention.name not in solved:
-                problem = self.disagreement(self.separate([attention], _LAYOUTS[0]), shift=0)
-                reason = f"its heads stay whole: {problem or 'the heads of several modules hang together'}"
-                reasons |= dict.fromkeys(attention.layers, reason)
+            alike[type(attention.module), attention.num_heads, attention.num_kv_heads, attention.head_dim].append(
+                attention
+            )
+        groups, reasons = [], {}
+        for some in alike.values():
+            found = self.alone(some, layouts) if len(place) > 1 else []
+            groups += found
+            solved = {name for group in found for name in group.attention}
+            rest = [attention for attention in some if attention.name not in solved]
+            problem = self.disagreement(self.separate(rest[:1], _LAYOUTS[0]), shift=0) if rest else None
+            reason = f"its heads stay whole: {problem or 'the heads of several modules hang together'}"
+            reasons |= {layer: reason for attention in rest for layer in attention.layers}
         return groups, reasons
+
+    def alone(self, alike: list[Attention], layouts: list[Layout]) -> list[ChannelGroup]:
+        """The groups of modules of one class and size; where it works for neither the first nor the last, for none."""
+        ends = dict.fromkeys((alike[0].name, alike[-1].name))
+        tried = [self.first_that_works(attention, layouts) for attention in alike if attention.name in ends]
+        if any(tried):
+            tried = [self.first_that_works(attention, layouts) for attention in alike]
+        return [group for found in tried for group in found]
+
+    def first_that_works(self, attention: Attention, layouts: list[Layout]) -> list[ChannelGroup]:
+        """Its group in the first layout that stands the experiment, or none."""
+        found = (self.separate([attention], layout) for layout in layouts)
+        return next((groups for groups in found if self.independent(groups) is None), [])
 
     def independent(self, groups: list[ChannelGroup]) -> str | None:
         """What goes wrong when every second group loses a head, another one in each, and the others keep all."""

@@ -166,7 +166,7 @@ def unit_scores(importance: Importance, group: ChannelGroup) -> list[float] | No
     if torch.isnan(scores).any():
         raise ValueError(f"{name} gave NaN for channels of {group.name}; check its weights and gradients.")
     values = scores.double().cpu()
-    return [float(values[list(unit)].mean()) for unit in group.units]
+    return values[torch.tensor(group.units)].mean(1).tolist()
 
 
 def lowest(group: ChannelGroup, scores: list[float], count: int) -> list[tuple[int, ...]]:

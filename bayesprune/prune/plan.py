@@ -127,9 +127,11 @@ def blocks(
     for index, (group, values) in enumerate(zip(groups, scores, strict=True)):
         ascending, removed = sorted(values), 0
         for units in _reachable(group, round_to):
-            middle = Fraction(2 * removed + units, 2 * len(ascending))
-            mean = math.fsum(ascending[removed : removed + units]) / units
-            found.append(Block(index, units, middle if uniform else mean))
+            if uniform:
+                key: Any = Fraction(2 * removed + units, 2 * len(ascending))
+            else:
+                key = math.fsum(ascending[removed : removed + units]) / units
+            found.append(Block(index, units, key))
             removed += units
     levels: dict[Any, list[Block]] = defaultdict(list)
     for number, block in enumerate(found):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from bayesprune.layers import VariationalLayer
-from bayesprune.prune.cuts import Axis, Member, cut_parameters, is_depthwise, tied_parameters
+from bayesprune.prune.cuts import Axis, Member, cut_parameters, gains, is_depthwise, tied_parameters
 from bayesprune.prune.follow import TAG, install
 from bayesprune.prune.structure import ChannelGroup
 
@@ -90,11 +90,24 @@ def _cut(model: nn.Module, member: Member, positions: list[int], *, follows: boo
     if isinstance(layer, Tensor):
         _cut_tensor(model, member, positions)
         return
+    further = gains(layer) if member.axis[1] == "out" else []
     dependency(positions)
+    for name in further:
+        parameter: Any = layer._parameters[name]
+        kept = sorted(set(range(member.size)) - set(positions))
+        layer._parameters[name] = _kept_part(parameter, kept)
     if isinstance(layer, VariationalLayer) and not follows:
         _cut_companions(layer, member, positions)
     for parameter in layer._parameters.values():
         _untag(parameter)
+
+
+def _kept_part(parameter: nn.Parameter, kept: list[int]) -> nn.Parameter:
+    index = torch.tensor(kept, device=parameter.device)
+    smaller = nn.Parameter(parameter.data.index_select(0, index), requires_grad=parameter.requires_grad)
+    if parameter.grad is not None:
+        smaller.grad = parameter.grad.index_select(0, index)
+    return smaller
 
 
 def _cut_tensor(model: nn.Module, member: Member, positions: list[int]) -> None:
@@ -120,7 +133,7 @@ def _untag(parameter: nn.Parameter | None) -> None:
 def _cut_companions(layer: VariationalLayer, member: Member, positions: list[int]) -> None:
     kept = sorted(set(range(member.size)) - set(positions))
     blocks = layer.groups if isinstance(layer, _ConvNd) and member.axis[1] == "in" and not is_depthwise(layer) else 1
-    for name, dim in cut_parameters(layer, member.axis[1]):
+    for name, dim in ((n, dim) for n, dim in cut_parameters(layer, member.axis[1]) if n in layer.active_names()):
         layer.cut(name, dim, kept[: len(kept) // blocks], member.size // blocks)
 
 

@@ -1,7 +1,7 @@
 """torch-pruning's dependency graph of a model, with what else a forward shows: outputs and the insides of attention."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from bayesprune.errors import UnsupportedModelError
 from bayesprune.macs import eval_mode, requires_grad, run_forward
-from bayesprune.prune.roots import TRANSPOSED_LINEAR, is_root, is_transposed_linear
+from bayesprune.prune.mapping import Graph, map_parts
+from bayesprune.prune.roots import (
+    TRANSPOSED_LINEAR,
+    is_linear,
+    is_root,
+    is_transposed_linear,
+    linear_sizes,
+)
 
 HEAD_ATTRIBUTES = ("num_heads", "num_attention_heads", "num_key_value_groups", "n_heads", "n_head", "heads")
 # What may stand between an attention module's last layer and its output; a reshape means that heads come out.
@@ -44,14 +51,14 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
         UnsupportedModelError: torch-pruning fails on the model.
     """
     layer_of: dict[Any, nn.Module] = {}
-    attention: list[tuple[nn.Module, Any]] = []
+    attention: list[tuple[nn.Module, Tensor]] = []
     ends: set[Any] = set()
 
     def saw_layer(module: nn.Module, _: Any, output: Any) -> None:
         layer_of[output.grad_fn] = module
 
     def saw_attention(module: nn.Module, _: Any, output: Any) -> None:
-        attention.extend((module, tensor.grad_fn) for tensor in tensors_in(output))
+        attention.extend((module, tensor) for tensor in tensors_in(output))
 
     def outputs_with_history(output: Any) -> list[Tensor]:
         found = [tensor for tensor in tensors_in(output) if tensor.grad_fn is not None]
@@ -62,7 +69,8 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
     handles += [m.register_forward_hook(saw_attention) for m in model.modules() if has_heads(m)]
     try:
         with torch.enable_grad(), eval_mode(model), requires_grad(model, True), without_cache(model), quiet():
-            graph = tp.DependencyGraph().build_dependency(
+            graph = Graph()
+            graph.build_dependency(
                 model,
                 example_inputs,
                 forward_fn=run_forward,
@@ -70,6 +78,7 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
                 output_transform=outputs_with_history,
                 verbose=False,
             )
+            map_parts(graph)
     except (AssertionError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UnsupportedModelError(
             f"torch-pruning {version('torch-pruning')} cannot trace {type(model).__name__} ({type(error).__name__}: "
@@ -81,7 +90,7 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
             handle.remove()
     outputs = {node.module for node in graph.module2node.values() if node.grad_fn in ends}
     inside = {child for module in model.modules() if has_heads(module) for child in _layers_of(module)}
-    inside -= {layer for module, grad_fn in attention for layer in _last_layers(module, grad_fn, layer_of)}
+    inside -= {layer for module, output in attention for layer in last_layers(output, layer_of, set(module.children()))}
     return Trace(graph, frozenset(outputs), frozenset(inside))
 
 
@@ -141,6 +150,11 @@ def _layers_of(attention: nn.Module) -> Iterator[nn.Module]:
     return (child for child in attention.children() if is_root(child))
 
 
-def _last_layers(attention: nn.Module, grad_fn: Any, layer_of: dict[Any, nn.Module]) -> Iterator[nn.Module]:
-    """Layers of the attention module whose units are its output's units: the projection behind the heads."""
-    return (layer for layer in reached(grad_fn, layer_of, PASS_THROUGH) if layer in attention.children())
+def last_layers(output: Tensor, layer_of: dict[Any, nn.Module], inside: Collection[nn.Module]) -> list[nn.Module]:
+    """Layers inside a module whose units are its output's units, as the projection behind the heads."""
+    found = [layer for layer in reached(output.grad_fn, layer_of, PASS_THROUGH) if layer in inside]
+    if not found:  # tokens may be put back into rows and columns, while the size of the last dimension stays
+        behind = reached(output.grad_fn, layer_of, (*PASS_THROUGH, "View", "UnsafeView"))
+        linear = [layer for layer in behind if layer in inside and is_linear(layer)]
+        found = [layer for layer in linear if linear_sizes(layer)[1] == output.shape[-1]]
+    return found

@@ -111,6 +111,7 @@ def read(directory: Path) -> Saved:
     tensors, header = read_all_tensors(directory, digests=record.has_digests)
     check_same_save(str(directory / TENSORS), header.get("save_id"), str(directory / RECORD), record.save_id)
     recorded = {name: shape for name, shape in record.spec.shapes.items() if name not in record.spec.tied}
+    recorded |= record.spec.computed
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if problems := shape_differences(found, recorded, TENSORS):
         raise StorageError(f"{directory / TENSORS} does not fit {RECORD}.\n" + "\n".join(problems))

@@ -36,7 +36,8 @@ def rebuild(model: nn.Module, spec: Spec, tensors: Mapping[str, Tensor] | None =
     Args:
         model: The dense model, or one that has the recorded shapes already.
         spec: What to make of it.
-        tensors: By state-dict name, without the tied names; they set the dtypes as well.
+        tensors: By state-dict name, without the tied names, and the buffers of `spec.computed`; they set the dtypes as
+            well.
 
     Raises:
         StorageError: the model has other layers than those recorded; it was not changed then.
@@ -105,6 +106,8 @@ def _check_layers(model: nn.Module, spec: Spec) -> None:
         problems.append(difference("other classes or functions", "in the model", other))
     if absent := [name for name in spec.variational if name not in modules]:
         problems.append(difference("missing layers", "in the model", absent))
+    if absent := sorted(spec.computed.keys() - unsaved_buffers(model).keys()):
+        problems.append(difference("missing buffers", "in the model", absent))
     if problems:
         raise StorageError("the model does not have the layers that were recorded.\n" + "\n".join(problems))
 
@@ -145,7 +148,9 @@ def _resize(model: nn.Module, spec: Spec, tensors: Mapping[str, Tensor] | None) 
         return
     for name, buffer in unsaved_buffers(model).items():
         owner, _, key = name.rpartition(".")
-        if name in spec.buffers:
+        if name in spec.computed:
+            setattr(model.get_submodule(owner), key, tensors[name].to(buffer.device))
+        elif name in spec.buffers:
             setattr(model.get_submodule(owner), key, buffer.to(getattr(torch, spec.buffers[name])))
 
 

@@ -3,6 +3,7 @@
 import json
 import uuid
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,10 @@ def _spec_against(model: nn.Module, base: Base) -> Spec:
     spec = describe_model(model, skeleton)
     try:
         rebuild(skeleton, spec)
-        _check_buffers(model, skeleton)
+        computed = _computed_buffers(model, skeleton)
+        if computed and not bases.host_of(base).takes_buffers:
+            raise StorageError(difference("buffers", "that are not in the state dict and differ", list(computed)))
+        spec = replace(spec, computed=computed)
     except StorageError as error:
         raise StorageError(
             f"{base.library} model {base.name!r} built with {base.args} does not become the model to save: {error}\n"
@@ -104,22 +108,24 @@ def _spec_against(model: nn.Module, base: Base) -> Spec:
     return spec
 
 
-def _check_buffers(model: nn.Module, rebuilt: nn.Module) -> None:
-    found = unsaved_buffers(rebuilt)
-    other = [
-        name
-        for name, buffer in unsaved_buffers(model).items()
-        if name not in found or not torch.equal(found[name].to(buffer.dtype), buffer.cpu())
-    ]
-    if other:
-        raise StorageError(difference("buffers", "that are not in the state dict and have other values", other))
+def _computed_buffers(model: nn.Module, rebuilt: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of the buffers outside the state dict that are not those of the rebuilt model."""
+    found, own = unsaved_buffers(rebuilt), unsaved_buffers(model)
+    if other := [name for name in own if name not in found]:
+        raise StorageError(difference("buffers", "that are not in the state dict and that it has not", other))
+    return {
+        name: tuple(buffer.shape)
+        for name, buffer in own.items()
+        if not torch.equal(found[name].to(buffer.dtype), buffer.cpu())
+    }
 
 
 def _tensors_to_write(model: nn.Module, spec: Spec) -> dict[str, Tensor]:
-    """One contiguous CPU tensor for every name but the tied ones, no two in one storage."""
+    """One contiguous CPU tensor for every name but the tied ones and every computed buffer, no two in one storage."""
     tensors: dict[str, Tensor] = {}
     storages: set[int] = set()
-    for name, tensor in state_tensors(model).items():
+    computed = {name: buffer for name, buffer in unsaved_buffers(model).items() if name in spec.computed}
+    for name, tensor in (*state_tensors(model).items(), *computed.items()):
         if name in spec.tied:
             continue
         value = tensor.detach().cpu().contiguous()

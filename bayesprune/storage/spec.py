@@ -7,7 +7,7 @@ only what differs from it is recorded, so whatever a pruning tool changed on wha
 
 import reprlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
@@ -38,6 +38,8 @@ class Spec:
         buffers: Dtype of every buffer that is not part of the state dict.
         tied: For every name but the first of a tied tensor, its first name.
         variational: Std structure and estimator of every variational layer by name.
+        computed: Shape of every buffer outside the state dict whose values are saved all the same: a forward made them,
+            or other arguments, so that the base has other ones.
     """
 
     shapes: dict[str, Shape]
@@ -47,6 +49,7 @@ class Spec:
     buffers: dict[str, str]
     tied: dict[str, str]
     variational: dict[str, dict[str, str]]
+    computed: dict[str, Shape] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values; a tuple among the attributes becomes {"tuple": [...]}."""
@@ -58,6 +61,7 @@ class Spec:
             "buffers": self.buffers,
             "tied": self.tied,
             "variational": self.variational,
+            **({"computed": {name: list(shape) for name, shape in self.computed.items()}} if self.computed else {}),
         }
 
     @classmethod
@@ -76,6 +80,12 @@ class Spec:
             buffers=_mapping(value, "buffers", where, _is_dtype, "a dtype such as 'float32'"),
             tied=_mapping(value, "tied", where, _is_string, "a tensor name"),
             variational=_mapping(value, "variational", where, _is_variational, "the strings 'std' and 'estimator'"),
+            computed={
+                name: tuple(shape)
+                for name, shape in _mapping(
+                    {"computed": {}} | value, "computed", where, _is_shape, "integers >= 0"
+                ).items()
+            },
         )
         for alias, first in spec.tied.items():
             if first in spec.tied or spec.shapes.get(first) is None or spec.shapes.get(alias) != spec.shapes[first]:

@@ -6,7 +6,7 @@ accumulation and data-parallel training need no correction, and the loss stays t
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,15 +14,22 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from bayesprune.layers import Posterior, VariationalLayer
-from bayesprune.layers.sharding import placed_as, sharded_as, whole
+from bayesprune.layers.sharding import values_sharded_as
 from bayesprune.priors import BoundPrior, Gaussian, Prior
-from bayesprune.train.checks import check_groups, check_options, check_types
+from bayesprune.train.checks import check_groups, check_options, check_types, collapsed_layers
+from bayesprune.train.fused import Target, add_kl_gradients, bound_log_std
 from bayesprune.train.gates import GateTraining
 from bayesprune.train.kl import bind_prior, collapsed_groups, refresh_scales
-from bayesprune.train.optimizers import add_to_first_group, grad_scaler_state, unwrapped
+from bayesprune.train.optimizers import (
+    StepCount,
+    add_to_first_group,
+    grad_scaler_tensors,
+    has_fused_kernel,
+    step_scaled,
+    unwrapped,
+)
 
 _CHECK_EVERY = 100  # steps between two looks for collapsed layers
-_MIN_LOG_STD = -20.0  # exp(-20) = 2e-9: below the resolution of float32 beside any weight
 
 
 class Attachment:
@@ -32,7 +39,6 @@ class Attachment:
         temperature: Weight of the KL; may be changed at any time.
         num_data: Number of training examples (label tokens for a language model).
         warmup_steps: Optimizer steps over which the weight of the KL rises linearly from zero.
-        step: Optimizer steps taken so far.
     """
 
     def __init__(
@@ -47,22 +53,35 @@ class Attachment:
         std_lr: float,
     ) -> None:
         """Use `attach`."""
-        self.num_data, self.temperature, self.warmup_steps, self.step = num_data, temperature, warmup_steps, 0
-        self._bound, self._gates = bound, gates
-        parts = {id(part): part for posterior in bound for part in posterior.log_std_parts}  # frozen ones may thaw
-        self._stds = list(parts.values())
-        self._std_optimizer = Adam(
-            self._stds, lr=std_lr, fused=all(part.device.type in ("cpu", "cuda") for part in self._stds)
+        self.num_data, self.temperature, self.warmup_steps, self._steps = (
+            num_data,
+            temperature,
+            warmup_steps,
+            StepCount(),
         )
+        self._bound, self._gates = bound, gates
+        self._parts = {posterior: posterior.log_std_parts for posterior in bound}  # frozen ones may thaw
+        self._stds = list({id(part): part for parts in self._parts.values() for part in parts}.values())
+        self._std_optimizer = Adam(self._stds, lr=std_lr, fused=has_fused_kernel(self._stds))
         self._optimizer = optimizer
         self._added = add_to_first_group(optimizer, [*self._stds, *gates.logits])
         self._warned: set[tuple[str, str]] = set()
         self._handle = optimizer.register_step_pre_hook(self._before_step)
 
     @property
+    def step(self) -> int:
+        """Optimizer steps taken so far, those that a gradient scaler skipped not counted."""
+        return self._steps.value
+
+    @step.setter
+    def step(self, value: int) -> None:
+        self._steps.value = value
+
+    @property
     def kl_weight(self) -> float:
         """What the next step multiplies the KL by, relative to a loss that is a mean per example."""
-        ramp = min(1.0, (self.step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        is_ramp_over = self._steps.at_least + 1 >= self.warmup_steps
+        ramp = 1.0 if is_ramp_over else min(1.0, (self.step + 1) / self.warmup_steps)
         return self.temperature * ramp / self.num_data
 
     def kl_divergence(self) -> Tensor:
@@ -109,9 +128,9 @@ class Attachment:
         self.step = state["step"]
         self._std_optimizer.load_state_dict(state["std_optimizer"])
         for part, values in self._std_optimizer.state.items():
-            values.update(_sharded_as(part, values))
+            values.update(values_sharded_as(part, values))
         for posterior, prior in self._bound.items():
-            constants = _sharded_as(posterior.mean, state["prior"][posterior.name])
+            constants = values_sharded_as(posterior.mean, state["prior"][posterior.name])
             self._bound[posterior] = prior.with_state(constants)
 
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
@@ -130,78 +149,55 @@ class Attachment:
     @torch.no_grad()
     def _update(self, optimizer: Optimizer) -> None:
         self._check_that_nothing_was_replaced()
-        scale, overflow = grad_scaler_state(optimizer)
+        scale, found_inf = grad_scaler_tensors(optimizer)
+        weight = self.kl_weight
         refresh_scales(self._bound, self._gates.keep)
-        for posterior in self._bound:
-            self._add_gradients(posterior, scale)
-        self._gates.add_gradients(self._bound, self.kl_weight, scale)
-        if not overflow:
-            self._std_optimizer.step()
-            self._gates.step()
-            self._clamp()
-            self.step += 1
+        add_kl_gradients(list(self._targets()), weight, scale)
+        self._gates.add_gradients(self._bound, weight, scale)
+        step_scaled(self._std_optimizer, scale, found_inf)
+        self._gates.step(found_inf)
+        for posterior, prior in self._bound.items():
+            if moving := [part for part in self._parts[posterior] if part.requires_grad]:
+                bound_log_std(moving, prior.max_log_std)
+        self._steps.add(found_inf)
         for part in (*self._stds, *self._gates.logits):
             part.grad = None
-        if self.step % _CHECK_EVERY == 0:
+        if self._steps.at_most % _CHECK_EVERY == 0:
             self._warn_of_collapse()
 
     def _check_that_nothing_was_replaced(self) -> None:
-        stds = {id(part) for part in self._stds}
-        for posterior in self._bound:
-            is_variational = isinstance(posterior.layer, VariationalLayer)
-            if not (is_variational and all(id(part) in stds for part in posterior.log_std_parts)):
+        for posterior, parts in self._parts.items():
+            layer = posterior.layer
+            now = layer.log_std_parts(posterior.parameter) if isinstance(layer, VariationalLayer) else []
+            if len(now) != len(parts) or any(part is not old for part, old in zip(now, parts, strict=True)):
                 raise RuntimeError(
                     f"{posterior.name} was resized or made deterministic after attach, so its stds would no longer "
                     "move; call detach() first, then make a new optimizer and attach again where training goes on."
                 )
 
-    def _add_gradients(self, posterior: Posterior, scale: float) -> None:
-        mean, parts = posterior.mean, posterior.log_std_parts
-        if mean.grad is None and all(part.grad is None for part in parts):
-            return  # not part of this step; torch's weight decay leaves such parameters alone, too
-        keep = self._gates.keep(posterior)
-        mean_gradient, std_gradient = self._bound[posterior].kl_gradient(mean, posterior.log_std, keep)
-        if mean.grad is not None:
-            mean.grad.add_(mean_gradient.to(mean.grad.dtype), alpha=self.kl_weight * scale)
-        for part in parts:
-            if part.grad is not None:
-                of_kl = placed_as(std_gradient.sum_to_size(part.shape), part)
-                part.grad.div_(scale).add_(of_kl, alpha=self.kl_weight)
-        if mean.grad is not None and all(part.grad is None for part in parts) and parts[0].requires_grad:
-            self._warn(
-                "noise",
-                posterior.name,
-                "its gradient does not come from a draw: the weight is used without calling the layer's forward, or "
-                "the layer is in eval mode. Its std stays as it is and says nothing; use filter_fn.",
-            )
-
-    def _clamp(self) -> None:
+    def _targets(self) -> Iterator[Target]:
+        """The posteriors that are part of this step; torch's weight decay leaves the others alone, too."""
         for posterior, prior in self._bound.items():
-            parts = [part for part in posterior.log_std_parts if part.requires_grad]
-            if len(parts) == 1:
-                parts[0].clamp_(_MIN_LOG_STD, prior.max_log_std)
-                continue
-            for part in parts:
-                part.clamp_(min=_MIN_LOG_STD)
-            if parts and prior.max_log_std < float("inf"):  # rank one: the row gives way
-                excess = (posterior.log_std - prior.max_log_std).clamp_min(0)
-                reduced = [dim for dim, size in enumerate(parts[0].shape) if size == 1]
-                parts[0].sub_(placed_as(excess.amax(reduced, keepdim=True), parts[0]))
+            mean, parts = posterior.mean, self._parts[posterior]
+            has_draw = any(part.grad is not None for part in parts)
+            if has_draw or mean.grad is not None:
+                yield Target(mean, parts, prior, self._gates.keep(posterior))
+            if mean.grad is not None and not has_draw and parts[0].requires_grad:
+                self._warn(
+                    "noise",
+                    posterior.name,
+                    "its gradient does not come from a draw: the weight is used without calling the layer's forward, "
+                    "or the layer is in eval mode. Its std stays as it is and says nothing; use filter_fn.",
+                )
 
     def _warn_of_collapse(self) -> None:
-        for posterior in self._bound:
-            mask = posterior.layer.mask(posterior.parameter, whole=True)
-            kept = mask is None or bool(mask.any())
-            if not (posterior.is_weight and kept):
-                continue
-            largest = float(whole((posterior.mean.abs() / posterior.log_std.exp()).max()))
-            if largest < 1:
-                self._warn(
-                    "collapse",
-                    posterior.name,
-                    f"every weight has an SNR below 1 (largest {largest:.2g}) at step {self.step}: the prior has "
-                    "switched the whole layer off. Lower the temperature, warm it up, or use a fixed prior scale.",
-                )
+        for name, largest in collapsed_layers(self._bound):
+            self._warn(
+                "collapse",
+                name,
+                f"every weight has an SNR below 1 (largest {largest:.2g}) at step {self.step}: the prior has switched "
+                "the whole layer off. Lower the temperature, warm it up, or use a fixed prior scale.",
+            )
         for name in self._gates.closed():
             self._warn(
                 "gates",
@@ -260,23 +256,16 @@ def attach(
     optimizer = unwrapped(optimizer)
     model = getattr(model, "_orig_mod", model)
     model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    bound = bind_prior(model, Gaussian() if prior is None else prior)
+    gates = GateTraining(model)
+    bound = bind_prior(model, Gaussian() if prior is None else prior, gates)
     hooks = [getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_pre_hooks.values()]
     check_groups(optimizer, bound, [hook._bound for hook in hooks if isinstance(hook, Attachment)])
     return Attachment(
         optimizer,
         bound,
-        GateTraining(model),
+        gates,
         num_data=num_data,
         temperature=temperature,
         warmup_steps=warmup_steps,
         std_lr=std_lr,
     )
-
-
-def _sharded_as(parameter: Tensor, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values, those of the parameter's shape sharded as it is."""
-    return {
-        key: sharded_as(value, parameter) if isinstance(value, Tensor) and value.shape == parameter.shape else value
-        for key, value in values.items()
-    }

@@ -1,13 +1,15 @@
 """What `attach` refuses, and what it warns of."""
 
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bayesprune.errors import UnsupportedModelError
 from bayesprune.layers import Posterior
+from bayesprune.layers.sharding import whole
 
 _REFUSED = ("FullyShardedDataParallel", "DeepSpeedOptimizerWrapper", "LBFGS")
 
@@ -75,3 +77,17 @@ def check_groups(
             "the one attached; set weight_decay=0 for them, unless that is meant.",
             stacklevel=3,
         )
+
+
+@torch.no_grad()
+def collapsed_layers(posteriors: Iterable[Posterior]) -> Iterator[tuple[str, float]]:
+    """Names of the weights that all have an SNR below 1, and the largest; those removed altogether are passed over."""
+    found: list[tuple[str, Tensor, Tensor | None]] = []
+    for posterior in posteriors:
+        if posterior.is_weight:
+            mask = posterior.layer.mask(posterior.parameter, whole=True)
+            log_snr = posterior.mean.abs().to(posterior.log_std.dtype).log_().sub_(posterior.log_std).amax()
+            found.append((posterior.name, whole(log_snr).exp(), None if mask is None else mask.any()))
+    for name, largest, is_there in found:  # what has to wait for the device does so when all is under way
+        if float(largest) < 1 and (is_there is None or bool(is_there)):
+            yield name, float(largest)

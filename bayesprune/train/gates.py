@@ -18,6 +18,7 @@ from bayesprune.errors import UnsupportedModelError
 from bayesprune.layers import Posterior, named_gates
 from bayesprune.layers.gates import ChannelGate, Gate, GatedSide, weight_gate
 from bayesprune.priors import BoundPrior
+from bayesprune.train.optimizers import has_fused_kernel, step_scaled
 
 Bound = dict[Posterior, BoundPrior]
 
@@ -52,8 +53,7 @@ class GateTraining:
             for side in gate.sides if isinstance(gate, ChannelGate) else ():
                 self._sides[id(side.layer)].append(side)
         groups = [{"params": logits, "lr": lr} for lr, logits in by_lr.items()]
-        fused = all(logits.device.type in ("cpu", "cuda") for logits in self.logits)
-        self._optimizer = Adam(groups, fused=fused) if groups else None
+        self._optimizer = Adam(groups, fused=has_fused_kernel(self.logits)) if groups else None
 
     @property
     def logits(self) -> list[nn.Parameter]:
@@ -89,7 +89,7 @@ class GateTraining:
         return _total([sum_kl(bound, self.keep), *(gate.kl() for gate in self.gates.values())])
 
     @torch.no_grad()
-    def add_gradients(self, bound: Bound, weight: float, scale: float) -> None:
+    def add_gradients(self, bound: Bound, weight: float, scale: Tensor | None = None) -> None:
         """Unscales the logits' gradients and adds `weight` times the KL's; logits outside this step have none."""
         if self.gates and set(self.gates.values()) != {gate for _, gate in named_gates(self._model)}:
             raise RuntimeError(
@@ -107,16 +107,18 @@ class GateTraining:
             gradients = torch.autograd.grad(_total(terms), moving)
         for logits, gradient in zip(moving, gradients, strict=True):
             assert logits.grad is not None, "only those with a gradient move"
-            logits.grad.div_(scale).add_(gradient, alpha=weight)
+            if scale is not None:
+                logits.grad.div_(scale)
+            logits.grad.add_(gradient, alpha=weight)
 
     def closed(self) -> list[str]:
         """Names of the gates that are all closed: nothing passes there any more."""
         return [name for name, gate in self.gates.items() if not gate.is_open.any()]
 
-    def step(self) -> None:
-        """Moves the logits."""
+    def step(self, found_inf: Tensor | None = None) -> None:
+        """Moves the logits, unless a gradient scaler found that gradients overflowed."""
         if self._optimizer is not None:
-            self._optimizer.step()
+            step_scaled(self._optimizer, None, found_inf)
 
     def state_dict(self) -> dict[str, Any]:
         """Names of the gates and the optimizer's state; empty without gates."""

@@ -28,11 +28,17 @@ def kl_divergence(model: nn.Module, prior: Prior | None = None) -> Tensor:
     Raises:
         ValueError: the model has no variational layer.
     """
-    return GateTraining(model).kl(bind_prior(model, Gaussian() if prior is None else prior))
+    gates = GateTraining(model)
+    return gates.kl(bind_prior(model, Gaussian() if prior is None else prior, gates))
 
 
-def bind_prior(model: nn.Module, prior: Prior) -> dict[Posterior, BoundPrior]:
+def bind_prior(model: nn.Module, prior: Prior, gates: GateTraining | None = None) -> dict[Posterior, BoundPrior]:
     """The prior of every posterior of the model, its constants fixed from now on.
+
+    Args:
+        model: A variational model.
+        prior: The family.
+        gates: Those of the model; None looks for them.
 
     Raises:
         ValueError: the model has no variational layer.
@@ -41,7 +47,7 @@ def bind_prior(model: nn.Module, prior: Prior) -> dict[Posterior, BoundPrior]:
     if not posteriors:
         raise ValueError("the model has no variational layer; call to_variational first.")
     bound = dict(zip(posteriors, prior.bind_all([_binding(posterior) for posterior in posteriors]), strict=True))
-    refresh_scales(bound, GateTraining(model).keep, until_rest=True)
+    refresh_scales(bound, (gates or GateTraining(model)).keep, until_rest=True)
     return bound
 
 
@@ -59,7 +65,8 @@ def refresh_scales(
         keep: How much of each weight counts; by default its mask.
         until_rest: Whether to go on until the scales rest.
     """
-    refresh([(prior, p.mean, p.log_std, keep(p)) for p, prior in bound.items()], until_rest=until_rest)
+    shared = [(p, prior) for p, prior in bound.items() if isinstance(prior, BoundDependency)]
+    refresh([(prior, p.mean, p.log_std, keep(p)) for p, prior in shared], until_rest=until_rest)
 
 
 def collapsed_groups(bound: dict[Posterior, BoundPrior]) -> list[str]:

@@ -1,7 +1,10 @@
 """What an attachment does to, and has to know of, the user's optimizer."""
 
+from collections.abc import Iterable
+
+import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import Adam, Optimizer
 
 from bayesprune.layers import named_posteriors
 
@@ -23,10 +26,72 @@ def add_to_first_group(optimizer: Optimizer, parameters: list[nn.Parameter]) -> 
     return added
 
 
-def grad_scaler_state(optimizer: Optimizer) -> tuple[float, bool]:
+def grad_scaler_tensors(optimizer: Optimizer) -> tuple[Tensor | None, Tensor | None]:
     """Scale of the gradients and whether they overflowed: a gradient scaler leaves both to fused optimizers."""
-    scale, found = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+    return getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+
+
+def grad_scaler_state(optimizer: Optimizer) -> tuple[float, bool]:
+    """The same as numbers, for which the device is waited for."""
+    scale, found = grad_scaler_tensors(optimizer)
     return (1.0 if scale is None else float(scale)), found is not None and bool(found)
+
+
+def has_fused_kernel(parameters: Iterable[Tensor]) -> bool:
+    """Whether torch has one kernel for a step of Adam on these."""
+    return all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
+
+
+def step_scaled(optimizer: Adam, scale: Tensor | None, found_inf: Tensor | None) -> None:
+    """A step on gradients that a gradient scaler has multiplied by `scale`; none where they overflowed.
+
+    The fused kernel takes both as tensors, so that nothing waits for the device.
+    """
+    if optimizer.defaults["fused"]:
+        optimizer.grad_scale, optimizer.found_inf = scale, found_inf  # type: ignore[attr-defined]
+        optimizer.step()
+        optimizer.grad_scale = optimizer.found_inf = None  # type: ignore[attr-defined]
+    elif found_inf is None or not bool(found_inf):
+        for group in optimizer.param_groups if scale is not None else ():
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.div_(scale)
+        optimizer.step()
+
+
+class StepCount:
+    """Steps taken, without those that a gradient scaler skipped, which is known on the device first.
+
+    Attributes:
+        at_most: The number if none was skipped that nobody asked for yet.
+    """
+
+    def __init__(self) -> None:
+        self.at_most = 0
+        self._skipped: list[Tensor] = []
+
+    def add(self, found_inf: Tensor | None) -> None:
+        """One step more, unless this says that it was skipped."""
+        self.at_most += 1
+        if found_inf is not None:
+            self._skipped.append(found_inf.clone())
+
+    @property
+    def at_least(self) -> int:
+        """The number if all were skipped that nobody asked for yet."""
+        return self.at_most - len(self._skipped)
+
+    @property
+    def value(self) -> int:
+        """The number itself: waits for the device where a scaler is in use."""
+        if self._skipped:
+            self.at_most -= int((torch.stack(self._skipped) > 0).sum())
+            self._skipped = []
+        return self.at_most
+
+    @value.setter
+    def value(self, value: int) -> None:
+        self.at_most, self._skipped = value, []
 
 
 def forget_removed(optimizer: Optimizer, model: nn.Module) -> None:

@@ -3,17 +3,23 @@
     python tests/benchmarks/zoo.py
 
 Models have random weights and the smallest images they take; no network is needed. Each has a process of its own with
-bounded memory, so that a crash costs one row, and a fresh process that loads what was saved. Rows that
+bounded memory, so that a crash costs one row, and another one that never saw it loads what was saved. Rows that
 docs/benchmarks/zoo.json holds already are kept; delete the file, or name models with `--only`, to run them again.
 """
 
 import argparse
 import json
+import multiprocessing
 import resource
+import signal
 import sys
 import tempfile
+import time
 import warnings
+from collections import Counter
+from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +27,22 @@ from rows import (
     DOCS,
     OK,
     ROOT,
+    TIMEOUT,
     attempt,
     back,
-    fresh_process,
     gives_what_was_saved,
     is_equal,
     outputs,
-    run_rows,
     save_with_outputs,
     train_one_step,
 )
 from zoo_page import CUT, MODELS, page
 
 MEMORY = 10 * 2**30  # bytes of address space for a row
+HOST_TIME = 40  # seconds for torch-pruning alone, which does not end for some models
 SIZES = (32, 64, 96, 128, 160, 192, 224, 256)  # sides of the images that are tried, in pixels
 NUM_CLASSES = 10
+ARGUMENTS = {"deepseek_vit_412m": {"depth": 2}}  # of models that are too large for a row's memory otherwise
 
 
 def build(name: str) -> tuple[Any, Any]:
@@ -51,7 +58,7 @@ def build(name: str) -> tuple[Any, Any]:
             torch.manual_seed(0)
             images = pictures(2, channels, side, side)
             try:
-                model = timm.create_model(name, num_classes=NUM_CLASSES, **options)
+                model = timm.create_model(name, num_classes=NUM_CLASSES, **options, **ARGUMENTS.get(name, {}))
                 with torch.no_grad():
                     model.train()(images)
                     return model.eval(), images
@@ -75,8 +82,8 @@ def loss(images: Any, model: Any) -> Any:
     return F.cross_entropy(logits, torch.arange(len(logits)) % NUM_CLASSES)
 
 
-def run_model(name: str) -> dict[str, Any]:
-    """The row of one model, all checks but that of the fresh process run in this one."""
+def run_model(name: str, directory: Path) -> dict[str, Any]:
+    """The row of one model, all checks but that of the process that loads what is saved to the directory here."""
     import torch
 
     import bayesprune as bp
@@ -84,7 +91,7 @@ def run_model(name: str) -> dict[str, Any]:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     torch.set_num_threads(1)
     model, images = build(name)
-    row: dict[str, Any] = {"side": images.shape[-1], "parameters": sum(p.numel() for p in model.parameters())}
+    row: dict[str, Any] = {"shape": list(images.shape), "parameters": sum(p.numel() for p in model.parameters())}
     stock, keys = [type(module) for module in model.modules()], list(model.state_dict())
     before = outputs(model, images)
     dense = {key: value.clone() for key, value in model.state_dict().items()}
@@ -96,26 +103,52 @@ def run_model(name: str) -> dict[str, Any]:
     attempt(row, "moments", lambda: moments(model, images[:1]))
 
     def cut() -> str:
-        report = bp.prune_channels(model, images[:1], target={"macs": CUT})
+        report, row["limit"] = as_far_as_it_goes(model, images[:1])
         row["kept"] = round(report.achieved["macs"], 3)
-        row["left_whole"] = sorted(set(report.left_whole.values()))
+        row["left_whole"] = dict(Counter(report.left_whole.values()))
         return train_one_step(model, partial(loss, images), only_some=True)
 
-    if not attempt(row, "cut", cut):
-        row["most"] = most_that_goes(model, images[:1])
-    with tempfile.TemporaryDirectory() as folder:
+    attempt(row, "cut", cut)
 
-        def saved() -> str:
-            save_with_outputs(bp.to_deterministic(model), Path(folder) / "cut", images)
-            found = fresh_process(__file__, "--load", str(Path(folder) / "cut"), *map(str, images.shape))
-            return found.get("loaded") or found["error"]
+    def saved() -> str:
+        save_with_outputs(bp.to_deterministic(model), directory, images)
+        return OK
 
-        attempt(row, "loaded", saved)
+    attempt(row, "saved", saved)
     fresh, _ = build(name)
     fresh.load_state_dict(dense)
     attempt(row, "back", lambda: back(bp.to_variational(fresh), stock, keys, images))
-    attempt(row, "torch_pruning", lambda: torch_pruning_alone(fresh, images))
+    attempt(row, "torch_pruning", lambda: within(HOST_TIME, lambda: torch_pruning_alone(fresh, images)))
     return row
+
+
+def as_far_as_it_goes(model: Any, images: Any) -> tuple[Any, str]:
+    """Cuts to half of the MACs, or as far as the model lets, and says what limits it."""
+    import bayesprune as bp
+    from bayesprune.errors import InfeasibleTargetError
+
+    limit = ""
+    for kept in (CUT, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95):
+        try:
+            return bp.prune_channels(model, images, target={"macs": kept}), limit
+        except InfeasibleTargetError as error:
+            last, limit = error, limit or str(error)
+    raise last
+
+
+def within(seconds: int, check: Callable[[], str]) -> str:
+    """The check's answer; a TimeoutError where it takes longer."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"not done after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        return check()
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def moments(model: Any, images: Any) -> str:
@@ -128,19 +161,6 @@ def moments(model: Any, images: Any) -> str:
     if not finite:
         return "mean or variance is not finite"
     return OK if (prediction.variance > 0).any() else "no variance"
-
-
-def most_that_goes(model: Any, images: Any) -> float | None:
-    """The smallest of some fractions of the MACs that can be kept; None where nothing can go."""
-    import bayesprune as bp
-    from bayesprune.errors import BayespruneError
-
-    for kept in (0.6, 0.7, 0.8, 0.9, 0.95):
-        try:
-            return round(bp.prune_channels(model, images, target={"macs": kept}).achieved["macs"], 3)
-        except BayespruneError:
-            continue
-    return None
 
 
 def torch_pruning_alone(model: Any, images: Any) -> str:
@@ -186,21 +206,69 @@ def load(directory: Path, shape: list[int]) -> dict[str, str]:
     return {"loaded": "; ".join(wrong) or OK}
 
 
+def run_row(name: str) -> dict[str, Any]:
+    """The row of one model, from a process that makes and saves it, and another one that loads it."""
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder) / "cut"
+        row = in_process(run_model, name, directory)
+        saved = row.pop("saved", None)
+        if saved == OK:
+            found = in_process(load, directory, row["shape"])
+            saved = found.get("loaded", found.get("crash"))
+        row["loaded"] = saved
+    return {key: value for key, value in row.items() if value}
+
+
+def in_process(function: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+    """What the function returns in a process that starts with nothing but the imports of this one."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(sender, function, args))
+    process.start()
+    sender.close()
+    found = {"crash": f"not done after {TIMEOUT} s"}
+    if receiver.poll(TIMEOUT):
+        try:
+            found = receiver.recv()
+        except EOFError:
+            process.join()
+            found = {"crash": f"exit status {process.exitcode}"}
+    process.kill()
+    process.join()
+    return found
+
+
+def _send(sender: Any, function: Callable[..., dict[str, Any]], args: tuple[Any, ...]) -> None:
+    row: dict[str, Any] = {}
+    if attempt(row, "crash", lambda: sender.send(function(*args)) or OK):
+        return
+    sender.send(row)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=MODELS)
     parser.add_argument("--out", type=Path, default=DOCS / "zoo")
-    parser.add_argument("--row", choices=MODELS, help=argparse.SUPPRESS)
-    parser.add_argument("--load", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    if args.row:
-        print(json.dumps(run_model(args.row)))
-    elif args.load:
-        print(json.dumps(load(Path(args.load[0]), [int(size) for size in args.load[1:]])))
-    else:
-        packages = ("torch", "timm", "torch-pruning")
-        run_rows(__file__, MODELS, args.only, args.out, packages=packages, page=page)
+    import timm  # noqa: F401 (here, so that the processes of the rows need not)
+    import torch
+    import torch_pruning  # noqa: F401
+
+    import bayesprune  # noqa: F401
+
+    torch.set_num_threads(1)
+    results = args.out.with_suffix(".json")
+    done = json.loads(results.read_text()) if results.is_file() else {"rows": {}}
+    done["versions"] = {package: version(package) for package in ("torch", "timm", "torch-pruning")}
+    for name in args.only or [name for name in MODELS if name not in done["rows"]]:
+        start = time.perf_counter()
+        done["rows"][name] = row = run_row(name)
+        done["rows"] = {name: done["rows"][name] for name in MODELS if name in done["rows"]}
+        results.write_text(json.dumps(done, indent=1) + "\n")
+        args.out.with_suffix(".md").write_text(page(done))
+        seen = {key: value[:100] for key, value in row.items() if isinstance(value, str)}
+        print(f"{name}: {seen} ({time.perf_counter() - start:.0f} s)", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The table of timm's architectures as a page of the documentation, and which models stand for their modules."""
 
+import re
+from collections import Counter
 from typing import Any
 
 from rows import OK
@@ -9,8 +11,8 @@ CHECKS = {
     "exact": "eval output unchanged by conversion",
     "step": "one training step with `attach`",
     "moments": "mean and variance of the output in one pass",
-    "cut": "`prune_channels` to half of the MACs, and one training step",
-    "loaded": "what is left saved, and loaded in a fresh process by `bayesprune.load` and `timm.create_model`",
+    "cut": "`prune_channels`, then one training step; the share of the MACs that is kept, half of them being asked for",
+    "loaded": "what is left saved, and loaded in another process by `bayesprune.load` and `timm.create_model`",
     "back": "converted back to stock classes and keys",
     "torch_pruning": "torch-pruning alone, with its MagnitudeImportance, and one backward; the share of MACs kept",
 }
@@ -114,6 +116,11 @@ MODELS = {
     "vit_srelpos_small_patch16_224": "vision_transformer_relpos",
     "samvit_base_patch16_224": "vision_transformer_sam",
     "vitamin_small_224": "vitamin",
+    "volo_d1_224": "volo",
+    "ese_vovnet19b_slim_dw": "vovnet",
+    "legacy_xception": "xception",
+    "xception41p": "xception_aligned",
+    "xcit_nano_12_p8_224": "xcit",
 }
 
 
@@ -121,23 +128,28 @@ def page(done: dict[str, Any]) -> str:
     """The page of the documentation."""
     versions = ", ".join(f"{name} {number}" for name, number in done["versions"].items())
     rows = done["rows"]
+    works = {check: [name for name, row in rows.items() if _works(row, check)] for check in CHECKS}
+    half = [name for name in works["cut"] if rows[name]["kept"] <= CUT + 0.005]
+    header = "| " + " | ".join(check.replace("_", " ") for check in CHECKS) + " |"
     lines = [
         "# The timm zoo",
         "",
-        "One model of every module of timm, with random weights and the smallest images it takes, found by",
+        "One model of every module of timm, of the smaller ones, with random weights and the smallest images it takes:",
         f"`python tests/benchmarks/zoo.py` ({versions}).",
         "'yes' after loading means that the outputs are equal to the last bit by both routes. Beside it stands what",
-        "torch-pruning alone makes of it, told the output layer and the heads of attention as in its own examples.",
+        "torch-pruning alone makes of it, told the output layer and the heads of attention as in its own examples; it",
+        "is stopped where it does not end. deepseek_vit_412m is built with two blocks, to fit into memory.",
         "",
         *(f"- **{name.replace('_', ' ')}**: {what}" for name, what in CHECKS.items()),
         "",
-        "| | " + " | ".join(check.replace("_", " ") for check in CHECKS) + " |",
+        "| " + header,
         "|---|" + "---|" * len(CHECKS),
-        f"| of {len(rows)} | "
-        + " | ".join(str(sum(_works(row, check) for row in rows.values())) for check in CHECKS)
-        + " |",
+        f"| of {len(rows)} | " + " | ".join(str(len(names)) for names in works.values()) + " |",
         "",
-        "| module: model | side | " + " | ".join(check.replace("_", " ") for check in CHECKS) + " |",
+        f"Of the {len(works['cut'])} that were cut, {len(half)} reached half of the MACs; below it is said what limits",
+        "the others.",
+        "",
+        "| module: model | image " + header,
         "|---|---|" + "---|" * len(CHECKS),
     ]
     notes: list[str] = []
@@ -146,13 +158,42 @@ def page(done: dict[str, Any]) -> str:
         for check in CHECKS:
             value = row.get(check, row.get("crash", "not run"))
             if not _works(row, check):
-                most = f" The most that goes leaves {row['most']:.2f}." if check == "cut" and row.get("most") else ""
-                notes.append(f"{len(notes) + 1}. {name}, {check.replace('_', ' ')}: {value}{most}")
+                notes.append(f"{len(notes) + 1}. {name}, {check.replace('_', ' ')}: {value}")
                 value = f"no [{len(notes)}]"
+            elif check == "cut":
+                value = f"{row['kept']:.2f}"
             cells.append(value.removeprefix(f"{OK}, "))
-        lines.append(f"| {MODELS[name]}: {name} | {row.get('side', '')} | {' | '.join(cells)} |")
+        lines.append(f"| {MODELS[name]}: {name} | {row['shape'][-1] if 'shape' in row else ''} | {' | '.join(cells)} |")
     lines += ["", "## What does not work, and why", "", *(notes or ["Nothing."])]
+    lines += ["", "## What keeps more than half of its MACs, and what stays whole", ""]
+    limits = [
+        f"- **{name}** ({rows[name]['kept']:.2f}): {_shown(rows[name])}" for name in works["cut"] if name not in half
+    ]
+    lines += limits or ["Nothing."]
+    lines += ["", "## What stays whole in all models", "", "Layers by reason; sizes and names of layers left out.", ""]
+    reasons: Counter[str] = Counter()
+    models: Counter[str] = Counter()
+    for row in rows.values():
+        found = Counter[str]()
+        for reason, layers in row.get("left_whole", {}).items():
+            found[_without_names(reason)] += layers
+        reasons += found
+        models.update(found.keys())
+    lines += ["| reason | layers | models |", "|---|---|---|"]
+    lines += [f"| {reason} | {layers} | {models[reason]} |" for reason, layers in reasons.most_common()]
     return "\n".join(lines) + "\n"
+
+
+def _shown(row: dict[str, Any]) -> str:
+    reasons = sorted(row["left_whole"].items(), key=lambda item: -item[1])
+    return "; ".join(f"{reason} ({layers} layers)" for reason, layers in reasons[:5])
+
+
+def _without_names(reason: str) -> str:
+    """The reason without what differs from model to model."""
+    reason = re.sub(r" \((\w*Error: .*)\)$", "", reason)
+    reason = re.sub(r"(graph gives|know|weight of|cut) \S+", r"\1 a layer", reason)
+    return re.sub(r"^\S+(?= (normalises|works|would|\())", "a layer", reason)
 
 
 def _works(row: dict[str, Any], check: str) -> bool:

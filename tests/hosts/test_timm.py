@@ -301,3 +301,15 @@ def test_missing_timm_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ImportError, match=r"needs timm >= 1\.0\.23 .*pip install 'bayesprune\[timm\]'"):
         importlib.reload(host)
+
+
+def test_buffers_that_a_forward_makes_come_back(tmp_path):
+    model = timm.create_model("convit_tiny", img_size=32, num_classes=7, depth=2, local_up_to_layer=1)
+    expected = outputs(model, images(32))
+    assert model.blocks[0].attn.rel_indices.shape == (1, 4, 4, 3)
+    bp.save(model, tmp_path)
+    for loaded in by_both_routes(tmp_path):
+        assert torch.equal(loaded.blocks[0].attn.rel_indices, model.blocks[0].attn.rel_indices)
+        assert torch.equal(outputs(loaded, images(32)), expected)
+    untrained = timm.create_model(f"local-dir:{tmp_path}")
+    assert outputs(untrained, images(32)).isfinite().all()

@@ -4,8 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import bayesprune as bp
 from bayesprune.errors import UnsupportedModelError
 from bayesprune.prune.groups import find_groups
+from bayesprune.prune.removal import remove
 from bayesprune.prune.verify import misplaced, permute
 from tests.prune.nets import nets
 
@@ -188,17 +190,37 @@ def test_a_wrong_graph_is_found_out():
     assert [group.name for group in misplaced(net, structure.groups, x)] == ["conv"]
 
 
+class Gained(nn.Conv2d):
+    """A convolution with one more factor of its weight, as those that standardise it have."""
+
+    def __init__(self, *sizes, gain):
+        super().__init__(*sizes)
+        self.gain = nn.Parameter(torch.rand(gain))
+
+    def forward(self, x):
+        return self._conv_forward(x, self.weight * self.gain, self.bias)
+
+
 def test_parameters_that_the_graph_does_not_know_keep_their_layer_whole():
-    class Gained(nn.Conv2d):
-        def __init__(self, *sizes):
-            super().__init__(*sizes)
-            self.gain = nn.Parameter(torch.ones(self.out_channels, 1, 1, 1))
-
-        def forward(self, x):
-            return self._conv_forward(x, self.weight * self.gain, self.bias)
-
-    structure = find_groups(nn.Sequential(Gained(3, 4, 1), nn.Conv2d(4, 2, 1)), torch.randn(1, 3, 2, 2))
+    net = nn.Sequential(Gained(3, 4, 1, gain=(1, 3, 1, 1)), nn.Conv2d(4, 2, 1))
+    structure = find_groups(net, torch.randn(1, 3, 2, 2))
     assert structure.left_whole["0"] == "torch-pruning does not know 0.gain"
+
+
+@pytest.mark.parametrize("is_variational", [False, True])
+def test_a_gain_by_output_goes_with_it(is_variational):
+    net, x = nn.Sequential(Gained(3, 4, 1, gain=(4, 1, 1, 1)), nn.Conv2d(4, 2, 1)).eval(), torch.randn(1, 3, 2, 2)
+    if is_variational:
+        bp.to_variational(net)
+    (group,) = find_groups(net, x).groups
+    assert misplaced(net, [group], x) == []
+    gain, weight = net[0].gain.detach().clone(), net[0].weight.detach().clone()
+    undo = remove(net, [(group, [(1,), (2,)])])
+    assert torch.equal(net[0].gain, gain[[0, 3]])
+    assert torch.equal(net[0].weight, weight[[0, 3]])
+    assert net(x).shape == (1, 2, 2, 2)
+    undo()
+    assert torch.equal(net[0].gain, gain)
 
 
 def test_models_that_cannot_be_traced_are_refused():

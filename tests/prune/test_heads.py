@@ -9,6 +9,7 @@ from torch.nn import functional as F
 import bayesprune as bp
 import bayesprune.hosts.transformers
 from bayesprune.layers import variational_layers
+from bayesprune.prune import heads as finder
 from bayesprune.prune.channels import prune_channels
 from bayesprune.prune.cuts import cut_parameters
 from bayesprune.prune.groups import find_groups
@@ -305,3 +306,50 @@ def test_a_model_without_some_heads_is_saved_and_loaded(name, tmp_path):
     bp.save(net, tmp_path)
     loaded = bp.load(tmp_path).eval()
     assert torch.equal(output_of(loaded, x), output_of(net, x))
+
+
+class _FixedSize(nn.Module):
+    """Attention whose size of a head follows from its input, so that no head can go."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.qkv, self.proj = 2, nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, x.shape[2] // self.num_heads).unbind(2)
+        mixed = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (q, k, v)))
+        return x + self.proj(mixed.transpose(1, 2).flatten(2))
+
+
+def test_trials_do_not_grow_with_the_number_of_blocks_that_are_alike(monkeypatch):
+    trials = []
+
+    def counting(*args):
+        trials[-1] += 1
+        return disagreement(*args)
+
+    monkeypatch.setattr(finder, "disagreement", counting)
+    for depth in (3, 6):
+        trials.append(0)
+        net = nn.Sequential(*(_FixedSize() for _ in range(depth)))
+        structure = find_heads(net, torch.randn(1, 4, 8))
+        assert structure.groups == ()
+        assert all("the model does not run without one" in reason for reason in structure.left_whole.values())
+        assert len(structure.left_whole) == depth
+    assert trials[0] == trials[1]
+
+
+class _Rows(_FixedSize):
+    """Attention that gives its tokens back in rows and columns, as that of SAM does."""
+
+    def forward(self, x):
+        batch, rows, columns, _ = x.shape
+        qkv = self.qkv(x.flatten(1, 2)).view(batch, rows * columns, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(*qkv.unbind(0)).transpose(1, 2).flatten(2)
+        return self.proj(mixed).view(batch, rows, columns, -1) + x
+
+
+def test_heads_and_stream_may_go_where_attention_gives_rows_and_columns():
+    net = nn.Sequential(nn.Linear(3, 8), _Rows(), nn.Linear(8, 2))
+    structure = find_groups(net, torch.randn(1, 2, 2, 3))
+    assert {group.name: len(group.units) for group in structure.groups} == {"0": 8, "1": 2}

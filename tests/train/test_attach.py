@@ -178,7 +178,7 @@ def test_closures(name, as_keyword):
 
 def test_a_model_in_half_precision():
     model = bp.to_variational(stock_net().to(torch.bfloat16), relative_std=0.2)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
     bp.attach(optimizer, model, num_data=NUM_DATA)
     start = copy.deepcopy(model)
     train(model, optimizer, data=[(x.bfloat16(), y) for x, y in batches()])

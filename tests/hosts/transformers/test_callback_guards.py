@@ -32,7 +32,7 @@ def test_a_loss_that_grows_with_accumulation_is_refused(is_compiled, tmp_path, m
     options = {"gradient_accumulation_steps": 4, "torch_compile": is_compiled}
     with pytest.raises(ValueError, match=message):
         tiny.trainer(inflated(), tmp_path, BayesPruneCallback(), **options).train()
-    assert torch.compile(torch.compiler.is_compiling, backend="eager")(), "compilation is on again"
+    assert torch.compile(lambda: torch.compiler.is_compiling(), backend="eager")(), "compilation is on again"
 
 
 @pytest.mark.parametrize("mended", ["accumulation 1", "accepts_loss_kwargs", "loss_is_scaled_for_ga", "short epoch"])

@@ -9,36 +9,31 @@ Shapes: N examples, I / O input / output features, K kernel taps; `x` is (N, ...
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from bayesprune import noise
+from bayesprune.estimators.draws import deviation, sample
+from bayesprune.estimators.local import add_noise, with_local_noise
+from bayesprune.estimators.types import Bilinear, Gaussian, LogGaussian, Operation, Posterior, as_gaussian, is_plain
 from bayesprune.moments import Moments
 
-Operation = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
-
-class Gaussian(NamedTuple):
-    """An elementwise independent Gaussian: mean, and a std that broadcasts to the mean's shape (float32)."""
-
-    mean: Tensor
-    std: Tensor
-
-
-def sample(posterior: Gaussian) -> Tensor:
-    """One draw of a tensor, in the mean's dtype; differentiable in mean and std."""
-    return posterior.mean + _deviation(posterior)
-
-
-def mean(operation: Operation, x: Tensor, weight: Gaussian, bias: Gaussian | None, feature_dim: int) -> Tensor:
+def mean(operation: Operation, x: Tensor, weight: Posterior, bias: Posterior | None, feature_dim: int) -> Tensor:
     """The output at the posterior means."""
-    return operation(x, weight.mean, None if bias is None else bias.mean)
+    return operation(x, center(weight), None if bias is None else center(bias))
+
+
+def center(posterior: Posterior) -> Tensor:
+    """The mean, zero where the weight was removed."""
+    mask = posterior.mask if isinstance(posterior, LogGaussian) else None
+    return posterior.mean if mask is None else posterior.mean * mask
 
 
 def weight_sampling(
-    operation: Operation, x: Tensor, weight: Gaussian, bias: Gaussian | None, feature_dim: int
+    operation: Operation, x: Tensor, weight: Posterior, bias: Posterior | None, feature_dim: int
 ) -> Tensor:
     """The output at one draw of the weights, shared by all examples and positions (Blundell et al., 2015).
 
@@ -47,7 +42,7 @@ def weight_sampling(
     return operation(x, sample(weight), None if bias is None else sample(bias))
 
 
-def flipout(operation: Operation, x: Tensor, weight: Gaussian, bias: Gaussian | None, feature_dim: int) -> Tensor:
+def flipout(operation: Operation, x: Tensor, weight: Posterior, bias: Posterior | None, feature_dim: int) -> Tensor:
     """One draw of the weights whose signs are flipped per example (Eq. 4 of Wen et al., 2018).
 
     y = f(x, mean) + f(x * r, std * eps) * s with random signs r (N, I) and s (N, O): the noise of two examples is
@@ -55,12 +50,12 @@ def flipout(operation: Operation, x: Tensor, weight: Gaussian, bias: Gaussian | 
     """
     output = mean(operation, x, weight, bias, feature_dim)
     flipped = x * _example_signs(x, feature_dim)
-    deviation = operation(flipped, _deviation(weight), None if bias is None else _deviation(bias))
-    return output + deviation * _example_signs(deviation, feature_dim)
+    noise_ = operation(flipped, deviation(weight), None if bias is None else deviation(bias))
+    return output + noise_ * _example_signs(noise_, feature_dim)
 
 
 def local_reparameterization(
-    operation: Operation, x: Tensor, weight: Gaussian, bias: Gaussian | None, feature_dim: int
+    operation: Operation, x: Tensor, weight: Posterior, bias: Posterior | None, feature_dim: int
 ) -> Tensor:
     """Independent Gaussian outputs with the right mean and variance (Eq. 6 of Kingma et al., 2015).
 
@@ -68,24 +63,27 @@ def local_reparameterization(
     noise is independent between positions, although the weight is shared, and averages away downstream.
     """
     output = mean(operation, x, weight, bias, feature_dim)
-    variance = _output_variance(operation, x, weight, bias)
-    eps = noise.normal(variance.shape, device=variance.device, dtype=variance.dtype)
-    # The clamp keeps the gradient of the root finite where an input is all zeros.
-    std = variance.clamp_min(torch.finfo(variance.dtype).tiny).sqrt()
-    return output + (std * eps).to(output.dtype)
+    if isinstance(operation, Bilinear) and _is_whole(weight) and _is_whole(bias) and is_plain(x, output):
+        return with_local_noise(output, operation, x, weight, bias, feature_dim)
+    return add_noise(
+        output,
+        _output_variance(operation, x, as_gaussian(weight), None if bias is None else as_gaussian(bias)),
+        feature_dim,
+    )
 
 
-def moments(operation: Operation, x: Tensor, weight: Gaussian, bias: Gaussian | None, feature_dim: int) -> Tensor:
+def moments(operation: Operation, x: Tensor, weight: Posterior, bias: Posterior | None, feature_dim: int) -> Tensor:
     """Mean and variance of the output, without noise (Dera et al., 2019): the operation's own rule for `Moments`."""
     return operation(x, uncertain(weight), None if bias is None else uncertain(bias))
 
 
-def uncertain(posterior: Gaussian) -> Moments:
+def uncertain(posterior: Posterior) -> Moments:
     """The posterior as a tensor with mean and variance."""
-    return Moments(posterior.mean, posterior.std.square())
+    gaussian = as_gaussian(posterior)
+    return Moments(gaussian.mean, gaussian.std.square())
 
 
-_FUNCTIONS: dict[str, Callable[[Operation, Tensor, Gaussian, Gaussian | None, int], Tensor]] = {
+_FUNCTIONS: dict[str, Callable[[Operation, Tensor, Posterior, Posterior | None, int], Tensor]] = {
     "mean": mean,
     "weight_sampling": weight_sampling,
     "flipout": flipout,
@@ -107,7 +105,7 @@ def check(name: str) -> str:
 
 
 def run(
-    name: str, operation: Operation, x: Tensor, weight: Gaussian, bias: Gaussian | None, feature_dim: int
+    name: str, operation: Operation, x: Tensor, weight: Posterior, bias: Posterior | None, feature_dim: int
 ) -> Tensor:
     """The output of the estimator of that name (any but "auto", which a layer resolves from its input)."""
     return _FUNCTIONS[name](operation, x, weight, bias, feature_dim)
@@ -122,10 +120,11 @@ def _output_variance(operation: Operation, x: Tensor, weight: Gaussian, bias: Ga
         return operation(x.to(dtype).square(), weight_variance, bias_variance)
 
 
-def _deviation(posterior: Gaussian) -> Tensor:
-    mean_, std = posterior
-    eps = noise.normal(mean_.shape, device=mean_.device, dtype=std.dtype)
-    return (std * eps).to(mean_.dtype)
+def _is_whole(posterior: Posterior | None) -> TypeGuard[LogGaussian]:
+    """Whether what there is has a log std in parts, and no weight of it was removed."""
+    if posterior is None:
+        return True
+    return isinstance(posterior, LogGaussian) and posterior.mask is None and is_plain(*posterior.log_stds)
 
 
 def _example_signs(x: Tensor, feature_dim: int) -> Tensor:

@@ -1,0 +1,21 @@
+"""How one forward pass of a layer sees the posterior of its weights."""
+
+from bayesprune.estimators.draws import sample
+from bayesprune.estimators.functions import ESTIMATORS, center, check, run, uncertain
+from bayesprune.estimators.types import Bilinear, Factors, Gaussian, LogGaussian, Operation, Posterior, as_gaussian
+
+__all__ = [
+    "ESTIMATORS",
+    "Bilinear",
+    "Factors",
+    "Gaussian",
+    "LogGaussian",
+    "Operation",
+    "Posterior",
+    "as_gaussian",
+    "center",
+    "check",
+    "run",
+    "sample",
+    "uncertain",
+]

@@ -1,0 +1,118 @@
+"""The noise of local reparameterization, with as little kept for the backward pass as it needs.
+
+The variance of an output is f(x^2, std^2). With a std for every weight that is a second product, and the derivative of
+the noise by it, one number an output, is kept; where the std is an outer product, see `outer`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Size, Tensor
+
+from bayesprune.estimators.outer import Energy, OuterNoise, energy, outer_noise
+from bayesprune.estimators.repeatable import (
+    Repeatable,
+    differentiated,
+    in_float32,
+    plus,
+    scaled_noise,
+    square_of,
+    without_autocast,
+)
+from bayesprune.estimators.types import Bilinear, LogGaussian
+
+
+def with_local_noise(
+    output: Tensor, operation: Bilinear, x: Tensor, weight: LogGaussian, bias: LogGaussian | None, feature_dim: int
+) -> Tensor:
+    """The output with noise of variance f(x^2, std^2), computed in float32 or better."""
+    bias_log_std = None if bias is None else bias.log_stds[0]
+    factors = operation.factors(weight.log_stds)
+    draw = Repeatable.of(output, feature_dim, num_weights=weight.mean.numel())
+    with without_autocast(x.device):
+        if factors is None:
+            options = draw, operation, weight.mean.shape
+            if draw.seed is not None:
+                return _FullNoise.apply(output, options, x, bias_log_std, *weight.log_stds)
+            return output + full_noise(options, x, bias_log_std, *weight.log_stds).to(output.dtype)
+        rows, columns = factors
+        energies = (energy if draw.seed is None else Energy.apply)((len(rows), feature_dim), x, columns)
+        reach = operation.spread(energies)
+        if draw.seed is not None:
+            return OuterNoise.apply(output, draw, reach, rows, bias_log_std)
+        return output + outer_noise(draw, reach, rows, bias_log_std).to(output.dtype)
+
+
+def add_noise(output: Tensor, variance: Tensor, feature_dim: int) -> Tensor:
+    """The output with independent noise of that variance."""
+    return output + scaled_noise(variance, Repeatable.of(output, feature_dim)).to(output.dtype)
+
+
+def full_noise(
+    options: tuple[Repeatable, Bilinear, Size], x: Tensor, bias_log_std: Tensor | None, *log_stds: Tensor
+) -> Tensor:
+    """Noise of variance f(x^2, std^2), for a weight of this shape."""
+    draw, operation, shape = options
+    return scaled_noise(_variance(operation, shape, x, bias_log_std, log_stds), draw)
+
+
+class _FullNoise(torch.autograd.Function):
+    """Adds `full_noise`; keeps x and the noise's derivative by the variance."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, options: Any, x: Tensor, bias_log_std: Any, *log_stds: Tensor) -> Tensor:
+        draw, operation, shape = ctx.options = options
+        variance = _variance(operation, shape, x, bias_log_std, log_stds)
+        tiny = torch.finfo(variance.dtype).tiny
+        is_zero = variance < tiny
+        std = variance.clamp_min_(tiny).sqrt_()
+        eps = draw.normal(std.shape, std)
+        noisy = plus(output, std, eps, keep=True)
+        slope = torch.div(eps, std, out=std).masked_fill_(is_zero, 0)  # twice the derivative by the variance
+        ctx.save_for_backward(slope, x, bias_log_std, *log_stds)
+        return noisy
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        slope, x, bias_log_std, *log_stds = ctx.saved_tensors
+        gradient, needed = gradients[0], ctx.needs_input_grad[2:]
+        if torch.is_grad_enabled():
+            return (
+                gradient,
+                None,
+                *differentiated(full_noise, ctx.options, (x, bias_log_std, *log_stds), needed, gradient),
+            )
+        draw, operation, shape = ctx.options
+        with without_autocast(x.device):
+            twice = slope * gradient
+            of_bias = None
+            if bias_log_std is not None and needed[1]:
+                other = [dim for dim in range(twice.dim()) if dim != twice.dim() + draw.feature_dim]
+                summed = twice.sum(other) if other else twice
+                of_bias = (summed * square_of(bias_log_std, summed)).to(bias_log_std.dtype)
+            of_x, of_stds = None, [None for _ in log_stds]
+            if needed[0] or any(needed[2:]):
+                precise, variance = in_float32(x), _weight_variance(log_stds, shape, twice)
+                wanted = (needed[0], any(needed[2:]))
+                of_square, of_std = operation.pullback(twice, precise.square(), variance, wanted)
+                of_x = None if of_square is None else of_square.mul_(precise).to(x.dtype)
+                if of_std is not None:
+                    of_std = of_std.mul_(variance)
+                    of_stds = [
+                        of_std.sum_to_size(part.shape).to(part.dtype) if need else None
+                        for part, need in zip(log_stds, needed[2:], strict=True)
+                    ]
+        return gradient, None, of_x, of_bias, *of_stds
+
+
+def _variance(
+    operation: Bilinear, shape: Size, x: Tensor, bias_log_std: Tensor | None, log_stds: Sequence[Tensor]
+) -> Tensor:
+    squares = in_float32(x).square()
+    bias_variance = None if bias_log_std is None else square_of(bias_log_std, squares)
+    return operation(squares, _weight_variance(log_stds, shape, squares), bias_variance)
+
+
+def _weight_variance(log_stds: Sequence[Tensor], shape: Size, like: Tensor) -> Tensor:
+    return square_of(sum(log_stds[1:], start=log_stds[0]), like).expand(shape)
