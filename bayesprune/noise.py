@@ -31,7 +31,7 @@ def normal(
     if is_tabled and seed is None and can_repeat(device):
         seed = draw_seed()
     if seed is None:
-        return torch.randn(shape, generator=_generator(device), device=device, dtype=dtype)
+        return torch.randn(shape, **_from_rank(device), device=device, dtype=dtype)
     if is_tabled:
         values = torch.empty(shape, dtype=dtype)
         for _ in normal_chunks(values.numel(), seed, out=values.view(-1)):
@@ -85,7 +85,7 @@ def can_repeat(device: torch.device) -> bool:
 
 def signs(shape: torch.Size | tuple[int, ...], *, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Random signs, -1 or 1 with equal probability."""
-    bits = torch.randint(0, 2, shape, generator=_generator(device), device=device)
+    bits = torch.randint(0, 2, shape, **_from_rank(device), device=device)
     return (2 * bits - 1).to(dtype)
 
 
@@ -93,16 +93,16 @@ def many_signs(
     count: int, shape: torch.Size | tuple[int, ...], *, device: torch.device, dtype: torch.dtype
 ) -> Iterator[Tensor]:
     """So many tensors of random signs, eight of them from one random byte an entry."""
-    generator, byte = _generator(device), torch.empty(0)
+    options, byte = _from_rank(device), torch.empty(0)
     for index in range(count):
         if index % 8 == 0:
-            byte = torch.randint(0, 256, shape, generator=generator, device=device, dtype=torch.uint8)
+            byte = torch.randint(0, 256, shape, **options, device=device, dtype=torch.uint8)
         yield (2 * ((byte >> (index % 8)) & 1)).to(dtype) - 1
 
 
 def logistic(shape: torch.Size | tuple[int, ...], *, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Standard logistic numbers of this shape."""
-    uniform = torch.rand(shape, generator=_generator(device), device=device, dtype=dtype)
+    uniform = torch.rand(shape, **_from_rank(device), device=device, dtype=dtype)
     return torch.logit(uniform, eps=torch.finfo(dtype).eps)
 
 
@@ -124,12 +124,13 @@ def _normal_table() -> Tensor:
     return (values / values.square().mean().sqrt()).to(torch.float32)
 
 
-def _generator(device: torch.device) -> torch.Generator | None:
-    """torch's default generator in one process; with several, one seeded from the default stream and the rank.
+def _from_rank(device: torch.device) -> dict[str, torch.Generator]:
+    """The `generator` to draw from: torch's default in one process; with several, one seeded from that and the rank.
 
-    Trainers seed every rank alike; the same weight noise on every rank would not average out.
+    Trainers seed every rank alike; the same weight noise on every rank would not average out. The
+    default is not named: with a generator that is None, torch draws nothing of a shape that is symbolic.
     """
-    return torch.Generator(device).manual_seed(draw_seed()) if _is_distributed() else None
+    return {"generator": torch.Generator(device).manual_seed(draw_seed())} if _is_distributed() else {}
 
 
 def _is_distributed() -> bool:

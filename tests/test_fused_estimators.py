@@ -132,11 +132,17 @@ def test_checkpointing_and_a_retained_graph_repeat_the_noise(estimator, std):
         assert all(map(torch.equal, gradients[0], others))
 
 
-@pytest.mark.parametrize(("estimator", "std"), [*zip(RANDOM, ("per_weight", "rank_one"), strict=True)])
-def test_compiles_as_one_graph(estimator, std):
+@pytest.mark.parametrize("is_dynamic", [False, True])
+@pytest.mark.parametrize(
+    ("estimator", "std"),
+    [("weight_sampling", "per_weight"), ("local_reparameterization", "rank_one"), ("flipout", "per_channel")],
+)
+def test_compiles_as_one_graph(estimator, std, is_dynamic):
+    """With sizes that are symbols, too, as torch takes them once it has seen several."""
+    torch.compiler.reset()
     layer = bp.to_variational(nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(16, 2)), std=std)
     with bp.sampling(layer, estimator):
-        compiled = torch.compile(layer, backend="eager", fullgraph=True)
+        compiled = torch.compile(layer, backend="eager", fullgraph=True, dynamic=is_dynamic)
         compiled(torch.randn(3, 2, 4, 4)).square().sum().backward()
     for name, parameter in layer.named_parameters():
         assert parameter.grad.isfinite().all(), name
