@@ -12,6 +12,7 @@ of a standard normal between its quantiles, rescaled to variance 1. Their fourth
 import math
 from collections.abc import Iterator
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -124,7 +125,7 @@ def _normal_table() -> Tensor:
     return (values / values.square().mean().sqrt()).to(torch.float32)
 
 
-def _from_rank(device: torch.device) -> dict[str, torch.Generator]:
+def _from_rank(device: torch.device) -> dict[str, Any]:
     """The `generator` to draw from: torch's default in one process; with several, one seeded from that and the rank.
 
     Trainers seed every rank alike; the same weight noise on every rank would not average out. The
