@@ -28,6 +28,7 @@ copy of it, trained on for a while without noise, penalty or cuts.
 
 - **posterior**: ARD per weight, local reparameterization (LeNet-5's filters: weight sampling), temperature 1. Weights
   go by SNR. Units go by the KL in nats of the weights that leave with them, the sum of 1/2 ln(1 + SNR^2).
+- **posterior, rank-one stds**, **a std for each unit**: the same with cheaper stds; nothing was tuned for them.
 - **magnitude**, **random**: gradual, the same schedule, a plain network. Units: the sum of the squares.
 - **magnitude after tuned L1**: a penalty on abs(w) (for units: on the norms of rows and columns) until the cuts end.
 - **LAMP**, **diagonal OBD** (w^2 times the mean g^2), **Taylor**: on the plain network; the gradients are those of the
