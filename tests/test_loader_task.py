@@ -79,7 +79,15 @@ def free_port():
     yield port
 
 
+@pytest.fixture
+def plain_accelerate(monkeypatch):
+    """Without what a Trainer of another test has told accelerate, in variables that it leaves."""
+    monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND", raising=False)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("plain_accelerate")
 @pytest.mark.parametrize("kind", ["MULTI", "FSDP"])
 def test_two_processes_train_the_model_of_one(kind, tmp_path):
     with warnings.catch_warnings():

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bayesprune.layers.sharding import placed_as
+from bayesprune.layers.sharding import placed_as, whole
 from bayesprune.priors import BoundNormal, BoundPrior
 
 _CACHED = 1 << 17  # elements of a piece on a processor: with what is made of it, less than a core's second cache
@@ -99,8 +99,9 @@ def bound_log_std(parts: Sequence[Tensor], largest: float) -> None:
     for part in parts:
         part.clamp_(min=MIN_LOG_STD)
     if largest < math.inf:
-        of_others = [part.amax(tuple(range(part.dim())), keepdim=True) for part in parts[1:]]
-        parts[0].copy_(placed_as(torch.minimum(parts[0], largest - reduce(torch.add, of_others)), parts[0]))
+        of_others = [whole(part).amax() for part in parts[1:]]  # a process may hold nothing of a part
+        first = parts[0].to_local() if _is_sharded(parts[0]) else parts[0]  # type: ignore[attr-defined]
+        first.copy_(torch.minimum(first, largest - reduce(torch.add, of_others)))
 
 
 def add_together(targets: Sequence[Target], weight: float) -> None:
