@@ -40,6 +40,7 @@ class LoaderTask(Task):
         self.example_inputs = next(iter(data.validation))[0][:1]
         self.generators = [_generator_of(data.train)]
         self.is_main: bool = accelerator.is_main_process
+        self._is_sharded = accelerator.distributed_type == DistributedType.FSDP
 
     def train(
         self,
@@ -54,8 +55,7 @@ class LoaderTask(Task):
     ) -> None:
         """Minimises the cross-entropy; removes weights in ten steps after a fifth of the training, for half of it."""
         device, loader = device_of(model), self._training_loader()
-        is_sharded = self.accelerator.distributed_type == DistributedType.FSDP
-        trained = copy.deepcopy(model) if is_sharded else model
+        trained = copy.deepcopy(model) if self._is_sharded else model
         optimizer = torch.optim.AdamW(trained.parameters(), lr=lr, weight_decay=0.0)
         num_steps = num_epochs * len(loader)
         wrapped, stepper = self.accelerator.prepare(trained, optimizer)
@@ -87,7 +87,7 @@ class LoaderTask(Task):
                 if checkpoint is not None and self._is_agreed(checkpoint.is_due(step)):
                     checkpoint.keep(step, batches.state())
         self.accelerator.free_memory()
-        if is_sharded:
+        if self._is_sharded:
             model.load_state_dict({name: whole(value) for name, value in trained.state_dict().items()})
         if self.accelerator.num_processes > 1:  # each has batch-norm statistics of its own images
             with torch.no_grad():
@@ -114,8 +114,7 @@ class LoaderTask(Task):
 
     def _is_agreed(self, decision: bool) -> bool:
         """The main process's decision where all have to take part: sharded tensors are gathered."""
-        is_sharded = self.accelerator.distributed_type == DistributedType.FSDP
-        return bool(self._of_main(float(decision))) if is_sharded else decision
+        return bool(self._of_main(float(decision))) if self._is_sharded else decision
 
     def _of_main(self, number: float) -> float:
         found = torch.tensor([number], dtype=torch.float64, device=self.accelerator.device)

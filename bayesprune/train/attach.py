@@ -53,13 +53,8 @@ class Attachment:
         std_lr: float,
     ) -> None:
         """Use `attach`."""
-        self.num_data, self.temperature, self.warmup_steps, self._steps = (
-            num_data,
-            temperature,
-            warmup_steps,
-            StepCount(),
-        )
-        self._bound, self._gates = bound, gates
+        self.num_data, self.temperature, self.warmup_steps = num_data, temperature, warmup_steps
+        self._bound, self._gates, self._steps = bound, gates, StepCount()
         self._parts = {posterior: posterior.log_std_parts for posterior in bound}  # frozen ones may thaw
         self._stds = list({id(part): part for parts in self._parts.values() for part in parts}.values())
         self._std_optimizer = Adam(self._stds, lr=std_lr, fused=has_fused_kernel(self._stds))

@@ -20,13 +20,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bayesprune.estimators.repeatable import LOG2_E
 from bayesprune.layers.sharding import placed_as, whole
 from bayesprune.priors import BoundNormal, BoundPrior
 
 _CACHED = 1 << 17  # elements of a piece on a processor: with what is made of it, less than a core's second cache
 _GROUPED = 1 << 24  # elements of a group elsewhere
 _SMALL = 1 << 12  # elements up to which a tensor goes with a group on a processor, too
-_TWICE_IN_BITS = 2 / math.log(2)
 MIN_LOG_STD = -20.0
 """exp(-20) = 2e-9: below the resolution of float32 beside any weight."""
 
@@ -156,7 +156,7 @@ def _add_elementwise(target: Target, variance: float, weight: float, scale: Tens
         return
     start = torch.tensor(math.log2(weight / variance), dtype=log_std.dtype)
     for logs, gradient, keep in _pieces(log_std, log_std.grad, target.keep):
-        term = torch.add(start, logs, alpha=_TWICE_IN_BITS).exp2_().sub_(weight)
+        term = torch.add(start, logs, alpha=2 * LOG2_E).exp2_().sub_(weight)
         if keep is not None:
             term.mul_(keep)
         _add(gradient, term, 1.0, scale)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
@@ -67,31 +66,31 @@ class StepCount:
     """
 
     def __init__(self) -> None:
-        self.at_most = 0
-        self._skipped: list[Tensor] = []
+        self.value = 0
 
     def add(self, found_inf: Tensor | None) -> None:
         """One step more, unless this says that it was skipped."""
         self.at_most += 1
         if found_inf is not None:
-            self._skipped.append(found_inf.clone())
+            self._skipped = self._skipped + (found_inf > 0).long()
+            self._num_unasked += 1
 
     @property
     def at_least(self) -> int:
         """The number if all were skipped that nobody asked for yet."""
-        return self.at_most - len(self._skipped)
+        return self.at_most - self._num_unasked
 
     @property
     def value(self) -> int:
         """The number itself: waits for the device where a scaler is in use."""
-        if self._skipped:
-            self.at_most -= int((torch.stack(self._skipped) > 0).sum())
-            self._skipped = []
+        if self._num_unasked:
+            self.value = self.at_most - int(self._skipped)
         return self.at_most
 
     @value.setter
     def value(self, value: int) -> None:
-        self.at_most, self._skipped = value, []
+        self.at_most, self._num_unasked = value, 0
+        self._skipped: Tensor | int = 0
 
 
 def forget_removed(optimizer: Optimizer, model: nn.Module) -> None:

@@ -80,15 +80,15 @@ def run(rule: str, seed: int, images: Images, test: list[Any], dense: nn.Module)
     recalibrate_batch_norm(cut, images.random(20, seed + 100, augment=True))
     weights = [parameter for parameter in cut.parameters() if parameter.dim() > 1]
     total = sum(parameter.numel() for parameter in dense.parameters() if parameter.dim() > 1)
-    kept = sum(int(weight.count_nonzero()) for weight in weights) / total
+    kept = sum(int(weight.count_nonzero()) for weight in weights)
     at_once = accuracy(cut, test)
     tuned = converted(cut, None)
-    bp.prune_weights(tuned, sparsity=1 - sum(int(w.count_nonzero()) for w in weights) / sum(w.numel() for w in weights))
+    bp.prune_weights(tuned, sparsity=1 - kept / sum(weight.numel() for weight in weights))
     train(tuned, images.random(budget.after, seed + 1_000, augment=True), budget.after, budget.lr)
     after = bp.to_deterministic(tuned)
     recalibrate_batch_norm(after, images.random(20, seed + 100, augment=True))
     macs = count_macs(after, EXAMPLE).macs / count_macs(dense, EXAMPLE).macs
-    return {"weights": kept, "macs": macs, "at_once": at_once, "accuracy": accuracy(after, test)}
+    return {"weights": kept / total, "macs": macs, "at_once": at_once, "accuracy": accuracy(after, test)}
 
 
 def main() -> None:
