@@ -95,7 +95,7 @@ def test_what_else_a_layer_may_be(change, estimator):
 @structures
 @random_estimators
 def test_large_weights_draw_the_noise_of_the_plain_path(estimator, std):
-    """From 8,192 numbers on the noise comes from a table, by chunks."""
+    """The noise of many numbers comes from a table, by blocks."""
     layer = bp.to_variational(nn.Linear(300, 400), std=std).train()
     x = torch.randn(64, 300)
     assert_same(layer, lambda x: fused(layer, estimator, x), lambda x: plain(layer, estimator, x), x, torch.float32)

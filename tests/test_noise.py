@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -114,3 +116,54 @@ def test_many_signs_are_independent_and_balanced():
     z_means = found.mean(1) * 20_000**0.5
     print(f"largest |z| of products {z.abs().max():.2f}, of means {z_means.abs().max():.2f}")
     assert max(z.abs().max(), z_means.abs().max()) < 5
+
+
+def test_over_all_places_the_table_is_white():
+    """Mean 0, variance 1, no correlation at any distance, up to rounding; and its numbers are normal."""
+    table = noise._normal_table().double()
+    around, again = table[: noise._TABLE], table[noise._TABLE :]
+    assert torch.equal(around[: len(again)], again)
+    spectrum = torch.fft.rfft(around)
+    correlation = torch.fft.irfft(spectrum.abs().square(), n=len(around)) / len(around)
+    assert abs(float(around.mean())) < 1e-7
+    assert abs(float(correlation[0]) - 1) < 1e-6
+    assert float(correlation[1:].abs().max()) < 2e-6  # one over the size of the table, from the mean of zero
+    standard_error = len(around) ** -0.5
+    assert abs(float(around.pow(3).mean())) < 5 * 15**0.5 * standard_error
+    assert abs(float(around.pow(4).mean()) - 3) < 5 * 96**0.5 * standard_error
+    share = torch.arange(1, len(around) + 1) / len(around)
+    distance = (torch.special.ndtr(around.sort().values) - share).abs().max()
+    print(f"Kolmogorov-Smirnov distance {distance:.1e}")
+    assert distance < 2 * standard_error
+
+
+SIZES = [noise._MIN_SIZE, noise._BLOCK, noise._BLOCK + 1, 3 * noise._BLOCK + 17]
+
+
+@pytest.mark.parametrize("size", [7, *SIZES])
+def test_multiplied_takes_the_numbers_of_normal(size):
+    values = torch.rand(size) + 1
+    eps = noise.normal((size,), device=CPU, dtype=torch.float32, seed=11)
+    assert torch.equal(noise.multiplied(values, 11), values * eps)
+    expected = values * eps
+    assert noise.multiplied(values, 11, out=values) is values
+    assert torch.equal(values, expected)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_draws_of_many_seeds_are_white(size):
+    """What two places of a draw have over 400 seeds, the first, one in the next block, and the last."""
+    draws = torch.stack([noise.normal((size,), device=CPU, dtype=torch.float32, seed=seed) for seed in range(400)])
+    places = sorted({0, 1, size // 2, min(noise._BLOCK + 3, size - 1), size - 1})
+    chosen = draws[:, places].double()
+    for index, place in enumerate(places):
+        assert_mean(chosen[:, index], 0.0, f"mean at {place}")
+        assert_mean(chosen[:, index].square(), 1.0, f"variance at {place}")
+        for other in range(index):
+            assert_mean(chosen[:, index] * chosen[:, other], 0.0, f"correlation of {place} and {places[other]}")
+
+
+def test_neighbouring_seeds_draw_independently():
+    draws = [noise.normal((5_000,), device=CPU, dtype=torch.float32, seed=seed).double() for seed in range(20)]
+    products = torch.cat([one * other for one, other in pairwise(draws)])
+    assert_mean(products, 0.0, "correlation of neighbours")

@@ -34,7 +34,7 @@ class _Draw(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, mean: Tensor, mask: Tensor | None, *log_stds: Tensor) -> Tensor:
-        draw = _by_chunks(mean, log_stds[0]) if _fits_chunks(mean, log_stds) else _at_once(mean, log_stds)
+        draw = _by_blocks(mean, log_stds[0]) if _fits_blocks(mean, log_stds) else _at_once(mean, log_stds)
         if mask is not None:
             draw.mul_(mask)
         ctx.save_for_backward(mean, draw, mask, *log_stds)
@@ -62,19 +62,18 @@ def _is_fused(posterior: LogGaussian) -> bool:
     return torch.finfo(mean.dtype).bits >= 32 and is_plain(mean, *log_stds) and noise.can_repeat(mean.device)
 
 
-def _fits_chunks(mean: Tensor, log_stds: tuple[Tensor, ...]) -> bool:
+def _fits_blocks(mean: Tensor, log_stds: tuple[Tensor, ...]) -> bool:
     part, *others = log_stds
     is_flat = mean.is_contiguous() and part.is_contiguous() and part.shape == mean.shape and not others
     same = part.dtype == mean.dtype
-    return is_flat and same and noise.comes_in_chunks(mean.shape, device=mean.device, dtype=mean.dtype)
+    return is_flat and same and noise.is_tabled(mean.shape, device=mean.device, dtype=mean.dtype)
 
 
-def _by_chunks(mean: Tensor, log_std: Tensor) -> Tensor:
-    """The draw without full-size noise and std: what a chunk needs stays in the cache."""
+def _by_blocks(mean: Tensor, log_std: Tensor) -> Tensor:
+    """The draw without full-size noise and std: what a block needs stays in the cache."""
     draw = torch.empty_like(mean)
-    means, log_stds, draws = mean.view(-1), log_std.view(-1), draw.view(-1)
-    for chunk, eps in noise.normal_chunks(mean.numel(), noise.draw_seed()):
-        torch.mul(log_stds[chunk], LOG2_E, out=draws[chunk]).exp2_().mul_(eps).add_(means[chunk])
+    for eps, log_stds, means, draws in noise.normal_blocks(noise.draw_seed(), log_std, mean, draw):
+        torch.mul(log_stds, LOG2_E, out=draws).exp2_().mul_(eps).add_(means)
     return draw
 
 

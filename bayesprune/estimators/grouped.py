@@ -29,7 +29,7 @@ class Layout(NamedTuple):
     def view(self, tensor: Tensor) -> Tensor:
         """(N, G, C / G, P); a copy only where the tensor is laid out otherwise."""
         if self.is_last:
-            channels = tensor.movedim(self.feature_dim, -1)
+            channels = tensor if self.feature_dim == -1 else tensor.movedim(self.feature_dim, -1)
             return channels.reshape(-1, self.groups, channels.shape[-1] // self.groups, 1)
         dim = tensor.dim() + self.feature_dim
         grouped = tensor.unflatten(dim, (self.groups, -1))
@@ -44,9 +44,11 @@ class Layout(NamedTuple):
         return tensor.reshape(moved).movedim(-1, self.feature_dim)
 
 
-def over_channels(values: Tensor, weights: Tensor) -> Tensor:
-    """Sum of values (N, G, C, P) over the channels of each group with weights (G, C): (N, G, 1, P)."""
+def over_channels(values: Tensor, weights: Tensor | None) -> Tensor:
+    """Sum of values (N, G, C, P) over the channels of each group with weights (G, C), or of one: (N, G, 1, P)."""
     n, groups, channels, positions = values.shape
+    if weights is None:
+        return values.sum(2, keepdim=True)
     if groups > 1:
         return (values * weights.unsqueeze(-1)).sum(2, keepdim=True)
     if positions == 1:

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 
-from bayesprune.estimators.outer import Energy, OuterNoise, energy, outer_noise
+from bayesprune.estimators.outer import Outer, OuterNoise, outer_noise
 from bayesprune.estimators.repeatable import (
     Repeatable,
     differentiated,
     in_float32,
-    plus,
     scaled_noise,
     square_of,
     without_autocast,
@@ -29,7 +28,7 @@ def with_local_noise(
     """The output with noise of variance f(x^2, std^2), computed in float32 or better."""
     bias_log_std = None if bias is None else bias.log_stds[0]
     factors = operation.factors(weight.log_stds)
-    draw = Repeatable.of(output, feature_dim, num_weights=weight.mean.numel())
+    draw = Repeatable.of(output, feature_dim)
     with without_autocast(x.device):
         if factors is None:
             options = draw, operation, weight.mean.shape
@@ -37,11 +36,10 @@ def with_local_noise(
                 return _FullNoise.apply(output, options, x, bias_log_std, *weight.log_stds)
             return output + full_noise(options, x, bias_log_std, *weight.log_stds).to(output.dtype)
         rows, columns = factors
-        energies = (energy if draw.seed is None else Energy.apply)((len(rows), feature_dim), x, columns)
-        reach = operation.spread(energies)
+        options = Outer(draw, operation, len(rows))
         if draw.seed is not None:
-            return OuterNoise.apply(output, draw, reach, rows, bias_log_std)
-        return output + outer_noise(draw, reach, rows, bias_log_std).to(output.dtype)
+            return OuterNoise.apply(output, options, x, rows, columns, bias_log_std)
+        return output + outer_noise(options, x, rows, columns, bias_log_std).to(output.dtype)
 
 
 def add_noise(output: Tensor, variance: Tensor, feature_dim: int) -> Tensor:
@@ -64,12 +62,17 @@ class _FullNoise(torch.autograd.Function):
     def forward(ctx: Any, output: Tensor, options: Any, x: Tensor, bias_log_std: Any, *log_stds: Tensor) -> Tensor:
         draw, operation, shape = ctx.options = options
         variance = _variance(operation, shape, x, bias_log_std, log_stds)
-        tiny = torch.finfo(variance.dtype).tiny
-        is_zero = variance < tiny
-        std = variance.clamp_min_(tiny).sqrt_()
-        eps = draw.normal(std.shape, std)
-        noisy = plus(output, std, eps, keep=True)
-        slope = torch.div(eps, std, out=std).masked_fill_(is_zero, 0)  # twice the derivative by the variance
+        variance.clamp_min_(torch.finfo(variance.dtype).tiny)  # where it is zero, so is all that the slope meets
+        slope = variance.rsqrt()  # times noise it is twice the derivative by the variance
+        in_memory = slope.movedim(draw.feature_dim, -1) if draw.is_last else slope
+        if in_memory.is_contiguous():
+            draw.multiplied(in_memory, out=in_memory)
+        else:
+            slope.mul_(draw.normal(slope.shape, slope))
+        if output.dtype == variance.dtype:
+            noisy = torch.addcmul(output, variance, slope)
+        else:
+            noisy = output + variance.mul_(slope).to(output.dtype)
         ctx.save_for_backward(slope, x, bias_log_std, *log_stds)
         return noisy
 

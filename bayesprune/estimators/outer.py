@@ -1,11 +1,11 @@
 """The noise of outputs whose weights have stds s_o s_i: no second product is needed for its variance.
 
 It is s_o^2 times the energies s_i^2 x_i^2 within the unit's reach, the same for all units of a group. The noise is
-drawn again in the backward pass. The plain functions are the reference, and what is differentiated where a graph of the
+drawn again in the backward pass. The plain function is the reference, and what is differentiated where a graph of the
 gradients is wanted. Energies and reaches have G channels, one for each group, in place of I and O.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Size, Tensor
@@ -20,125 +20,112 @@ from bayesprune.estimators.repeatable import (
     square_of,
     without_autocast,
 )
+from bayesprune.estimators.types import Bilinear
 
 
-def energy(options: tuple[int, int], x: Tensor, columns: Tensor | None) -> Tensor:
-    """Sum of s_i^2 x_i^2 over the channels of each group."""
-    groups, feature_dim = options
-    squares = in_float32(x).square().unflatten(feature_dim, (groups, -1))
+class Outer(NamedTuple):
+    """What the noise depends on beside tensors that are differentiated.
+
+    Attributes:
+        draw: The noise.
+        operation: The layer's operation, whose reach it is.
+        num_groups: G.
+    """
+
+    draw: Repeatable
+    operation: Bilinear
+    num_groups: int
+
+
+def outer_noise(options: Outer, x: Tensor, rows: Tensor, columns: Tensor | None, bias_log_std: Tensor | None) -> Tensor:
+    """Noise of variance s_o^2 (the sum of s_i^2 x_i^2 within reach) + the bias's."""
+    draw, dim = options.draw, options.draw.feature_dim
+    squares = in_float32(x).square().unflatten(dim, (options.num_groups, -1))
     if columns is not None:
-        squares = squares * along(square_of(columns, squares), feature_dim)
-    return squares.sum(feature_dim)
-
-
-def outer_noise(draw: Repeatable, reach: Tensor, rows: Tensor, bias_log_std: Tensor | None) -> Tensor:
-    """Noise of variance s_o^2 reach + the bias's."""
-    feature_dim = draw.feature_dim
-    variance = reach.unsqueeze(feature_dim) * along(square_of(rows, reach), feature_dim)
-    variance = variance.flatten(feature_dim - 1, feature_dim)
+        squares = squares * along(square_of(columns, squares), dim)
+    reach = options.operation.spread(squares.sum(dim))
+    variance = (reach.unsqueeze(dim) * along(square_of(rows, reach), dim)).flatten(dim - 1, dim)
     if bias_log_std is not None:
-        variance = variance + along(square_of(bias_log_std, reach), feature_dim)
+        variance = variance + along(square_of(bias_log_std, reach), dim)
     return scaled_noise(variance, draw)
 
 
-class Energy(torch.autograd.Function):
-    """`energy`; keeps x."""
-
-    @staticmethod
-    def forward(ctx: Any, options: tuple[int, int], x: Tensor, columns: Tensor | None) -> Tensor:
-        """The value."""
-        groups, feature_dim = ctx.options = options
-        ctx.save_for_backward(x, columns)
-        layout = Layout.of(x, feature_dim, groups)
-        squares = layout.view(in_float32(x).square())
-        dim = x.dim() + feature_dim
-        shape = Size((*x.shape[:dim], groups, *x.shape[dim + 1 :]))
-        return layout.unview(over_channels(squares, _column_squares(columns, squares)), shape)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients of the inputs."""
-        x, columns = ctx.saved_tensors
-        (gradient,), needed = gradients, ctx.needs_input_grad[1:]
-        if torch.is_grad_enabled():
-            return None, *differentiated(energy, ctx.options, (x, columns), needed, gradient)
-        groups, feature_dim = ctx.options
-        layout = Layout.of(x, feature_dim, groups)
-        values, gradient = layout.view(in_float32(x)), layout.view(gradient)
-        stds = _column_squares(columns, values)
-        of_x, of_columns = None, None
-        if needed[0]:
-            product = (values * gradient).mul_(2 * stds.unsqueeze(-1))
-            of_x = layout.unview(product, x.shape).to(x.dtype)
-        if columns is not None and needed[1]:
-            with without_autocast(x.device):
-                summed = over_positions(values.square(), gradient).mul_(2 * stds)
-            of_columns = summed.sum_to_size(columns.shape).to(columns.dtype)
-        return None, of_x, of_columns
-
-
 class OuterNoise(torch.autograd.Function):
-    """Adds `outer_noise`; keeps the reach, which is small, and draws the noise again."""
+    """Adds `outer_noise`; keeps x and what is small."""
 
     @staticmethod
     def forward(
-        ctx: Any, output: Tensor, draw: Repeatable, reach: Tensor, rows: Tensor, bias_log_std: Tensor | None
+        ctx: Any,
+        output: Tensor,
+        options: Outer,
+        x: Tensor,
+        rows: Tensor,
+        columns: Tensor | None,
+        bias_log_std: Tensor | None,
     ) -> Tensor:
         """The value."""
-        ctx.draw = draw
-        layout = _layout(draw, rows)
-        seen = layout.view(reach)
-        if bias_log_std is None:
-            std = seen.clamp_min(torch.finfo(reach.dtype).tiny).sqrt() * square_of(rows, reach).sqrt().unsqueeze(-1)
-        else:
-            std = _variance_with_bias(layout, seen, rows, bias_log_std).sqrt_()
-        eps = layout.view(draw.normal(output.shape, reach))
-        ctx.save_for_backward(reach, rows, bias_log_std, eps if draw.is_kept else None)
+        draw, operation, num_groups = ctx.options = options
+        values, inputs = in_float32(x), Layout.of(x, draw.feature_dim, num_groups)
+        column_squares = None if columns is None else square_of(columns, values).expand(num_groups, -1)
+        energy = over_channels(inputs.view(values.square()), column_squares)
+        reach = operation.spread(inputs.unview(energy, _with_channels(x, draw.feature_dim, num_groups)))
+        outputs = Layout(draw.feature_dim, num_groups, draw.is_last or draw.feature_dim == -1)
+        seen, squares = outputs.view(reach), square_of(rows, reach)
+        bias_squares = None if bias_log_std is None else square_of(bias_log_std, reach).view(num_groups, -1, 1)
         # Written through a view: FSDP 2 wants no view for a module's output.
         memory_format = {4: torch.channels_last, 5: torch.channels_last_3d}[output.dim()] if draw.is_last else None
-        noisy = torch.empty_like(output, memory_format=memory_format or torch.contiguous_format)
-        torch.add(layout.view(output), std.mul_(eps).to(output.dtype), out=layout.view(noisy))
-        return noisy
+        noisy = torch.empty_like(output, dtype=reach.dtype, memory_format=memory_format or torch.contiguous_format)
+        deviation = outputs.view(noisy)
+        if bias_squares is None:
+            torch.mul(_root(seen), squares.sqrt().unsqueeze(-1), out=deviation)
+            draw.multiplied(deviation, out=deviation)
+        else:
+            torch.addcmul(bias_squares, seen, squares.unsqueeze(-1), out=deviation)
+            slope = deviation.rsqrt()  # a processor's root takes longer
+            deviation.mul_(draw.multiplied(slope, out=slope))
+        ctx.layouts = inputs, outputs
+        ctx.save_for_backward(x, rows, columns, bias_log_std, reach, column_squares, squares, bias_squares)
+        return noisy.add_(output) if noisy.dtype == output.dtype else output + noisy.to(output.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of the inputs."""
-        reach, rows, bias_log_std, kept = ctx.saved_tensors
-        (gradient,), needed, draw = gradients, ctx.needs_input_grad[2:], ctx.draw
+        x, rows, columns, bias_log_std, reach, column_squares, squares, bias_squares = ctx.saved_tensors
+        (gradient,), needed = gradients, ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():
-            return gradient, None, *differentiated(outer_noise, draw, (reach, rows, bias_log_std), needed, gradient)
-        layout = _layout(draw, rows)
-        seen, squares = layout.view(reach), square_of(rows, reach)
-        of_output = layout.view(gradient)
-        if kept is None:
-            product = layout.view(draw.normal(gradient.shape, reach)).mul_(of_output)
-        else:
-            product = kept * of_output
-        of_bias = None
-        with without_autocast(reach.device):
-            if bias_log_std is None:
-                tiny = torch.finfo(reach.dtype).tiny
-                roots, stds = seen.clamp_min(tiny).sqrt(), squares.sqrt()
-                of_reach = over_channels(product, stds).div_(2 * roots).masked_fill_(seen < tiny, 0)
-                of_rows = over_positions(product, roots).mul_(stds)
+            parts = (x, rows, columns, bias_log_std)
+            return gradient, None, *differentiated(outer_noise, ctx.options, parts, needed, gradient)
+        (draw, operation, num_groups), (inputs, outputs) = ctx.options, ctx.layouts
+        of_x, of_columns, of_bias = None, None, None
+        with without_autocast(x.device):
+            seen = outputs.view(reach)
+            product = draw.multiplied(outputs.view(gradient).to(reach.dtype).contiguous())
+            if bias_squares is None:
+                root, stds = _root(seen), squares.sqrt()
+                of_rows, twice_of_reach = over_positions(product, root) * stds, over_channels(product, stds) / root
             else:
-                product.mul_(_variance_with_bias(layout, seen, rows, bias_log_std).rsqrt_())
-                of_reach = over_channels(product, squares).div_(2)
-                of_rows = over_positions(product, seen).mul_(squares)
-                of_bias = product.sum((0, 3)).flatten().mul_(square_of(bias_log_std, reach)).to(bias_log_std.dtype)
-        return gradient, None, layout.unview(of_reach, reach.shape), of_rows.to(rows.dtype), of_bias
+                product.mul_(torch.addcmul(bias_squares, seen, squares.unsqueeze(-1)).rsqrt_())
+                of_rows, twice_of_reach = over_positions(product, seen) * squares, over_channels(product, squares)
+                of_bias = (product.sum((0, 3)).unsqueeze(-1) * bias_squares).flatten().to(bias_log_std.dtype)
+            if needed[0] or needed[2]:
+                shape = _with_channels(x, draw.feature_dim, num_groups)
+                twice = inputs.view(operation.gather(outputs.unview(twice_of_reach, reach.shape), shape))
+                values = inputs.view(in_float32(x))
+                if columns is not None and needed[2]:
+                    of_columns = over_positions(values.square(), twice).mul_(column_squares)
+                    of_columns = of_columns.sum_to_size(columns.shape).to(columns.dtype)
+                if needed[0]:
+                    scaled = values * twice if columns is None else (values * twice).mul_(column_squares.unsqueeze(-1))
+                    of_x = inputs.unview(scaled, x.shape).to(x.dtype)
+        return gradient, None, of_x, of_rows.to(rows.dtype), of_columns, of_bias
 
 
-def _layout(draw: Repeatable, rows: Tensor) -> Layout:
-    return Layout(draw.feature_dim, len(rows), draw.is_last or draw.feature_dim == -1)
+def _root(reach: Tensor) -> Tensor:
+    """Where nothing is within reach, all that is multiplied by a gradient divided by this is zero."""
+    return reach.clamp_min(torch.finfo(reach.dtype).tiny).sqrt()
 
 
-def _variance_with_bias(layout: Layout, reach: Tensor, rows: Tensor, bias_log_std: Tensor) -> Tensor:
-    bias_variance = square_of(bias_log_std, reach).clamp_min(torch.finfo(reach.dtype).tiny)
-    return (reach * square_of(rows, reach).unsqueeze(-1)).add_(bias_variance.view(*rows.shape, 1))
-
-
-def _column_squares(columns: Tensor | None, values: Tensor) -> Tensor:
-    """s_i^2 of the inputs of each group, (G, I / G)."""
-    shape = values.shape[1:3]
-    return values.new_ones(shape) if columns is None else square_of(columns, values).expand(shape)
+def _with_channels(x: Tensor, feature_dim: int, num_channels: int) -> Size:
+    """The shape of x with so many channels."""
+    dim = x.dim() + feature_dim
+    return Size((*x.shape[:dim], num_channels, *x.shape[dim + 1 :]))

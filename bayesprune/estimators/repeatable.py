@@ -13,8 +13,6 @@ from bayesprune import noise
 LOG2_E = 1 / math.log(2)
 """exp(x) = exp2(LOG2_E x); on a processor torch's exp2 takes a quarter of the time of its exp."""
 
-_KEPT_BELOW = 3  # weights for each output number
-
 
 class Repeatable(NamedTuple):
     """Noise of an output that can be drawn again.
@@ -23,20 +21,17 @@ class Repeatable(NamedTuple):
         seed: Its seed; None for noise that is drawn once.
         feature_dim: The (negative) dimension of the output's channels.
         is_last: Whether these are last in memory, in the noise as in the output.
-        is_kept: Whether to keep it all the same.
     """
 
     seed: int | None
     feature_dim: int
     is_last: bool
-    is_kept: bool
 
     @classmethod
-    def of(cls, output: Tensor, feature_dim: int, *, num_weights: int = 0) -> "Repeatable":
-        """New noise for the output of so many weights; beside many more weights there is no need to drop it."""
+    def of(cls, output: Tensor, feature_dim: int) -> "Repeatable":
+        """New noise for this output."""
         seed = noise.draw_seed() if noise.can_repeat(output.device) else None
-        is_last = seed is not None and noise.has_channels_last(output)
-        return cls(seed, feature_dim, is_last, seed is not None and output.numel() * _KEPT_BELOW < num_weights)
+        return cls(seed, feature_dim, seed is not None and noise.has_channels_last(output))
 
     def normal(self, shape: Size, like: Tensor) -> Tensor:
         """Standard normal numbers of the output's shape, in the dtype of another tensor."""
@@ -46,6 +41,11 @@ class Repeatable(NamedTuple):
         moved = (*shape[:dim], *shape[dim + 1 :], shape[dim])
         eps = noise.normal(moved, device=like.device, dtype=like.dtype, seed=self.seed)
         return eps.movedim(-1, dim)
+
+    def multiplied(self, values: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """Values with the output's numbers in the order of its memory, contiguous, times `normal` of a seed."""
+        assert self.seed is not None, "only what is drawn twice comes here"
+        return noise.multiplied(values, self.seed, out=out)
 
 
 def differentiated(
@@ -75,12 +75,6 @@ def scaled_noise(variance: Tensor, draw: Repeatable) -> Tensor:
     eps = draw.normal(variance.shape, variance)
     # The clamp keeps the gradient of the root finite where an input is all zeros.
     return variance.clamp_min(torch.finfo(variance.dtype).tiny).sqrt() * eps
-
-
-def plus(output: Tensor, std: Tensor, eps: Tensor, *, keep: bool = False) -> Tensor:
-    """The output with noise, in the memory of the std unless that is kept: fresh memory is slow on a CPU."""
-    deviation = std * eps if keep else std.mul_(eps)
-    return deviation.add_(output) if output.dtype == std.dtype else output + deviation.to(output.dtype)
 
 
 def square_of(log_std: Tensor, like: Tensor) -> Tensor:

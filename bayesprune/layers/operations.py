@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Size, Tensor
 
 from bayesprune.estimators import Bilinear, Factors
 
@@ -47,3 +47,13 @@ class LayerOperation(Bilinear):
         """Sum of the energies within the reach of each output."""
         kernel = self.layer.reach_kernel(energy)
         return energy if kernel is None else self(energy, kernel, None)
+
+    def gather(self, gradient: Tensor, shape: Size) -> Tensor:
+        """Sum of the gradients of the outputs within whose reach an energy is."""
+        energy = gradient.new_zeros(shape)  # for its shape: what is linear has the same gradient everywhere
+        kernel = self.layer.reach_kernel(energy)
+        if kernel is None:
+            return gradient
+        found, _ = self.pullback(gradient, energy, kernel, (True, False))
+        assert found is not None, "it was asked for"
+        return found

@@ -6,6 +6,7 @@ the same number of gradient evaluations, the same batches, the same loop. Settin
 
     python tests/benchmarks/criterion.py --data-dir DATA --kind weights
     python tests/benchmarks/criterion.py --data-dir DATA --kind channels --depth 56
+    python tests/benchmarks/criterion.py --data-dir DATA --kind channels --float32 [--depth 56]
     python tests/benchmarks/criterion.py --table
 """
 
@@ -68,6 +69,15 @@ CHANNEL_METHODS = (
     Method("DepGraph, group norm", "magnitude"),
     Method("random", "random"),
 )
+WARM = Method("ours, SNR^2 at temperature 10", "snr 2", "rank_one", temperature=10.0, relative_std=0.3, std_lr=0.05)
+PRECISE_METHODS = (
+    replace(WARM, name=f"{WARM.name}, conditioned on zero", conditioned=16),
+    WARM,
+    VARIATIONAL,
+    Method("no stds, mean^2 / s", "snr 0"),
+    Method("magnitude", "magnitude"),
+)
+"""What ran in float32, channels alone."""
 DEEP = {
     "weights": (
         "ours, conditioned on zero",
@@ -101,7 +111,8 @@ DEEP_LEVELS = {"weights": (0.95,), "channels": (0.5,)}
 class Benchmark:
     """The rows of the results file, and what they are made from."""
 
-    def __init__(self, data_dir: Path, out: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, data_dir: Path, out: Path, settings: dict[str, Any], precision: torch.dtype) -> None:
+        self.precision = precision
         self.out, self.settings, self.rows = out, settings, read(out, settings)
         cifar = data_dir / "cifar10"
         self.train = Images(cifar, "train", slice(0, -500))
@@ -120,11 +131,13 @@ class Benchmark:
             self.row({"dense": number}, lambda net=net, images=images: {"accuracy": accuracy(net, images)})
         budgets, make = (WEIGHTS, self.weights) if kind == "weights" else (CHANNELS, self.channels)
         levels = SPARSITIES if kind == "weights" else MACS
-        if depth == "20":
+        is_precise = self.precision == torch.float32
+        if depth == "20" and not is_precise:
             self.select(kind, budgets[depth], make)
-        methods = self.chosen_methods(kind)
+        methods = PRECISE_METHODS if is_precise else self.chosen_methods(kind)
         if depth == "56":
-            levels, methods = DEEP_LEVELS[kind], [method for method in methods if method.name in DEEP[kind]]
+            levels = DEEP_LEVELS[kind]
+            methods = [method for method in methods if is_precise or method.name in DEEP[kind]]
         for seed in seeds:
             self.prepared.clear()
             for level in levels:
@@ -168,7 +181,7 @@ class Benchmark:
             kept = sum(int((p != 0).sum()) for p in model.parameters() if p.dim() > 1)
             return {"accuracy": accuracy(model, self.images[part]), "kept": kept}
 
-        self.row(run_key("weights", depth, method, sparsity, seed, part, budget), make)
+        self.row(self.key("weights", depth, method, sparsity, seed, part, budget), make)
 
     def channels(self, depth: str, method: Method, macs: float, seed: int, part: str, budget: Budget) -> None:
         def make() -> dict[str, Any]:
@@ -176,9 +189,10 @@ class Benchmark:
             key = (depth, replace(method, name="", score="", conditioned=0), seed, budget.lr)
             if key not in self.prepared:
                 batches = self.train.random(budget.before, seed, augment=True)
-                self.prepared[key] = prepare_channels(self.dense[depth], method, batches, budget)[0]
+                dense = self.dense[depth]
+                self.prepared[key] = prepare_channels(dense, method, batches, budget, self.precision)[0]
             batches = self.train.random(budget.after, seed + 1_000, augment=True)
-            cut, tuned, _ = prune_channels(self.prepared[key], method, macs, batches, budget)
+            cut, tuned, _ = prune_channels(self.prepared[key], method, macs, batches, budget, self.precision)
             for model in (cut, tuned):
                 self.recalibrate(model, seed)
             images, dense = self.images[part], count_macs(self.dense[depth], EXAMPLE).macs
@@ -189,7 +203,13 @@ class Benchmark:
                 "params": count_parameters(tuned).total / count_parameters(self.dense[depth]).total,
             }
 
-        self.row(run_key("channels", depth, method, macs, seed, part, budget), make)
+        self.row(self.key("channels", depth, method, macs, seed, part, budget), make)
+
+    def key(
+        self, kind: str, depth: str, method: Method, level: float, seed: int, part: str, budget: Budget
+    ) -> dict[str, Any]:
+        names = {"kind": kind, "depth": depth, "method": asdict(method), "level": level, "seed": seed, "part": part}
+        return names | {"lr": budget.lr, "precision": str(self.precision).removeprefix("torch.")}
 
     def recalibrate(self, model: nn.Module, seed: int) -> None:
         recalibrate_batch_norm(model, self.train.random(CALIBRATION_BATCHES, seed + 100, augment=True))
@@ -201,13 +221,6 @@ class Benchmark:
         self.rows.append({"run": run} | make() | {"seconds": round(time.perf_counter() - start)})
         write(self.out, self.settings, self.rows)
         print(self.rows[-1], flush=True)
-
-
-def run_key(
-    kind: str, depth: str, method: Method, level: float, seed: int, part: str, budget: Budget
-) -> dict[str, Any]:
-    names = {"kind": kind, "depth": depth, "method": asdict(method), "level": level}
-    return names | {"seed": seed, "part": part, "lr": budget.lr}
 
 
 def chosen(images: Images, number: int, generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
@@ -222,6 +235,7 @@ def main() -> None:
     options = parser(__doc__ or "", "docs/benchmarks/criterion")
     options.add_argument("--kind", choices=KINDS, default="channels")
     options.add_argument("--depth", choices=("20", "56"), default="20")
+    options.add_argument("--float32", action="store_true", help="channels in float32: see PRECISE_METHODS")
     args = options.parse_args()
     torch.set_num_threads(1)
     outs = {kind: args.out.with_name(f"{args.out.name}_{kind}.json") for kind in KINDS}
@@ -231,7 +245,8 @@ def main() -> None:
     elif args.data_dir is None:
         raise SystemExit("--data-dir or BAYESPRUNE_DATA is needed: the folder with cifar10 and weights.")
     else:
-        Benchmark(args.data_dir, outs[args.kind], SETTINGS[args.kind]).run(args.kind, args.depth, args.seeds)
+        kind, precision = ("channels", torch.float32) if args.float32 else (args.kind, torch.bfloat16)
+        Benchmark(args.data_dir, outs[kind], SETTINGS[kind], precision).run(kind, args.depth, args.seeds)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,9 @@ class Method:
         std: Structure of the stds where the training is variational; None is plain training.
         l1: Weight of the L1 penalty on weights while they are being removed.
         group_reg: Weight of DepGraph's regulariser before the removal (channels).
+        temperature: Weight of the KL in a variational training.
+        relative_std: What its stds start at, over each layer's root mean square.
+        std_lr: What moves them.
         conditioned: Batches of 64 at each cut (of weights there are several, of channels one) for Kronecker factors, by
             which the weights that are left make up for it; each is paid for as a gradient evaluation.
     """
@@ -49,6 +52,9 @@ class Method:
     l1: float = 0.0
     group_reg: float = 0.0
     conditioned: int = 0
+    temperature: float = 0.1
+    relative_std: float = 0.1
+    std_lr: float = 0.02
 
 
 @dataclass(frozen=True)
@@ -108,10 +114,12 @@ def weight_score(name: str, gradients: Gradients) -> Callable[[Posterior], Tenso
     return scores.get(name, gradients.taylor)
 
 
-def converted(dense: nn.Module, std: str | None) -> nn.Module:
+def converted(dense: nn.Module, method: Method | None = None) -> nn.Module:
     """A copy whose weights can be masked; plain training runs at the means, as if it had not been converted."""
     model = copy.deepcopy(dense)
-    return bp.to_variational(model, std=std or "per_weight", estimator="auto" if std else "mean").train()
+    if method is None or method.std is None:
+        return bp.to_variational(model, estimator="mean").train()
+    return bp.to_variational(model, std=method.std, relative_std=method.relative_std).train()
 
 
 def train(
@@ -120,21 +128,22 @@ def train(
     num_steps: int,
     lr: float,
     *,
-    std: str | None = None,
+    method: Method | None = None,
+    precision: torch.dtype = torch.bfloat16,
     each_gradient: Callable[[int], object] = lambda step: None,
     each_step: Callable[[int], object] = lambda step: None,
     before: Callable[[torch.optim.Optimizer], object] = lambda optimizer: None,
 ) -> None:
-    """SGD with momentum 0.9, learning rate by cosine to 0; bfloat16 products."""
+    """SGD with momentum 0.9, learning rate by cosine to 0; products in this precision."""
     means = [parameter for name, parameter in model.named_parameters() if not name.endswith("log_std")]
     optimizer = torch.optim.SGD(means, lr=lr, momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
-    if std is not None:
-        bp.attach(optimizer, model, num_data=NUM_DATA, std_lr=2e-2)
+    if method is not None and method.std is not None:
+        bp.attach(optimizer, model, num_data=NUM_DATA, temperature=method.temperature, std_lr=method.std_lr)
     before(optimizer)
     model.train()
     for step, (images, labels) in enumerate(islice(batches, num_steps), start=1):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
             outputs = model(images)
         optimizer.zero_grad()
         F.cross_entropy(outputs.float(), labels).backward()
@@ -149,7 +158,7 @@ def prune_weights(dense: nn.Module, method: Method, sparsity: float, batches: Ba
 
     In 30 cuts, or where each is paid for in 10: `batches` has the evaluations of both kinds.
     """
-    model = converted(dense, method.std)
+    model = converted(dense, method)
     num_cuts = 10 if method.conditioned else 30
     num_steps = budget.total - num_cuts * method.conditioned
     schedule = PruneSchedule(sparsity, begin=0.1, end=0.7, num_updates=num_cuts)
@@ -187,7 +196,7 @@ def prune_weights(dense: nn.Module, method: Method, sparsity: float, batches: Ba
         batches,
         num_steps,
         budget.lr,
-        std=method.std,
+        method=method,
         each_gradient=each_gradient,
         each_step=each_step,
         before=follow,
@@ -196,10 +205,10 @@ def prune_weights(dense: nn.Module, method: Method, sparsity: float, batches: Ba
 
 
 def prepare_channels(
-    dense: nn.Module, method: Method, batches: Batches, budget: Budget
+    dense: nn.Module, method: Method, batches: Batches, budget: Budget, precision: torch.dtype = torch.bfloat16
 ) -> tuple[nn.Module, RunningLaplace | None]:
-    """The training before the removal, alike for all methods with the same `std`, `l1` and `group_reg`."""
-    model, laplace = converted(dense, method.std), None
+    """The training before the removal, alike for all methods with the same noise and penalties."""
+    model, laplace = converted(dense, method), None
     weights = [posterior for posterior in named_posteriors(model) if posterior.is_weight]
     whole = [layer for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d) and not _is_inner(name)]
     pruner = tp.pruner.GroupNormPruner(
@@ -221,7 +230,8 @@ def prepare_channels(
         for posterior in weights if method.l1 else ():
             posterior.mean.grad.add_(posterior.mean.detach().sign(), alpha=method.l1)
 
-    train(model, batches, budget.before, budget.lr, std=method.std, each_gradient=each_gradient, before=follow)
+    options = {"method": method, "precision": precision, "each_gradient": each_gradient, "before": follow}
+    train(model, batches, budget.before, budget.lr, **options)
     if laplace is not None:
         laplace.update()
     return model, laplace
@@ -262,7 +272,12 @@ def channel_importance(name: str, model: nn.Module, batches: Batches) -> tuple[t
 
 
 def prune_channels(
-    prepared: nn.Module, method: Method, macs: float, batches: Batches, budget: Budget
+    prepared: nn.Module,
+    method: Method,
+    macs: float,
+    batches: Batches,
+    budget: Budget,
+    precision: torch.dtype = torch.bfloat16,
 ) -> tuple[nn.Module, nn.Module, int]:
     """The network cut to this fraction of its MACs, the same after plain fine-tuning, and that one's steps."""
     cut = copy.deepcopy(prepared)
@@ -274,6 +289,6 @@ def prune_channels(
     spent += method.conditioned
     bp.prune_channels(cut, EXAMPLE, target={"macs": macs}, importance=importance, before_cut=compensate)
     bp.to_deterministic(cut).zero_grad()
-    tuned = converted(cut, None)
-    train(tuned, batches, budget.after - spent, budget.lr)
+    tuned = converted(cut)
+    train(tuned, batches, budget.after - spent, budget.lr, precision=precision)
     return cut, bp.to_deterministic(tuned), budget.after - spent

@@ -18,7 +18,7 @@ import torch
 from cifar_resnet import Images, trained_resnet20
 from common import parser, read, write
 from criterion import CHANNELS, TEST_IMAGES, chosen
-from criterion_methods import EXAMPLE, NUM_DATA, converted, train
+from criterion_methods import EXAMPLE, NUM_DATA, Method, converted, train
 from torch import nn
 
 import bayesprune as bp
@@ -41,7 +41,7 @@ SETTINGS: dict[str, Any] = {"channels": asdict(CHANNELS["20"]), "temperature": 0
 def trained(rule: str, dense: nn.Module, batches: Iterator[Any]) -> tuple[nn.Module, bp.priors.Prior]:
     """The network with its posterior, and the prior."""
     std = "per_channel" if rule == "SNR, channels" else "per_weight"
-    model, budget = converted(dense, std), CHANNELS["20"]
+    model, budget = converted(dense, Method("", "", std)), CHANNELS["20"]
     prior = bp.priors.ARD("channel") if rule.startswith("evidence") else bp.priors.Gaussian()
     if rule == "inclusion, weights":
         gates.add_weight_gates(model)
@@ -82,7 +82,7 @@ def run(rule: str, seed: int, images: Images, test: list[Any], dense: nn.Module)
     total = sum(parameter.numel() for parameter in dense.parameters() if parameter.dim() > 1)
     kept = sum(int(weight.count_nonzero()) for weight in weights)
     at_once = accuracy(cut, test)
-    tuned = converted(cut, None)
+    tuned = converted(cut)
     bp.prune_weights(tuned, sparsity=1 - kept / sum(weight.numel() for weight in weights))
     train(tuned, images.random(budget.after, seed + 1_000, augment=True), budget.after, budget.lr)
     after = bp.to_deterministic(tuned)
