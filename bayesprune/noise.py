@@ -35,7 +35,7 @@ def normal(
     if seed is None:
         return torch.randn(shape, **_from_rank(device), device=device, dtype=dtype)
     if is_known:
-        values = torch.empty(shape, dtype=dtype)
+        values = torch.empty(shape, device=device, dtype=dtype)
         for eps, block in normal_blocks(seed, values):
             block.copy_(eps)
         return values
@@ -81,7 +81,7 @@ def normal_like(like: Tensor, *, dtype: torch.dtype, seed: int | None = None) ->
 
 def draw_seed() -> int:
     """The seed of one draw, from torch's default CPU stream and the rank: no device has to be waited for."""
-    seed = int(torch.empty((), dtype=torch.int64).random_())
+    seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_())
     rank = torch.distributed.get_rank() if _is_distributed() else 0
     return (seed + rank * _RANK_STRIDE) % 2**63
 
@@ -132,8 +132,8 @@ def has_channels_last(tensor: Tensor) -> bool:
 def _normal_table() -> Tensor:
     """Normal numbers whose circular autocorrelation is exactly 0: random phases at equal amplitudes, then its start."""
     with torch.inference_mode(False), torch.no_grad():
-        generator = torch.Generator().manual_seed(0)
-        spectrum = torch.fft.rfft(torch.randn(_TABLE, generator=generator, dtype=torch.float64))
+        generator = torch.Generator("cpu").manual_seed(0)
+        spectrum = torch.fft.rfft(torch.randn(_TABLE, generator=generator, device="cpu", dtype=torch.float64))
         spectrum /= spectrum.abs()
         spectrum[0] = 0  # the mean
         values = torch.fft.irfft(spectrum, n=_TABLE)

@@ -167,3 +167,14 @@ def test_neighbouring_seeds_draw_independently():
     draws = [noise.normal((5_000,), device=CPU, dtype=torch.float32, seed=seed).double() for seed in range(20)]
     products = torch.cat([one * other for one, other in pairwise(draws)])
     assert_mean(products, 0.0, "correlation of neighbours")
+
+
+def test_a_default_device_does_not_move_the_noise():
+    """Users set one for their model; the table is a processor's, and the seeds come from the CPU stream."""
+    torch.manual_seed(2)
+    expected = noise.normal((5_000,), device=CPU, dtype=torch.float32)
+    noise._normal_table.cache_clear()
+    torch.manual_seed(2)
+    with torch.device("meta"):
+        found = noise.normal((5_000,), device=CPU, dtype=torch.float32)
+    assert torch.equal(found, expected)

@@ -4,7 +4,9 @@ The trained ResNet-20 with the loop of `criterion.py`, on its validation images:
 removed gradually, and with channels removed at once to half and to 0.4 of the MACs. One seed; a difference of a point
 or two is within the noise of such runs.
 
-    python tests/benchmarks/investigation.py --data-dir DATA
+    python tests/benchmarks/investigation.py --data-dir DATA [--float32] [--only AXIS ...]
+
+Rows say the precision of their products; a processor without bfloat16 takes ten times as long with it.
 """
 
 import copy
@@ -58,6 +60,7 @@ class Trial:
 
 
 NOISE, LAPLACE = Trial(), Trial(estimator="laplace", power=0.5)
+WARM = Trial(temperature=10.0, relative_std=0.3, std_lr=0.05)
 TRIALS: dict[str, list[Trial]] = {
     "Estimator": [
         NOISE,
@@ -75,7 +78,13 @@ TRIALS: dict[str, list[Trial]] = {
     "Temperature": [replace(NOISE, temperature=temperature) for temperature in (0.01, 1.0)],
     "Stds that come near their fixed point": [
         replace(NOISE, std_lr=0.05),
-        replace(NOISE, std_lr=0.05, relative_std=0.3, temperature=10.0),
+        WARM,
+    ],
+    "Where these start": [NOISE, LAPLACE],
+    "Noise as large as what goes": [
+        *(replace(WARM, std=std) for std in ("rank_one", "per_channel")),
+        replace(WARM, std="rank_one", power=1.0),
+        *(replace(WARM, std="rank_one", temperature=temperature) for temperature in (3.0, 30.0)),
     ],
     "Prior scale": [replace(NOISE, scope="model")],
     "Moving average": [replace(LAPLACE, decay=0.9), replace(LAPLACE, decay=0.995)],
@@ -100,7 +109,13 @@ def prepared(trial: Trial, dense: nn.Module) -> tuple[nn.Module, bp.priors.Prior
 
 
 def trained(
-    trial: Trial, data_dir: Path, batches: Iterator[Any], num_steps: int, lr: float, sparsity: float
+    trial: Trial,
+    data_dir: Path,
+    batches: Iterator[Any],
+    num_steps: int,
+    lr: float,
+    sparsity: float,
+    precision: torch.dtype,
 ) -> nn.Module:
     """The network after a training in which this fraction of the weights goes, if it is above 0."""
     model, prior = prepared(trial, trained_resnet20(data_dir))
@@ -125,11 +140,11 @@ def trained(
         if removal is not None:
             bp.prune_weights(model, sparsity=removal, score=SNRScore(trial.power))
 
-    train(model, batches, num_steps, lr, before=attach, each_step=each_step)
+    train(model, batches, num_steps, lr, before=attach, each_step=each_step, precision=precision)
     return model
 
 
-def run(trial: Trial, data_dir: Path, images: Images, held_out: list[Any]) -> dict[str, float]:
+def run(trial: Trial, data_dir: Path, images: Images, held_out: list[Any], precision: torch.dtype) -> dict[str, float]:
     """Both accuracies."""
 
     def tested(model: nn.Module) -> float:
@@ -140,11 +155,11 @@ def run(trial: Trial, data_dir: Path, images: Images, held_out: list[Any]) -> di
     torch.manual_seed(0)
     budget = WEIGHTS["20"]
     batches = images.random(budget.total, 0, augment=True)
-    weights = trained(trial, data_dir, batches, budget.total, budget.lr, 0.9)
+    weights = trained(trial, data_dir, batches, budget.total, budget.lr, 0.9, precision)
     torch.manual_seed(0)
     budget = CHANNELS["20"]
     batches = images.random(budget.before, 0, augment=True)
-    channels = trained(trial, data_dir, batches, budget.before, budget.lr, 0.0)
+    channels = trained(trial, data_dir, batches, budget.before, budget.lr, 0.0, precision)
     found = {"weights": tested(weights)}
     for macs in (0.5, 0.4):
         cut = copy.deepcopy(channels)
@@ -165,24 +180,29 @@ def loss(batches: list[Any], model: nn.Module) -> float:
 
 def main() -> None:
     """Runs what is missing, then prints the table in Markdown."""
-    args = parser(__doc__ or "", "docs/benchmarks/investigation.json").parse_args()
+    options = parser(__doc__ or "", "docs/benchmarks/investigation.json")
+    options.add_argument("--float32", action="store_true", help="products in float32, not bfloat16")
+    options.add_argument("--only", nargs="+", choices=[*TRIALS], default=[*TRIALS], help="these axes alone")
+    args = options.parse_args()
     torch.set_num_threads(1)
     rows = read(args.out, SETTINGS)
     if not args.table:
-        directory = Path(args.data_dir)
+        precision = torch.float32 if args.float32 else torch.bfloat16
+        directory, name = Path(args.data_dir), str(precision).removeprefix("torch.")
         images = Images(directory / "cifar10", "train", slice(0, -500))
         held_out = Images(directory / "cifar10", "train", slice(-500, None))
         batches = chosen(held_out, SETTINGS["images"], torch.Generator().manual_seed(0))
-        for axis, trials in TRIALS.items():
-            for trial in trials:
-                if all(row["trial"] != asdict(trial) for row in rows):
-                    rows.append({"axis": axis, "trial": asdict(trial)} | run(trial, directory, images, batches))
-                    write(args.out, SETTINGS, rows)
+        for axis, trial in [(axis, trial) for axis, trials in TRIALS.items() if axis in args.only for trial in trials]:
+            key = {"trial": asdict(trial), "precision": name}
+            if all(row | key != row for row in rows):
+                rows.append({"axis": axis} | key | run(trial, directory, images, batches, precision))
+                write(args.out, SETTINGS, rows)
     print("| | | 90 % of the weights removed | half of the MACs, at once | 0.4, at once |\n|---|---|---|---|---|")
     for row in rows:
         base = asdict(LAPLACE if row["trial"]["estimator"] == "laplace" else NOISE)
         changed = [f"{key} {value}" for key, value in row["trial"].items() if value != base[key] and key != "estimator"]
         name = ", ".join([row["trial"]["estimator"].replace("_", " "), *changed]).replace("_", " ")
+        name += "" if row["precision"] == "bfloat16" else f" ({row['precision']})"
         cells = [f"{100 * row[key]:.1f}" for key in ("weights", "channels 0.5", "channels 0.4")]
         print(f"| {row['axis']} | {name} | {' | '.join(cells)} |")
 

@@ -39,7 +39,7 @@ from mnist_methods import (
 )
 from mnist_stops import RULES, stop
 from mnist_table import page
-from mnist_tasks import ALL, L1, STRUCTURES, TASKS, Level, Task
+from mnist_tasks import ALL, L1, SELECTED, STRUCTURES, TASKS, TUNED, Level, Task
 from mnist_units import compact, keep_units, live_units
 
 import bayesprune as bp
@@ -114,20 +114,20 @@ class Benchmark:
         print(time.strftime("%H:%M:%S"), *(row[k] for k in ("task", "method", "seed")), *shown, flush=True)
         return row
 
-    def l1_weight(self, task: Task) -> float:
-        """The penalty's weight with the lowest validation error at the task's level of selection, with seed 0."""
+    def selected(self, task: Task, method: str) -> float:
+        """The setting with the lowest validation error at the task's level of selection, with seed 0."""
         found = {}
-        for weight in task.l1_weights:
-            key = {"section": "selection", "task": task.name, "method": L1, "seed": 0, "l1": weight}
-            row = self.find(**key) or self.add(key | self.run(task, L1, 0, weight, validation=True))
-            found[weight] = row["levels"][-1]["error"]
+        for value in task.choices(method):
+            key = {"section": "selection", "task": task.name, "method": method, "seed": 0, SELECTED[method]: value}
+            row = self.find(**key) or self.add(key | self.run(task, method, 0, value, validation=True))
+            found[value] = row["levels"][-1]["error"]
         return min(found, key=found.__getitem__)
 
     def measure(self, task: Task, method: str, seed: int) -> None:
         key = {"section": "final", "task": task.name, "method": method, "seed": seed}
         if self.find(**key) is None:
-            weight = self.l1_weight(task) if method == L1 else None
-            self.add(key | {"l1": weight} | self.run(task, method, seed, weight, validation=False))
+            value = self.selected(task, method) if method in SELECTED else None
+            self.add(key | {SELECTED.get(method, "l1"): value} | self.run(task, method, seed, value, validation=False))
 
     def measure_stop(self, task: Task, rule: str, seed: int) -> None:
         """Where a rule without a number stops, at once."""
@@ -142,10 +142,14 @@ class Benchmark:
             level = {"target": "by itself", "share": share, "live": live_units(net), "error": error(net, data)}
             self.add(key | {"levels": [level], "epochs": phase.epochs})
 
-    def run(self, task: Task, method: str, seed: int, l1_weight: float | None, *, validation: bool) -> dict[str, Any]:
+    def run(self, task: Task, method: str, seed: int, setting: float | None, *, validation: bool) -> dict[str, Any]:
         """The cascade of one row."""
         started, data = time.monotonic(), self.data(task, validation=validation)
-        net, before = self.tuned(task, method, seed, l1_weight, validation=validation)
+        if method == TUNED:
+            assert setting is not None, "it was selected"
+            warm = (replace(phase, temperature=setting) for phase in (task.tune, task.cut))
+            task = replace(task, **dict(zip(("tune", "cut"), warm, strict=True)))
+        net, before = self.tuned(task, method, seed, setting, validation=validation)
         row: dict[str, Any] = {"error_before": error(net, data), "levels": []}
         if method in STRUCTURES and not task.by_units:
             row["below_1"] = _without_noise(net, data)
@@ -175,16 +179,20 @@ class Benchmark:
         return row | {"seconds": round(time.monotonic() - started)}
 
     def tuned(
-        self, task: Task, method: str, seed: int, l1_weight: float | None, *, validation: bool
+        self, task: Task, method: str, seed: int, setting: float | None, *, validation: bool
     ) -> tuple[Network, int]:
         """The network before the cuts, and the gradients that it has seen; kept in the work directory."""
         data = self.data(task, validation=validation)
         start, steps = self.dense(task, seed, data, validation=validation)
         kind = method.replace(", ", "-") if method in (*STRUCTURES, L1) else "plain"
-        lasso = f"-{'group' if task.by_units else 'weight'}-{l1_weight:g}" if l1_weight is not None else ""
-        path = self.work / f"{task.data}-{task.net}-{kind}{lasso}-{seed}-{validation}.pt"
+        kind += f"-{'group' if task.by_units else 'weight'}" if method == L1 else ""
+        kind += "" if setting is None else f"-{setting:g}"
+        path = self.work / f"{task.data}-{task.net}-{kind}-{seed}-{validation}.pt"
         phase_steps = round(task.tune.epochs * (len(data.labels) // BATCH))
-        penalty = None if l1_weight is None else (group_lasso if task.by_units else l1)(l1_weight)
+        penalty = None
+        if method == L1:
+            assert setting is not None, "it was selected"
+            penalty = (group_lasso if task.by_units else l1)(setting)
         if path.exists():
             net = torch.load(path, weights_only=False)
             net.penalty = penalty
@@ -255,6 +263,7 @@ def main() -> None:
     torch.set_float32_matmul_precision("medium")
     benchmark = Benchmark(options.out, options.work, Path(options.data_dir))
     chosen = [task for task in TASKS if options.tasks is None or task.name in options.tasks]
+    cheap = [method for method in STRUCTURES if method != TUNED]
     for method in options.methods:
         if method == "stops":
             for task in chosen:
@@ -263,7 +272,8 @@ def main() -> None:
                         benchmark.measure_stop(task, rule, seed)
         for seed in options.seeds:
             for task in chosen:
-                if method in task.methods or (method in STRUCTURES and task.net == "mlp"):
+                is_tuned = method == TUNED and task.temperatures
+                if method in task.methods or is_tuned or (method in cheap and task.net == "mlp"):
                     benchmark.measure(task, method, seed)
 
 

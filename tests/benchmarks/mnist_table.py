@@ -6,6 +6,7 @@ from typing import Any
 
 NAMES = {
     "posterior": "posterior",
+    "posterior, tuned temperature": "posterior, tuned temperature",
     "posterior, rank_one": "posterior, rank-one stds",
     "posterior, per_channel": "posterior, a std for each unit",
     "magnitude": "magnitude",
@@ -28,6 +29,7 @@ copy of it, trained on for a while without noise, penalty or cuts.
 
 - **posterior**: ARD per weight, local reparameterization (LeNet-5's filters: weight sampling), temperature 1. Weights
   go by SNR. Units go by the KL in nats of the weights that leave with them, the sum of 1/2 ln(1 + SNR^2).
+- **posterior, tuned temperature**: the temperature chosen on the training set's last tenth, as the L1 weights are.
 - **posterior, rank-one stds**, **a std for each unit**: the same with cheaper stds; nothing was tuned for them.
 - **magnitude**, **random**: gradual, the same schedule, a plain network. Units: the sum of the squares.
 - **magnitude after tuned L1**: a penalty on abs(w) (for units: on the norms of rows and columns) until the cuts end.
@@ -145,12 +147,14 @@ def _stops(rows: list[dict[str, Any]], stops: list[dict[str, Any]]) -> list[str]
 
 
 def _selection(task: str, rows: list[dict[str, Any]]) -> list[str]:
-    found = [row for row in rows if row["section"] == "selection" and row["task"] == task]
-    if not found:
-        return []
-    level = _target(found[0]["levels"][-1]["target"])
-    values = ", ".join(f"{row['l1']:g}: {row['levels'][-1]['error']:.2f} %" for row in found)
-    return [f"L1 weights tried, and the error at {level} on the training set's last tenth with seed 0: {values}.", ""]
+    lines = []
+    for key, what in (("l1", "L1 weights"), ("temperature", "Temperatures")):
+        found = [row for row in rows if row["section"] == "selection" and row["task"] == task and key in row]
+        if found:
+            level = _target(found[0]["levels"][-1]["target"])
+            values = ", ".join(f"{row[key]:g}: {row['levels'][-1]['error']:.2f} %" for row in found)
+            lines += [f"{what} tried, and the error at {level} on the training set's last tenth, seed 0: {values}.", ""]
+    return lines
 
 
 def _phases(settings: dict[str, Any], task: dict[str, Any]) -> str:

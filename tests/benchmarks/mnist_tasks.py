@@ -5,8 +5,15 @@ from typing import Any
 
 from mnist_methods import Phase
 
-POSTERIOR, L1 = "posterior", "L1"
-STRUCTURES = {POSTERIOR: "per_weight", "posterior, rank_one": "rank_one", "posterior, per_channel": "per_channel"}
+POSTERIOR, TUNED, L1 = "posterior", "posterior, tuned temperature", "L1"
+SELECTED = {L1: "l1", TUNED: "temperature"}
+"""What is chosen on validation images for a method."""
+STRUCTURES = {
+    POSTERIOR: "per_weight",
+    TUNED: "per_weight",
+    "posterior, rank_one": "rank_one",
+    "posterior, per_channel": "per_channel",
+}
 CONTROLS = ("magnitude", L1, "random", "lamp", "obd", "taylor")
 
 
@@ -34,6 +41,11 @@ class Task:
     after: Phase
     l1_weights: tuple[float, ...]
     selected_at: int = 0
+    temperatures: tuple[float, ...] = ()
+
+    def choices(self, method: str) -> tuple[float, ...]:
+        """What a method's setting is chosen from."""
+        return {L1: self.l1_weights, TUNED: self.temperatures}[method]
 
     @property
     def by_units(self) -> bool:
@@ -54,6 +66,7 @@ LENET = (
     Phase(0, 3e-3, end=1.0, std_lr=1e-2, shift=1),
     Phase(0, 3e-3, shift=1),
 )
+TEMPERATURES = (0.03, 0.1, 0.3, 1.0)
 L1_WEIGHTS = (1e-5, 3e-5, 1e-4, 3e-4)
 L1_GROUPS = (*L1_WEIGHTS, 1e-3)
 WEIGHT_LEVELS = levels((10, 1, 1), (5, 1, 1), (2, 2, 2), (1, 5, 6), (0.5, 3, 4), (0.3, 2, 4), (0.15, 2, 4))
@@ -95,6 +108,7 @@ TASKS = (
         AFTER,
         L1_WEIGHTS[1:],
         3,
+        TEMPERATURES,
     ),
     Task(
         "Fashion-MNIST units",
@@ -108,5 +122,6 @@ TASKS = (
         AFTER,
         L1_GROUPS[2:],
         1,
+        TEMPERATURES,
     ),
 )

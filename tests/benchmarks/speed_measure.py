@@ -8,13 +8,15 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from time import process_time
 from typing import Any
 
 import torch
-from speed_ways import DETERMINISTIC, Way
+from speed_profile import where_time_goes
+from speed_ways import DETERMINISTIC, PROFILED, Way
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
@@ -37,7 +39,7 @@ def step(way: Way) -> list[float]:
 
 
 def measure(ways: Sequence[Way], *, seconds: float, shortest: float, predictions: bool = True) -> dict[str, Any]:
-    """Rows of times and memory; ways that fail are named with the reason.
+    """Rows of times, memory, and for some where the time goes; ways that fail are named with the reason.
 
     Args:
         ways: The deterministic one first.
@@ -58,6 +60,12 @@ def measure(ways: Sequence[Way], *, seconds: float, shortest: float, predictions
     rounds = {}
     for phase, share in zip(phases, (0.7, 0.1, 0.2) if predictions else (1.0,), strict=True):
         rounds[phase] = _measure_phase(running, phase, share * seconds, shortest, rows)
+    for way in running if predictions else ():
+        if way.name in PROFILED:
+            way.prepare()
+            way.model.train()
+            rows[way.name]["profile"] = where_time_goes(partial(step, way), rows[way.name]["step"]["ms"])
+            way.optimizer.zero_grad()
     return {"rows": list(rows.values()), "failures": failures, "rounds": rounds}
 
 

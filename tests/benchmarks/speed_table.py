@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import speed_profile
 from speed_ways import AGAIN, DETERMINISTIC, NETWORKS, OF_SCALING, SCALES
 
 Run = dict[str, Any]
@@ -32,6 +33,9 @@ the means. **evaluation** is a forward pass without noise, **a draw** one with n
 the deterministic forward. A library whose layers always draw has no evaluation. **memory** is that of parameters,
 buffers, the optimizers' state and the most that a step allocates on top of them (gradients, saved activations) by
 torch's allocator, over that of the deterministic network.
+
+Where the time of a step goes was taken by torch's profiler from the kernels it runs; between them lie Python and
+torch's own dispatch, what is left of the time without a profiler. Noise is part of the passes: it is read from a table.
 """
 
 
@@ -113,7 +117,7 @@ def _network(run: Run) -> str:
         spread = f"{step['ratio']:.2f} ({step['low']:.2f}-{step['high']:.2f})"
         predictions = (f"{row[phase]['ratio']:.2f}" if phase in row else "" for phase in ("evaluate", "draw"))
         lines.append(f"| {name} | {spread} | {' | '.join([*shares, *predictions])} | {_memory(row, base):.2f} |")
-    lines.append("")
+    lines += ["", *speed_profile.table(rows)]
     lines += [f"{name} fails: `{reason}`.\n" for name, reason in run["failures"].items()]
     return "\n".join(lines)
 

@@ -34,6 +34,13 @@ OF_SCALING = (
     "rank_one, local_reparameterization",
     "per_channel, local_reparameterization",
 )
+PROFILED = (
+    DETERMINISTIC,
+    "per_weight, weight_sampling",
+    "per_weight, local_reparameterization",
+    "rank_one, local_reparameterization",
+    "per_channel, local_reparameterization",
+)
 NUM_DATA = 50_000
 LR = 1e-4
 
