@@ -20,7 +20,7 @@ import torch
 from speed_measure import measure
 from speed_peers import installed, peers
 from speed_table import page, plot, with_overview
-from speed_ways import AGAIN, NETWORKS, OF_SCALING, QUICK, SCALES, Task, Way, deterministic, ours, task
+from speed_ways import AGAIN, NETWORKS, OF_SCALING, PROFILED, QUICK, SCALES, Task, Way, deterministic, ours, task
 
 OUT = Path("docs/benchmarks/speed.json")
 
@@ -41,8 +41,9 @@ def ways_of(of: Task, name: str) -> list[Way]:
     """Everything to measure of a network, or the few of a point of the scaling lines."""
     base = deterministic(of)
     if name in NETWORKS or name == QUICK:
-        others = [] if of.compiled else list(peers(of))
-        return [base, deterministic(of, AGAIN), *ours(of), *others]
+        if of.compiled:
+            return [base, *(way for way in ours(of) if way.name in PROFILED)]
+        return [base, deterministic(of, AGAIN), *ours(of), *peers(of)]
     return [base, *(way for way in ours(of) if way.name in OF_SCALING)]
 
 

@@ -104,3 +104,20 @@ def test_conversion_back_and_forth_keeps_the_kl():
     model = bp.to_variational(nn.Linear(5, 4))
     again = bp.to_variational(bp.to_deterministic(copy.deepcopy(model)))
     assert torch.equal(bp.kl_divergence(model), bp.kl_divergence(again))
+
+
+def test_a_std_rests_where_curvature_and_prior_balance():
+    """1 / std^2 = curvature * num_data / temperature + 1 / prior std^2: there the objective has no slope."""
+    torch.manual_seed(0)
+    layer = bp.to_variational(nn.Linear(5, 3, bias=False))
+    curvature, num_data, temperature, prior = torch.rand(3, 5) + 0.1, 1_000, 10.0, bp.priors.Gaussian(0.3)
+    layer.weight_log_std.data = (curvature * num_data / temperature + 0.3**-2).rsqrt().log()
+
+    def slope():
+        loss = (0.5 * curvature * (2 * layer.weight_log_std).exp()).sum()  # what noise adds to a quadratic loss
+        objective = loss + temperature / num_data * bp.kl_divergence(layer, prior)
+        return torch.autograd.grad(objective, layer.weight_log_std)[0]
+
+    assert slope().abs().max() < 1e-6
+    layer.weight_log_std.data += 0.1
+    assert slope().min() > 1e-4
