@@ -17,16 +17,16 @@ and the first three again with `--depth 56`. The last command writes this page f
 
 Two ResNets trained elsewhere lose single weights or channels. **All rows of a table have the same number of gradient
 evaluations**, each on the same 64 images in the same order, the same optimizer (SGD, momentum 0.9, learning rate by
-cosine to 0, bfloat16 products, or float32 where a heading says so), the same masks and selection, and batch norm recalibrated by forward
-passes; what a score needs beside the training's own gradients is taken off its fine-tuning.
+cosine to 0, bfloat16 products, or float32 where a heading says so), the same masks and selection, and batch norm
+recalibrated by forward passes; what a score needs beside the training's own gradients is taken off its fine-tuning.
 
 - **ours**: plain training with `laplace.RunningLaplace`, a diagonal Laplace posterior from the training's own
   gradients, at no extra pass; `SNRScore(0.5)` for weights, `SNRImportance(0.5)` for channels.
 - **ours, variational**: training by weight sampling with the KL at temperature 0.1; SNR of per-weight stds for
   weights, `SNRImportance(1)` of per-channel stds for channels.
-- **ours, SNR^2 at temperature 10**: weight sampling with rank-one stds that start at 0.3 of each layer's root mean square
-  and move by 0.05 a step, and the KL at temperature 10: noise about as large as what is removed, and stds that come near
-  their fixed point. `SNRImportance(2)`.
+- **ours, SNR^2 at temperature 10**: weight sampling with rank-one stds that start at 0.3 of each layer's root mean
+  square and move by 0.05 a step, and the KL at temperature 10: noise about as large as what is removed, and stds that
+  come near their fixed point. `SNRImportance(2)`.
 - **conditioned on zero**: at each removal the weights that are left are moved by `fit_kronecker` and
   `condition_on_zeros` (in 10 cuts of two batches, 20 training steps fewer) or `condition_on_channels` (16 batches, 16
   steps fewer). A pass that fits the factors counts as one gradient evaluation here and takes longer: training with 10
