@@ -79,7 +79,7 @@ def scaled_noise(variance: Tensor, draw: Repeatable) -> Tensor:
 
 def square_of(log_std: Tensor, like: Tensor) -> Tensor:
     """Variance of a log std, in the dtype of another tensor."""
-    return (log_std * (2 * LOG2_E)).exp2().to(like.dtype)
+    return (log_std * (2 * LOG2_E)).exp2_().to(like.dtype)
 
 
 def along(channels: Tensor, feature_dim: int) -> Tensor:

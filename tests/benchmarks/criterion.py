@@ -101,6 +101,7 @@ DEEP = {
         "DepGraph, group norm",
         "random",
     ),
+    "float32": (WARM.name, "magnitude", "no stds, mean^2 / s", WARM_CONDITIONED.name),
 }
 ONCE = {
     "weights": ("ours, variational", "Taylor", "random"),
@@ -138,7 +139,7 @@ class Benchmark:
         methods = PRECISE_METHODS if is_precise else self.chosen_methods(kind)
         if depth == "56":
             levels = DEEP_LEVELS[kind]
-            methods = [method for method in methods if is_precise or method.name in DEEP[kind]]
+            methods = [method for method in methods if method.name in DEEP["float32" if is_precise else kind]]
         for seed in seeds:
             self.prepared.clear()
             for level in levels:
