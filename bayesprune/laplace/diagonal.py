@@ -6,7 +6,7 @@ is then twice the saliency of Optimal Brain Damage (LeCun et al., 1989), with th
 
 Squares are of true per-example gradients, summed over an example's positions first. They come layer by layer from
 inputs and output gradients, one batched matrix product a layer; layers that are no matrix product (transposed or
-weight-standardised convolutions) run backward once for each example.
+weight-standardised convolutions, norms whose scale has a posterior) run backward once for each example.
 """
 
 import warnings

@@ -8,9 +8,7 @@ import torch_pruning as tp
 from torch import nn
 
 import bayesprune as bp
-from bayesprune.laplace import cross_entropy
-from bayesprune.laplace.diagonal import sums_of_squares
-from bayesprune.layers import named_posteriors, variational_layers
+from bayesprune.layers import variational_layers
 from bayesprune.prune import dependency_groups
 from bayesprune.prune.follow import TAG
 from bayesprune.prune.groups import find_groups
@@ -166,77 +164,3 @@ def test_channels_go_without_the_hook_into_torch_pruning(monkeypatch):
     tie_means_to_stds(net)
     bp.prune_channels(net, case.input(), target={"params": 0.6})
     assert_stds_follow(net)
-
-
-def test_save_and_load(tmp_path):
-    case = CASES[-1]
-    for number, net in enumerate((variational(case), bp.to_variational(case.net()))):
-        bp.prune_channels(net, case.input(), target={"params": 0.6})
-        net.eval()
-        net[4].running_mean.normal_()
-        bp.save(net, tmp_path / str(number))
-        again = bp.load(tmp_path / str(number), model=case.net()).eval()
-        assert num_norms(again) == num_norms(net) == (3 if number == 0 else 0)
-        assert torch.equal(again(case.input()), net(case.input()))
-        state = net.state_dict()
-        assert again.state_dict().keys() == state.keys()
-        assert all(torch.equal(value, state[key]) for key, value in again.state_dict().items())
-        bp.load(tmp_path / str(number), model=case.net())
-
-
-def test_laplace():
-    case = CASES[-1]
-    net = variational(case).train()
-    loader = [(torch.randn(6, *case.shape[1:]), torch.randint(3, (6,))) for _ in range(2)]
-    norms = [layer for _, layer in variational_layers(net) if layer.is_norm]
-    statistics, before = copy.deepcopy(dict(net.named_buffers())), [n.weight_log_std.detach().clone() for n in norms]
-    posterior = bp.fit_kronecker(net, loader)
-    assert posterior.keys() == {"0", "3", "8", "10"}
-    bp.laplace.set_marginal_stds(net, posterior)
-    assert all(torch.equal(n.weight_log_std, old) for n, old in zip(norms, before, strict=True))
-    bp.prune_weights(net, sparsity=0.3)
-    bp.condition_on_zeros(net, posterior)
-    bp.prune_channels(
-        net,
-        case.input(),
-        target={"params": 0.7},
-        before_cut=lambda lost: bp.condition_on_channels(net, posterior, lost),
-    )
-    bp.fit_laplace(net, loader)
-    assert not any(torch.equal(n.weight_log_std, old) for n, old in zip(norms, before, strict=True))
-    assert all(torch.equal(buffer, statistics[name]) for name, buffer in net.named_buffers() if "num_batches" in name)
-    assert all(n.weight_log_std.isfinite().all() for n in norms)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_the_fisher_information_of_gamma(dtype):
-    """The sum over examples of squared gradients, from one backward an example; statistics stay."""
-    case = CASES[-1]
-    net = variational(case).to(dtype).train()
-    x, y = torch.randn(4, *case.shape[1:], dtype=dtype), torch.randint(3, (4,))
-    running = net[4].running_mean.clone()
-    found, _ = sums_of_squares(net, [(x, y)], loss=lambda model, batch: cross_entropy(model, batch).float())
-    assert torch.equal(net[4].running_mean, running)
-    net.eval()
-    expected = dict.fromkeys(found, 0.0)
-    for index in range(4):
-        net.zero_grad()
-        nn.functional.cross_entropy(net(x[index : index + 1]), y[index : index + 1]).backward()
-        expected = {name: old + net.get_parameter(name).grad.double().square() for name, old in expected.items()}
-    tolerance = 1e-8 if dtype == torch.float64 else 0.1
-    for name in ("1.weight", "4.weight", "9.weight"):
-        torch.testing.assert_close(
-            found[name], expected[name], rtol=tolerance, atol=tolerance * expected[name].max().item()
-        )
-
-
-def test_running_laplace():
-    net = variational(CASES[0])
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
-    posterior = bp.laplace.RunningLaplace(optimizer, net, num_data=100, batch_size=2)
-    net(CASES[0].input()).square().mean().backward()
-    optimizer.step()
-    before = net[1].weight_log_std.detach().clone()
-    posterior.update()
-    assert not torch.equal(net[1].weight_log_std, before)
-    assert all(p.log_std.isfinite().all() for p in named_posteriors(net))
