@@ -4,7 +4,8 @@ from importlib.util import find_spec as _find_spec
 
 from bayesprune import evi, gates, laplace, moments, priors
 from bayesprune.compiling import compile_moments
-from bayesprune.convert import conversion_table, to_deterministic, to_variational
+from bayesprune.conversion import conversion_table
+from bayesprune.convert import to_deterministic, to_variational
 from bayesprune.evaluate import report
 from bayesprune.laplace import condition_on_channels, condition_on_zeros, fit_kronecker, fit_laplace
 from bayesprune.layers import VariationalLayer, register_layer

@@ -6,16 +6,13 @@ posterior means. What is left deterministic, or falls back to weight sampling, i
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
 
 import torch
-from rich.table import Table
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from bayesprune import estimators
+from bayesprune.conversion import Filter, conversion_table, reasons_to_leave
 from bayesprune.errors import UnsupportedModelError
 from bayesprune.layers import (
     STRUCTURES,
@@ -27,69 +24,8 @@ from bayesprune.layers import (
     variational_layers,
     variational_type,
 )
-from bayesprune.tables import as_text
 
 _LOGGER = logging.getLogger(__name__)
-
-Filter = Callable[[nn.Module, str], bool]
-
-
-@dataclass(frozen=True)
-class ConversionRow:
-    """What becomes of one module that holds parameters of its own.
-
-    Attributes:
-        name: Its name in the model; "" is the model itself.
-        type: Its stock type's name.
-        status: "converted", "fallback" (converted, with weight sampling only) or "left" (deterministic).
-        reason: Why it was left or falls back.
-    """
-
-    name: str
-    type: str
-    status: Literal["converted", "fallback", "left"]
-    reason: str = ""
-
-
-class ConversionTable(list[ConversionRow]):
-    """The rows of all modules with parameters; prints as a table."""
-
-    def __str__(self) -> str:
-        """The table as plain text."""
-        table = Table("module", "type", "status", "reason", title=self.summary())
-        for row in self:
-            table.add_row(row.name or "(model)", row.type, row.status, row.reason)
-        return as_text(table, width=160)
-
-    def summary(self) -> str:
-        """One line: how many modules were converted, fall back, were left."""
-        counts = {status: sum(row.status == status for row in self) for status in ("converted", "fallback", "left")}
-        return ", ".join(f"{count} {status}" for status, count in counts.items())
-
-
-def conversion_table(model: nn.Module, *, filter_fn: Filter | None = None) -> ConversionTable:
-    """What `to_variational` does, or did, with each module that holds parameters of its own; changes nothing.
-
-    Args:
-        model: The model, before or after conversion.
-        filter_fn: As for `to_variational`.
-    """
-    reasons = _reasons_to_leave(model, filter_fn)
-    rows = ConversionTable()
-    for name, module in model.named_modules():
-        if not any(parameter is not None for parameter in module._parameters.values()):
-            continue
-        if isinstance(module, VariationalLayer):
-            stock, found = module.stock_type, type(module)
-        else:
-            stock = type(module)
-            found = variational_type(stock) if module not in reasons else None
-        if found is None:
-            rows.append(ConversionRow(name, stock.__name__, "left", reasons[module]))
-        else:
-            status = "fallback" if found.fallback_reason else "converted"
-            rows.append(ConversionRow(name, stock.__name__, status, found.fallback_reason or ""))
-    return rows
 
 
 def to_variational(
@@ -99,6 +35,7 @@ def to_variational(
     relative_std: float = 0.1,
     filter_fn: Filter | None = None,
     estimator: str = "auto",
+    norm_scales: bool = False,
 ) -> nn.Module:
     """The same model with Gaussian posteriors over its weights, whose means are the trained weights; in place.
 
@@ -115,6 +52,9 @@ def to_variational(
         filter_fn: `filter_fn(module, name)` is False for a module that is to stay deterministic.
         estimator: What a training forward uses: "auto" is "local_reparameterization" where each weight meets one
             position per example, else "weight_sampling"; "flipout" and "mean" may be named as well.
+        norm_scales: Whether batch, layer, group and RMS norms get posteriors over their scales too, so that a prior
+            over dependency groups acts on what a norm would undo. They are drawn, whatever the estimator; shifts and
+            statistics stay as they are.
 
     Returns:
         The model itself. `conversion_table(model)` says what was converted, left, or falls back, and why.
@@ -125,12 +65,12 @@ def to_variational(
     """
     check_options(std, relative_std, estimator)
     _check_plain(model)
-    reasons = _reasons_to_leave(model, filter_fn)
-    modules = {module: name for name, module in model.named_modules() if variational_type(type(module)) is not None}
-    chosen = [module for module in modules if module not in reasons and not isinstance(module, VariationalLayer)]
+    reasons = reasons_to_leave(model, filter_fn, norm_scales=norm_scales)
+    names = {module: name for name, module in model.named_modules()}
+    chosen = [module for module in names if module not in reasons and not isinstance(module, VariationalLayer)]
     already = [layer for _, layer in variational_layers(model)]
     if not chosen and not already:
-        raise ValueError(_nothing_matched(model, reasons))
+        raise ValueError(_nothing_matched(model, reasons, norm_scales=norm_scales))
     for layer in already:
         if layer.std != std:
             raise ValueError(
@@ -138,11 +78,11 @@ def to_variational(
             )
         layer.estimator = estimator
     for module in chosen:
-        _check_finite(module, modules[module])
+        _check_finite(module, names[module])
     parts = {(id(p.mean), i): part for p in named_posteriors(model) for i, part in enumerate(p.log_std_parts)}
     for module in chosen:
         _convert(module, std, relative_std, estimator, parts)
-    _LOGGER.info("to_variational: %s", conversion_table(model, filter_fn=filter_fn).summary())
+    _LOGGER.info("to_variational: %s", conversion_table(model, filter_fn=filter_fn, norm_scales=norm_scales).summary())
     return model
 
 
@@ -163,13 +103,13 @@ def to_deterministic(model: nn.Module) -> nn.Module:
 def _convert(
     module: nn.Module, std: str, relative_std: float, estimator: str, parts: dict[tuple[int, int], nn.Parameter]
 ) -> None:
-    found = variational_type(type(module))
+    found = variational_type(type(module), norm_scales=True)
     assert found is not None, "only modules with a variational type are chosen"
     module.__class__ = found
     assert isinstance(module, VariationalLayer)
     module.std, module.estimator, module.estimator_override = std, estimator, None
     posteriors = {name: p for name in module.posterior_names if (p := module._parameters.get(name)) is not None}
-    log_std = _initial_log_std(posteriors.values(), relative_std)
+    log_std = _initial_log_std(list(posteriors.values()), relative_std)
     for name, mean in posteriors.items():
         shapes = part_shapes(std, tuple(mean.shape), module.unit_dims)
         for position, (suffix, shape) in enumerate(shapes.items()):
@@ -180,68 +120,14 @@ def _convert(
             module.register_parameter(f"{name}_{suffix}", parts[key])
 
 
-def _initial_log_std(means: Iterable[Tensor], relative_std: float) -> float:
+def _initial_log_std(means: Sequence[Tensor], relative_std: float) -> float:
     """Log of `relative_std` x RMS of the layer's weights; of 1 / sqrt(fan-in) where the weights are all zero."""
-    weights = [mean for mean in means if mean.dim() > 1]
+    weights = [mean for mean in means if mean.dim() > 1] or means  # a norm has its scale alone
     if any(weight.is_meta for weight in weights):
         return 0.0
     numel = sum(weight.numel() for weight in weights)
     rms = (sum(float(w.detach().double().square().sum()) for w in weights) / numel) ** 0.5
     return float(torch.tensor(relative_std * (rms or weights[0][0].numel() ** -0.5)).log())
-
-
-def _reasons_to_leave(model: nn.Module, filter_fn: Filter | None) -> dict[nn.Module, str]:
-    """Why each module that is not variational stays so; modules that can be converted are not in it."""
-    reasons: dict[nn.Module, str] = {}
-    holders: dict[int, list[tuple[str, nn.Module]]] = defaultdict(list)
-    attention_of: dict[nn.Module, nn.Module] = {}
-    for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                holders[id(parameter)].append((name, module))
-        if isinstance(module, nn.MultiheadAttention):
-            attention_of[module.out_proj] = module
-        if not isinstance(module, VariationalLayer) and (reason := _reason_of_its_own(module, name, filter_fn)):
-            reasons[module] = reason
-    for projection, attention in attention_of.items():
-        if attention in reasons:
-            reasons.setdefault(projection, "its MultiheadAttention, which would draw its noise, is left")
-    changed = True
-    while changed:  # leaving one layer may untie another
-        changed = False
-        for sharing in holders.values():
-            left = [(name, module) for name, module in sharing if module in reasons]
-            for _, module in sharing if left else ():
-                if module not in reasons and not isinstance(module, VariationalLayer):
-                    other = f"{left[0][0]!r} ({type(left[0][1]).__name__})"
-                    reasons[module] = f"a weight is tied to {other}, which is deterministic"
-                    changed = True
-    return reasons
-
-
-def _reason_of_its_own(module: nn.Module, name: str, filter_fn: Filter | None) -> str | None:
-    found = variational_type(type(module))
-    if found is None:
-        stacked = {key: len(p) for key, p in module._parameters.items() if p is not None and p.dim() == 3}
-        if len(stacked) > 1 and set(stacked.values()) != {1} and len(set(stacked.values())) == 1:
-            return f"its {' and '.join(stacked)} each hold {next(iter(stacked.values()))} matrices, those of experts"
-        return f"{type(module).__name__} is not a registered type"
-    if parametrize.is_parametrized(module):
-        return "its weight is parametrized"
-    if "forward" in vars(module):
-        return "its forward was replaced on the instance, by a device map for example"
-    no_parameters = [key for key in found.posterior_names if key not in module._parameters]
-    computed = [key for key in no_parameters if getattr(module, key, None) is not None]
-    weights = [p for key in found.posterior_names if (p := module._parameters.get(key)) is not None and p.dim() > 1]
-    if computed or not weights:
-        return f"its {(computed or ['weight'])[0]} is not a parameter (computed, quantized or pruned by another tool)"
-    if not all(weight.is_floating_point() for weight in weights):
-        return f"its weight is {weights[0].dtype}, not a floating point number"
-    if not all(weight.numel() for weight in weights):
-        return f"its weight is empty, of shape {tuple(weights[0].shape)}"
-    if filter_fn is not None and not filter_fn(module, name):
-        return "filter_fn"
-    return None
 
 
 def check_options(std: str, relative_std: float, estimator: str) -> None:
@@ -282,14 +168,14 @@ def _check_finite(module: nn.Module, name: str) -> None:
             )
 
 
-def _nothing_matched(model: nn.Module, reasons: dict[nn.Module, str]) -> str:
+def _nothing_matched(model: nn.Module, reasons: dict[nn.Module, str], *, norm_scales: bool) -> str:
     counts: dict[str, int] = defaultdict(int)
     for module in model.modules():
         if any(parameter is not None for parameter in module._parameters.values()):
             counts[type(module).__name__] += 1
     has = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items())) or "no module with parameters"
-    why = sorted({r for m, r in reasons.items() if variational_type(type(m)) is not None})
-    types = ", ".join(found.__name__ for found in registered_types())
+    why = sorted({r for m, r in reasons.items() if variational_type(type(m), norm_scales=norm_scales)})
+    types = ", ".join(found.__name__ for found in registered_types(norm_scales=norm_scales))
     return (
         f"to_variational matched no layer: the model has {has}; registered types are {types}."
         + (f" Left because: {'; '.join(why)}." if why else "")

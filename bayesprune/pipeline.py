@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from bayesprune.convert import check_options, conversion_table, to_deterministic, to_variational
+from bayesprune.conversion import conversion_table
+from bayesprune.convert import check_options, to_deterministic, to_variational
 from bayesprune.evaluate import HistoryPoint, Report, count_parameters, report
 from bayesprune.evaluate.running import device_of, on_device
 from bayesprune.hosts.task import Progress, Task

@@ -18,7 +18,7 @@ ROWS = (
     ("moments",),
     ("estimators",),
     ("layers",),
-    ("convert", "macs", "predictive", "train", "prune", "laplace"),
+    ("conversion", "convert", "macs", "predictive", "train", "prune", "laplace"),
     ("compiling", "gates"),
     ("storage", "evaluate", "evi"),
     ("hosts",),

@@ -6,7 +6,7 @@ is then twice the saliency of Optimal Brain Damage (LeCun et al., 1989), with th
 
 Squares are of true per-example gradients, summed over an example's positions first. They come layer by layer from
 inputs and output gradients, one batched matrix product a layer; layers that are no matrix product (transposed or
-weight-standardised convolutions) run backward once for each example.
+weight-standardised convolutions, norms whose scale has a posterior) run backward once for each example.
 """
 
 import warnings
@@ -22,6 +22,7 @@ from bayesprune.laplace.calibration import Call, Loss, record
 from bayesprune.laplace.matrices import from_matrix, input_rows, is_matrix_product, output_rows
 from bayesprune.laplace.stds import prior_precisions, set_precision
 from bayesprune.layers import Posterior, named_posteriors
+from bayesprune.macs import eval_mode
 from bayesprune.priors import Prior
 
 _MAX_NUMBERS = 2**25  # of per-example gradients held at a time: 128 MiB
@@ -183,10 +184,13 @@ def _one_by_one(call: Call, parameter: str, num_examples: int) -> Tensor:
     """The same for any layer: backward once for each example."""
     layer = call.layer
     tensors = {name: _wide(getattr(layer, name).detach()).requires_grad_() for name in layer.active_names()}
+    own = (*layer._parameters.items(), *layer._buffers.items())
+    others = {name: _wide(tensor.detach()) for name, tensor in own if tensor is not None and name not in tensors}
     found = []
     for index in range(num_examples):
         _, inputs, gradients, operation = _examples(call, index, 1, num_examples)
-        output = operation(_wide(inputs), tensors["weight"], tensors.get("bias"))
+        with eval_mode(layer), layer.substituted(**others):  # a norm in training would go by this example alone
+            output = operation(_wide(inputs), tensors["weight"], tensors.get("bias"))
         found += torch.autograd.grad(output, tensors[parameter], _wide(gradients))
     return torch.stack(found)
 

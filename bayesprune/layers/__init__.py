@@ -5,6 +5,7 @@ from bayesprune.layers import stock  # noqa: F401  (registers torch's layers)
 from bayesprune.layers.base import VariationalLayer
 from bayesprune.layers.closing import close_gates, drop_gates, fold_gates
 from bayesprune.layers.gates import Gate, GateOptions, named_gates, passing_gates
+from bayesprune.layers.norms import VariationalNorm
 from bayesprune.layers.posteriors import Posterior, named_posteriors, variational_layers
 from bayesprune.layers.registry import register_layer, registered_types, variational_type
 from bayesprune.layers.structures import STRUCTURES, part_shapes
@@ -16,6 +17,7 @@ __all__ = [
     "Gaussian",
     "Posterior",
     "VariationalLayer",
+    "VariationalNorm",
     "close_gates",
     "drop_gates",
     "fold_gates",

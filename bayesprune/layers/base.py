@@ -28,6 +28,7 @@ class VariationalLayer(nn.Module):
     Attributes:
         is_linear_in_weight: Whether the layer multiplies inputs by weights, adds, and does no more; the variance of its
             output is then the same operation on squares.
+        is_norm: Whether its posterior is one over the scale of a norm, which is converted on request alone.
         std: Structure of the stds: "per_weight", "rank_one" or "per_channel".
         estimator: What runs while the layer is in training mode.
         estimator_override: What runs in any mode, set by `sampling`; None outside it.
@@ -36,6 +37,7 @@ class VariationalLayer(nn.Module):
     stock_type: ClassVar[type[nn.Module]]
     posterior_names: ClassVar[tuple[str, ...]] = ("weight", "bias")
     is_linear_in_weight: ClassVar[bool] = True
+    is_norm: ClassVar[bool] = False
     fallback_reason: ClassVar[str | None] = None
 
     std: str
@@ -243,6 +245,6 @@ class VariationalLayer(nn.Module):
 def _rebuild(stock_type: type[nn.Module]) -> VariationalLayer:
     from bayesprune.layers.registry import variational_type  # the registry needs this module
 
-    found = variational_type(stock_type)
+    found = variational_type(stock_type, norm_scales=True)
     assert found is not None, f"{stock_type.__name__} was converted once, so it has a variational type"
     return found.__new__(found)

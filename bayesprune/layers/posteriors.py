@@ -44,12 +44,12 @@ class Posterior:
 
     @property
     def is_weight(self) -> bool:
-        """Whether it is a weight, not a bias."""
+        """Whether it is a weight, not a bias or the scale of a norm."""
         return self.mean.dim() > 1
 
     @property
     def unit_dims(self) -> tuple[int, ...]:
-        """Dimensions that number output units; empty for a bias."""
+        """Dimensions that number output units; empty for what is no weight."""
         return self.layer.unit_dims if self.is_weight else ()
 
 

@@ -22,7 +22,7 @@ def register_layer(stock_type: type[nn.Module]) -> Callable[[_Layer], _Layer]:
     The class derives from `VariationalLayer` and the stock type, in this order. It overrides what differs:
     `posterior_names`, `feature_dim`, `unit_dims`, `operation`, `meets_one_position`, `is_linear_in_weight`. A layer
     that does more than multiply inputs by weights and add (a factor on its output, a normalisation) says
-    `is_linear_in_weight = False`.
+    `is_linear_in_weight = False`; a norm derives from `bayesprune.layers.VariationalNorm` in the mixin's place.
 
     Example:
         >>> class Scaled(nn.Linear):
@@ -44,24 +44,29 @@ def register_layer(stock_type: type[nn.Module]) -> Callable[[_Layer], _Layer]:
             )
         cls.stock_type = stock_type
         _REGISTERED[stock_type] = cls
-        variational_type.cache_clear()
+        _any_variational_type.cache_clear()
         return cls
 
     return decorate
 
 
-def registered_types() -> list[type[nn.Module]]:
-    """The registered stock types."""
-    return list(_REGISTERED)
+def registered_types(*, norm_scales: bool = False) -> list[type[nn.Module]]:
+    """The registered stock types; with `norm_scales` norms too."""
+    return [stock for stock, found in _REGISTERED.items() if norm_scales or not found.is_norm]
+
+
+def variational_type(stock_type: type[nn.Module], *, norm_scales: bool = False) -> type[VariationalLayer] | None:
+    """The variational class for this exact stock type; None where there is no way, and for norms unless asked for."""
+    if issubclass(stock_type, VariationalLayer):
+        return stock_type  # converted already
+    found = _any_variational_type(stock_type)
+    return None if found is not None and found.is_norm and not norm_scales else found
 
 
 @cache
-def variational_type(stock_type: type[nn.Module]) -> type[VariationalLayer] | None:
-    """The variational class for this exact stock type; None where there is no way."""
+def _any_variational_type(stock_type: type[nn.Module]) -> type[VariationalLayer] | None:
     if stock_type in _REGISTERED:
         return _REGISTERED[stock_type]
-    if issubclass(stock_type, VariationalLayer):
-        return stock_type  # converted already
     for base in stock_type.__mro__[1:]:
         if base in _REGISTERED:
             return _derived(stock_type, base)
@@ -71,11 +76,14 @@ def variational_type(stock_type: type[nn.Module]) -> type[VariationalLayer] | No
 def _derived(stock_type: type[nn.Module], base: type[nn.Module]) -> type[VariationalLayer] | None:
     name, doc = f"Variational{stock_type.__name__}", f"Variational {stock_type.__name__}."
     forwards = ("forward", "_conv_forward")
+    registered, members = _REGISTERED[base], {"stock_type": stock_type, "__doc__": doc}
     if all(getattr(stock_type, f, None) is getattr(base, f, None) for f in forwards):
-        return type(name, (_REGISTERED[base], stock_type), {"stock_type": stock_type, "__doc__": doc})
-    if not _REGISTERED[base].is_linear_in_weight:
-        return None  # attention with a forward of its own: nothing is known of how it uses its weights
+        return type(name, (registered, stock_type), members)
     reason = f"{stock_type.__name__} has a forward of its own: weight sampling, whatever the estimator"
-    members = {"stock_type": stock_type, "is_linear_in_weight": False, "fallback_reason": reason, "__doc__": doc}
+    members |= {"is_linear_in_weight": False, "fallback_reason": reason}
+    if registered.is_norm:
+        return type(name, (registered, stock_type), members)  # a norm's draw goes through any forward as it is
+    if not registered.is_linear_in_weight:
+        return None  # attention with a forward of its own: nothing is known of how it uses its weights
     members["unit_dims"] = _REGISTERED[base].unit_dims
     return type(name, (VariationalLayer, stock_type), members)

@@ -38,7 +38,7 @@ SUFFIXES = ("log_std", "row_log_std", "column_log_std")
 
 
 def part_shapes(std: str, shape: Shape, unit_dims: Shape) -> dict[str, Shape]:
-    """The shapes of the log-std parts by suffix; a bias (one dimension) has one std for every entry."""
+    """The shapes of the log-std parts by suffix; a bias or a norm's scale (one dimension) has one for every entry."""
     return STRUCTURES["per_weight" if len(shape) < 2 else std](shape, unit_dims)
 
 

@@ -18,8 +18,8 @@ class Binding:
     Attributes:
         mean: The posterior means when training starts.
         layer_rms: Root mean square of the layer's weights; for a bias, at least that of the bias itself.
-        unit_dims: Dimensions of the tensor that number output units; empty for a bias.
-        input_dims: Dimensions that number input channels, those of one block; empty for a bias.
+        unit_dims: Dimensions of the tensor that number output units; empty for a bias and a norm's scale.
+        input_dims: Dimensions that number input channels, those of one block; empty for these two.
         num_blocks: Equal blocks of the first dimension that read input channels of their own: the groups of a
             convolution that is not transposed.
         name: The parameter's name in the model.

@@ -205,7 +205,7 @@ def bind_groups(
         first = scales.groups[group.name].start
         for member in group.members:
             if member.parameter not in slots:
-                continue  # deterministic, as a norm's scale
+                continue  # deterministic, as a norm's shift
             _check_fits(group, member, shapes[member.parameter])
             of = torch.tensor(member.units, device=scales.log_units.device)
             rest = slots[member.parameter].setdefault(member.dim, torch.full_like(of, len(scales.log_units) - 1))

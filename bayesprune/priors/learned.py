@@ -65,7 +65,8 @@ class ARD(_Learned):
 
     Attributes:
         group: What shares a scale: "weight" (strongly sparsifying: the KL is 1/2 ln(1 + SNR^2)), "channel" (an output
-            unit), "input_channel" (all weights that read one input) or "layer"; a bias is one group, but for "weight".
+            unit), "input_channel" (all weights that read one input) or "layer"; a bias, or the scale of a norm, is one
+            group, but for "weight".
             Or what `bayesprune.prune.dependency_groups` returns: a scale for every unit that leaves together, in all
             layers that lose weights with it. A weight then has the std of its layer at the start, times the scale of
             the unit that it belongs to, times that of the unit that it reads.

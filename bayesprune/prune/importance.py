@@ -46,9 +46,9 @@ class SNRImportance(tp.importance.Importance):
     """Score per channel: sum of mu^2 / (s^min(1, 2 - power) sigma^power) over the weights that leave with it.
 
     s is the root mean square of a layer's means at scoring time. Deterministic layers of a group contribute nothing,
-    and a group without any variational layer gets no score (None): torch-pruning then leaves it alone. Biases do not
-    count, nor do the projections inside `nn.MultiheadAttention`. Constructing it makes stds and masks follow their
-    means through torch-pruning from then on.
+    and a group without any variational layer gets no score (None): torch-pruning then leaves it alone. Scales of norms
+    count where they have a posterior; biases do not, nor do the projections inside `nn.MultiheadAttention`.
+    Constructing it makes stds and masks follow their means through torch-pruning from then on.
 
     torch-pruning's own global ranking skips a group whole once all of its channels fall under the threshold, so that
     it removes less than asked for; `bayesprune.prune_channels` keeps a share of every group instead and meets the

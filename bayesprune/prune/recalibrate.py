@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bayesprune.errors import UnsupportedModelError
+from bayesprune.layers import VariationalLayer
 from bayesprune.macs import eval_mode, run_forward
 
 
@@ -33,7 +34,7 @@ def recalibrate_batch_norm(model: nn.Module, data: Iterable[Any], *, max_batches
     parameter = next(model.parameters(), None)
     if parameter is None:
         raise UnsupportedModelError("the model has no parameter, so nothing says on which device its batches belong.")
-    momenta = [norm.momentum for norm in norms]
+    before = [(norm.momentum, getattr(norm, "estimator_override", None)) for norm in norms]
     batches = islice(data, max_batches)
     first = next(batches, None)
     if first is None:
@@ -44,12 +45,16 @@ def recalibrate_batch_norm(model: nn.Module, data: Iterable[Any], *, max_batches
                 norm.reset_running_stats()
                 norm.momentum = None  # a plain average over the batches
                 norm.training = True
+                if isinstance(norm, VariationalLayer):
+                    norm.estimator_override = "mean"
             for batch in chain([first], batches):
                 inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
                 run_forward(model, _moved(inputs, parameter.device))
         finally:
-            for norm, momentum in zip(norms, momenta, strict=True):
+            for norm, (momentum, override) in zip(norms, before, strict=True):
                 norm.momentum = momentum
+                if isinstance(norm, VariationalLayer):
+                    norm.estimator_override = override
     return model
 
 

@@ -172,7 +172,7 @@ def _resized(old: Tensor, shape: Shape, dtype: torch.dtype) -> Tensor:
 def _make_variational(model: nn.Module, variational: Mapping[str, Mapping[str, str]]) -> None:
     if variational.keys() - _names(variational_layers(model)):
         std = next(iter(variational.values()))["std"]
-        to_variational(model, std=std, filter_fn=lambda _, name: name in variational)
+        to_variational(model, std=std, filter_fn=lambda _, name: name in variational, norm_scales=True)
     for name, layer in variational_layers(model):
         if name in variational:
             layer.estimator = variational[name]["estimator"]

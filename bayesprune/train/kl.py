@@ -77,7 +77,7 @@ def collapsed_groups(bound: dict[Posterior, BoundPrior]) -> list[str]:
 
 def _binding(posterior: Posterior) -> Binding:
     layer, mean = posterior.layer, posterior.mean
-    weights = [name for name in layer.active_names() if getattr(layer, name).dim() > 1]
+    weights = [name for name in layer.active_names() if getattr(layer, name).dim() > 1] or layer.active_names()
     scale = _rms(layer, [posterior.parameter])
     if not posterior.is_weight:
         scale = max(scale, _rms(layer, weights))
