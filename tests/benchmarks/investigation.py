@@ -12,7 +12,7 @@ Rows say the precision of their products; a processor without bfloat16 takes ten
 import copy
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,12 @@ TRIALS: dict[str, list[Trial]] = {
 }
 
 
+@cache
+def training_images(data_dir: Path) -> Images:
+    """All but the last tenth of each class."""
+    return Images(data_dir / "cifar10", "train", slice(0, -500))
+
+
 def prepared(trial: Trial, dense: nn.Module) -> tuple[nn.Module, bp.priors.Prior]:
     """The converted network and its prior."""
     estimator = "mean" if trial.estimator == "laplace" else trial.estimator
@@ -144,22 +150,30 @@ def trained(
     return model
 
 
-def run(trial: Trial, data_dir: Path, images: Images, held_out: list[Any], precision: torch.dtype) -> dict[str, float]:
-    """Both accuracies."""
+@cache
+def both(trial: Trial, data_dir: Path, precision: torch.dtype) -> tuple[nn.Module, nn.Module]:
+    """The network that lost nine tenths of its weights, and the one before channels go."""
+    images, found = training_images(data_dir), []
+    for budget, sparsity in ((WEIGHTS["20"], 0.9), (CHANNELS["20"], 0.0)):
+        torch.manual_seed(0)
+        num_steps = budget.before if sparsity == 0.0 else budget.total
+        batches = images.random(num_steps, 0, augment=True)
+        found.append(trained(trial, data_dir, batches, num_steps, budget.lr, sparsity, precision))
+    weights, channels = found
+    return weights, channels
+
+
+def run(trial: Trial, data_dir: Path, held_out: list[Any], precision: torch.dtype) -> dict[str, float]:
+    """Accuracies without single weights and without channels."""
+    images = training_images(data_dir)
 
     def tested(model: nn.Module) -> float:
         if trial.recalibrated:
             recalibrate_batch_norm(model, images.random(20, 100, augment=True))
         return accuracy(model, held_out)
 
-    torch.manual_seed(0)
-    budget = WEIGHTS["20"]
-    batches = images.random(budget.total, 0, augment=True)
-    weights = trained(trial, data_dir, batches, budget.total, budget.lr, 0.9, precision)
-    torch.manual_seed(0)
-    budget = CHANNELS["20"]
-    batches = images.random(budget.before, 0, augment=True)
-    channels = trained(trial, data_dir, batches, budget.before, budget.lr, 0.0, precision)
+    of_training = replace(trial, recalibrated=True, allocation="score")
+    weights, channels = copy.deepcopy(both(of_training, data_dir, precision))
     found = {"weights": tested(weights)}
     for macs in (0.5, 0.4):
         cut = copy.deepcopy(channels)
@@ -189,13 +203,12 @@ def main() -> None:
     if not args.table:
         precision = torch.float32 if args.float32 else torch.bfloat16
         directory, name = Path(args.data_dir), str(precision).removeprefix("torch.")
-        images = Images(directory / "cifar10", "train", slice(0, -500))
         held_out = Images(directory / "cifar10", "train", slice(-500, None))
         batches = chosen(held_out, SETTINGS["images"], torch.Generator().manual_seed(0))
         for axis, trial in [(axis, trial) for axis, trials in TRIALS.items() if axis in args.only for trial in trials]:
             key = {"trial": asdict(trial), "precision": name}
             if all(row | key != row for row in rows):
-                rows.append({"axis": axis} | key | run(trial, directory, images, batches, precision))
+                rows.append({"axis": axis} | key | run(trial, directory, batches, precision))
                 write(args.out, SETTINGS, rows)
     print("| | | 90 % of the weights removed | half of the MACs, at once | 0.4, at once |\n|---|---|---|---|---|")
     for row in rows:
