@@ -64,7 +64,7 @@ def measure(ways: Sequence[Way], *, seconds: float, shortest: float, predictions
         if way.name in PROFILED:
             way.prepare()
             way.model.train()
-            rows[way.name]["profile"] = where_time_goes(partial(step, way), rows[way.name]["step"]["ms"])
+            rows[way.name]["profile"] = where_time_goes(partial(step, way))
             way.optimizer.zero_grad()
     return {"rows": list(rows.values()), "failures": failures, "rounds": rounds}
 

@@ -34,8 +34,8 @@ the deterministic forward. A library whose layers always draw has no evaluation.
 buffers, the optimizers' state and the most that a step allocates on top of them (gradients, saved activations) by
 torch's allocator, over that of the deterministic network.
 
-Where the time of a step goes was taken by torch's profiler from the kernels it runs; between them lie Python and
-torch's own dispatch, what is left of the time without a profiler. Noise is part of the passes: it is read from a table.
+Where the time of a step goes was taken by torch's profiler from the kernels it runs; between them lie Python, torch's
+own dispatch, and the profiler, which makes small networks slower. Noise is part of the passes: it is read from a table.
 """
 
 
