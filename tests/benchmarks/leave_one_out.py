@@ -7,6 +7,7 @@ layers.
     python tests/benchmarks/leave_one_out.py --data-dir DATA
 """
 
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from cifar_resnet import Images, trained_resnet20
 from common import parser, read, write
-from criterion import CHANNEL_METHODS, CHANNELS, chosen
+from criterion import CHANNEL_METHODS, CHANNELS, WARM, chosen
 from criterion_methods import EXAMPLE, Method, channel_importance, prepare_channels
 from scipy.stats import spearmanr
 from torch import Tensor, nn
@@ -27,16 +28,18 @@ from bayesprune.prune.silenced import silence
 
 SETTINGS: dict[str, Any] = {"images": 128, "budget": CHANNELS["20"].before, "lr": CHANNELS["20"].lr}
 SKIPPED = ("magnitude after L1", "DepGraph, group norm")  # they train otherwise and score as magnitude does
+METHODS = [m for m in (*CHANNEL_METHODS, WARM) if m.name not in SKIPPED and not m.conditioned]
+NETWORKS = (Method("", ""), Method("", "", "per_channel"), WARM)
 INTRODUCTION = """# CIFAR-10, channels removed one by one
 
-    python tests/benchmarks/leave_one_out.py --data-dir DATA
+    python tests/benchmarks/leave_one_out.py --data-dir DATA [--float32]
 
 Written from `leave_one_out.json`. The trained ResNet-20, fine-tuned for {budget} steps as in
 [the criterion beside its controls](criterion.md); each of its {channels} inner channels is silenced alone, and the loss
 measured on {images:,} held-out training images. Spearman's rank correlation of the scores with the increases, mean ±
 standard deviation over the seeds: over all channels, and inside layers (mean over the {layers} layers). "ours" reads
-its stds off the training's gradients, "ours, variational" scores the network that was trained with noise, whose
-increases are its own.
+its stds off the training's gradients, "ours, variational" and "SNR^2 at temperature 10" score networks that were
+trained with noise, whose increases are their own. The file says which rows were trained in float32.
 
 | score | all channels | inside layers |
 |---|---|---|
@@ -77,7 +80,9 @@ def run(method: Method, model: nn.Module, measured: list[list[float]], groups: A
 
 def main() -> None:
     """Runs what is missing, then writes the page."""
-    args = parser(__doc__ or "", "docs/benchmarks/leave_one_out.json").parse_args()
+    options = parser(__doc__ or "", "docs/benchmarks/leave_one_out.json")
+    options.add_argument("--float32", action="store_true", help="train in float32, not with bfloat16 products")
+    args = options.parse_args()
     torch.set_num_threads(1)
     rows = read(args.out, SETTINGS)
     if not args.table:
@@ -85,22 +90,20 @@ def main() -> None:
         train = Images(directory / "cifar10", "train", slice(0, -500))
         held_out = Images(directory / "cifar10", "train", slice(-500, None))
         batches = chosen(held_out, SETTINGS["images"], torch.Generator().manual_seed(0))
-        for seed in [seed for seed in args.seeds if all(row["seed"] != seed for row in rows)]:
-            found: list[dict[str, Any]] = []
-            for std in (None, "per_channel"):
-                torch.manual_seed(seed)
-                budget = CHANNELS["20"]
-                network = Method("", "", std)
-                random = train.random(budget.before, seed, augment=True)
-                model, _ = prepare_channels(trained_resnet20(directory), network, random, budget)
-                groups = find_groups(model, EXAMPLE).groups
-                measured = increases(model, groups, batches)
-                for method in (m for m in CHANNEL_METHODS if m.std == std and m.name not in SKIPPED):
-                    if method.conditioned:
-                        continue
-                    sizes = {"channels": sum(map(len, measured)), "layers": len(measured), "seed": seed}
-                    found.append({"method": method.name} | run(method, model, measured, groups, train) | sizes)
-            rows += found
+        precision = torch.float32 if args.float32 else torch.bfloat16
+        for seed, network in product(args.seeds, NETWORKS):
+            methods = [m for m in METHODS if (m.std, m.temperature) == (network.std, network.temperature)]
+            if any(row["seed"] == seed and row["method"] == methods[0].name for row in rows):
+                continue
+            torch.manual_seed(seed)
+            budget = CHANNELS["20"]
+            random = train.random(budget.before, seed, augment=True)
+            model, _ = prepare_channels(trained_resnet20(directory), network, random, budget, precision)
+            groups = find_groups(model, EXAMPLE).groups
+            measured = increases(model, groups, batches)
+            sizes = {"channels": sum(map(len, measured)), "layers": len(measured), "seed": seed}
+            sizes["precision"] = str(precision).removeprefix("torch.")
+            rows += [{"method": m.name} | run(m, model, measured, groups, train) | sizes for m in methods]
             write(args.out, SETTINGS, rows)
     by_method: dict[str, list[dict[str, Any]]] = {}
     for row in (row for row in rows if "conditioned" not in row["method"]):  # the score is that without
