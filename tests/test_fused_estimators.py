@@ -179,3 +179,15 @@ def test_an_operation_of_its_own_has_no_foreign_gradient(std):
     layer, name = variational(case, std, torch.float32), "local_reparameterization"
     x = case.input(torch.float32)
     assert_same(layer, lambda x: fused(layer, name, x), lambda x: plain(layer, name, x), x, torch.float32)
+
+
+@structures
+def test_nothing_within_reach_and_no_noise_of_the_bias_leave_the_output_finite(std):
+    """A std may be far below what the hook of `attach` bounds, and an input may be all zeros."""
+    layer = bp.to_variational(nn.Linear(6, 5), std=std, estimator="local_reparameterization").train()
+    layer.bias_log_std.data.fill_(-80.0)
+    x = torch.zeros(4, 6, requires_grad=True)
+    output = layer(x)
+    assert torch.equal(output, layer.bias.expand(4, 5))
+    gradients = torch.autograd.grad(output.sum(), [x, *layer.parameters()])
+    assert all(gradient.isfinite().all() for gradient in gradients)

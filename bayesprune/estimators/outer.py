@@ -71,7 +71,10 @@ class OuterNoise(torch.autograd.Function):
         reach = operation.spread(inputs.unview(energy, _with_channels(x, draw.feature_dim, num_groups)))
         outputs = Layout(draw.feature_dim, num_groups, draw.is_last or draw.feature_dim == -1)
         seen, squares = outputs.view(reach), square_of(rows, reach)
-        bias_squares = None if bias_log_std is None else square_of(bias_log_std, reach).view(num_groups, -1, 1)
+        bias_squares = None
+        if bias_log_std is not None:
+            tiny = torch.finfo(reach.dtype).tiny
+            bias_squares = square_of(bias_log_std, reach).clamp_min_(tiny).view(num_groups, -1, 1)
         # Written through a view: FSDP 2 wants no view for a module's output.
         memory_format = {4: torch.channels_last, 5: torch.channels_last_3d}[output.dim()] if draw.is_last else None
         noisy = torch.empty_like(output, dtype=reach.dtype, memory_format=memory_format or torch.contiguous_format)
