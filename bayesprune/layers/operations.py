@@ -50,10 +50,10 @@ class LayerOperation(Bilinear):
 
     def gather(self, gradient: Tensor, shape: Size) -> Tensor:
         """Sum of the gradients of the outputs within whose reach an energy is."""
-        energy = gradient.new_zeros(shape)  # for its shape: what is linear has the same gradient everywhere
-        kernel = self.layer.reach_kernel(energy)
+        kernel = self.layer.reach_kernel(gradient)
         if kernel is None:
             return gradient
+        energy = gradient.new_zeros(shape)  # for its shape: what is linear has the same gradient everywhere
         found, _ = self.pullback(gradient, energy, kernel, (True, False))
         assert found is not None, "it was asked for"
         return found

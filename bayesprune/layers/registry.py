@@ -85,5 +85,5 @@ def _derived(stock_type: type[nn.Module], base: type[nn.Module]) -> type[Variati
         return type(name, (registered, stock_type), members)  # a norm's draw goes through any forward as it is
     if not registered.is_linear_in_weight:
         return None  # attention with a forward of its own: nothing is known of how it uses its weights
-    members["unit_dims"] = _REGISTERED[base].unit_dims
+    members["unit_dims"] = registered.unit_dims
     return type(name, (VariationalLayer, stock_type), members)

@@ -147,8 +147,8 @@ class Benchmark:
         started, data = time.monotonic(), self.data(task, validation=validation)
         if method == TUNED:
             assert setting is not None, "it was selected"
-            warm = (replace(phase, temperature=setting) for phase in (task.tune, task.cut))
-            task = replace(task, **dict(zip(("tune", "cut"), warm, strict=True)))
+            tune, cut = replace(task.tune, temperature=setting), replace(task.cut, temperature=setting)
+            task = replace(task, tune=tune, cut=cut)
         net, before = self.tuned(task, method, seed, setting, validation=validation)
         row: dict[str, Any] = {"error_before": error(net, data), "levels": []}
         if method in STRUCTURES and not task.by_units:

@@ -10,12 +10,12 @@ again.
 """
 
 import copy
-import time
 from typing import Any
 
 import torch
 from common import parser, read, write
 from sklearn.datasets import load_digits
+from structured_priors import train
 from torch import Tensor, nn
 
 import bayesprune as bp
@@ -44,23 +44,7 @@ def run(prior: str, norm_scales: bool, temperature: float, seed: int, data: tupl
     model = bp.to_variational(network(), norm_scales=norm_scales)
     groups = dependency_groups(model, x[:1])
     priors = {"Gaussian": Gaussian(), "ARD channel": ARD("channel"), "ARD dependency groups": ARD(groups)}
-    optimizer = torch.optim.Adam(model.parameters(), lr=SETTINGS["lr"])
-    bp.attach(
-        optimizer,
-        model,
-        num_data=len(x),
-        prior=priors[prior],
-        temperature=temperature,
-        warmup_steps=SETTINGS["warmup_steps"],
-        std_lr=SETTINGS["std_lr"],
-    )
-    begin = time.perf_counter()
-    for _ in range(SETTINGS["epochs"]):
-        for index in torch.randperm(len(x)).split(SETTINGS["batch"]):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x[index]), y[index]).backward()
-            optimizer.step()
-    seconds = time.perf_counter() - begin
+    seconds = train(model, x, y, priors[prior], SETTINGS, temperature)
     errors, channels = {"1": error(recalibrate_batch_norm(model, [x]), *test)}, {}
     for target in TARGETS:
         smaller = copy.deepcopy(model)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from common import parser, read, write
 from mnist import load
-from torch import nn
+from torch import Tensor, nn
 
 import bayesprune as bp
 from bayesprune.priors import ARD, DependencyGroup, Gaussian, Horseshoe, Prior
@@ -43,23 +43,7 @@ def run(name: str, seed: int, data: Any) -> dict[str, Any]:
     bp.to_variational(model)
     example = x[:1]
     prior = PRIORS[name](dependency_groups(model, example))
-    optimizer = torch.optim.Adam(model.parameters(), lr=SETTINGS["lr"])
-    bp.attach(
-        optimizer,
-        model,
-        num_data=len(x),
-        prior=prior,
-        temperature=1.0,
-        warmup_steps=SETTINGS["warmup_steps"],
-        std_lr=SETTINGS["std_lr"],
-    )
-    begin = time.perf_counter()
-    for _ in range(SETTINGS["epochs"]):
-        for index in torch.randperm(len(x)).split(SETTINGS["batch"]):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x[index]), y[index]).backward()
-            optimizer.step()
-    seconds = time.perf_counter() - begin
+    seconds = train(model, x, y, prior, SETTINGS, temperature=1.0)
     errors, units = {"1": error(model, data)}, {}
     for target in TARGETS:
         smaller = copy.deepcopy(model)
@@ -67,6 +51,27 @@ def run(name: str, seed: int, data: Any) -> dict[str, Any]:
         errors[str(target)] = error(smaller, data)
         units[str(target)] = [smaller[0].out_features, smaller[2].out_features]
     return {"prior": name, "seed": seed, "errors": errors, "units": units, "seconds": round(seconds, 1)}
+
+
+def train(model: nn.Module, x: Tensor, y: Tensor, prior: Prior, settings: dict[str, Any], temperature: float) -> float:
+    """Adam on the variational objective; the seconds that it took."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=settings["lr"])
+    bp.attach(
+        optimizer,
+        model,
+        num_data=len(x),
+        prior=prior,
+        temperature=temperature,
+        warmup_steps=settings["warmup_steps"],
+        std_lr=settings["std_lr"],
+    )
+    begin = time.perf_counter()
+    for _ in range(settings["epochs"]):
+        for index in torch.randperm(len(x)).split(settings["batch"]):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x[index]), y[index]).backward()
+            optimizer.step()
+    return time.perf_counter() - begin
 
 
 @torch.no_grad()
