@@ -103,4 +103,4 @@ def test_public_names_are_listed():
 @pytest.mark.parametrize("file", FILES)
 def test_files_stay_short(file):
     num_lines = len((PACKAGE / file).read_text(encoding="utf-8").splitlines())
-    assert num_lines <= 300, f"{file} has {num_lines} lines: does it hold two ideas?"
+    assert num_lines <= 400, f"{file} has {num_lines} lines: does it hold two ideas?"
