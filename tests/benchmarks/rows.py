@@ -1,12 +1,7 @@
 """What the tables of model zoos share: one process a row, rows that are kept, checks that say yes or why not."""
 
-import json
-import platform
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Collection
-from importlib.metadata import version
+import multiprocessing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -110,37 +105,27 @@ def attempt(row: dict[str, Any], name: str, check: Callable[[], str]) -> bool:
     return row[name].startswith(OK)
 
 
-def fresh_process(program: str, *args: str) -> dict[str, Any]:
-    """What the program prints as JSON in a process of its own; {"error": ...} where it prints none."""
-    command = [sys.executable, program, *args]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT, cwd=ROOT)
-    except subprocess.TimeoutExpired:
-        return {"error": f"not done after {TIMEOUT} s"}
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        return {"error": f"exit status {done.returncode}: {last}"[:400]}
-    return json.loads(done.stdout.strip().splitlines()[-1])
+def in_process(function: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+    """What the function returns in a process that starts with nothing but the imports of this one."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(sender, function, args))
+    process.start()
+    sender.close()
+    found = {"crash": f"not done after {TIMEOUT} s"}
+    if receiver.poll(TIMEOUT):
+        try:
+            found = receiver.recv()
+        except EOFError:
+            process.join()
+            found = {"crash": f"exit status {process.exitcode}"}
+    process.kill()
+    process.join()
+    return found
 
 
-def run_rows(
-    program: str,
-    names: Collection[str],
-    only: Collection[str] | None,
-    out: Path,
-    *,
-    packages: Collection[str],
-    page: Callable[[dict[str, Any]], str],
-) -> None:
-    """Runs the rows that the results file has not, or `only` these, and writes file and page after each."""
-    done = json.loads(out.with_suffix(".json").read_text()) if out.with_suffix(".json").is_file() else {"rows": {}}
-    for name in only or [name for name in names if name not in done["rows"]]:
-        start = time.perf_counter()
-        row = fresh_process(program, "--row", name)
-        done["rows"][name] = {"crash": row["error"]} if "error" in row else row
-        done["versions"] = {package: version(package) for package in packages} | {"python": platform.python_version()}
-        done["rows"] = {name: done["rows"][name] for name in names if name in done["rows"]}
-        out.with_suffix(".json").write_text(json.dumps(done, indent=1) + "\n")
-        out.with_suffix(".md").write_text(page(done))
-        seen = {key: value[:100] for key, value in row.items() if isinstance(value, str)}
-        print(f"{name}: {seen} ({time.perf_counter() - start:.0f} s)", flush=True)
+def _send(sender: Any, function: Callable[..., dict[str, Any]], args: tuple[Any, ...]) -> None:
+    row: dict[str, Any] = {}
+    if attempt(row, "crash", lambda: sender.send(function(*args)) or OK):
+        return
+    sender.send(row)

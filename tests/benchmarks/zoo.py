@@ -9,7 +9,6 @@ docs/benchmarks/zoo.json holds already are kept; delete the file, or name models
 
 import argparse
 import json
-import multiprocessing
 import resource
 import signal
 import sys
@@ -27,10 +26,10 @@ from rows import (
     DOCS,
     OK,
     ROOT,
-    TIMEOUT,
     attempt,
     back,
     gives_what_was_saved,
+    in_process,
     is_equal,
     outputs,
     save_with_outputs,
@@ -217,32 +216,6 @@ def run_row(name: str) -> dict[str, Any]:
             saved = found.get("loaded", found.get("crash"))
         row["loaded"] = saved
     return {key: value for key, value in row.items() if value}
-
-
-def in_process(function: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
-    """What the function returns in a process that starts with nothing but the imports of this one."""
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(sender, function, args))
-    process.start()
-    sender.close()
-    found = {"crash": f"not done after {TIMEOUT} s"}
-    if receiver.poll(TIMEOUT):
-        try:
-            found = receiver.recv()
-        except EOFError:
-            process.join()
-            found = {"crash": f"exit status {process.exitcode}"}
-    process.kill()
-    process.join()
-    return found
-
-
-def _send(sender: Any, function: Callable[..., dict[str, Any]], args: tuple[Any, ...]) -> None:
-    row: dict[str, Any] = {}
-    if attempt(row, "crash", lambda: sender.send(function(*args)) or OK):
-        return
-    sender.send(row)
 
 
 def main() -> None:
