@@ -18,9 +18,11 @@ MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 QWEN_VISION = {"embed_dim": 32, "num_heads": 4, "mlp_ratio": 2, "hidden_size": 32, "depth": 2}
 QWEN_VL = {"text_config": {"rope_parameters": MROPE}, "vision_config": QWEN_VISION}
+EFFICIENTNET = {"width_coefficient": 0.25, "hidden_dim": 320, "depthwise_padding": []}
 FORECAST = {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2], "num_time_features": 1}
 
 ADAPTED: dict[str, dict[str, Any]] = {
+    "align": {"vision_config": EFFICIENTNET},
     "autoformer": FORECAST | {"label_length": 4},
     "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16, "attn_layer_indices": [1]},
     "bit": {"num_groups": 4},
@@ -37,7 +39,7 @@ ADAPTED: dict[str, dict[str, Any]] = {
     "decision_transformer": {"n_positions": 64},
     "donut-swin": {"num_heads": [2, 2, 4, 4], "image_size": 64, "patch_size": 2},
     "dpt": {"neck_hidden_sizes": [8, 16, 16, 32], "num_hidden_layers": 4, "backbone_out_indices": [1, 2, 3, 4]},
-    "efficientnet": {"width_coefficient": 0.25, "hidden_dim": 320, "depthwise_padding": []},
+    "efficientnet": EFFICIENTNET,
     "encodec": {"num_filters": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "recurrent_gemma": {"num_hidden_layers": 3},
