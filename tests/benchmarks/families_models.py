@@ -16,7 +16,8 @@ _NAMES = (
     (
         WIDTH,
         (
-            "codebook_dim hidden_size d_model n_embd embed_dim embedding_size dim emb_dim hidden_dim model_dim word_embed_proj_dim "
+            "codebook_dim hidden_size d_model n_embd embed_dim embedding_size dim emb_dim hidden_dim model_dim "
+            "word_embed_proj_dim "
             "projection_dim text_hidden_size vision_hidden_size encoder_hidden_size decoder_hidden_size "
             "out_hidden_size "
             "embedding_dim projector_hidden_size output_hidden_size project_dim encoder_hidden_dim text_embed_dim "
