@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import bayesprune as bp
+from bayesprune import gates
 from bayesprune.errors import StorageError, UnsupportedModelError
 from bayesprune.layers import named_posteriors, variational_layers
 from bayesprune.prune.schedule import PruneSchedule
@@ -207,8 +208,10 @@ def test_the_average_has_the_zeros_of_the_model_at_once():
     assert kept[0] > kept[1] == kept[3] == total - round(0.5 * total)
 
 
-def test_attached_before_or_after_the_checkpoint_is_loaded():
-    tasks = [classification(net(), prune=0.5) for _ in range(3)]
+@pytest.mark.parametrize("gated", [False, True])
+def test_attached_before_or_after_the_checkpoint_is_loaded(gated):
+    models = [gates.add_weight_gates(net()) if gated else net() for _ in range(3)]
+    tasks = [classification(model, prune=0.5) for model in models]
     optimizers = [create_optimizer_v2(task.get_trainable_module(), "adamw", lr=0.01) for task in tasks]
     trained, before, after = tasks
     for task, optimizer in zip((trained, before), optimizers, strict=False):
@@ -222,6 +225,7 @@ def test_attached_before_or_after_the_checkpoint_is_loaded():
     after.attach(optimizers[2], num_updates=4, num_data=NUM_DATA)
     assert_equal(after.get_checkpoint_state(), saved)
     assert saved["task_state"]["bayesprune"]["step"] == 1
+    assert bool(saved["task_state"]["bayesprune"]["gates"]) == gated
 
 
 @pytest.mark.parametrize(("criterion", "factor"), [
