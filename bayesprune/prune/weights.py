@@ -78,8 +78,9 @@ def prune_weights(
     """Removes single weights of the variational layers, biases apart; in place. Exactly one target is given.
 
     What was removed before stays removed and counts. Removed weights are zeros, draw no noise, do not count in the KL,
-    and stay zeros through further training with any torch optimizer, attached or not. With FSDP 2 every process calls
-    it, has all scores for a moment, and keeps the masks whole.
+    and stay zeros through further training with any torch optimizer, attached or not; where something moves weights
+    outside a step, they are zeros in evaluation and wherever the model's state is written. With FSDP 2 every process
+    calls it, has all scores for a moment, and keeps the masks whole.
 
     Args:
         model: A variational model.
