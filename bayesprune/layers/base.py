@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesprune import estimators
+from bayesprune.errors import UnsupportedModelError
 from bayesprune.estimators import Factors, Gaussian, LogGaussian
 from bayesprune.layers import gates, masks
 from bayesprune.layers.operations import LayerOperation
@@ -220,6 +221,14 @@ class VariationalLayer(nn.Module):
 
     def _part_names(self, name: str) -> list[str]:
         return [key for key in (f"{name}_{suffix}" for suffix in SUFFIXES) if key in self._parameters]
+
+    def _replicate_for_data_parallel(self) -> Any:
+        if self.training or self.estimator_override not in (None, "mean"):
+            raise UnsupportedModelError(
+                "nn.DataParallel copies layers without their posteriors, so that a copy would train without noise; "
+                "start the program with torchrun and use DistributedDataParallel, or train on one GPU."
+            )
+        return super()._replicate_for_data_parallel()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self.apply_masks()

@@ -4,6 +4,7 @@ Removed weights are zeros and stay zeros through further training. Zeros make a 
 make the model faster on ordinary hardware (removed channels do, see `prune_channels`).
 """
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -15,10 +16,12 @@ from torch import Tensor, nn
 
 from bayesprune.layers import Posterior, VariationalLayer, named_posteriors, variational_layers
 from bayesprune.layers.sharding import whole
+from bayesprune.prune.averages import averages_without_masks
 from bayesprune.prune.floors import check_min_kept, floor_of, keep_best, within_caps
 from bayesprune.prune.recalibrate import recalibrate_batch_norm
 from bayesprune.prune.scores import snr
 from bayesprune.tables import as_text
+from bayesprune.train.attach import is_attached
 
 Score = Callable[[Posterior], Tensor]
 
@@ -115,6 +118,8 @@ def prune_weights(
         keeps, is_floored = keep_best(scores, round(sparsity * sum(s.numel() for s in scores)), floors)
     rows = []
     holders = _holders(model)
+    if is_attached(model) and not any(layer.masked_names() for _, layer in variational_layers(model)):
+        _warn_of_averages(model)
     for posterior, keep, floored in zip(posteriors, keeps, is_floored, strict=True):
         total, note = posterior.mean.numel(), f"held at min_kept={min_kept:g}" if floored else ""
         if keep is None:
@@ -127,6 +132,16 @@ def prune_weights(
     if data is not None:
         recalibrate_batch_norm(model, data)
     return WeightReport(tuple(rows))
+
+
+def _warn_of_averages(model: nn.Module) -> None:
+    for kind in averages_without_masks(model):
+        warnings.warn(
+            f"an {kind} of this model was made before the model had masks, and copies tensors by their position; its "
+            "next update fails or mixes the wrong ones. Make it again, after prune_weights(model, sparsity=0.0), which "
+            "makes the masks and removes nothing.",
+            stacklevel=3,
+        )
 
 
 def _fractions(posteriors: list[Posterior], sparsity: float | Mapping[str, float] | None) -> list[float]:

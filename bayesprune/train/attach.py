@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from bayesprune.layers import Posterior, VariationalLayer
+from bayesprune.layers import Posterior, VariationalLayer, named_posteriors
 from bayesprune.layers.sharding import values_sharded_as
 from bayesprune.priors import BoundPrior, Gaussian, Prior
 from bayesprune.train.checks import check_groups, check_hooks, check_options, check_types, collapsed_layers
@@ -366,6 +366,12 @@ def attach(
         warmup_steps=warmup_steps,
         std_lr=std_lr,
     )
+
+
+def is_attached(model: nn.Module) -> bool:
+    """Whether an attachment trains posteriors of this model."""
+    trained = {id(posterior.mean) for attachment in _attachments for posterior in attachment._parts}
+    return any(id(posterior.mean) in trained for posterior in named_posteriors(model))
 
 
 def _claim(optimizer: Optimizer, posteriors: Iterable[Posterior], *, has_gates: bool) -> list[Posterior]:
