@@ -14,7 +14,6 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from bayesprune.estimators import Factors, center, sample, uncertain
 from bayesprune.layers.base import VariationalLayer
-from bayesprune.layers.gates import has_weight_gates
 from bayesprune.layers.registry import register_layer
 from bayesprune.layers.structures import factors
 
@@ -147,9 +146,9 @@ class VariationalMultiheadAttention(VariationalLayer, nn.MultiheadAttention):
         """The stock forward at the means in eval mode; at one draw of all projections otherwise."""
         estimator = self.running_estimator(query)
         layers = [layer for layer in (self, self.out_proj) if isinstance(layer, VariationalLayer)]
-        if estimator == "mean" and not any(
-            has_weight_gates(layer) or (self.training and layer.masked_names()) for layer in layers
-        ):
+        if estimator == "mean" and not any(layer.changes_weights() for layer in layers):
+            for layer in layers:
+                layer.apply_masks()
             return nn.MultiheadAttention.forward(self, query, *args, **kwargs)
         with ExitStack() as stack:
             draw = {"mean": center, "moments": uncertain}.get(estimator, sample)

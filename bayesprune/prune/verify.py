@@ -64,7 +64,8 @@ def _permute(model: nn.Module, member: Member, order: Tensor) -> None:
         return
     for name, dim in cut_parameters(layer, member.axis[1]):
         inside = member.axis[1] == "in"  # of a grouped convolution, whose blocks all have the same order
-        _replace(layer, name, dim, order[: member.size // num_blocks(member)] if inside else order)
+        for key in (name, f"{name}_mask") if f"{name}_mask" in layer._buffers else (name,):
+            _replace(layer, key, dim, order[: member.size // num_blocks(member)] if inside else order)
     for name in ("running_mean", "running_var"):
         if (buffer := layer._buffers.get(name)) is not None:
             layer._buffers[name] = buffer[order.to(buffer.device)]
