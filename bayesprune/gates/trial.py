@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from bayesprune.layers.gates import ChannelGate, passing_gates
-from bayesprune.macs import eval_mode, run_forward
+from bayesprune.macs import run_forward
 from bayesprune.prune.removal import SHAPE_ERRORS, remove
+from bayesprune.prune.steady import steady
 from bayesprune.prune.structure import ChannelGroup
 from bayesprune.prune.trace import tensors_in
 
@@ -76,7 +77,6 @@ def _same(found: Tensor, expected: Tensor, before: Tensor, *, tolerance: float) 
     return bool((found - expected).abs().max() <= tolerance * (expected - before).abs().max() + rounding)
 
 
-@torch.no_grad()
 def _outputs(model: nn.Module, example_inputs: Any) -> Sequence[Tensor]:
-    with eval_mode(model):
+    with steady(model):
         return [t for t in tensors_in(run_forward(model, example_inputs)) if t.is_floating_point() and t.numel()]

@@ -28,6 +28,7 @@ from bayesprune.prune.roots import is_root
 from bayesprune.prune.streams import Streams
 from bayesprune.prune.structure import GRANULARITY, ChannelGroup, ChannelStructure
 from bayesprune.prune.trace import Trace, quiet, trace
+from bayesprune.prune.verify import unverified
 from bayesprune.prune.walk import Reached, largest_axis, walk
 
 # Parts of the names that autograd gives products of activations, which mix channels in a way that no graph shows.
@@ -46,7 +47,7 @@ def find_groups(
     granularity: Collection[str] = GRANULARITY,
     ignored_layers: Iterable[nn.Module] = (),
 ) -> ChannelStructure:
-    """The channel groups and heads of a model; the model is as before afterwards.
+    """The channel groups and heads of a model, checked by experiment; the model is as before afterwards.
 
     Args:
         model: With variational layers or without.
@@ -70,6 +71,9 @@ def find_groups(
         found, left_whole = finder.find(granularity)
         groups |= {group.name: group for group in found}
         left_whole |= {n: reason for n, reason in heads.left_whole.items() if left_whole.get(n) in _OF_HEADS}
+    for group, reason in unverified(model, list(groups.values()), example_inputs).items():
+        left_whole |= dict.fromkeys(group.layers, reason)
+        del groups[group.name]
     covered = {layer for group in groups.values() for layer in (group.name, *(group.layers if group.attention else ()))}
     order = {name: number for number, (name, _) in enumerate(model.named_modules())}
     return ChannelStructure(
