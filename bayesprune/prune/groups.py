@@ -4,6 +4,7 @@ torch-pruning's dependency graph says what hangs together. What it cannot know i
 model's outputs, tied weights, the equal blocks that grouped convolutions ask for.
 """
 
+import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 from torch_pruning import ops
 from torch_pruning.dependency import Group
 
+from bayesprune.prune.channel_report import shown
 from bayesprune.prune.cuts import (
     CUTTABLE,
     Axis,
@@ -28,6 +30,7 @@ from bayesprune.prune.roots import is_root
 from bayesprune.prune.streams import Streams
 from bayesprune.prune.structure import GRANULARITY, ChannelGroup, ChannelStructure
 from bayesprune.prune.trace import Trace, quiet, trace
+from bayesprune.prune.uncalled import whole_for_uncalled
 from bayesprune.prune.verify import unverified
 from bayesprune.prune.walk import Reached, largest_axis, walk
 
@@ -37,6 +40,15 @@ _PRODUCTS = ("Bmm", "Baddbmm", "ttention", "Einsum")
 _INSIDE_ATTENTION = "its outputs are dimensions of attention heads"
 _IN_A_PRODUCT = "its outputs enter a product of activations, as in attention"
 _SHARED_BY_HEADS = "grouped-query attention shares its outputs among heads"
+_NOT_CALLED = (
+    "it is not called with example_inputs in evaluation mode: pass example_inputs with which it is, or delete it from "
+    "the model if it is not needed"
+)
+_USED_BY_ANOTHER = "it is not called itself, another module uses its weight, of which no graph knows the channels"
+_NOT_IN_THE_OUTPUTS = (
+    "the outputs do not depend on it as far as autograd sees, as behind torch.inference_mode, NumPy or integers: return "
+    "what it makes as tensors with their history, in tuples, mappings or objects"
+)
 _OF_HEADS = (_INSIDE_ATTENTION, _IN_A_PRODUCT, _SHARED_BY_HEADS)
 
 
@@ -67,7 +79,7 @@ def find_groups(
         others = {n: _not_asked_for("heads") for n, module in model.named_modules() if is_root(module)}
         left_whole = others | heads.left_whole
     else:
-        finder = _Finder(model, trace(model, example_inputs), ignored_layers, heads.groups)
+        finder = _Finder(model, example_inputs, trace(model, example_inputs), ignored_layers, heads.groups)
         found, left_whole = finder.find(granularity)
         groups |= {group.name: group for group in found}
         left_whole |= {n: reason for n, reason in heads.left_whole.items() if left_whole.get(n) in _OF_HEADS}
@@ -98,9 +110,15 @@ class _Finder:
     """Examines one root layer after the other."""
 
     def __init__(
-        self, model: nn.Module, trace: Trace, ignored_layers: Iterable[nn.Module], heads: Iterable[ChannelGroup]
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        trace: Trace,
+        ignored_layers: Iterable[nn.Module],
+        heads: Iterable[ChannelGroup],
     ) -> None:
-        self.model, self.trace, self.bound = model, trace, largest_axis(trace.graph)
+        self.model, self.example_inputs = model, example_inputs
+        self.trace, self.bound = trace, largest_axis(trace.graph)
         self.names = {id(module): name for name, module in model.named_modules()}
         self.names |= {id(parameter): name for name, parameter in model.named_parameters()}
         self.ignored = {module for layer in ignored_layers for module in layer.modules()}
@@ -131,10 +149,29 @@ class _Finder:
                 groups.append(found)
             else:
                 left_whole |= dict.fromkeys(found.layers, _not_asked_for(" and ".join(granularity)))
-        for name, module in self.model.named_modules():
-            if is_root(module) and module not in modules:
-                left_whole[name] = "the trace does not see it: it is not called, or another module uses its weight"
-        return groups, left_whole
+        unseen = {m: self._why_unseen(m) for m in self.model.modules() if is_root(m) and m not in modules}
+        uncalled = [layer for layer, reason in unseen.items() if reason == _NOT_CALLED]
+        if uncalled and groups:
+            feeding = whole_for_uncalled(self.model, self.example_inputs, groups, uncalled)
+            left_whole |= {layer: reason for group, reason in feeding.items() for layer in group.layers}
+            groups = [group for group in groups if group not in feeding]
+            self._warn_of(uncalled, feeding)
+        return groups, left_whole | {self.names[id(layer)]: reason for layer, reason in unseen.items()}
+
+    def _why_unseen(self, layer: nn.Module) -> str:
+        if layer in self.trace.called:
+            return _NOT_IN_THE_OUTPUTS
+        is_used = any(parameter in self.trace.weights for parameter in layer.parameters(recurse=False))
+        return _USED_BY_ANOTHER if is_used else _NOT_CALLED
+
+    def _warn_of(self, uncalled: list[nn.Module], feeding: Collection[ChannelGroup]) -> None:
+        whole = [layer for group in feeding for layer in group.layers]
+        stays = f"What may feed them stays whole: {shown(whole)}" if whole else "No channels were found that feed them"
+        warnings.warn(
+            f"example_inputs do not call {shown([self.names[id(layer)] for layer in uncalled])}. {stays}. Pass "
+            "example_inputs with which the model calls them, or delete them from the model if they are not needed.",
+            stacklevel=2,
+        )
 
     def group_of(self, root: nn.Module) -> ChannelGroup:
         self._check_layer(root)  # before its group is built: that does not end for some attention with rotary positions

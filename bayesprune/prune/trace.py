@@ -35,11 +35,15 @@ class Trace:
         graph: torch-pruning's dependency graph.
         outputs: Layers and operations whose output is an output of the model.
         inside_attention: Layers whose output units are dimensions of attention heads.
+        called: Layers with channels of their own making that were called.
+        weights: Parameters that the outputs depend on.
     """
 
     graph: tp.DependencyGraph
     outputs: frozenset[nn.Module]
     inside_attention: frozenset[nn.Module]
+    called: frozenset[nn.Module]
+    weights: frozenset[Tensor]
 
 
 def trace(model: nn.Module, example_inputs: Any) -> Trace:
@@ -51,10 +55,12 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
         UnsupportedModelError: torch-pruning fails on the model.
     """
     layer_of: dict[Any, nn.Module] = {}
+    called: set[nn.Module] = set()
     attention: list[tuple[nn.Module, Tensor]] = []
     ends: set[Any] = set()
 
     def saw_layer(module: nn.Module, _: Any, output: Any) -> None:
+        called.add(module)
         layer_of[output.grad_fn] = module
 
     def saw_attention(module: nn.Module, _: Any, output: Any) -> None:
@@ -91,7 +97,7 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
     outputs = {node.module for node in graph.module2node.values() if node.grad_fn in ends}
     inside = {child for module in model.modules() if has_heads(module) for child in _layers_of(module)}
     inside -= {layer for module, output in attention for layer in last_layers(output, layer_of, set(module.children()))}
-    return Trace(graph, frozenset(outputs), frozenset(inside))
+    return Trace(graph, *map(frozenset, (outputs, inside, called, _leaves(ends))))
 
 
 def tensors_in(output: Any) -> Iterator[Tensor]:
@@ -144,6 +150,18 @@ def reached(grad_fn: Any, targets: dict[Any, nn.Module], pass_through: tuple[str
         elif node.name().startswith(pass_through):
             pending.extend(following for following, _ in node.next_functions)
     return found
+
+
+def _leaves(ends: Collection[Any]) -> Iterator[Tensor]:
+    pending, seen = list(ends), set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node.variable
+        pending.extend(following for following, _ in node.next_functions)
 
 
 def _layers_of(attention: nn.Module) -> Iterator[nn.Module]:

@@ -4,8 +4,9 @@ A wrong index in the dependency graph, as after a flatten whose channels come la
 once channels are gone, on the wrong ones. A permutation shows it at the cost of a few forwards.
 
 Compared is what every layer reads, and the outputs. So a small branch beside a large stream is judged by its own size,
-outputs that are constant or no numbers hide nothing, and it is known what the comparison could have shown: a group whose
-order makes no difference to what reads it is tried again with random weights, and not offered if that does not help.
+outputs that are constant or no numbers hide nothing, and it is known what the comparison could have shown: a group
+whose order makes no difference to what reads it is tried again with random weights, and not offered if that does not
+help.
 """
 
 import random
@@ -302,7 +303,9 @@ class _Experiment:
             return None
 
         handles = [
-            layer.register_forward_pre_hook(lambda _, args, kwargs, name=name: read(name, args, kwargs), with_kwargs=True)
+            layer.register_forward_pre_hook(
+                lambda _, args, kwargs, name=name: read(name, args, kwargs), with_kwargs=True
+            )
             for name, layer in self.layers.items()
         ]
         try:

@@ -185,7 +185,9 @@ def test_a_wrong_group_among_many_takes_few_forwards(depth):
     class Deep(ChannelsLast):
         def __init__(self):
             super().__init__()
-            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 12)) for _ in range(depth))
+            self.blocks = nn.ModuleList(
+                nn.Sequential(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 12)) for _ in range(depth)
+            )
             self.forwards = 0
 
         def forward(self, x):
