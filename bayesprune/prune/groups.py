@@ -46,8 +46,8 @@ _NOT_CALLED = (
 )
 _USED_BY_ANOTHER = "it is not called itself, another module uses its weight, of which no graph knows the channels"
 _NOT_IN_THE_OUTPUTS = (
-    "the outputs do not depend on it as far as autograd sees, as behind torch.inference_mode, NumPy or integers: return "
-    "what it makes as tensors with their history, in tuples, mappings or objects"
+    "the outputs do not depend on it as far as autograd sees, as behind inference_mode, NumPy or integers: return what "
+    "it makes as tensors with their history, in tuples, mappings or objects"
 )
 _OF_HEADS = (_INSIDE_ATTENTION, _IN_A_PRODUCT, _SHARED_BY_HEADS)
 
@@ -121,6 +121,7 @@ class _Finder:
         self.trace, self.bound = trace, largest_axis(trace.graph)
         self.names = {id(module): name for name, module in model.named_modules()}
         self.names |= {id(parameter): name for name, parameter in model.named_parameters()}
+        self.names |= {id(buffer): name for buffer, name in trace.buffers.items()}
         self.ignored = {module for layer in ignored_layers for module in layer.modules()}
         self.holders = tied_parameters(model)
         self.tied = {id(module) for holders in self.holders.values() for module, _ in holders}
@@ -221,6 +222,8 @@ class _Finder:
             layer = item.dep.layer
             if id(layer) not in self.names or (size := axis_size(self.trace.graph, item.dep)) is None:
                 continue  # an operation, or a layer without channels of its own
+            if layer in self.trace.buffers and (size := self._turned(item)) is None:
+                continue
             if None in item.root_idxs:
                 raise _LeftWholeError(_SHARED_BY_HEADS)
             in_order = {root: [position] for position, root in zip(item.idxs, item.root_idxs, strict=True)}
@@ -230,6 +233,16 @@ class _Finder:
                     positions[root].append(position)
                 in_order = {root: sorted(found) for root, found in positions.items()}
             yield Member((self.names[id(layer)], side(item.dep)), item.dep, size, in_order)
+
+    @staticmethod
+    def _turned(item: Any) -> int | None:
+        """The size of the dimension in which a buffer has an entry for each of these channels, if one does."""
+        node, count = item.dep.target, len(set(item.idxs))
+        dims = [dim for dim, size in enumerate(node.module.shape) if size == count > max(item.idxs)]
+        if not dims:
+            return None
+        node.pruning_dim = node.pruning_dim if node.pruning_dim in dims else dims[0]
+        return count
 
     def _check_members(self, members: list[Member]) -> None:
         for member in members:

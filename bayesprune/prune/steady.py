@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bayesprune.macs import eval_mode
+from bayesprune.prune.trace import without_cache
 
 # Operations of torch whose result is noise alone.
 _NOISE = frozenset(
@@ -18,13 +19,13 @@ _NOISE = frozenset(
 
 @contextmanager
 def steady(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in evaluation mode, without gradients, and what noise it draws is one number.
+    """Inside, the model is in evaluation mode, without gradients and cache, and what noise it draws is one number.
 
     Noise that differed between channels would make each order of them another model: the latent channels of a
     variational autoencoder, or a dropout that evaluation mode does not switch off.
     """
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
-    with torch.no_grad(), eval_mode(model), torch.random.fork_rng(devices), _EvenNoise():
+    with torch.no_grad(), eval_mode(model), without_cache(model), torch.random.fork_rng(devices), _EvenNoise():
         torch.manual_seed(0)
         yield
 

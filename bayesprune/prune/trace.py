@@ -1,5 +1,6 @@
 """torch-pruning's dependency graph of a model, with what else a forward shows: outputs and the insides of attention."""
 
+import logging
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,9 +11,11 @@ from typing import Any
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
+from torch_pruning._helpers import UnwrappedParameters
 
 from bayesprune.errors import UnsupportedModelError
 from bayesprune.macs import eval_mode, requires_grad, run_forward
+from bayesprune.prune.links import unlink
 from bayesprune.prune.mapping import Graph, map_parts
 from bayesprune.prune.roots import (
     TRANSPOSED_LINEAR,
@@ -21,6 +24,10 @@ from bayesprune.prune.roots import (
     is_transposed_linear,
     linear_sizes,
 )
+from bayesprune.prune.seeing import buffers_as_parameters, everything_seen
+
+_LOGGER = logging.getLogger(__name__)
+_ERRORS = (AssertionError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 HEAD_ATTRIBUTES = ("num_heads", "num_attention_heads", "num_key_value_groups", "n_heads", "n_head", "heads")
 # What may stand between an attention module's last layer and its output; a reshape means that heads come out.
@@ -37,6 +44,7 @@ class Trace:
         inside_attention: Layers whose output units are dimensions of attention heads.
         called: Layers with channels of their own making that were called.
         weights: Parameters that the outputs depend on.
+        buffers: Names of buffers, by the parameters that stand for them in the graph.
     """
 
     graph: tp.DependencyGraph
@@ -44,16 +52,34 @@ class Trace:
     inside_attention: frozenset[nn.Module]
     called: frozenset[nn.Module]
     weights: frozenset[Tensor]
+    buffers: dict[nn.Parameter, str]
 
 
 def trace(model: nn.Module, example_inputs: Any) -> Trace:
     """Traces the model; its mode and `requires_grad` are as before afterwards.
 
-    torch-pruning follows autograd's graph, so gradients are enabled meanwhile, for frozen parameters too.
+    torch-pruning follows autograd's graph, so gradients are enabled meanwhile, for frozen parameters too, and what
+    stops them in the forward does not.
 
     Raises:
         UnsupportedModelError: torch-pruning fails on the model.
     """
+    try:
+        try:
+            with everything_seen(), buffers_as_parameters(model) as buffers:
+                return _trace(model, example_inputs, buffers)
+        except _ERRORS as error:  # a forward that writes into buffers, or relies on detached tensors
+            _LOGGER.debug("traced again, as autograd sees the model: %s", error)
+            return _trace(model, example_inputs, {})
+    except _ERRORS as error:
+        raise UnsupportedModelError(
+            f"torch-pruning {version('torch-pruning')} cannot trace {type(model).__name__} ({type(error).__name__}: "
+            f"{error}); expected a model whose forward runs on example_inputs under autograd, not wrapped, compiled or "
+            "scripted. Single weights can be removed with prune_weights."
+        ) from error
+
+
+def _trace(model: nn.Module, example_inputs: Any, buffers: dict[nn.Parameter, str]) -> Trace:
     layer_of: dict[Any, nn.Module] = {}
     called: set[nn.Module] = set()
     attention: list[tuple[nn.Module, Tensor]] = []
@@ -82,31 +108,39 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
                 forward_fn=run_forward,
                 customized_pruners={type(m): TRANSPOSED_LINEAR for m in model.modules() if is_transposed_linear(m)},
                 output_transform=outputs_with_history,
+                unwrapped_parameters=[UnwrappedParameters(buffer, _last_dim(buffer)) for buffer in buffers],
                 verbose=False,
             )
             map_parts(graph)
-    except (AssertionError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise UnsupportedModelError(
-            f"torch-pruning {version('torch-pruning')} cannot trace {type(model).__name__} ({type(error).__name__}: "
-            f"{error}); expected a model whose forward runs on example_inputs under autograd, not wrapped, compiled or "
-            "scripted. Single weights can be removed with prune_weights."
-        ) from error
+            unlink(graph, buffers)
     finally:
         for handle in handles:
             handle.remove()
     outputs = {node.module for node in graph.module2node.values() if node.grad_fn in ends}
     inside = {child for module in model.modules() if has_heads(module) for child in _layers_of(module)}
     inside -= {layer for module, output in attention for layer in last_layers(output, layer_of, set(module.children()))}
-    return Trace(graph, *map(frozenset, (outputs, inside, called, _leaves(ends))))
+    return Trace(graph, *map(frozenset, (outputs, inside, called, _leaves(ends))), buffers)
+
+
+def _last_dim(tensor: Tensor) -> int:
+    """The last dimension of more than one entry."""
+    return max(dim for dim, size in enumerate(tensor.shape) if size > 1)
 
 
 def tensors_in(output: Any) -> Iterator[Tensor]:
-    """The tensors of a model's output, which may nest them in mappings, tuples and lists."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, (list, tuple, Mapping)):
-        for part in output.values() if isinstance(output, Mapping) else output:
-            yield from tensors_in(part)
+    """The tensors of a model's output, which may nest them in mappings, tuples, lists, dataclasses and objects."""
+    pending, seen = [output], set()
+    while pending:
+        part = pending.pop()
+        if isinstance(part, Tensor):
+            yield part
+        elif not isinstance(part, (nn.Module, type, str, bytes)) and id(part) not in seen:
+            seen.add(id(part))  # an object may hold itself
+            if isinstance(part, (list, tuple, Mapping)):
+                inside = list(part.values() if isinstance(part, Mapping) else part)
+            else:
+                inside = list(getattr(part, "__dict__", {}).values())
+            pending += reversed(inside)
 
 
 @contextmanager
