@@ -46,8 +46,8 @@ _NOT_CALLED = (
 )
 _USED_BY_ANOTHER = "it is not called itself, another module uses its weight, of which no graph knows the channels"
 _NOT_IN_THE_OUTPUTS = (
-    "the outputs do not depend on it as far as autograd sees, as behind inference_mode, NumPy or integers: return what "
-    "it makes as tensors with their history, in tuples, mappings or objects"
+    "what is made of its outputs is not seen, as where they are sorted, or turned into integers or NumPy, or under "
+    "torch.inference_mode: return them from the forward if their channels should go"
 )
 _OF_HEADS = (_INSIDE_ATTENTION, _IN_A_PRODUCT, _SHARED_BY_HEADS)
 
@@ -206,6 +206,8 @@ class _Finder:
             raise _LeftWholeError("ignored_layers")
         if layer in self.trace.outputs:
             raise _LeftWholeError("it is an output of the model")
+        if layer in self.trace.dead_ends:
+            raise _LeftWholeError(_NOT_IN_THE_OUTPUTS)
         if layer in self.trace.inside_attention:
             raise _LeftWholeError(_INSIDE_ATTENTION)
 

@@ -8,6 +8,7 @@ a flatten where it guesses other numbers of channels before and behind it.
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import accumulate, pairwise
+from math import prod
 from typing import Any
 
 import torch_pruning as tp
@@ -77,12 +78,18 @@ def _map_reshape(node: Node) -> None:
     if not found or not given:
         return
     new, old = found[0].shape, given[number].shape
+    around = [*node.inputs, *node.outputs]
+    edges = [(one, d) for it in around for one, to in ((node, it), (it, node)) for d in one.dependencies if d.target is to]
+    flattened = [d for _, d in edges if isinstance(d.index_mapping[0], _FlattenIndexMapping)]
     if min(len(new), len(old)) > 1 and (new[-1] == old[-1] or new[1] == old[1]):  # the channels stay what they were
-        around = [*node.inputs, *node.outputs]
-        for one, other in [(node, it) for it in around] + [(it, node) for it in around]:
-            for dependency in one.dependencies:
-                if dependency.target is other and isinstance(dependency.index_mapping[0], _FlattenIndexMapping):
-                    _set(dependency, 0, None)
+        for dependency in flattened:
+            _set(dependency, 0, None)
+    elif not flattened and len(old) > 2 and tuple(new) == (old[0], prod(old[1:])):  # no guess, where sizes are unknown
+        stride = prod(old[2:])
+        for source, dependency in edges:
+            other = dependency.target if source is node else source
+            if other in node.inputs:
+                _set(dependency, 0, _FlattenIndexMapping(stride, reverse=source is node))
 
 
 def _map_split(graph: tp.DependencyGraph, node: Node) -> None:

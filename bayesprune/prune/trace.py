@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -43,6 +43,7 @@ class Trace:
         outputs: Layers and operations whose output is an output of the model.
         inside_attention: Layers whose output units are dimensions of attention heads.
         called: Layers with channels of their own making that were called.
+        dead_ends: Those of them behind which nothing is seen, though they are no outputs, as where scores are sorted.
         weights: Parameters that the outputs depend on.
         buffers: Names of buffers, by the parameters that stand for them in the graph.
     """
@@ -51,6 +52,7 @@ class Trace:
     outputs: frozenset[nn.Module]
     inside_attention: frozenset[nn.Module]
     called: frozenset[nn.Module]
+    dead_ends: frozenset[nn.Module]
     weights: frozenset[Tensor]
     buffers: dict[nn.Parameter, str]
 
@@ -81,13 +83,14 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
 
 def _trace(model: nn.Module, example_inputs: Any, buffers: dict[nn.Parameter, str]) -> Trace:
     layer_of: dict[Any, nn.Module] = {}
-    called: set[nn.Module] = set()
+    made: list[tuple[nn.Module, Tensor]] = []
     attention: list[tuple[nn.Module, Tensor]] = []
     ends: set[Any] = set()
+    dead_ends: set[nn.Module] = set()
 
-    def saw_layer(module: nn.Module, _: Any, output: Any) -> None:
-        called.add(module)
+    def saw_layer(module: nn.Module, _: Any, output: Tensor) -> None:
         layer_of[output.grad_fn] = module
+        made.append((module, output))
 
     def saw_attention(module: nn.Module, _: Any, output: Any) -> None:
         attention.extend((module, tensor) for tensor in tensors_in(output))
@@ -95,6 +98,12 @@ def _trace(model: nn.Module, example_inputs: Any, buffers: dict[nn.Parameter, st
     def outputs_with_history(output: Any) -> list[Tensor]:
         found = [tensor for tensor in tensors_in(output) if tensor.grad_fn is not None]
         ends.update(tensor.grad_fn for tensor in found)
+        before = set(_history(ends))
+        for layer, tensor in reversed(made):  # the last ones first, behind which nothing is seen
+            if tensor.grad_fn is not None and tensor.grad_fn not in before:
+                dead_ends.add(layer)
+                found.append(tensor)
+                before.update(_history([tensor.grad_fn]))
         return found
 
     handles = [m.register_forward_hook(saw_layer) for m in model.modules() if is_root(m)]
@@ -119,7 +128,9 @@ def _trace(model: nn.Module, example_inputs: Any, buffers: dict[nn.Parameter, st
     outputs = {node.module for node in graph.module2node.values() if node.grad_fn in ends}
     inside = {child for module in model.modules() if has_heads(module) for child in _layers_of(module)}
     inside -= {layer for module, output in attention for layer in last_layers(output, layer_of, set(module.children()))}
-    return Trace(graph, *map(frozenset, (outputs, inside, called, _leaves(ends))), buffers)
+    called = {layer for layer, _ in made}
+    weights = {node.variable for node in _history(ends) if hasattr(node, "variable")}
+    return Trace(graph, *map(frozenset, (outputs, inside, called, dead_ends, weights)), buffers)
 
 
 def _last_dim(tensor: Tensor) -> int:
@@ -186,15 +197,15 @@ def reached(grad_fn: Any, targets: dict[Any, nn.Module], pass_through: tuple[str
     return found
 
 
-def _leaves(ends: Collection[Any]) -> Iterator[Tensor]:
+def _history(ends: Iterable[Any]) -> Iterator[Any]:
+    """These nodes of autograd's graph, and all before them."""
     pending, seen = list(ends), set()
     while pending:
         node = pending.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        if hasattr(node, "variable"):
-            yield node.variable
+        yield node
         pending.extend(following for following, _ in node.next_functions)
 
 
