@@ -79,7 +79,9 @@ def _map_reshape(node: Node) -> None:
         return
     new, old = found[0].shape, given[number].shape
     around = [*node.inputs, *node.outputs]
-    edges = [(one, d) for it in around for one, to in ((node, it), (it, node)) for d in one.dependencies if d.target is to]
+    edges = [
+        (one, d) for it in around for one, to in ((node, it), (it, node)) for d in one.dependencies if d.target is to
+    ]
     flattened = [d for _, d in edges if isinstance(d.index_mapping[0], _FlattenIndexMapping)]
     if min(len(new), len(old)) > 1 and (new[-1] == old[-1] or new[1] == old[1]):  # the channels stay what they were
         for dependency in flattened:

@@ -14,17 +14,18 @@ ROOT = Path(__file__).absolute().parents[2]
 DOCS = ROOT / "docs" / "benchmarks"
 TIMEOUT = 900
 OK, NONE = "yes", "-"
+CUT = 0.5  # of the MACs
 
 
 def outputs(model: Any, inputs: Any) -> list[Any]:
-    """Every tensor that the model gives in evaluation mode for these inputs: keywords, or one tensor."""
+    """Every tensor that the model gives in evaluation mode: for keywords, a tuple of arguments, or one tensor."""
     import torch
 
+    from bayesprune.macs import run_forward
     from bayesprune.prune.trace import tensors_in
 
     with torch.no_grad():
-        found = model.eval()(**inputs) if isinstance(inputs, dict) else model.eval()(inputs)
-        return [tensor.clone() for tensor in tensors_in(found)]
+        return [tensor.clone() for tensor in tensors_in(run_forward(model.eval(), inputs))]
 
 
 def is_equal(found: list[Any], expected: list[Any]) -> bool:
@@ -99,6 +100,20 @@ def back(model: Any, stock: list[type], keys: list[str], inputs: Any) -> str:
     if [type(module) for module in model.modules()] != stock or list(model.state_dict()) != keys:
         return "other classes or keys than before"
     return OK if is_equal(outputs(model, inputs), before) else "the output changed"
+
+
+def as_far_as_it_goes(model: Any, inputs: Any) -> tuple[Any, str]:
+    """Cuts to half of the MACs, or as far as the model lets, and says what limits it."""
+    import bayesprune as bp
+    from bayesprune.errors import InfeasibleTargetError
+
+    limit = ""
+    for kept in (CUT, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95):
+        try:
+            return bp.prune_channels(model, inputs, target={"macs": kept}), limit
+        except InfeasibleTargetError as error:
+            last, limit = error, limit or str(error)
+    raise last
 
 
 def attempt(row: dict[str, Any], name: str, check: Callable[[], str]) -> bool:
