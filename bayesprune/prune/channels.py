@@ -210,7 +210,10 @@ def _attempt(
                 undo, _ = _cut_and_count(model, [(group, units)], example_inputs)
                 undo()
             except SHAPE_ERRORS as fault:
-                failures[group] = f"the model does not run without some of its channels ({_first_line(fault)})"
+                failures[group] = (
+                    f"the model does not run without some of its channels ({_first_line(fault)}): a size in its "
+                    "forward or attributes does not follow; take it from the tensor's shape"
+                )
         if failures:
             return failures, lambda: None, 0
         raise UnsupportedModelError(

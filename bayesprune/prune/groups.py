@@ -22,10 +22,12 @@ from bayesprune.prune.cuts import (
     cut_parameters,
     misfit,
     num_blocks,
+    overflows,
     side,
     tied_parameters,
 )
 from bayesprune.prune.heads import find_heads
+from bayesprune.prune.links import moving
 from bayesprune.prune.roots import is_root
 from bayesprune.prune.streams import Streams
 from bayesprune.prune.structure import GRANULARITY, ChannelGroup, ChannelStructure
@@ -37,17 +39,20 @@ from bayesprune.prune.walk import Reached, largest_axis, walk
 # Parts of the names that autograd gives products of activations, which mix channels in a way that no graph shows.
 _PRODUCTS = ("Bmm", "Baddbmm", "ttention", "Einsum")
 
-_INSIDE_ATTENTION = "its outputs are dimensions of attention heads"
-_IN_A_PRODUCT = "its outputs enter a product of activations, as in attention"
+_INSIDE_ATTENTION = 'its outputs are dimensions of attention heads; whole heads go with "heads" in granularity'
+_IN_A_PRODUCT = (
+    "its outputs enter a product of activations, as in attention; whole heads go where the module of a product names "
+    "their number, as num_heads"
+)
 _SHARED_BY_HEADS = "grouped-query attention shares its outputs among heads"
 _NOT_CALLED = (
     "it is not called with example_inputs in evaluation mode: pass example_inputs with which it is, or delete it from "
     "the model if it is not needed"
 )
-_USED_BY_ANOTHER = "it is not called itself, another module uses its weight, of which no graph knows the channels"
-_NOT_IN_THE_OUTPUTS = (
-    "what is made of its outputs is not seen, as where they are sorted, or turned into integers or NumPy, or under "
-    "torch.inference_mode: return them from the forward if their channels should go"
+_NO_HISTORY = "its outputs have no history, as under torch.inference_mode; torch.no_grad in the forward hides none"
+_DEAD_END = (
+    "what is made of its outputs is not seen, as where they are sorted, compared or turned into integers or NumPy, so "
+    "they count as outputs of the model"
 )
 _OF_HEADS = (_INSIDE_ATTENTION, _IN_A_PRODUCT, _SHARED_BY_HEADS)
 
@@ -161,9 +166,12 @@ class _Finder:
 
     def _why_unseen(self, layer: nn.Module) -> str:
         if layer in self.trace.called:
-            return _NOT_IN_THE_OUTPUTS
-        is_used = any(parameter in self.trace.weights for parameter in layer.parameters(recurse=False))
-        return _USED_BY_ANOTHER if is_used else _NOT_CALLED
+            return _NO_HISTORY
+        if not any(parameter in self.trace.weights for parameter in layer.parameters(recurse=False)):
+            return _NOT_CALLED
+        holders = [m for m in self.model.modules() if layer in m.children()] or [self.model]
+        holder = f"{self.names[id(holders[0])]} ({type(holders[0]).__name__})".strip()
+        return f"{holder} or another module uses its weight without calling it, so no graph shows its channels"
 
     def _warn_of(self, uncalled: list[nn.Module], feeding: Collection[ChannelGroup]) -> None:
         whole = [layer for group in feeding for layer in group.layers]
@@ -183,7 +191,7 @@ class _Finder:
             for item in group:
                 self._check_node(item.dep.target.module, side(item.dep))
             members = list(self._members(group))
-            self._check_members(members)
+            self._check_members(members, group)
             units = self._units(reached, members)
         except _LeftWholeError as left:
             raise _LeftWholeError(left.reason, layers) from None
@@ -199,7 +207,9 @@ class _Finder:
             with quiet():
                 return walk(self.trace.graph, root, bound=self.bound)
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise _LeftWholeError(f"torch-pruning fails on it ({type(error).__name__}: {error})") from error
+            raise _LeftWholeError(
+                f"torch-pruning fails to follow its channels ({type(error).__name__}: {error})"
+            ) from error
 
     def _check_layer(self, layer: nn.Module) -> None:
         if layer in self.ignored:
@@ -207,7 +217,7 @@ class _Finder:
         if layer in self.trace.outputs:
             raise _LeftWholeError("it is an output of the model")
         if layer in self.trace.dead_ends:
-            raise _LeftWholeError(_NOT_IN_THE_OUTPUTS)
+            raise _LeftWholeError(_DEAD_END)
         if layer in self.trace.inside_attention:
             raise _LeftWholeError(_INSIDE_ATTENTION)
 
@@ -217,7 +227,9 @@ class _Finder:
         if cut_side == "out" and isinstance(node, nn.Module):
             self._check_layer(node)
         if id(node) in self.names and not isinstance(node, CUTTABLE) and not is_root(node):
-            raise _LeftWholeError(f"{self.names[id(node)]} ({type(node).__name__}) stays whole")
+            raise _LeftWholeError(
+                f"{self.names[id(node)]} ({type(node).__name__}) stays whole, for no cut of such a module is known"
+            )
 
     def _members(self, group: Group) -> Iterator[Member]:
         for item in group:
@@ -246,13 +258,17 @@ class _Finder:
         node.pruning_dim = node.pruning_dim if node.pruning_dim in dims else dims[0]
         return count
 
-    def _check_members(self, members: list[Member]) -> None:
+    def _check_members(self, members: list[Member], group: Group) -> None:
         for member in members:
+            if overflows(member):
+                raise _LeftWholeError(_overflow(member, group))
             if reason := misfit(member):
                 raise _LeftWholeError(reason)
             claimed = self.claimed.get(member.axis)
             if claimed and not all(map(claimed.isdisjoint, member.positions.values())):
-                raise _LeftWholeError(f"{member.axis[0]} would lose a channel to two groups")
+                raise _LeftWholeError(
+                    f"{member.axis[0]} would lose one channel to two groups, for several layers write to it by turns"
+                )
         cuts: dict[tuple[int, str], set] = defaultdict(set)
         for member in members:
             if isinstance(member.layer, nn.Module) and id(member.layer) in self.tied:
@@ -263,7 +279,9 @@ class _Finder:
             found = [cuts.get((id(module), name), set()) for module, name in holders]
             if any(cut != found[0] for cut in found):
                 shown = " and ".join(f"{self.names[id(module)]}.{name}" for module, name in holders)
-                raise _LeftWholeError(f"{shown} are tied and would be cut differently")
+                raise _LeftWholeError(
+                    f"{shown} are tied and would be cut differently: give each a parameter of its own to cut them"
+                )
 
     def _units(self, reached: Reached, members: list[Member]) -> list[tuple[int, ...]]:
         channels = reached.group[0].idxs
@@ -281,15 +299,31 @@ class _Finder:
             found[_representative(parents, channel)].append(channel)
         units = [tuple(unit) for unit in found.values()]
         if len(units) < 2:
-            raise _LeftWholeError("its channels can only leave all together")
+            raise _LeftWholeError("its channels can only leave all together, or there is one alone")
         sizes = [[len(unit) for unit in units]]
         uneven = [
             m for m in members if len(m.positions) < len(channels) or len(set(map(len, m.positions.values()))) > 1
         ]
         sizes += [[sum(len(m.positions.get(root, ())) for root in unit) for unit in units] for m in uneven]
         if any(len(set(counts)) > 1 for counts in sizes):
-            raise _LeftWholeError("its channels hang together in sets of different sizes")
+            raise _LeftWholeError(
+                "its channels hang together in sets of different sizes, as where fewer are repeated to meet them"
+            )
         return units
+
+
+def _overflow(member: Member, group: Group) -> str:
+    """Why the graph gives a layer channels that it has not."""
+    name, length = member.axis[0], 1 + max(p for positions in member.positions.values() for p in positions)
+    if isinstance(member.layer, nn.Parameter):
+        return (
+            f"the parameter {name} meets its channels and has {member.size} entries for {len(member.positions)} of "
+            "them; expected one for each"
+        )
+    return (
+        f"{name} has {member.size} channels and the graph leads {length} to it: {moving(group)} in between selects, "
+        f"repeats or pads channels; do that behind {name}, or by split and cat"
+    )
 
 
 def _join(parents: dict[int, int], one: int, other: int) -> None:

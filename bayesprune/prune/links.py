@@ -10,11 +10,22 @@ from typing import Any
 import torch_pruning as tp
 from torch import nn
 from torch_pruning import ops
-from torch_pruning.dependency import Node
+from torch_pruning.dependency import Group, Node
 from torch_pruning.dependency.shape_infer import infer_out_channels_recursively
 
 # Operations in which a buffer of one number for each channel may meet the channels.
 _BY_CHANNEL = ("Add", "Sub", "Rsub", "Mul", "Div", "Addcmul", "Addcdiv", "Lerp", "Pow", "Where")
+
+# Operations that change which channels there are, by the start of autograd's names for them.
+_MOVING = ("Slice", "Index", "Select", "Gather", "ConstantPad", "Pad", "Repeat", "Roll", "Flip", "Unfold", "Stack")
+_MOVING = (*_MOVING, "View", "UnsafeView", "Reshape", "Expand", "AsStrided", "PixelShuffle", "ChannelShuffle", "Topk")
+
+
+def moving(group: Group) -> str:
+    """The operations in a group that may move, select or count channels, as words for a reason."""
+    names = (item.dep.target.grad_fn.name() for item in group if hasattr(item.dep.target.grad_fn, "name"))
+    found = dict.fromkeys(name.partition("Backward")[0] for name in names if name.startswith(_MOVING))
+    return " or ".join(found) or "an operation"
 
 
 def unlink(graph: tp.DependencyGraph, buffers: Collection[nn.Parameter]) -> None:
@@ -62,16 +73,15 @@ def _broadcast(graph: tp.DependencyGraph, node: Node, node_of: dict[Any, Node]) 
 
 def _summed_over(graph: tp.DependencyGraph, node: Node, node_of: dict[Any, Node]) -> Iterator[Node]:
     """Inputs whose channels a sum, mean or maximum runs over."""
-    dims = getattr(node.grad_fn, "_saved_dim", None)
+    dims: Any = getattr(node.grad_fn, "_saved_dim", None)
     out = _shape(node.grad_fn, 0)
     for before, shape in _inputs(node, node_of) if dims is not None and out is not None else ():
         if shape is None:
             continue
-        over = {_signed(dim, len(shape)) for dim in (dims if isinstance(dims, tuple) else (dims,))} or set(
-            range(len(shape))
-        )
+        over = {_signed(dim, len(shape)) for dim in (dims if isinstance(dims, tuple) else (dims,))}
+        over = over or set(range(len(shape)))
         left = [size for dim, size in enumerate(shape) if dim not in over]
-        if [size for size in out if size != 1] != [size for size in left if size != 1]:
+        if [size for size in out or () if size != 1] != [size for size in left if size != 1]:
             continue  # it keeps this dimension, as a softmax does
         channels = infer_out_channels_recursively(graph, before, [0])
         places = {dim for dim, size in enumerate(shape) if size == channels}

@@ -111,13 +111,14 @@ def _trace(model: nn.Module, example_inputs: Any, buffers: dict[nn.Parameter, st
     try:
         with torch.enable_grad(), eval_mode(model), requires_grad(model, True), without_cache(model), quiet():
             graph = Graph()
+            unwrapped: Any = [UnwrappedParameters(buffer, _last_dim(buffer)) for buffer in buffers]
             graph.build_dependency(
                 model,
                 example_inputs,
                 forward_fn=run_forward,
                 customized_pruners={type(m): TRANSPOSED_LINEAR for m in model.modules() if is_transposed_linear(m)},
                 output_transform=outputs_with_history,
-                unwrapped_parameters=[UnwrappedParameters(buffer, _last_dim(buffer)) for buffer in buffers],
+                unwrapped_parameters=unwrapped,
                 verbose=False,
             )
             map_parts(graph)
@@ -130,7 +131,15 @@ def _trace(model: nn.Module, example_inputs: Any, buffers: dict[nn.Parameter, st
     inside -= {layer for module, output in attention for layer in last_layers(output, layer_of, set(module.children()))}
     called = {layer for layer, _ in made}
     weights = {node.variable for node in _history(ends) if hasattr(node, "variable")}
-    return Trace(graph, *map(frozenset, (outputs, inside, called, dead_ends, weights)), buffers)
+    return Trace(
+        graph=graph,
+        outputs=frozenset(outputs),
+        inside_attention=frozenset(inside),
+        called=frozenset(called),
+        dead_ends=frozenset(dead_ends),
+        weights=frozenset(weights),
+        buffers=buffers,
+    )
 
 
 def _last_dim(tensor: Tensor) -> int:

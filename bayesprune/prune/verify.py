@@ -21,6 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from bayesprune.macs import run_forward
 from bayesprune.prune.cuts import Axis, Member, cut_parameters, is_depthwise, num_blocks
+from bayesprune.prune.links import moving
 from bayesprune.prune.removal import SHAPE_ERRORS, snapshot
 from bayesprune.prune.roots import is_root
 from bayesprune.prune.silenced import randomise
@@ -36,10 +37,6 @@ UNCHECKED = (
     "depends on their order (all zero, all equal, or not finite); pass example_inputs from the data, or leave it whole"
 )
 
-_WRONG = (
-    "the dependency graph is wrong about it: an operation in between moves or counts channels in a way that no graph "
-    "shows; use reshape, cat and split with the channels first, or leave it whole by ignored_layers"
-)
 _FEW = 8  # units; the orders of fewer may be alike by chance
 _MARGIN = 10.0  # over what rounding does, which is known by its size alone
 
@@ -242,7 +239,11 @@ class _Experiment:
             order = orders.get((name, "out" if layer is not None and is_depthwise(layer) else "in"))
             if before.isfinite().all() and not self._is_right(key, found.get(key), order, unlinked[key]):
                 who = f"{name} does not read" if layer is not None else "the model does not give"
-                return f"with its channels in another order {who} the same, so {_WRONG}"
+                return (
+                    f"with its channels in another order {who} the same, so the dependency graph is wrong about it: "
+                    f"{moving(groups[0].group)} in between moves or counts channels in a way that no graph shows; do "
+                    "that by reshape, cat and split with the channels first"
+                )
         return None
 
     def _is_right(self, key: _Key, found: Tensor | None, order: Order | None, unlinked: Tensor) -> bool:

@@ -6,7 +6,6 @@ from typing import Any
 
 from rows import CUT, OK
 
-
 CHECKS = {
     "exact": "eval output unchanged by conversion",
     "step": "one training step with `attach`",
