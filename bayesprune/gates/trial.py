@@ -17,6 +17,11 @@ _OTHERWISE = (
     "a closed gate is not a removed channel here: a norm counts the channel, or a layer that is not called reads it"
 )
 
+_UNCHECKED = (
+    "the outputs on these example_inputs are no finite real numbers, so nothing can be checked: pass example_inputs "
+    "from the data and a model that returns scores"
+)
+
 
 @passing_gates
 def reasons_against(
@@ -29,6 +34,8 @@ def reasons_against(
     reasons = {group: "no layer with weights reads its channels" for group in gates if not gates[group].num_readers}
     tried = {group: gate for group, gate in gates.items() if group not in reasons}
     before = _outputs(model, example_inputs)
+    if not before or not all(output.isfinite().all() for output in before):
+        return reasons | dict.fromkeys(tried, _UNCHECKED)
     if _reason(model, tried, example_inputs, before, tolerance=1e-4) is None:
         return reasons
     for group, gate in tried.items():

@@ -73,20 +73,25 @@ def _broadcast(graph: tp.DependencyGraph, node: Node, node_of: dict[Any, Node]) 
 
 def _summed_over(graph: tp.DependencyGraph, node: Node, node_of: dict[Any, Node]) -> Iterator[Node]:
     """Inputs whose channels a sum, mean or maximum runs over."""
-    dims: Any = getattr(node.grad_fn, "_saved_dim", None)
-    out = _shape(node.grad_fn, 0)
-    for before, shape in _inputs(node, node_of) if dims is not None and out is not None else ():
+    dims, out = _saved_dims(node.grad_fn), _shape(node.grad_fn, 0)
+    if dims is None or out is None:
+        return
+    for before, shape in _inputs(node, node_of):
         if shape is None:
             continue
-        over = {_signed(dim, len(shape)) for dim in (dims if isinstance(dims, tuple) else (dims,))}
-        over = over or set(range(len(shape)))
+        over = {_signed(dim, len(shape)) for dim in dims} or set(range(len(shape)))
         left = [size for dim, size in enumerate(shape) if dim not in over]
-        if [size for size in out or () if size != 1] != [size for size in left if size != 1]:
+        if [size for size in out if size != 1] != [size for size in left if size != 1]:
             continue  # it keeps this dimension, as a softmax does
         channels = infer_out_channels_recursively(graph, before, [0])
         places = {dim for dim, size in enumerate(shape) if size == channels}
         if places and places <= over:
             yield before
+
+
+def _saved_dims(grad_fn: Any) -> tuple[int, ...] | None:
+    dims = getattr(grad_fn, "_saved_dim", None)
+    return dims if dims is None or isinstance(dims, tuple) else (dims,)
 
 
 def _inputs(node: Node, node_of: dict[Any, Node]) -> Iterator[tuple[Node, Any]]:

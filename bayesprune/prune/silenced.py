@@ -44,6 +44,8 @@ def disagreement(model: nn.Module, selection: Selection, example_inputs: Any) ->
             return f"the model does not run without one ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
     finally:
         undo()
+    if not expected:
+        return "the layer behind its heads is not called on example_inputs, so nothing can be checked"
     if not all(output.isfinite().all() for output in expected):
         return "the forward pass gives numbers that are not finite, so nothing can be checked"
     if len(found) != len(expected) or not all(map(_close, found, expected)):

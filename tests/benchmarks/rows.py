@@ -153,7 +153,8 @@ def run_rows(
         start = time.perf_counter()
         row = fresh_process(program, "--row", name)
         done["rows"][name] = {"crash": row["error"]} if "error" in row else row
-        done["versions"] = {package: version(package) for package in packages} | {"python": platform.python_version()}
+        versions = {package: version(package) for package in packages} | {"python": platform.python_version()}
+        done["versions"] = done.get("versions", {}) | versions
         done["rows"] = {name: done["rows"][name] for name in names if name in done["rows"]}
         out.with_suffix(".json").write_text(json.dumps(done, indent=1) + "\n")
         out.with_suffix(".md").write_text(page(done))

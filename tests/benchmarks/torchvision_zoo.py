@@ -5,7 +5,7 @@
 Models have random weights and small images; no network is needed. Detectors have frozen batch norms in their backbone,
 as pretrained ones have. Each has a process of its own, and another one loads what was saved. Rows that
 docs/benchmarks/torchvision.json holds already are kept; delete the file, or name models with `--only`, to run them
-again.
+again. The rows of YOLO are run where ultralytics is installed.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -210,10 +211,7 @@ def run_model(name: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     model, inputs = build(name), inputs_for(name)
     row: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
-    if MODELS[name].kind != "detection":
-        inputs_one = inputs[:1]
-    else:
-        inputs_one = inputs
+    inputs_one = inputs if MODELS[name].kind == "detection" else inputs[:1]
     stock, keys = [type(module) for module in model.modules()], list(model.state_dict())
     before = outputs(model, inputs)
     attempt(row, "equal", lambda: equal(build(name), inputs_one))
@@ -317,7 +315,15 @@ def main() -> None:
         print(json.dumps(load(args.load[0], Path(args.load[1]))))
     else:
         packages = ["torch", "torchvision", "torch-pruning"]
-        run_rows(__file__, MODELS, args.only, args.out, packages=packages, page=page)
+        left_out = set()
+        if find_spec("ultralytics"):
+            packages.append("ultralytics")
+        else:
+            left_out = {name for name, case in MODELS.items() if case.kind == "ultralytics"}
+        results = args.out.with_suffix(".json")
+        done = json.loads(results.read_text())["rows"] if results.is_file() else {}
+        only = args.only or [name for name in MODELS if name not in done.keys() | left_out]
+        run_rows(__file__, MODELS, only, args.out, packages=packages, page=page)
 
 
 if __name__ == "__main__":
