@@ -13,6 +13,8 @@ from torch_pruning import ops
 from torch_pruning.dependency import Group, Node
 from torch_pruning.dependency.shape_infer import infer_out_channels_recursively
 
+from bayesprune.prune.mapping import signed
+
 # Operations in which a buffer of one number for each channel may meet the channels.
 _BY_CHANNEL = ("Add", "Sub", "Rsub", "Mul", "Div", "Addcmul", "Addcdiv", "Lerp", "Pow", "Where")
 
@@ -79,7 +81,7 @@ def _summed_over(graph: tp.DependencyGraph, node: Node, node_of: dict[Any, Node]
     for before, shape in _inputs(node, node_of):
         if shape is None:
             continue
-        over = {_signed(dim, len(shape)) for dim in dims} or set(range(len(shape)))
+        over = {signed(dim, len(shape)) for dim in dims} or set(range(len(shape)))
         left = [size for dim, size in enumerate(shape) if dim not in over]
         if [size for size in out if size != 1] != [size for size in left if size != 1]:
             continue  # it keeps this dimension, as a softmax does
@@ -106,11 +108,6 @@ def _shape(grad_fn: Any, number: int) -> Any:
         return tuple(grad_fn.variable.shape)
     metadata = getattr(grad_fn, "_input_metadata", None)
     return tuple(metadata[number].shape) if metadata else None
-
-
-def _signed(dim: int, num_dims: int) -> int:
-    """A dimension that autograd saved, which it does without a sign, counted from 0."""
-    return dim if 0 <= dim < num_dims else (dim + num_dims if dim < 0 else dim - 2**64 + num_dims)
 
 
 def _separate(one: Node, other: Node) -> None:

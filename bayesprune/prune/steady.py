@@ -26,7 +26,8 @@ def steady(model: nn.Module) -> Iterator[None]:
     """
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     with torch.no_grad(), eval_mode(model), without_cache(model), torch.random.fork_rng(devices), _EvenNoise():
-        torch.manual_seed(0)
+        for generator in (torch.default_generator, *(torch.cuda.default_generators[d.index] for d in devices)):
+            generator.manual_seed(0)
         yield
 
 
@@ -41,7 +42,7 @@ class _EvenNoise(TorchDispatchMode):
         if name in _NOISE and result.is_floating_point():
             result.fill_(0.5)
         elif name == "normal" and "Tensor" in overload:  # of means, deviations, or both
-            result.copy_(args[0] + 0.5 * args[1])
+            result.copy_(args[0] + 0.5 * (args[1] if len(args) > 1 else 1.0))
         elif name == "bernoulli_" and overload == "float":
             result.fill_(1.0)
         elif name == "bernoulli" and overload == "default":

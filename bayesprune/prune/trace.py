@@ -44,7 +44,7 @@ class Trace:
         inside_attention: Layers whose output units are dimensions of attention heads.
         called: Layers with channels of their own making that were called.
         dead_ends: Those of them behind which nothing is seen, though they are no outputs, as where scores are sorted.
-        weights: Parameters that the outputs depend on.
+        weights: Parameters that the outputs and the dead ends depend on.
         buffers: Names of buffers, by the parameters that stand for them in the graph.
     """
 
@@ -86,6 +86,7 @@ def _trace(model: nn.Module, example_inputs: Any, buffers: dict[nn.Parameter, st
     made: list[tuple[nn.Module, Tensor]] = []
     attention: list[tuple[nn.Module, Tensor]] = []
     ends: set[Any] = set()
+    history: set[Any] = set()
     dead_ends: set[nn.Module] = set()
 
     def saw_layer(module: nn.Module, _: Any, output: Tensor) -> None:
@@ -98,12 +99,12 @@ def _trace(model: nn.Module, example_inputs: Any, buffers: dict[nn.Parameter, st
     def outputs_with_history(output: Any) -> list[Tensor]:
         found = [tensor for tensor in tensors_in(output) if tensor.grad_fn is not None]
         ends.update(tensor.grad_fn for tensor in found)
-        before = set(_history(ends))
+        history.update(_history(ends))
         for layer, tensor in reversed(made):  # the last ones first, behind which nothing is seen
-            if tensor.grad_fn is not None and tensor.grad_fn not in before:
+            if tensor.grad_fn is not None and tensor.grad_fn not in history:
                 dead_ends.add(layer)
                 found.append(tensor)
-                before.update(_history([tensor.grad_fn]))
+                history.update(_history([tensor.grad_fn]))
         return found
 
     handles = [m.register_forward_hook(saw_layer) for m in model.modules() if is_root(m)]
@@ -130,7 +131,7 @@ def _trace(model: nn.Module, example_inputs: Any, buffers: dict[nn.Parameter, st
     inside = {child for module in model.modules() if has_heads(module) for child in _layers_of(module)}
     inside -= {layer for module, output in attention for layer in last_layers(output, layer_of, set(module.children()))}
     called = {layer for layer, _ in made}
-    weights = {node.variable for node in _history(ends) if hasattr(node, "variable")}
+    weights = {node.variable for node in history if hasattr(node, "variable")}
     return Trace(
         graph=graph,
         outputs=frozenset(outputs),
