@@ -29,6 +29,7 @@ from rows import (
     NONE,
     OK,
     ROOT,
+    as_far_as_it_goes,
     attempt,
     back,
     gives_what_was_saved,
@@ -39,6 +40,7 @@ from rows import (
     train_one_step,
 )
 
+LEVELS = (KEPT, 0.8, 0.9, 0.95, 0.99)  # of the MACs, tried one after the other
 MOST_PARAMETERS = 8_000_000  # of a family whose sizes are not made small by their names; it is not tried
 PRELOADED = ("bert", "llama", "clip", "whisper", "detr", "mixtral", "bart", "wav2vec2", "llava")
 
@@ -95,7 +97,7 @@ def run_family(model_type: str, folder: Path) -> dict[str, Any]:
     bp.to_variational(fresh, std="per_channel")
 
     def cut() -> str:
-        report, row["limit"] = as_far_as_it_goes(fresh, plain)
+        report, row["limit"] = as_far_as_it_goes(fresh, plain, LEVELS)
         row["kept"] = round(report.achieved["macs"], 3)
         row["heads_removed"] = sum(map(len, report.removed_heads.values()))
         row["neurons_removed"] = sum(map(len, report.removed.values()))
@@ -110,20 +112,6 @@ def run_family(model_type: str, folder: Path) -> dict[str, Any]:
         attempt(row, "cut_loaded", keep_cut)
     torch.save(inputs, folder / "inputs")
     return row
-
-
-def as_far_as_it_goes(model: Any, inputs: Any) -> tuple[Any, str]:
-    """Cuts to KEPT of the MACs, or as far as the model lets, and says what limits it."""
-    import bayesprune as bp
-    from bayesprune.errors import InfeasibleTargetError
-
-    limit = ""
-    for kept in (KEPT, 0.8, 0.9, 0.95, 0.99):
-        try:
-            return bp.prune_channels(model, inputs, target={"macs": kept}), limit
-        except InfeasibleTargetError as error:
-            last, limit = error, limit or str(error)
-    raise last
 
 
 def moments(model: Any, inputs: dict[str, Any]) -> str:

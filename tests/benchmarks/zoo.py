@@ -23,9 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from rows import (
+    CUT,
     DOCS,
     OK,
     ROOT,
+    as_far_as_it_goes,
     attempt,
     back,
     gives_what_was_saved,
@@ -35,7 +37,7 @@ from rows import (
     save_with_outputs,
     train_one_step,
 )
-from zoo_page import CUT, MODELS, page
+from zoo_page import MODELS, page
 
 MEMORY = 10 * 2**30  # bytes of address space for a row
 HOST_TIME = 40  # seconds for torch-pruning alone, which does not end for some models
@@ -119,20 +121,6 @@ def run_model(name: str, directory: Path) -> dict[str, Any]:
     attempt(row, "back", lambda: back(bp.to_variational(fresh), stock, keys, images))
     attempt(row, "torch_pruning", lambda: within(HOST_TIME, lambda: torch_pruning_alone(fresh, images)))
     return row
-
-
-def as_far_as_it_goes(model: Any, images: Any) -> tuple[Any, str]:
-    """Cuts to half of the MACs, or as far as the model lets, and says what limits it."""
-    import bayesprune as bp
-    from bayesprune.errors import InfeasibleTargetError
-
-    limit = ""
-    for kept in (CUT, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95):
-        try:
-            return bp.prune_channels(model, images, target={"macs": kept}), limit
-        except InfeasibleTargetError as error:
-            last, limit = error, limit or str(error)
-    raise last
 
 
 def within(seconds: int, check: Callable[[], str]) -> str:
