@@ -12,6 +12,7 @@ from torch import nn
 from torch_pruning import ops
 from torch_pruning.dependency import Group
 
+from bayesprune.conversion import FROZEN
 from bayesprune.prune.cuts import (
     CUTTABLE,
     Axis,
@@ -24,7 +25,7 @@ from bayesprune.prune.cuts import (
     tied_parameters,
 )
 from bayesprune.prune.heads import find_heads
-from bayesprune.prune.roots import is_root
+from bayesprune.prune.roots import is_frozen, is_root
 from bayesprune.prune.streams import Streams
 from bayesprune.prune.structure import GRANULARITY, ChannelGroup, ChannelStructure
 from bayesprune.prune.trace import Trace, quiet, trace
@@ -60,7 +61,7 @@ def find_groups(
     ignored_layers = list(ignored_layers)
     heads = ChannelStructure((), {})
     if "heads" in granularity:
-        heads = find_heads(model, example_inputs, ignored_layers=ignored_layers)
+        heads = _without_frozen(find_heads(model, example_inputs, ignored_layers=ignored_layers))
     groups = {group.name: group for group in heads.groups}
     if set(granularity) == {"heads"}:
         others = {n: _not_asked_for("heads") for n, module in model.named_modules() if is_root(module)}
@@ -71,11 +72,25 @@ def find_groups(
         groups |= {group.name: group for group in found}
         left_whole |= {n: reason for n, reason in heads.left_whole.items() if left_whole.get(n) in _OF_HEADS}
     covered = {layer for group in groups.values() for layer in (group.name, *(group.layers if group.attention else ()))}
+    left_whole |= {name: FROZEN for name in left_whole if is_frozen(model.get_submodule(name))}
     order = {name: number for number, (name, _) in enumerate(model.named_modules())}
     return ChannelStructure(
         tuple(sorted(groups.values(), key=lambda group: order[group.name])),
         {name: left_whole[name] for name in sorted(left_whole.keys() - covered, key=order.__getitem__)},
     )
+
+
+def _without_frozen(heads: ChannelStructure) -> ChannelStructure:
+    """The same heads, without those of modules with a frozen layer."""
+    reasons = {group: reason for group in heads.groups if (reason := _frozen(group.members))}
+    left_whole = heads.left_whole | {layer: reason for group, reason in reasons.items() for layer in group.layers}
+    return ChannelStructure(tuple(group for group in heads.groups if group not in reasons), left_whole)
+
+
+def _frozen(members: Iterable[Member]) -> str | None:
+    """Why these stay whole, where one of them is frozen: its inputs do not go either."""
+    name = next((member.axis[0] for member in members if is_frozen(member.layer)), None)
+    return None if name is None else f"{name}, which would lose channels too, is frozen (requires_grad=False)"
 
 
 def _not_asked_for(what: str) -> str:
@@ -191,6 +206,8 @@ class _Finder:
             yield Member((self.names[id(layer)], side(item.dep)), item.dep, size, in_order)
 
     def _check_members(self, members: list[Member]) -> None:
+        if reason := _frozen(members):
+            raise _LeftWholeError(reason)
         for member in members:
             if reason := misfit(member):
                 raise _LeftWholeError(reason)

@@ -24,6 +24,7 @@ from torch_pruning.dependency import Group
 
 from bayesprune.layers import VariationalLayer
 from bayesprune.prune.follow import install
+from bayesprune.prune.roots import is_frozen
 from bayesprune.prune.structure import ChannelGroup
 from bayesprune.prune.trace import quiet
 
@@ -46,9 +47,9 @@ class SNRImportance(tp.importance.Importance):
     """Score per channel: sum of mu^2 / (s^min(1, 2 - power) sigma^power) over the weights that leave with it.
 
     s is the root mean square of a layer's means at scoring time. Deterministic layers of a group contribute nothing,
-    and a group without any variational layer gets no score (None): torch-pruning then leaves it alone. Scales of norms
-    count where they have a posterior; biases do not, nor do the projections inside `nn.MultiheadAttention`.
-    Constructing it makes stds and masks follow their means through torch-pruning from then on.
+    and a group without any variational layer, or with a frozen one, gets no score (None): torch-pruning then leaves it
+    alone. Scales of norms count where they have a posterior; biases do not, nor do the projections inside
+    `nn.MultiheadAttention`. Constructing it makes stds and masks follow their means through torch-pruning from then on.
 
     torch-pruning's own global ranking skips a group whole once all of its channels fall under the threshold, so that
     it removes less than asked for; `bayesprune.prune_channels` keeps a share of every group instead and meets the
@@ -93,12 +94,14 @@ class SNRImportance(tp.importance.Importance):
 
 
 def removed_weights(group: Group, weight_score: Callable[[VariationalLayer], Tensor]) -> RemovedWeights | None:
-    """Score and number of the weights that leave with each root channel; None where no layer is variational.
+    """Score and number of the weights that leave with each root channel; None where none is variational, or one frozen.
 
     Args:
         group: A dependency group of torch-pruning.
         weight_score: Scores of a layer's weights, in the weight's shape, 0 where a weight was removed.
     """
+    if any(is_frozen(item.dep.layer) for item in group):
+        return None
     roots = {channel: index for index, channel in enumerate(group[0].root_idxs)}
     removed: RemovedWeights | None = None
     for item in group:

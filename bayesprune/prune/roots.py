@@ -19,6 +19,15 @@ def is_root(layer: Any) -> bool:
     return isinstance(layer, ROOT_TYPES) or is_transposed_linear(layer)
 
 
+def is_frozen(layer: Any) -> bool:
+    """Whether a linear layer's or a convolution's weight is not to change, its `requires_grad` being off.
+
+    Norms, biases and tables, which are often fixed beside layers that train, do not count: they follow those.
+    """
+    weight = layer._parameters.get("weight") if is_root(layer) else None
+    return weight is not None and not weight.requires_grad
+
+
 def is_linear(layer: Any) -> bool:
     """Whether a layer is a linear one, with its weight (O, I) or (I, O)."""
     return isinstance(layer, nn.Linear) or is_transposed_linear(layer)
