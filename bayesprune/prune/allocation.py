@@ -9,7 +9,7 @@ The sum leaves out that cuts in several layers add up to more than their parts.
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 import torch_pruning as tp
@@ -22,6 +22,7 @@ from bayesprune.prune import plan
 from bayesprune.prune.groups import find_groups
 from bayesprune.prune.importance import Importance, SNRImportance, lowest, unit_scores
 from bayesprune.prune.removal import snapshot
+from bayesprune.prune.roots import Layers
 from bayesprune.prune.scores import snr
 from bayesprune.prune.silenced import silence
 from bayesprune.prune.structure import GRANULARITY, ChannelGroup
@@ -87,7 +88,7 @@ class MeasuredImportance(tp.importance.Importance):
         levels: Sequence[float] = CHANNEL_LEVELS,
         per: str = "macs",
         granularity: Collection[str] = GRANULARITY,
-        ignored_layers: Iterable[nn.Module] = (),
+        ignored_layers: Layers = (),
     ) -> None:
         _check_levels(levels)
         if per not in ("macs", "channels"):

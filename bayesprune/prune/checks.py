@@ -23,12 +23,15 @@ def checked_target(
     """
     if isinstance(granularity, str) or not granularity or not set(granularity) <= set(GRANULARITY):
         raise ValueError(f"granularity is {granularity!r}; expected some of {GRANULARITY}, in a tuple.")
-    if len(target) != 1 or (what := next(iter(target))) not in ("macs", "params", "snr", "evidence", "inclusion"):
+    what = next(iter(target), None) if isinstance(target, Mapping) and len(target) == 1 else None
+    if what not in ("macs", "params", "snr", "evidence", "inclusion"):
         raise ValueError(
-            f'target is {dict(target)!r}; expected one of {{"macs": f}}, {{"params": f}}, {{"snr": t}}, '
-            '{"evidence": t}, {"inclusion": p}.'
+            f'target is {target!r}; expected one of {{"macs": f}}, {{"params": f}}, {{"snr": t}}, {{"evidence": t}}, '
+            '{"inclusion": p}, such as {"macs": 0.5}, which keeps half of the MACs.'
         )
-    value = target[what]
+    if isinstance(target[what], str) or not hasattr(target[what], "__float__"):
+        raise ValueError(f'target {what} is {target[what]!r}; expected a number, as in {{"{what}": 0.5}}.')
+    value = float(target[what])
     if what == "snr":
         if not 0 < value < float("inf"):
             raise ValueError(f"target snr is {value!r}; expected a positive number, 1.0 say.")

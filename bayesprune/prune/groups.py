@@ -25,7 +25,7 @@ from bayesprune.prune.cuts import (
     tied_parameters,
 )
 from bayesprune.prune.heads import find_heads
-from bayesprune.prune.roots import is_frozen, is_root
+from bayesprune.prune.roots import Layers, is_frozen, is_root, layer_names
 from bayesprune.prune.streams import Streams
 from bayesprune.prune.structure import GRANULARITY, ChannelGroup, ChannelStructure
 from bayesprune.prune.trace import Trace, quiet, trace
@@ -45,7 +45,7 @@ def find_groups(
     example_inputs: Any,
     *,
     granularity: Collection[str] = GRANULARITY,
-    ignored_layers: Iterable[nn.Module] = (),
+    ignored_layers: Layers = (),
 ) -> ChannelStructure:
     """The channel groups and heads of a model; the model is as before afterwards.
 
@@ -53,12 +53,13 @@ def find_groups(
         model: With variational layers or without.
         example_inputs: A tensor, a tuple of positional arguments, or a mapping of keyword arguments.
         granularity: Which of "heads", "mlp" and "width" may go. With "heads" alone torch-pruning traces nothing.
-        ignored_layers: Layers, with everything inside them, whose output channels all stay.
+        ignored_layers: Layers, or their names, with everything inside them, whose output channels all stay.
 
     Raises:
         UnsupportedModelError: torch-pruning cannot trace the model.
+        ValueError: a layer to ignore is not in the model.
     """
-    ignored_layers = list(ignored_layers)
+    ignored_layers = [model.get_submodule(name) for name in layer_names(model, ignored_layers)]
     heads = ChannelStructure((), {})
     if "heads" in granularity:
         heads = _without_frozen(find_heads(model, example_inputs, ignored_layers=ignored_layers))

@@ -12,7 +12,7 @@ are removed with it, in every layer of its dependency group.
 Unlike torch-pruning's own importances it scores the exact block of a grouped convolution that a channel takes along.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -27,6 +27,8 @@ from bayesprune.prune.follow import install
 from bayesprune.prune.roots import is_frozen
 from bayesprune.prune.structure import ChannelGroup
 from bayesprune.prune.trace import quiet
+
+GRADIENTS = "A criterion that needs gradients, as Taylor's does, needs loss.backward() before."
 
 Importance = tp.importance.Importance | Callable[[Any], Any]
 
@@ -154,13 +156,21 @@ def unit_scores(importance: Importance, group: ChannelGroup) -> list[float] | No
     """The mean score of a channel in each of the group's units; None where the importance gives none.
 
     Raises:
-        ValueError: the scores are not one number for each channel.
+        ValueError: the scores are not one number for each channel, or the importance needs gradients and finds none.
     """
-    with quiet():
-        scores = importance(group.group)
+    name = type(importance).__name__
+    try:
+        with quiet():
+            scores = importance(group.group)
+    except (AttributeError, LookupError, TypeError) as error:
+        if has_gradients(member.layer for member in group.members):
+            raise
+        failure = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"{name} fails on {group.name}, whose weights have no gradients ({failure}). {GRADIENTS}"
+        ) from error
     if scores is None:
         return None
-    name = type(importance).__name__
     if scores.shape != (group.num_channels,):
         raise ValueError(
             f"{name} gave scores of shape {tuple(scores.shape)} for {group.name}; expected one for each of its "
@@ -170,6 +180,12 @@ def unit_scores(importance: Importance, group: ChannelGroup) -> list[float] | No
         raise ValueError(f"{name} gave NaN for channels of {group.name}; check its weights and gradients.")
     values = scores.double().cpu()
     return values[torch.tensor(group.units)].mean(1).tolist()
+
+
+def has_gradients(layers: Iterable[nn.Module | Tensor]) -> bool:
+    """Whether a parameter of these layers, their own children apart, has a gradient."""
+    own = ([layer] if isinstance(layer, Tensor) else layer.parameters(recurse=False) for layer in layers)
+    return any(parameter.grad is not None for parameters in own for parameter in parameters)
 
 
 def lowest(group: ChannelGroup, scores: list[float], count: int) -> list[tuple[int, ...]]:

@@ -21,6 +21,7 @@ from torch import nn
 from bayesprune.errors import InfeasibleTargetError
 from bayesprune.prune.channels import prune_channels
 from bayesprune.prune.curve import UNITS, Compression, Trial
+from bayesprune.prune.roots import layer_names
 from bayesprune.prune.weights import prune_weights, removable_weights
 
 _LOGGER = logging.getLogger(__name__)
@@ -75,6 +76,8 @@ def compress(
         raise ValueError("compress needs example_inputs to remove channels; they are counted and traced with them.")
     if not 0 < min_step <= step < 1:
         raise ValueError(f"step={step!r}, min_step={min_step!r}; expected 0 < min_step <= step < 1.")
+    if "ignored_layers" in options:  # of the model, where copies of it are cut
+        options["ignored_layers"] = layer_names(model, options["ignored_layers"])
     score = evaluate(model)
     reference = score if reference is None else reference
     kept = 1.0 if what == "channels" else _share_of_weights(model)

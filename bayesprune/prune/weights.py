@@ -304,6 +304,10 @@ def _check(
     if len(named) != 1:
         raise ValueError(f"prune_weights got {named or 'no target'}; expected exactly one of {', '.join(given)}.")
     for value in sparsity.values() if isinstance(sparsity, Mapping) else [0.0 if sparsity is None else sparsity]:
+        if isinstance(value, str) or not hasattr(value, "__float__"):
+            raise ValueError(
+                f"sparsity is {value!r}; expected a number, the fraction of weights to remove, such as 0.5."
+            )
         if not 0 <= value <= 1:
             raise ValueError(f"sparsity is {value!r}; expected a fraction from 0 to 1.")
     if snr_below is not None and not snr_below >= 0:
