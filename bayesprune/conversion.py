@@ -14,6 +14,8 @@ from bayesprune.tables import as_text
 
 Filter = Callable[[nn.Module, str], bool]
 
+FROZEN = "it is frozen (requires_grad=False)"
+
 
 @dataclass(frozen=True)
 class ConversionRow:
@@ -23,7 +25,7 @@ class ConversionRow:
         name: Its name in the model; "" is the model itself.
         type: Its stock type's name.
         status: "converted", "fallback" (converted, with weight sampling only) or "left" (deterministic).
-        reason: Why it was left or falls back.
+        reason: Why it was left or falls back; of a converted one, that it was frozen since.
     """
 
     name: str
@@ -70,7 +72,9 @@ def conversion_table(
             rows.append(ConversionRow(name, stock.__name__, "left", reasons[module]))
         else:
             status = "fallback" if found.fallback_reason else "converted"
-            rows.append(ConversionRow(name, stock.__name__, status, found.fallback_reason or ""))
+            was_frozen = isinstance(module, VariationalLayer) and is_frozen(_posteriors_of(module, found))
+            notes = [found.fallback_reason or "", f"{FROZEN} since: nothing of it is removed" if was_frozen else ""]
+            rows.append(ConversionRow(name, stock.__name__, status, "; ".join(filter(None, notes))))
     return rows
 
 
@@ -106,6 +110,16 @@ def reasons_to_leave(model: nn.Module, filter_fn: Filter | None, *, norm_scales:
     return reasons
 
 
+def is_frozen(parameters: list[nn.Parameter]) -> bool:
+    """Whether none of a layer's weights may change; a bias or a norm's scale counts where it has no weight."""
+    weights = [parameter for parameter in parameters if parameter.dim() > 1] or parameters
+    return bool(weights) and not any(weight.requires_grad for weight in weights)
+
+
+def _posteriors_of(module: nn.Module, found: type[VariationalLayer]) -> list[nn.Parameter]:
+    return [p for key in found.posterior_names if (p := module._parameters.get(key)) is not None]
+
+
 def _reason_of_its_own(
     module: nn.Module, name: str, found: type[VariationalLayer] | None, filter_fn: Filter | None
 ) -> str | None:
@@ -120,7 +134,7 @@ def _reason_of_its_own(
         return "its forward was replaced on the instance, by a device map for example"
     no_parameters = [key for key in found.posterior_names if key not in module._parameters]
     computed = [key for key in no_parameters if getattr(module, key, None) is not None]
-    weights = [p for key in found.posterior_names if (p := module._parameters.get(key)) is not None]
+    weights = _posteriors_of(module, found)
     if found.is_norm and not computed and not weights:
         return "it has no scale of its own"
     if found.is_norm and weights and weights[0].dim() > 1:
@@ -132,6 +146,8 @@ def _reason_of_its_own(
         return f"its weight is {weights[0].dtype}, not a floating point number"
     if not all(weight.numel() for weight in weights):
         return f"its weight is empty, of shape {tuple(weights[0].shape)}"
+    if is_frozen(weights):
+        return FROZEN
     if filter_fn is not None and not filter_fn(module, name):
         return "filter_fn"
     return None

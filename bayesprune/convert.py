@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesprune import estimators
-from bayesprune.conversion import Filter, conversion_table, reasons_to_leave
+from bayesprune.conversion import FROZEN, Filter, conversion_table, reasons_to_leave
 from bayesprune.errors import UnsupportedModelError
 from bayesprune.layers import (
     STRUCTURES,
@@ -44,8 +44,9 @@ def to_variational(
     device the stds are left to be loaded.
 
     Args:
-        model: The model, on any device, in any mode; its mode and frozen parameters stay as they are (the std of a
-            frozen weight is frozen too).
+        model: The model, on any device, in any mode, which stays. Layers whose weight is frozen (`requires_grad=False`)
+            stay deterministic: no training would learn their stds. Where a posterior is fitted without training,
+            as by `fit_laplace`, call `requires_grad_(True)` first; what is frozen afterwards keeps its posterior.
         std: Structure of the stds: "per_weight" (as many stds as weights; for removing single weights), "rank_one"
             (one per output and one per input) or "per_channel" (one per output unit; for removing channels).
         relative_std: Initial std as a fraction of the root mean square of the layer's weights.
@@ -179,5 +180,6 @@ def _nothing_matched(model: nn.Module, reasons: dict[nn.Module, str], *, norm_sc
     return (
         f"to_variational matched no layer: the model has {has}; registered types are {types}."
         + (f" Left because: {'; '.join(why)}." if why else "")
+        + (" Call model.requires_grad_(True) first if it was frozen for evaluation alone." if FROZEN in why else "")
         + " Register a type with @register_layer, or check filter_fn."
     )

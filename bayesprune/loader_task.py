@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, DistributedSampler
 
+from bayesprune.batches import device_of
 from bayesprune.data import Data
 from bayesprune.evaluate import ACCURACY, accuracy
-from bayesprune.evaluate.running import device_of
 from bayesprune.hosts.task import Checkpoint, Progress, Split, Task, check_finite
 from bayesprune.layers.sharding import sharded_as, values_sharded_as, whole
 from bayesprune.prune import PruneSchedule

@@ -3,7 +3,7 @@
 torch's `FlopCounterMode` counts two FLOPs for one MAC, in matrix products, convolutions and fused attention alike.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+
+from bayesprune.batches import given
 
 COUNTER = "torch.utils.flop_counter, FLOPs / 2"
 
@@ -54,9 +56,7 @@ def macs_by_module(model: nn.Module, example_inputs: Any) -> dict[str, int]:
 
 def run_forward(model: nn.Module, inputs: Any) -> Any:
     """The model's output for a tensor, a tuple of positional arguments, or a mapping of keyword arguments."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+    return given(model, inputs).run(model)
 
 
 @contextmanager

@@ -11,10 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from bayesprune.batches import device_of, on_device
 from bayesprune.conversion import conversion_table
 from bayesprune.convert import check_options, to_deterministic, to_variational
 from bayesprune.evaluate import HistoryPoint, Report, count_parameters, report
-from bayesprune.evaluate.running import device_of, on_device
 from bayesprune.hosts.task import Progress, Task
 from bayesprune.layers import named_posteriors
 from bayesprune.predictive import sampling

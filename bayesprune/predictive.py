@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesprune import estimators
+from bayesprune.batches import logits_of
 from bayesprune.layers import variational_layers
 from bayesprune.macs import eval_mode
 from bayesprune.moments import parts
@@ -131,19 +132,12 @@ def predict(model: nn.Module, *inputs: Any, method: str = "sample", num_samples:
     """
     if method == "moments":
         with torch.no_grad(), eval_mode(model), sampling(model, "moments"):
-            mean, variance, _ = parts(_logits(model(*inputs, **kwargs)))
+            mean, variance, _ = parts(logits_of(model(*inputs, **kwargs)))
         return Prediction(mean, torch.zeros_like(mean) if variance is None else variance)
     if method != "sample":
         raise ValueError(f'predict method is {method!r}; expected "sample" or "moments".')
     if num_samples < 2:
         raise ValueError(f"num_samples is {num_samples}; a variance needs at least 2.")
     with torch.no_grad(), eval_mode(model), sampling(model, "weight_sampling"):
-        samples = torch.stack([_logits(model(*inputs, **kwargs)) for _ in range(num_samples)])
+        samples = torch.stack([logits_of(model(*inputs, **kwargs)) for _ in range(num_samples)])
     return Prediction(samples.mean(0), samples.var(0), samples)
-
-
-def _logits(output: Any) -> Tensor:
-    output = getattr(output, "logits", output)
-    if not isinstance(output, Tensor):
-        raise TypeError(f"the model returned {type(output).__name__}; expected a tensor or an output with `.logits`.")
-    return output

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bayesprune import macs
-from bayesprune.evaluate.running import ExampleInputs, batch_size, device_of, evaluating, on_device
-from bayesprune.macs import COUNTER, run_forward
+from bayesprune.batches import device_of, given, logits_of, on_device, split
+from bayesprune.evaluate.running import ExampleInputs, evaluating
+from bayesprune.macs import COUNTER
 
 REPORT_FILES = ("report.json", "report.csv", "report.html")
 
@@ -101,7 +102,7 @@ def file_bytes(path: str | Path) -> int:
 
 def count_macs(model: nn.Module, example_inputs: ExampleInputs) -> MacCount:
     """Multiply-accumulates of one forward pass on the example inputs."""
-    return MacCount(sum(macs_by_module(model, example_inputs).values()), batch_size(example_inputs))
+    return MacCount(sum(macs_by_module(model, example_inputs).values()), given(model, example_inputs).num_examples)
 
 
 def macs_by_module(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, int]:
@@ -145,16 +146,16 @@ def latencies(models: Sequence[nn.Module], example_inputs: ExampleInputs, *, num
         timers: list[Timer] = []
         for model in models:
             stack.enter_context(evaluating(model))
-            inputs = on_device(example_inputs, device_of(model))
-            variables = {"run": run_forward, "model": model, "inputs": inputs}
-            timers.append(Timer("run(model, inputs)", globals=variables, num_threads=num_threads))
+            inputs = given(model, on_device(example_inputs, device_of(model)))
+            variables = {"model": model, "args": inputs.args, "kwargs": inputs.kwargs}
+            timers.append(Timer("model(*args, **kwargs)", globals=variables, num_threads=num_threads))
         passes = [max(1, math.ceil(_SECONDS_PER_REPEAT / timer.timeit(1).median)) for timer in timers]
         rounds = [
             [timer.timeit(number).median for timer, number in zip(timers, passes, strict=True)]
             for _ in range(num_repeats)
         ]
     return [
-        _latency(seconds, model, num_threads, batch_size(example_inputs))
+        _latency(seconds, model, num_threads, given(model, example_inputs).num_examples)
         for model, seconds in zip(models, zip(*rounds, strict=True), strict=True)
     ]
 
@@ -164,11 +165,12 @@ def latency(model: nn.Module, example_inputs: ExampleInputs, *, num_repeats: int
     return latencies([model], example_inputs, num_repeats=num_repeats)[0]
 
 
-def accuracy(model: nn.Module, loader: Iterable[tuple[Any, Tensor]], device: torch.device | str | None = None) -> float:
-    """Top-1 accuracy as a fraction, in eval mode, over batches (inputs, labels).
+def accuracy(model: nn.Module, loader: Iterable[Any], device: torch.device | str | None = None) -> float:
+    """Top-1 accuracy as a fraction, in eval mode, over batches of inputs and labels.
 
     Args:
-        loader: Inputs are what `ExampleInputs` says; labels are class numbers of shape (N,).
+        loader: Batches in any form that `bayesprune.batches` names: (inputs, labels), or mappings with `labels`, say.
+            Labels are class numbers of shape (N,).
         device: Where the batches go; by default where the model is.
 
     Raises:
@@ -177,30 +179,28 @@ def accuracy(model: nn.Module, loader: Iterable[tuple[Any, Tensor]], device: tor
     device = device_of(model) if device is None else torch.device(device)
     correct = total = 0
     with evaluating(model):
-        for inputs, labels in loader:
-            output = run_forward(model, on_device(inputs, device))
-            predictions = getattr(output, "logits", output).argmax(dim=1)
+        for batch in loader:
+            predictions, labels = _predicted(model, batch, device)
+            predictions = predictions.argmax(dim=1)
             if predictions.shape != labels.shape:
                 raise ValueError(
                     f"labels have shape {tuple(labels.shape)}, predictions {tuple(predictions.shape)}; expected one "
                     "class number for each prediction."
                 )
-            correct += (predictions == labels.to(device)).sum()
+            correct += (predictions == labels).sum()
             total += labels.numel()
     if not total:
         raise ValueError("the loader gave no examples; pass one that starts anew each time, such as a DataLoader.")
     return int(correct) / total
 
 
-def perplexity(
-    model: nn.Module, loader: Iterable[tuple[Any, Tensor]], device: torch.device | str | None = None
-) -> float:
-    """exp of the mean negative log-likelihood of the next token, in eval mode, over batches (inputs, labels).
+def perplexity(model: nn.Module, loader: Iterable[Any], device: torch.device | str | None = None) -> float:
+    """exp of the mean negative log-likelihood of the next token, in eval mode, over batches of inputs and labels.
 
     Args:
         model: A causal language model: its logits at each position are those of the token after it.
-        loader: Inputs are what `ExampleInputs` says; labels are the tokens themselves, of shape (N, T), or -100 for a
-            token that does not count. The first token of each sequence never counts.
+        loader: Batches as for `accuracy`; labels are the tokens themselves, of shape (N, T), or -100 for a token that
+            does not count. The first token of each sequence never counts.
         device: Where the batches go; by default where the model is.
 
     Raises:
@@ -210,15 +210,26 @@ def perplexity(
     nats = torch.zeros((), dtype=torch.float64)
     num_tokens = 0
     with evaluating(model):
-        for inputs, labels in loader:
-            output = run_forward(model, on_device(inputs, device))
-            logits, following = getattr(output, "logits", output)[:, :-1], labels[:, 1:].to(device)
+        for batch in loader:
+            logits, labels = _predicted(model, batch, device)
+            logits, following = logits[:, :-1], labels[:, 1:]
             loss = F.cross_entropy(logits.flatten(0, 1).float(), following.flatten(), reduction="sum")
             nats += loss.double().cpu()
             num_tokens += int((following != -100).sum())
     if not num_tokens:
         raise ValueError("the loader gave no token to predict; pass sequences of two tokens or more, and their labels.")
     return float((nats / num_tokens).exp())
+
+
+def _predicted(model: nn.Module, batch: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Logits and labels of a batch, on this device."""
+    found = split(model, on_device(batch, device))
+    if not isinstance(found.labels, Tensor):
+        raise ValueError(
+            f"the labels of a batch are {type(found.labels).__name__}; expected a tensor. For a detector, or another "
+            "model whose targets are no class numbers, pass an `evaluate` of your own."
+        )
+    return logits_of(found.run(model)), found.labels
 
 
 def _with_ancestors(name: str) -> Iterator[str]:

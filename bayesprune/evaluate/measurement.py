@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
+from bayesprune.batches import given
 from bayesprune.evaluate.layers import LayerSize, layer_sizes
 from bayesprune.evaluate.measure import (
     Latency,
@@ -17,7 +18,7 @@ from bayesprune.evaluate.measure import (
     tensor_bytes,
     uncounted_layers,
 )
-from bayesprune.evaluate.running import ExampleInputs, batch_size, evaluating
+from bayesprune.evaluate.running import ExampleInputs, evaluating
 from bayesprune.macs import COUNTER
 
 
@@ -55,7 +56,8 @@ def measure(
     """What a model costs and how good it is now: take it before an in-place change, for `report` to compare with.
 
     Args:
-        example_inputs: A tensor, a sequence of arguments or a mapping of keyword arguments, on any device.
+        example_inputs: A tensor, a sequence of arguments or a mapping of keyword arguments, on any device; of a
+            detector the list of images.
         evaluate: From the model to its accuracy, a fraction, or the value of another metric; called in eval mode
             without gradients.
         path: The file or directory that the model is saved in, for the bytes on disk.
@@ -69,7 +71,7 @@ def measure(
         nonzero_parameters=count.nonzero,
         macs=sum(counts.values()),
         macs_counter=COUNTER,
-        batch=batch_size(example_inputs),
+        batch=given(model, example_inputs).num_examples,
         tensor_bytes=tensor_bytes(model),
         disk_bytes=None if path is None else file_bytes(path),
         latency=latency(model, example_inputs, num_repeats=num_repeats) if num_repeats else None,

@@ -6,7 +6,7 @@ read, which is what removing it does whatever norm and activation stand before (
 shift, the same thing in front of a ReLU); the slab is that of any prior given to `attach`.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from bayesprune.layers.gates import CHANNEL_GATE, ChannelGate, SharedDraws
 from bayesprune.prune.cuts import cut_parameters
 from bayesprune.prune.groups import find_groups
 from bayesprune.prune.inclusion import has_channel_gates
-from bayesprune.prune.roots import is_root
+from bayesprune.prune.roots import Layers, is_root
 from bayesprune.prune.structure import GRANULARITY, ChannelGroup
 from bayesprune.tables import as_text
 
@@ -57,7 +57,7 @@ def add_channel_gates(
     temperature: float = 0.5,
     lr: float = 1e-2,
     granularity: Collection[str] = GRANULARITY,
-    ignored_layers: Iterable[nn.Module] = (),
+    ignored_layers: Layers = (),
 ) -> GateReport:
     """Gives every channel and head that can leave the model a gate; in place.
 
@@ -75,7 +75,7 @@ def add_channel_gates(
         temperature: Of the binary concrete relaxation.
         lr: Learning rate of the gates' logits.
         granularity: Which of "heads", "mlp" and "width" get gates; see `prune_channels`.
-        ignored_layers: Layers, with everything inside them, whose output channels get none.
+        ignored_layers: Layers, or their names, with everything inside them, whose output channels get none.
 
     Raises:
         UnsupportedModelError: torch-pruning cannot trace the model.

@@ -4,7 +4,7 @@ Nothing is trained, no `.grad` is touched, and the model runs in evaluation mode
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import Any, NamedTuple
@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bayesprune.batches import Batch, logits_of, on_device, split
 from bayesprune.errors import UnsupportedModelError
 from bayesprune.layers import VariationalLayer, variational_layers
-from bayesprune.macs import eval_mode, requires_grad, run_forward
+from bayesprune.macs import eval_mode, requires_grad
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """loss(model, batch): a scalar, the mean over the batch's examples of each one's negative log-likelihood in nats."""
@@ -37,7 +38,7 @@ class Call(NamedTuple):
     operation: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
-class Batch(NamedTuple):
+class Recorded(NamedTuple):
     """The calls of one batch by the layer's name, and how many examples it had."""
 
     num_examples: int
@@ -45,15 +46,21 @@ class Batch(NamedTuple):
 
 
 def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
-    """Mean cross-entropy in nats of (inputs, labels), or of the `logits` and `labels` of a mapping.
+    """Mean cross-entropy in nats of a batch of inputs and class numbers.
 
     With it the Fisher information is the *empirical* one, of the data's own labels. On data that a network fits to the
     last example it is close to zero nearly everywhere.
 
     Raises:
-        ValueError: the model does not give one label an example.
+        ValueError: the batch has no labels, or the model does not give one an example.
     """
-    return F.cross_entropy(_logits(model, batch), batch["labels"] if isinstance(batch, Mapping) else batch[-1])
+    found = split(model, batch)
+    if not isinstance(found.labels, Tensor):
+        kind = type(found.labels).__name__
+        raise ValueError(
+            f"the labels of a batch are {kind}; expected a tensor of class numbers, or pass another loss=."
+        )
+    return F.cross_entropy(_logits(model, found), found.labels)
 
 
 def sampled_cross_entropy(model: nn.Module, batch: Any) -> Tensor:
@@ -65,7 +72,7 @@ def sampled_cross_entropy(model: nn.Module, batch: Any) -> Tensor:
     Raises:
         ValueError: the model does not give one label an example.
     """
-    logits = _logits(model, batch)
+    logits = _logits(model, split(model, batch))
     with torch.no_grad():
         labels = torch.distributions.Categorical(logits=logits.detach().float()).sample()
     return F.cross_entropy(logits, labels)
@@ -73,12 +80,12 @@ def sampled_cross_entropy(model: nn.Module, batch: Any) -> Tensor:
 
 def record(
     model: nn.Module, loader: Iterable[Any], *, loss: Loss | None = None, num_batches: int | None = None
-) -> Iterator[Batch]:
+) -> Iterator[Recorded]:
     """The calls of every batch, one batch at a time. Batches are moved to the model's device.
 
     Args:
         model: A variational model whose layers take the examples along their first dimension.
-        loader: Batches: (inputs, ..., labels), or mappings of keyword arguments.
+        loader: Batches of inputs and labels, in any form that `bayesprune.batches` names.
         loss: The loss; None is `sampled_cross_entropy`.
         num_batches: No more batches than these; None takes all.
 
@@ -90,9 +97,8 @@ def record(
     loss = sampled_cross_entropy if loss is None else loss
     batch = None
     for batch in islice(loader, num_batches):
-        batch = _moved(batch, device)
-        first = next(iter(batch.values())) if isinstance(batch, Mapping) else batch[0]
-        num_examples = len(first)
+        batch = on_device(batch, device)
+        num_examples = split(model, batch).num_examples
         with ExitStack() as stack:
             for context in (torch.enable_grad(), eval_mode(model), requires_grad(model, True)):
                 stack.enter_context(context)
@@ -105,7 +111,7 @@ def record(
             if gradient is not None:
                 _check_examples(run.name, run.inputs, num_examples)
                 calls[run.name].append(Call(run.layer, run.inputs, num_examples * gradient, run.operation))
-        yield Batch(num_examples, calls)
+        yield Recorded(num_examples, calls)
     if batch is None:
         raise ValueError("the loader has no batch; expected an iterable of (inputs, labels).")
 
@@ -154,23 +160,12 @@ def _check_examples(name: str, inputs: Tensor, num_examples: int) -> None:
         )
 
 
-def _logits(model: nn.Module, batch: Any) -> Tensor:
-    """The model's logits (N, classes) for a batch whose last item, or `labels`, are the labels."""
-    if isinstance(batch, Mapping):
-        logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
-    else:
-        logits = run_forward(model, tuple(batch[:-1]))
+def _logits(model: nn.Module, batch: Batch) -> Tensor:
+    """The model's logits (N, classes)."""
+    logits = logits_of(batch.run(model))
     if logits.dim() != 2:
         raise ValueError(
             f"the model gives {tuple(logits.shape)} logits; expected (examples, classes). Pass loss=, a function of "
             "model and batch that gives the mean over examples of the sum of each one's label losses."
         )
     return logits
-
-
-def _moved(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, Mapping):
-        return {name: _moved(value, device) for name, value in batch.items()}
-    if isinstance(batch, tuple | list):
-        return type(batch)(_moved(value, device) for value in batch)
-    return batch.to(device) if isinstance(batch, Tensor) else batch

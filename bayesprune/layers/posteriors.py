@@ -43,6 +43,11 @@ class Posterior:
         return self.layer.log_std_parts(self.parameter)
 
     @property
+    def is_frozen(self) -> bool:
+        """Whether the mean is not to change, its `requires_grad` being off; nothing of it is removed then."""
+        return not self.mean.requires_grad
+
+    @property
     def is_weight(self) -> bool:
         """Whether it is a weight, not a bias or the scale of a norm."""
         return self.mean.dim() > 1

@@ -9,23 +9,24 @@ The sum leaves out that cuts in several layers add up to more than their parts.
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 from torch_pruning.dependency import Group
 
-from bayesprune.layers import Posterior, named_posteriors
+from bayesprune.layers import Posterior
 from bayesprune.macs import eval_mode, macs_by_module
 from bayesprune.prune import plan
 from bayesprune.prune.groups import find_groups
 from bayesprune.prune.importance import Importance, SNRImportance, lowest, unit_scores
 from bayesprune.prune.removal import snapshot
+from bayesprune.prune.roots import Layers
 from bayesprune.prune.scores import snr
 from bayesprune.prune.silenced import silence
 from bayesprune.prune.structure import GRANULARITY, ChannelGroup
-from bayesprune.prune.weights import Score
+from bayesprune.prune.weights import Score, removable_weights
 
 CHANNEL_LEVELS = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 WEIGHT_LEVELS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
@@ -87,7 +88,7 @@ class MeasuredImportance(tp.importance.Importance):
         levels: Sequence[float] = CHANNEL_LEVELS,
         per: str = "macs",
         granularity: Collection[str] = GRANULARITY,
-        ignored_layers: Iterable[nn.Module] = (),
+        ignored_layers: Layers = (),
     ) -> None:
         _check_levels(levels)
         if per not in ("macs", "channels"):
@@ -131,7 +132,7 @@ def layer_sparsities(
 
     Args:
         model: A variational model.
-        sparsity: Fraction of all weights to remove, below 1.
+        sparsity: Fraction to remove of all weights that can go, below 1.
         loss: Mean loss of a model on calibration data; called in evaluation mode, without gradients.
         score: Score of a posterior's weights, the lowest going first.
         levels: Fractions of a layer's weights that are removed for measuring, rising.
@@ -142,7 +143,7 @@ def layer_sparsities(
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity is {sparsity!r}; expected a fraction of the weights, below 1.")
     _check_levels(levels)
-    posteriors = [posterior for posterior in named_posteriors(model) if posterior.is_weight]
+    posteriors = removable_weights(model)
     with eval_mode(model):
         base = _measured(loss, model)
         costs = [_weight_costs(model, posterior, score, loss, base, levels) for posterior in posteriors]

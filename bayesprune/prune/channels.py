@@ -24,10 +24,20 @@ from bayesprune.prune.checks import check_model, checked_target
 from bayesprune.prune.config import follow_config
 from bayesprune.prune.evidence import EvidenceImportance
 from bayesprune.prune.groups import find_groups
-from bayesprune.prune.importance import Importance, SNRImportance, lowest, removed_weights, unit_scores, weight_scores
+from bayesprune.prune.importance import (
+    GRADIENTS,
+    Importance,
+    SNRImportance,
+    has_gradients,
+    lowest,
+    removed_weights,
+    unit_scores,
+    weight_scores,
+)
 from bayesprune.prune.inclusion import BeforeCut, InclusionImportance, folding
 from bayesprune.prune.recalibrate import recalibrate_batch_norm
 from bayesprune.prune.removal import SHAPE_ERRORS, Selection, remove, snapshot
+from bayesprune.prune.roots import Layers
 from bayesprune.prune.structure import GRANULARITY, ChannelGroup
 
 _LOGGER = logging.getLogger(__name__)
@@ -45,7 +55,7 @@ def prune_channels(
     round_to: int = 1,
     dry_run: bool = False,
     data: Iterable[Any] | None = None,
-    ignored_layers: Iterable[nn.Module] = (),
+    ignored_layers: Layers = (),
     before_cut: BeforeCut | None = None,
 ) -> ChannelReport:
     """Removes the channels and heads that are worth least until the target is met, in place; returns what was done.
@@ -75,7 +85,7 @@ def prune_channels(
         round_to: Kept channels are a multiple of this, where the size of the layer allows.
         dry_run: Only report; the model is as before afterwards.
         data: Batches (inputs, or tuples that start with them) for recalibrating batch norm, forward passes only.
-        ignored_layers: Layers, with everything inside them, whose output channels all stay.
+        ignored_layers: Layers, or their names, with everything inside them, whose output channels all stay.
         before_cut: Called once the selection stands, right before the cut, with the input channels that each layer
             loses; it may move weights in place, as `condition_on_channels` does. A dry run does not call it.
 
@@ -93,12 +103,8 @@ def prune_channels(
     default = {"evidence": EvidenceImportance, "inclusion": InclusionImportance}.get(what, SNRImportance)
     score = _rms_snr if what == "snr" else partial(unit_scores, importance or default())
     scores = {group: values for group in structure.groups if (values := score(group)) is not None}
-    left_whole |= {
-        layer: "nothing in its group has a score (no " + ("gate)" if what == "inclusion" else "variational layer)")
-        for group in structure.groups
-        if group not in scores
-        for layer in group.layers
-    }
+    unscored = _no_score(model, importance, what)
+    left_whole |= {layer: unscored for group in structure.groups if group not in scores for layer in group.layers}
     params = _num_parameters(model)
     while True:
         groups = tuple(scores)
@@ -140,6 +146,14 @@ def prune_channels(
     if uniform:
         report = replace(report, config=follow_config(model, [(g, len(units)) for g, units in selection]))
     return report
+
+
+def _no_score(model: nn.Module, importance: Importance | None, what: str) -> str:
+    """Why a group that could be cut has no score."""
+    if importance is None or isinstance(importance, SNRImportance | EvidenceImportance | InclusionImportance):
+        return f"nothing in its group has a score (no {'gate' if what == 'inclusion' else 'variational layer'})"
+    hint = "" if has_gradients(model.modules()) else f"; the weights have no gradients. {GRADIENTS}"
+    return f"{type(importance).__name__} gives its group no score{hint}"
 
 
 def _row(group: ChannelGroup, num_removed: int) -> ChannelRow:

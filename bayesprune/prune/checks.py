@@ -9,6 +9,7 @@ from bayesprune.errors import UnsupportedModelError
 from bayesprune.layers import VariationalLayer
 from bayesprune.prune.evidence import EvidenceImportance
 from bayesprune.prune.inclusion import InclusionImportance, has_channel_gates
+from bayesprune.prune.roots import is_frozen, is_root
 from bayesprune.prune.structure import GRANULARITY
 
 
@@ -22,12 +23,15 @@ def checked_target(
     """
     if isinstance(granularity, str) or not granularity or not set(granularity) <= set(GRANULARITY):
         raise ValueError(f"granularity is {granularity!r}; expected some of {GRANULARITY}, in a tuple.")
-    if len(target) != 1 or (what := next(iter(target))) not in ("macs", "params", "snr", "evidence", "inclusion"):
+    what = next(iter(target), None) if isinstance(target, Mapping) and len(target) == 1 else None
+    if what not in ("macs", "params", "snr", "evidence", "inclusion"):
         raise ValueError(
-            f'target is {dict(target)!r}; expected one of {{"macs": f}}, {{"params": f}}, {{"snr": t}}, '
-            '{"evidence": t}, {"inclusion": p}.'
+            f'target is {target!r}; expected one of {{"macs": f}}, {{"params": f}}, {{"snr": t}}, {{"evidence": t}}, '
+            '{"inclusion": p}, such as {"macs": 0.5}, which keeps half of the MACs.'
         )
-    value = target[what]
+    if isinstance(target[what], str) or not hasattr(target[what], "__float__"):
+        raise ValueError(f'target {what} is {target[what]!r}; expected a number, as in {{"{what}": 0.5}}.')
+    value = float(target[what])
     if what == "snr":
         if not 0 < value < float("inf"):
             raise ValueError(f"target snr is {value!r}; expected a positive number, 1.0 say.")
@@ -62,6 +66,7 @@ def check_model(model: nn.Module, importance: Any, what: str) -> None:
     Raises:
         UnsupportedModelError: the model is compiled or wrapped, or has no posterior while no importance is given, or
             no gates that say what is included.
+        ValueError: every layer is frozen.
     """
     if any(module._compiled_call_impl is not None for module in model.modules()):
         raise UnsupportedModelError("prune_channels got a compiled model; cut the model first, then compile it.")
@@ -69,6 +74,12 @@ def check_model(model: nn.Module, importance: Any, what: str) -> None:
         raise UnsupportedModelError(
             f"prune_channels got a model wrapped in {type(model).__name__}; pass the model inside it, and wrap it "
             "again afterwards."
+        )
+    roots = [module for module in model.modules() if is_root(module)]
+    if roots and all(map(is_frozen, roots)):
+        raise ValueError(
+            "prune_channels leaves frozen layers whole, and all layers of this model are frozen (requires_grad=False). "
+            "Call model.requires_grad_(True) first if it was frozen for evaluation alone."
         )
     if what == "inclusion" or isinstance(importance, InclusionImportance):
         if not has_channel_gates(model):

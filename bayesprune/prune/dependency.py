@@ -1,6 +1,6 @@
 """Which weights leave together, as plain data for priors: units of channels or heads, and their place in parameters."""
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from torch import nn
@@ -9,6 +9,7 @@ from bayesprune.priors import DependencyGroup, Member
 from bayesprune.prune.cuts import Member as CutMember
 from bayesprune.prune.cuts import cut_parameters
 from bayesprune.prune.groups import find_groups
+from bayesprune.prune.roots import Layers
 from bayesprune.prune.structure import GRANULARITY, ChannelGroup
 
 
@@ -17,7 +18,7 @@ def dependency_groups(
     example_inputs: Any,
     *,
     granularity: Collection[str] = GRANULARITY,
-    ignored_layers: Iterable[nn.Module] = (),
+    ignored_layers: Layers = (),
 ) -> tuple[DependencyGroup, ...]:
     """The units of a model that `prune_channels` removes whole, with their place in every parameter; changes nothing.
 
@@ -28,7 +29,7 @@ def dependency_groups(
         model: With variational layers or without; the groups are the same.
         example_inputs: A tensor, a tuple of positional arguments, or a mapping of keyword arguments.
         granularity: Which of "heads", "mlp" and "width" may go.
-        ignored_layers: Layers, with everything inside them, whose output channels all stay.
+        ignored_layers: Layers, or their names, with everything inside them, whose output channels all stay.
 
     Raises:
         UnsupportedModelError: torch-pruning cannot trace the model.

@@ -71,7 +71,7 @@ def discover_mask(
     for number, target in enumerate(targets, start=1):
         train(model, number)
         reports.append(report := prune_weights(model, sparsity=target, **options))
-        _LOGGER.info("discover_mask: round %d of %d, %s of %s kept", number, rounds, report.kept, report.total)
+        _LOGGER.info("discover_mask: round %d of %d, %s", number, rounds, report.summary())
         if rewind is not None:
             model.load_state_dict({**rewind, **_masks(model)})
         if data is not None:

@@ -13,6 +13,7 @@ from torch import nn
 from torch_pruning import ops
 from torch_pruning.dependency import Group
 
+from bayesprune.conversion import FROZEN
 from bayesprune.prune.channel_report import shown
 from bayesprune.prune.cuts import (
     CUTTABLE,
@@ -28,7 +29,7 @@ from bayesprune.prune.cuts import (
 )
 from bayesprune.prune.heads import find_heads
 from bayesprune.prune.links import moving
-from bayesprune.prune.roots import is_root
+from bayesprune.prune.roots import Layers, is_frozen, is_root, layer_names
 from bayesprune.prune.streams import Streams
 from bayesprune.prune.structure import GRANULARITY, ChannelGroup, ChannelStructure
 from bayesprune.prune.trace import Trace, quiet, trace
@@ -62,7 +63,7 @@ def find_groups(
     example_inputs: Any,
     *,
     granularity: Collection[str] = GRANULARITY,
-    ignored_layers: Iterable[nn.Module] = (),
+    ignored_layers: Layers = (),
 ) -> ChannelStructure:
     """The channel groups and heads of a model, checked by experiment; the model is as before afterwards.
 
@@ -70,15 +71,16 @@ def find_groups(
         model: With variational layers or without.
         example_inputs: A tensor, a tuple of positional arguments, or a mapping of keyword arguments.
         granularity: Which of "heads", "mlp" and "width" may go. With "heads" alone torch-pruning traces nothing.
-        ignored_layers: Layers, with everything inside them, whose output channels all stay.
+        ignored_layers: Layers, or their names, with everything inside them, whose output channels all stay.
 
     Raises:
         UnsupportedModelError: torch-pruning cannot trace the model.
+        ValueError: a layer to ignore is not in the model.
     """
-    ignored_layers = list(ignored_layers)
+    ignored_layers = [model.get_submodule(name) for name in layer_names(model, ignored_layers)]
     heads = ChannelStructure((), {})
     if "heads" in granularity:
-        heads = find_heads(model, example_inputs, ignored_layers=ignored_layers)
+        heads = _without_frozen(find_heads(model, example_inputs, ignored_layers=ignored_layers))
     groups = {group.name: group for group in heads.groups}
     if set(granularity) == {"heads"}:
         others = {n: _not_asked_for("heads") for n, module in model.named_modules() if is_root(module)}
@@ -92,11 +94,25 @@ def find_groups(
         left_whole |= dict.fromkeys(group.layers, reason)
         del groups[group.name]
     covered = {layer for group in groups.values() for layer in (group.name, *(group.layers if group.attention else ()))}
+    left_whole |= {name: FROZEN for name in left_whole if is_frozen(model.get_submodule(name))}
     order = {name: number for number, (name, _) in enumerate(model.named_modules())}
     return ChannelStructure(
         tuple(sorted(groups.values(), key=lambda group: order[group.name])),
         {name: left_whole[name] for name in sorted(left_whole.keys() - covered, key=order.__getitem__)},
     )
+
+
+def _without_frozen(heads: ChannelStructure) -> ChannelStructure:
+    """The same heads, without those of modules with a frozen layer."""
+    reasons = {group: reason for group in heads.groups if (reason := _frozen(group.members))}
+    left_whole = heads.left_whole | {layer: reason for group, reason in reasons.items() for layer in group.layers}
+    return ChannelStructure(tuple(group for group in heads.groups if group not in reasons), left_whole)
+
+
+def _frozen(members: Iterable[Member]) -> str | None:
+    """Why these stay whole, where one of them is frozen: its inputs do not go either."""
+    name = next((member.axis[0] for member in members if is_frozen(member.layer)), None)
+    return None if name is None else f"{name}, which would lose channels too, is frozen (requires_grad=False)"
 
 
 def _not_asked_for(what: str) -> str:
@@ -259,6 +275,8 @@ class _Finder:
         return count
 
     def _check_members(self, members: list[Member], group: Group) -> None:
+        if reason := _frozen(members):
+            raise _LeftWholeError(reason)
         for member in members:
             if overflows(member):
                 raise _LeftWholeError(_overflow(member, group))

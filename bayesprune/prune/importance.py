@@ -12,7 +12,7 @@ are removed with it, in every layer of its dependency group.
 Unlike torch-pruning's own importances it scores the exact block of a grouped convolution that a channel takes along.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -24,8 +24,11 @@ from torch_pruning.dependency import Group
 
 from bayesprune.layers import VariationalLayer
 from bayesprune.prune.follow import install
+from bayesprune.prune.roots import is_frozen
 from bayesprune.prune.structure import ChannelGroup
 from bayesprune.prune.trace import quiet
+
+GRADIENTS = "A criterion that needs gradients, as Taylor's does, needs loss.backward() before."
 
 Importance = tp.importance.Importance | Callable[[Any], Any]
 
@@ -46,9 +49,9 @@ class SNRImportance(tp.importance.Importance):
     """Score per channel: sum of mu^2 / (s^min(1, 2 - power) sigma^power) over the weights that leave with it.
 
     s is the root mean square of a layer's means at scoring time. Deterministic layers of a group contribute nothing,
-    and a group without any variational layer gets no score (None): torch-pruning then leaves it alone. Scales of norms
-    count where they have a posterior; biases do not, nor do the projections inside `nn.MultiheadAttention`.
-    Constructing it makes stds and masks follow their means through torch-pruning from then on.
+    and a group without any variational layer, or with a frozen one, gets no score (None): torch-pruning then leaves it
+    alone. Scales of norms count where they have a posterior; biases do not, nor do the projections inside
+    `nn.MultiheadAttention`. Constructing it makes stds and masks follow their means through torch-pruning from then on.
 
     torch-pruning's own global ranking skips a group whole once all of its channels fall under the threshold, so that
     it removes less than asked for; `bayesprune.prune_channels` keeps a share of every group instead and meets the
@@ -93,12 +96,14 @@ class SNRImportance(tp.importance.Importance):
 
 
 def removed_weights(group: Group, weight_score: Callable[[VariationalLayer], Tensor]) -> RemovedWeights | None:
-    """Score and number of the weights that leave with each root channel; None where no layer is variational.
+    """Score and number of the weights that leave with each root channel; None where none is variational, or one frozen.
 
     Args:
         group: A dependency group of torch-pruning.
         weight_score: Scores of a layer's weights, in the weight's shape, 0 where a weight was removed.
     """
+    if any(is_frozen(item.dep.layer) for item in group):
+        return None
     roots = {channel: index for index, channel in enumerate(group[0].root_idxs)}
     removed: RemovedWeights | None = None
     for item in group:
@@ -151,13 +156,21 @@ def unit_scores(importance: Importance, group: ChannelGroup) -> list[float] | No
     """The mean score of a channel in each of the group's units; None where the importance gives none.
 
     Raises:
-        ValueError: the scores are not one number for each channel.
+        ValueError: the scores are not one number for each channel, or the importance needs gradients and finds none.
     """
-    with quiet():
-        scores = importance(group.group)
+    name = type(importance).__name__
+    try:
+        with quiet():
+            scores = importance(group.group)
+    except (AttributeError, LookupError, TypeError) as error:
+        if has_gradients(member.layer for member in group.members):
+            raise
+        failure = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"{name} fails on {group.name}, whose weights have no gradients ({failure}). {GRADIENTS}"
+        ) from error
     if scores is None:
         return None
-    name = type(importance).__name__
     if scores.shape != (group.num_channels,):
         raise ValueError(
             f"{name} gave scores of shape {tuple(scores.shape)} for {group.name}; expected one for each of its "
@@ -167,6 +180,12 @@ def unit_scores(importance: Importance, group: ChannelGroup) -> list[float] | No
         raise ValueError(f"{name} gave NaN for channels of {group.name}; check its weights and gradients.")
     values = scores.double().cpu()
     return values[torch.tensor(group.units)].mean(1).tolist()
+
+
+def has_gradients(layers: Iterable[nn.Module | Tensor]) -> bool:
+    """Whether a parameter of these layers, their own children apart, has a gradient."""
+    own = ([layer] if isinstance(layer, Tensor) else layer.parameters(recurse=False) for layer in layers)
+    return any(parameter.grad is not None for parameters in own for parameter in parameters)
 
 
 def lowest(group: ChannelGroup, scores: list[float], count: int) -> list[tuple[int, ...]]:

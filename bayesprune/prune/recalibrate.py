@@ -1,16 +1,17 @@
 """Batch-norm statistics for a model whose channels have changed: forward passes only."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from itertools import chain, islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bayesprune.batches import on_device, split
 from bayesprune.errors import UnsupportedModelError
 from bayesprune.layers import VariationalLayer
-from bayesprune.macs import eval_mode, run_forward
+from bayesprune.macs import eval_mode
 
 
 def recalibrate_batch_norm(model: nn.Module, data: Iterable[Any], *, max_batches: int = 50) -> nn.Module:
@@ -21,7 +22,8 @@ def recalibrate_batch_norm(model: nn.Module, data: Iterable[Any], *, max_batches
 
     Args:
         model: Without any batch norm it is left as it is, and no batch is drawn.
-        data: Batches: a tensor, a tuple whose first item are the inputs, or a mapping of keyword arguments.
+        data: Batches, with labels or without: a tensor, a tuple of inputs and a target, a mapping of keyword
+            arguments, or lists of images and targets.
         max_batches: No more batches than these are used.
 
     Raises:
@@ -48,17 +50,10 @@ def recalibrate_batch_norm(model: nn.Module, data: Iterable[Any], *, max_batches
                 if isinstance(norm, VariationalLayer):
                     norm.estimator_override = "mean"
             for batch in chain([first], batches):
-                inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
-                run_forward(model, _moved(inputs, parameter.device))
+                split(model, on_device(batch, parameter.device)).run(model)
         finally:
             for norm, (momentum, override) in zip(norms, before, strict=True):
                 norm.momentum = momentum
                 if isinstance(norm, VariationalLayer):
                     norm.estimator_override = override
     return model
-
-
-def _moved(inputs: Any, device: torch.device) -> Any:
-    if isinstance(inputs, Mapping):
-        return {name: _moved(value, device) for name, value in inputs.items()}
-    return inputs.to(device) if isinstance(inputs, Tensor) else inputs

@@ -4,12 +4,16 @@
 `nx`, `nf`, which it keeps as attributes, so that nothing of transformers is imported here.
 """
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch_pruning.pruner.function import BasePruningFunc
+
+Layers = Iterable[nn.Module | str] | nn.Module | str
+"""Modules of a model, or their names."""
 
 ROOT_TYPES = (_ConvNd, nn.Linear)
 
@@ -17,6 +21,38 @@ ROOT_TYPES = (_ConvNd, nn.Linear)
 def is_root(layer: Any) -> bool:
     """Whether a layer has output channels of its own making."""
     return isinstance(layer, ROOT_TYPES) or is_transposed_linear(layer)
+
+
+def is_frozen(layer: Any) -> bool:
+    """Whether a linear layer's or a convolution's weight is not to change, its `requires_grad` being off.
+
+    Norms, biases and tables, which are often fixed beside layers that train, do not count: they follow those.
+    """
+    weight = layer._parameters.get("weight") if is_root(layer) else None
+    return weight is not None and not weight.requires_grad
+
+
+def layer_names(model: nn.Module, layers: Layers) -> list[str]:
+    """The names of layers that are given as modules or by their names; one alone may be given by itself.
+
+    Raises:
+        ValueError: one of them is not in the model.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    known = dict.fromkeys(name for name, _ in model.named_modules(remove_duplicate=False))
+    found = []
+    for layer in [layers] if isinstance(layers, str | nn.Module) else layers:
+        name = layer if isinstance(layer, str) else names.get(layer)
+        if name not in known:
+            shown = repr(layer) if isinstance(layer, str) else f"a {type(layer).__name__}"
+            others = [other for other in known if other]
+            alike = difflib.get_close_matches(name or "", others) or others[-3:]
+            raise ValueError(
+                f"ignored_layers has {shown}, which is no part of this {type(model).__name__}; expected its modules or "
+                f"their names, such as {', '.join(map(repr, alike))}."
+            )
+        found.append(name)
+    return found
 
 
 def is_linear(layer: Any) -> bool:

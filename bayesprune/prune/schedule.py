@@ -71,7 +71,7 @@ class PruneSchedule:
     that are left recover.
 
     Attributes:
-        sparsity: Fraction of the weights of all variational layers that is removed in the end.
+        sparsity: Fraction of the weights of all variational layers that is removed in the end, frozen ones apart.
         begin: Share of the training before the first removal, while the stds find their size.
         end: Share of the training at which the final sparsity is reached.
         num_updates: In how many removals.

@@ -19,10 +19,10 @@ from typing import Any, Literal
 from torch import nn
 
 from bayesprune.errors import InfeasibleTargetError
-from bayesprune.layers import named_posteriors
 from bayesprune.prune.channels import prune_channels
 from bayesprune.prune.curve import UNITS, Compression, Trial
-from bayesprune.prune.weights import prune_weights
+from bayesprune.prune.roots import layer_names
+from bayesprune.prune.weights import prune_weights, removable_weights
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def compress(
 
     Each trial cuts a copy of the smallest model that passed, fine-tunes and evaluates it. The first cuts remove the
     fraction `step`; once a size has failed, sizes above it are tried. Sizes are fractions: of the MACs of `model`, or
-    of all its weights, biases apart. The stds stay as they are, unless `fine_tune` trains them.
+    of all its weights that can go, biases apart. The stds stay as they are, unless `fine_tune` trains them.
 
     Args:
         model: A variational model with trained posteriors; it is not changed.
@@ -76,6 +76,8 @@ def compress(
         raise ValueError("compress needs example_inputs to remove channels; they are counted and traced with them.")
     if not 0 < min_step <= step < 1:
         raise ValueError(f"step={step!r}, min_step={min_step!r}; expected 0 < min_step <= step < 1.")
+    if "ignored_layers" in options:  # of the model, where copies of it are cut
+        options["ignored_layers"] = layer_names(model, options["ignored_layers"])
     score = evaluate(model)
     reference = score if reference is None else reference
     kept = 1.0 if what == "channels" else _share_of_weights(model)
@@ -119,14 +121,14 @@ def compress(
 def _cut(model: nn.Module, example_inputs: Any, what: str, kept: float, fraction: float, **options: Any) -> float:
     """The size of the model after a cut from `kept` down to `fraction`."""
     if what == "weights":
-        weights = prune_weights(model, sparsity=1 - fraction, **options)
+        weights = prune_weights(model, sparsity=1 - fraction, **options).removable
         return weights.kept / weights.total
     channels = prune_channels(model, example_inputs, target={"macs": fraction / kept}, **options)
     return kept * channels.macs_after / channels.macs_before
 
 
 def _share_of_weights(model: nn.Module) -> float:
-    """The fraction of the weights that no mask has removed."""
-    masks = [(posterior.mask, posterior.mean.numel()) for posterior in named_posteriors(model) if posterior.is_weight]
+    """The fraction of the weights that can go that no mask has removed."""
+    masks = [(posterior.mask, posterior.mean.numel()) for posterior in removable_weights(model)]
     kept = sum(total if mask is None else int(mask.sum()) for mask, total in masks)
-    return kept / max(1, sum(total for _, total in masks))
+    return kept / sum(total for _, total in masks)

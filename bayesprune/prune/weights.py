@@ -4,6 +4,7 @@ Removed weights are zeros and stay zeros through further training. Zeros make a 
 make the model faster on ordinary hardware (removed channels do, see `prune_channels`).
 """
 
+import logging
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -14,14 +15,18 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from bayesprune.layers import Posterior, VariationalLayer, named_posteriors, variational_layers
+from bayesprune.conversion import FROZEN, reasons_to_leave
+from bayesprune.layers import Posterior, VariationalLayer, named_gates, named_posteriors, variational_layers
 from bayesprune.layers.sharding import whole
 from bayesprune.prune.averages import averages_without_masks
+from bayesprune.prune.channel_report import shown
 from bayesprune.prune.floors import check_min_kept, floor_of, keep_best, within_caps
 from bayesprune.prune.recalibrate import recalibrate_batch_norm
 from bayesprune.prune.scores import snr
 from bayesprune.tables import as_text
 from bayesprune.train.attach import is_attached
+
+_LOGGER = logging.getLogger(__name__)
 
 Score = Callable[[Posterior], Tensor]
 
@@ -38,32 +43,57 @@ class WeightRow:
 
 @dataclass(frozen=True)
 class WeightReport:
-    """What `prune_weights` did; prints as a table."""
+    """What `prune_weights` did; prints as a table.
+
+    Attributes:
+        rows: The weights that could go, of which a sparsity is a fraction: those of variational layers that train.
+        untouched: All other weights of the model, and why they stay: parameters of two dimensions or more, the stds
+            apart. Embeddings and recurrent layers are such, and what is frozen.
+    """
 
     rows: tuple[WeightRow, ...]
+    untouched: tuple[WeightRow, ...] = ()
+
+    @property
+    def removable(self) -> "WeightReport":
+        """The same of the weights that could go alone; its `sparsity` is the one that is asked for."""
+        return WeightReport(self.rows)
 
     @property
     def total(self) -> int:
-        """Weights of all variational layers, biases apart."""
-        return sum(row.total for row in self.rows)
+        """Number of weights, biases apart."""
+        return sum(row.total for row in (*self.rows, *self.untouched))
 
     @property
     def kept(self) -> int:
         """How many of them are kept."""
-        return sum(row.kept for row in self.rows)
+        return sum(row.kept for row in (*self.rows, *self.untouched))
 
     @property
     def sparsity(self) -> float:
-        """The fraction removed."""
+        """The fraction of them that is removed, by this call and those before."""
         return 1 - self.kept / self.total
+
+    def summary(self) -> str:
+        """One line: how many weights are kept, of all and of those that could go."""
+        of_all = f"{self.kept:,} of {self.total:,} weights kept (sparsity {self.sparsity:.2%})"
+        if not self.untouched:
+            return of_all
+        return f"{of_all}; of the {self.removable.total:,} that could go {self.removable.sparsity:.2%} are removed"
 
     def __str__(self) -> str:
         """The table as plain text."""
-        title = f"{self.kept:,} of {self.total:,} weights kept (sparsity {self.sparsity:.2%})"
-        table = Table("weight", "total", "kept", "sparsity", "note", title=title)
+        table = Table("weight", "total", "kept", "sparsity", "note")
         for row in self.rows:
             table.add_row(row.name, f"{row.total:,}", f"{row.kept:,}", f"{1 - row.kept / row.total:.1%}", row.note)
-        return as_text(table)
+        alike: dict[str, list[WeightRow]] = defaultdict(list)
+        for row in self.untouched:
+            alike[row.note].append(row)
+        notes = [
+            f"untouched: {shown([row.name for row in rows])} ({sum(row.total for row in rows):,} weights): {reason}"
+            for reason, rows in alike.items()
+        ]
+        return as_text(self.summary(), table, *notes)
 
 
 @torch.no_grad()
@@ -80,6 +110,7 @@ def prune_weights(
 ) -> WeightReport:
     """Removes single weights of the variational layers, biases apart; in place. Exactly one target is given.
 
+    Frozen weights (`requires_grad=False`) stay, whatever the score; call `requires_grad_(True)` on what may go.
     What was removed before stays removed and counts. Removed weights are zeros, draw no noise, do not count in the KL,
     and stay zeros through further training with any torch optimizer, attached or not; where something moves weights
     outside a step, they are zeros in evaluation and wherever the model's state is written. With FSDP 2 every process
@@ -87,8 +118,8 @@ def prune_weights(
 
     Args:
         model: A variational model.
-        sparsity: Fraction of weights to remove in all, 0 to 1; or fractions by name of layer or parameter, ranked
-            inside each, where what has no name loses nothing.
+        sparsity: Fraction to remove of all weights that can go, 0 to 1; or fractions by name of layer or parameter,
+            ranked inside each, where what has no name loses nothing. The report says what share of all weights it was.
         snr_below: Remove weights whose SNR is below this; 1 removes what is more noise than signal.
         pattern: "N:M", such as "2:4": keep the best N of every M consecutive inputs of each output. Layers whose number
             of inputs is not a multiple of M are left, and said so.
@@ -100,10 +131,11 @@ def prune_weights(
 
     Raises:
         InfeasibleTargetError: `min_kept` leaves fewer weights to remove than `sparsity` says; nothing was changed.
-        ValueError: not exactly one target, one out of range, NaN scores, or a model without variational layers.
+        ValueError: not exactly one target, one out of range, NaN scores, or a model without variational layers, or
+            with none that trains.
     """
-    posteriors = [posterior for posterior in named_posteriors(model) if posterior.is_weight]
-    _check(posteriors, sparsity, snr_below, pattern, scope, min_kept)
+    posteriors = removable_weights(model)
+    _check(sparsity, snr_below, pattern, scope, min_kept)
     floors = [min(floor_of(p.mean.numel(), min_kept), int((~_removed(p)).sum())) for p in posteriors]
     if snr_below is not None:
         keeps, is_floored = _keep_above(posteriors, snr_below, floors)
@@ -131,7 +163,45 @@ def prune_weights(
         rows.append(WeightRow(posterior.name, total, total - int(_removed(posterior).sum()), note))
     if data is not None:
         recalibrate_batch_norm(model, data)
-    return WeightReport(tuple(rows))
+    report = WeightReport(tuple(rows), _untouched(model, posteriors))
+    _LOGGER.info("prune_weights: %s", report.summary())
+    return report
+
+
+def removable_weights(model: nn.Module) -> list[Posterior]:
+    """The posteriors whose weights may go: no biases, and nothing that is frozen.
+
+    Raises:
+        ValueError: the model has no variational layer, or none that trains.
+    """
+    weights = [posterior for posterior in named_posteriors(model) if posterior.is_weight]
+    if not weights:
+        raise ValueError("prune_weights got a model without variational layers; call to_variational first.")
+    found = [posterior for posterior in weights if not posterior.is_frozen]
+    if not found:
+        raise ValueError(
+            f"prune_weights leaves frozen weights alone, and all {len(weights)} weight tensors with a posterior are "
+            "frozen (requires_grad=False). Call model.requires_grad_(True) first if the model was frozen for "
+            "evaluation alone."
+        )
+    return found
+
+
+def _untouched(model: nn.Module, removable: list[Posterior]) -> tuple[WeightRow, ...]:
+    """The weights that could not go, with the reason."""
+    posteriors = {id(posterior.mean): posterior for posterior in named_posteriors(model)}
+    others = {id(posterior.mean) for posterior in removable}
+    others |= {id(part) for posterior in posteriors.values() for part in posterior.log_std_parts}
+    others |= {id(logits) for _, gate in named_gates(model) for logits in gate.parameters()}
+    reasons = reasons_to_leave(model, None, norm_scales=False)
+    rows = []
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and id(parameter) not in others:
+            layer, frozen = model.get_submodule(name.rpartition(".")[0]), posteriors.get(id(parameter))
+            removed = 0 if frozen is None else int(_removed(frozen).sum())
+            reason = reasons.get(layer, "it has no posterior") if parameter.requires_grad else FROZEN
+            rows.append(WeightRow(name, parameter.numel(), parameter.numel() - removed, reason))
+    return tuple(rows)
 
 
 def _warn_of_averages(model: nn.Module) -> None:
@@ -152,7 +222,8 @@ def _fractions(posteriors: list[Posterior], sparsity: float | Mapping[str, float
     names = {posterior.name for posterior in posteriors}
     if unknown := sorted(set(sparsity) - names - set(layers.values())):
         raise ValueError(
-            f"sparsity names {', '.join(map(repr, unknown[:5]))}, of which the model has no weights to remove; "
+            f"sparsity names {', '.join(map(repr, unknown[:5]))}, of which the model has no weights to remove, or "
+            "frozen ones (requires_grad=False); "
             f"expected layers or parameters among {', '.join(sorted(names)[:8])}{', ...' if len(names) > 8 else ''}."
         )
     return [sparsity.get(posterior.name, sparsity.get(layer, 0.0)) for posterior, layer in layers.items()]
@@ -238,20 +309,21 @@ def _parse(pattern: str | None) -> tuple[int, int]:
 
 
 def _check(
-    posteriors: list[Posterior],
     sparsity: float | Mapping[str, float] | None,
     snr_below: float | None,
     pattern: str | None,
     scope: str,
     min_kept: float,
 ) -> None:
-    if not posteriors:
-        raise ValueError("prune_weights got a model without variational layers; call to_variational first.")
     given = {"sparsity": sparsity, "snr_below": snr_below, "pattern": pattern}
     named = [name for name, value in given.items() if value is not None]
     if len(named) != 1:
         raise ValueError(f"prune_weights got {named or 'no target'}; expected exactly one of {', '.join(given)}.")
     for value in sparsity.values() if isinstance(sparsity, Mapping) else [0.0 if sparsity is None else sparsity]:
+        if isinstance(value, str) or not hasattr(value, "__float__"):
+            raise ValueError(
+                f"sparsity is {value!r}; expected a number, the fraction of weights to remove, such as 0.5."
+            )
         if not 0 <= value <= 1:
             raise ValueError(f"sparsity is {value!r}; expected a fraction from 0 to 1.")
     if snr_below is not None and not snr_below >= 0:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from bayesprune.convert import to_variational
 from bayesprune.errors import StorageError
-from bayesprune.layers import VariationalLayer, variational_layers
+from bayesprune.layers import VariationalLayer, named_posteriors, variational_layers
+from bayesprune.macs import requires_grad
 from bayesprune.storage.spec import (
     Shape,
     Spec,
@@ -172,7 +173,11 @@ def _resized(old: Tensor, shape: Shape, dtype: torch.dtype) -> Tensor:
 def _make_variational(model: nn.Module, variational: Mapping[str, Mapping[str, str]]) -> None:
     if variational.keys() - _names(variational_layers(model)):
         std = next(iter(variational.values()))["std"]
-        to_variational(model, std=std, filter_fn=lambda _, name: name in variational, norm_scales=True)
+        with requires_grad(model, True):  # what was saved has posteriors, frozen now or not
+            to_variational(model, std=std, filter_fn=lambda _, name: name in variational, norm_scales=True)
+        for posterior in named_posteriors(model):
+            for part in posterior.log_std_parts:
+                part.requires_grad_(part.requires_grad and not posterior.is_frozen)
     for name, layer in variational_layers(model):
         if name in variational:
             layer.estimator = variational[name]["estimator"]

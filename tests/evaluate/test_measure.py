@@ -7,8 +7,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from bayesprune import evaluate
+from bayesprune.batches import given
 from bayesprune.evaluate.measure import tensor_bytes, uncounted_layers
-from bayesprune.evaluate.running import batch_size
 
 
 class Tied(nn.Module):
@@ -138,7 +138,7 @@ def test_inputs_of_another_kind_are_refused():
     with pytest.raises(TypeError, match="inputs are a str; expected a tensor"):
         evaluate.count_macs(Tied(), "ids")
     with pytest.raises(ValueError, match="no tensor with a batch dimension"):
-        batch_size((1.0, torch.tensor(3)))
+        given(Tied(), (1.0, torch.tensor(3))).num_examples  # noqa: B018
 
 
 @pytest.mark.parametrize(

@@ -208,6 +208,22 @@ def test_the_average_has_the_zeros_of_the_model_at_once():
     assert kept[0] > kept[1] == kept[3] == total - round(0.5 * total)
 
 
+def test_frozen_layers_stay_as_they_are():
+    model = stock_net()
+    model[0].requires_grad_(False)
+    before = model[0].weight.detach().clone()
+    task = classification(model, prune=PruneSchedule(0.5, begin=0.0, end=0.5, num_updates=2)).train()
+    optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), lr=0.05)
+    task.attach(optimizer, num_updates=4, num_data=NUM_DATA)
+    for images, labels in batches():
+        optimizer.zero_grad()
+        task(images, labels)["loss"].backward()
+        optimizer.step()
+    assert type(model[0]) is nn.Conv2d
+    assert torch.equal(model[0].weight, before)
+    assert bp.prune_weights(model, sparsity=0.0).removable.sparsity == pytest.approx(0.5, abs=0.01)
+
+
 @pytest.mark.parametrize("gated", [False, True])
 def test_attached_before_or_after_the_checkpoint_is_loaded(gated):
     models = [gates.add_weight_gates(net()) if gated else net() for _ in range(3)]

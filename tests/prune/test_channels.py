@@ -76,10 +76,10 @@ def test_stds_and_masks_follow_where_torch_pruning_cannot_be_wrapped(case, monke
     monkeypatch.setattr(tp.pruner.function.BasePruningFunc, "_prune_parameter_and_grad", private_by_another_name)
     net = bp.to_variational(case.net())
     tie_means_to_stds(net)
-    frozen = next(net.parameters()).requires_grad_(False)
+    frozen = net[0].bias.requires_grad_(False)
     prune_channels(net, case.input(), target={"params": 0.5}, uniform=True)
-    assert next(net.parameters()).shape != frozen.shape
-    assert not next(net.parameters()).requires_grad
+    assert net[0].bias.shape != frozen.shape
+    assert not net[0].bias.requires_grad
     assert_stds_follow(net)
 
 
@@ -206,7 +206,7 @@ def test_infeasible_target_says_how_far_it_goes_and_changes_nothing():
 def test_dry_run_reports_the_same_and_changes_nothing():
     case = NETS[0]
     net = bp.to_variational(case.net())
-    net[0].weight.requires_grad_(False)
+    net[0].bias.requires_grad_(False)
     net[1].eval()
     before = state(net)
     dry = prune_channels(net, case.input(), target={"macs": 0.5}, dry_run=True, data=[case.input()])
@@ -221,7 +221,7 @@ def test_dry_run_reports_the_same_and_changes_nothing():
 def test_modes_and_frozen_parameters_stay():
     case = NETS[0]
     net = bp.to_variational(case.net())
-    for parameter in net[0].parameters():
+    for parameter in (net[0].bias, *net[1].parameters(), *net[4].parameters()):
         parameter.requires_grad_(False)
     net[1].eval()
     modes = {name: module.training for name, module in net.named_modules()}
@@ -230,13 +230,7 @@ def test_modes_and_frozen_parameters_stay():
     assert report.removed.keys() == {"0", "3"}
     assert {name: module.training for name, module in net.named_modules()} == modes
     assert {name for name, parameter in net.named_parameters() if not parameter.requires_grad} == frozen
-    assert len(frozen) == 4
-
-
-def test_a_model_that_is_frozen_all_over_can_be_cut():
-    net = bp.to_variational(mlp(8, 30, 4)).requires_grad_(False)
-    assert prune_channels(net, torch.randn(1, 8), target={"macs": 0.5}).achieved["macs"] <= 0.5
-    assert not any(parameter.requires_grad for parameter in net.parameters())
+    assert len(frozen) == 5
 
 
 def test_gradients_are_cut_with_their_weights():

@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from bayesprune.convert import to_variational
 from bayesprune.hosts.transformers import checkpoint
-from bayesprune.hosts.transformers.adapters import conversion_options, warn_of_pruning
+from bayesprune.hosts.transformers.adapters import warn_of_pruning
 from bayesprune.hosts.transformers.counting import count_terms
 from bayesprune.hosts.transformers.fsdp import Frozen, check_dtypes, freeze_stds, thaw
 from bayesprune.hosts.transformers.guards import LossScaleProbe, check_parallelism, check_shapes, shapes
@@ -113,7 +113,7 @@ class BayesPruneCallback(TrainerCallback):
         )
         model = event["model"]
         if not _is_variational(model):
-            to_variational(model, **conversion_options(model, self.convert))
+            to_variational(model, **self.convert)
         elif self.convert:
             raise ValueError(
                 f"convert={self.convert!r} was given, but the model is variational already; give the options to "

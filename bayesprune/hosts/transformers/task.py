@@ -1,13 +1,13 @@
 """A task for a model of transformers: examples, the stock Trainer that learns from them, and the metric."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
@@ -68,9 +68,10 @@ class TrainerTask:
         self.description, self.preparation = description, preparation
         self.metric: Metric = PERPLEXITY if kind == "causal-lm" else ACCURACY
         loader = self._loader("train")
-        self.calibration: Iterable[dict[str, Any]] = _Inputs(loader)
+        self.calibration: Iterable[dict[str, Any]] = loader
         self.generators, self.is_main = [loader.generator], True
-        self.example_inputs, _ = next(self._pairs("validation", [_middle(splits["validation"])]))
+        example = next(iter(self._loader("validation", [_middle(splits["validation"])])))
+        self.example_inputs = {name: value for name, value in example.items() if name != "labels"}
 
     def train(
         self,
@@ -94,7 +95,7 @@ class TrainerTask:
     def score(self, model: nn.Module, split: Split) -> float:
         """Accuracy, or perplexity of a language model."""
         measure = perplexity if self.metric == PERPLEXITY else accuracy
-        return measure(model, self._pairs(split))
+        return measure(model, self._loader(split))
 
     def save_beside(self, directory: Path) -> None:
         """Adds the tokenizer or image processor."""
@@ -111,11 +112,6 @@ class TrainerTask:
     def close(self) -> None:
         """Nothing: each training ends what it began."""
 
-    def _pairs(self, split: str, examples: Any = None) -> Iterator[tuple[dict[str, Any], Tensor]]:
-        for batch in self._loader(split, examples):
-            inputs = dict(batch)
-            yield inputs, inputs.pop("labels")
-
     def _loader(self, split: str, examples: Any = None) -> DataLoader[Any]:
         is_train = split == "train"
         return DataLoader(
@@ -125,16 +121,6 @@ class TrainerTask:
             generator=torch.Generator().manual_seed(self.options.seed),
             collate_fn=self.collate,
         )
-
-
-class _Inputs:
-    """Batches without their labels, each time from the start."""
-
-    def __init__(self, loader: DataLoader[Any]) -> None:
-        self.loader = loader
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return ({name: value for name, value in batch.items() if name != "labels"} for batch in self.loader)
 
 
 def _middle(examples: Any) -> dict[str, Any]:

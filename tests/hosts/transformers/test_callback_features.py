@@ -152,3 +152,15 @@ def test_adapters(tmp_path):
 def test_pruning_adapters_is_said(tmp_path):
     with pytest.warns(UserWarning, match=r"prune=... removes weights of the adapters alone.*merge_and_unload\(\)"):
         tiny.trainer(lora(), tmp_path, BayesPruneCallback(prune=0.5))
+
+
+def test_frozen_layers_stay_as_they_are(tmp_path):
+    """No posterior, no noise, no zeros: as a backbone that only the last block is trained on."""
+    model = tiny.llama()
+    frozen = model.model.layers[0].requires_grad_(False)
+    before = copy.deepcopy(frozen.state_dict())
+    tiny.trainer(model, tmp_path, BayesPruneCallback(prune=0.8), max_steps=4).train()
+    assert_equal(frozen.state_dict(), before)
+    learned = [layer for name, layer in model.named_modules() if isinstance(layer, bp.VariationalLayer)]
+    assert learned
+    assert sum(int((layer.weight == 0).sum()) for layer in learned) > 0.7 * sum(p.weight.numel() for p in learned)

@@ -1,0 +1,227 @@
+"""Batches of data, whatever their form: which part of one a model's forward takes, and what its labels are.
+
+A batch is
+
+- a tensor of inputs;
+- a tuple or list of inputs and a target: (x, y), or (x1, x2, y) for a forward of several arguments, or ((x1, x2), y);
+- a mapping of keyword arguments, with labels or without;
+- of a detector a list of images, with a list of mappings beside it that are the targets.
+
+What is meant is read off the signature of the model's forward.
+"""
+
+import inspect
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+LABELS = ("labels", "label", "label_ids", "targets", "target")
+"""Keys of a mapping that are no inputs, unless the forward cannot do without them."""
+
+_IMAGE_DIM = 3  # of an image by itself; a batch of them has one more
+
+
+class Batch(NamedTuple):
+    """What a forward takes of a batch, and what is left as its labels: None where there are none."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    labels: Any
+
+    def run(self, model: nn.Module) -> Any:
+        """The model's output."""
+        return model(*self.args, **self.kwargs)
+
+    @property
+    def num_examples(self) -> int:
+        """How many examples the inputs have: the first dimension of the first tensor, or the images in a list.
+
+        Raises:
+            ValueError: there is no tensor with a batch dimension.
+        """
+        found = next(_counts((*self.args, *self.kwargs.values())), None)
+        if found is None:
+            raise ValueError(
+                "the inputs hold no tensor with a batch dimension; expected one, such as torch.randn(1, 3, 224, 224)."
+            )
+        return found
+
+
+def split(model: nn.Module, batch: Any) -> Batch:
+    """What the model's forward takes of a batch, and the labels.
+
+    Of a tuple the last item is the target, unless the forward cannot do without it; items that it has no room for are
+    left out. A mapping is taken by its keys. Where the forward knows none of them, the only tensor beside the labels is
+    the input, or, of several, the mapping itself.
+
+    Raises:
+        ValueError: the batch is empty, or its keys are not those of the forward.
+    """
+    takes = _Forward(model)
+    if isinstance(batch, Mapping):
+        return takes.by_key(batch, None)
+    if not _is_sequence(batch):
+        return Batch((batch,), {}, None)
+    if not len(batch):
+        raise ValueError("a batch is empty; expected inputs, or inputs and a target.")
+    if takes.is_one_argument(batch, None):
+        return Batch((list(batch),), {}, None)
+    count = int(min(len(batch), max(1, takes.most), max(1, takes.least, len(batch) - 1)))
+    if len(batch) < 3 and (isinstance(batch[0], Mapping) or _is_sequence(batch[0])):
+        count = 1  # the inputs are together
+    labels = batch[count] if count < len(batch) else None
+    if count > 1:
+        return Batch(tuple(batch[:count]), {}, labels)
+    if isinstance(batch[0], Mapping):
+        return takes.by_key(batch[0], labels)
+    return Batch(takes.arguments(batch[0], labels), {}, labels)
+
+
+def given(model: nn.Module, inputs: Any) -> Batch:
+    """Example inputs, which have no labels, as the forward takes them.
+
+    A tensor is one argument, a tuple or list several (but the list of images of a detector is one), a mapping those of
+    its keys.
+
+    Raises:
+        TypeError: there are none.
+    """
+    if inputs is None or isinstance(inputs, str):
+        raise TypeError(
+            f"the inputs are a {type(inputs).__name__}; expected a tensor, a sequence of positional arguments or a "
+            "mapping of keyword arguments."
+        )
+    if isinstance(inputs, Mapping):
+        return Batch((), dict(inputs), None)
+    return Batch(_Forward(model).arguments(inputs, None), {}, None)
+
+
+def on_device(value: Any, device: torch.device) -> Any:
+    """The same value with all tensors in it on this device, however they are nested."""
+    if isinstance(value, Mapping):
+        return {key: on_device(item, device) for key, item in value.items()}
+    if _is_sequence(value):
+        items = [on_device(item, device) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value.to(device) if hasattr(value, "to") else value
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first parameter is; the CPU for a model without parameters."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits of a model's output: the output itself, or what stands in it as `logits` or `out`.
+
+    Raises:
+        TypeError: it has none.
+    """
+    if isinstance(output, Tensor):
+        return output
+    for name in ("logits", "out"):
+        found = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+        if isinstance(found, Tensor):
+            return found
+    raise TypeError(f"the model returned {type(output).__name__}; expected a tensor or an output with `.logits`.")
+
+
+class _Forward:
+    """What a model's forward takes.
+
+    Attributes:
+        least: Positional arguments that it cannot do without.
+        most: Positional arguments that it has room for.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        model = getattr(model, "_orig_mod", model)
+        self.model = model
+        try:
+            parameters = list(inspect.signature(model.forward).parameters.values())
+        except (TypeError, ValueError):  # of a scripted model
+            parameters = []
+        kinds = {parameter.kind for parameter in parameters}
+        positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        self.takes_any_key = not parameters or inspect.Parameter.VAR_KEYWORD in kinds
+        self.least = sum(parameter.default is parameter.empty for parameter in positional)
+        takes_any = not parameters or inspect.Parameter.VAR_POSITIONAL in kinds
+        self.most: float = math.inf if takes_any else len(positional)
+        self._names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        self._needed = {p.name for p in parameters if p.name in self._names and p.default is p.empty}
+        self._first = positional[0].annotation if positional else None
+
+    def arguments(self, inputs: Any, labels: Any) -> tuple[Any, ...]:
+        """Positional arguments for these inputs."""
+        if not _is_sequence(inputs):
+            return (inputs,)
+        return (list(inputs),) if self.is_one_argument(inputs, labels) else tuple(inputs)
+
+    def is_one_argument(self, inputs: Sequence[Any], labels: Any) -> bool:
+        """Whether a sequence is what one parameter takes: a list of images, say."""
+        if not all(isinstance(item, Tensor) for item in inputs) or len({item.dim() for item in inputs}) != 1:
+            return False
+        if _is_sequence(labels) and labels and all(isinstance(target, Mapping) for target in labels):
+            return True
+        text = self._first if isinstance(self._first, str) else getattr(self._first, "__name__", str(self._first))
+        if re.match(r"(typing\.|collections\.abc\.)?(list|sequence)\b", text, re.IGNORECASE):
+            return True
+        return inputs[0].dim() == _IMAGE_DIM and self._names[:2] == ["images", "targets"]  # as torchvision calls them
+
+    def by_key(self, batch: Mapping[str, Any], labels: Any) -> Batch:
+        """What it takes of a mapping."""
+        label_keys = [key for key in LABELS if key in batch]
+        labels = next((batch[key] for key in label_keys), None) if labels is None else labels
+        # T5 and its like make the inputs of the decoder from the labels.
+        decodes = "decoder_input_ids" in self._names and "decoder_input_ids" not in batch
+        kept = set(self._names if decodes else self._needed)
+        kwargs = {
+            key: value
+            for key, value in batch.items()
+            if (key in self._names or (self.takes_any_key and any(_tensors_in(value))))
+            and (key not in label_keys or key in kept)
+        }
+        if kwargs and self._needed <= kwargs.keys():
+            return Batch((), kwargs, labels)
+        inputs = [value for key, value in batch.items() if key not in label_keys and isinstance(value, Tensor)]
+        if inputs and not kwargs and self.least <= 1 <= self.most:
+            return Batch((inputs[0] if len(inputs) == 1 else batch,), {}, labels)
+        raise ValueError(
+            f"a batch has {', '.join(map(repr, batch))}, and the forward of {type(self.model).__name__} takes "
+            f"{', '.join(self._names) or 'nothing by name'}; expected a mapping of its arguments, or a tuple of inputs "
+            "and a target."
+        )
+
+
+def _is_sequence(value: Any) -> bool:
+    """Whether it is a tuple or list of parts; a `PackedSequence`, which moves as a whole, is not."""
+    return isinstance(value, tuple | list) and not hasattr(value, "to")
+
+
+def _counts(value: Any) -> Iterator[int]:
+    if isinstance(value, Tensor):
+        if value.dim():
+            yield value.shape[0]
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _counts(item)
+    elif _is_sequence(value):
+        if isinstance(value, list) and value and all(isinstance(i, Tensor) and i.dim() == _IMAGE_DIM for i in value):
+            yield len(value)
+        for item in value:
+            yield from _counts(item)
+
+
+def _tensors_in(value: Any) -> Iterator[bool]:
+    """True for each tensor that a value holds."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if _is_sequence(value):
+        for item in value:
+            yield from _tensors_in(item)
+    elif isinstance(value, Tensor):
+        yield True
