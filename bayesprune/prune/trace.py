@@ -172,10 +172,9 @@ def _is_cache(part: Any) -> bool:
 @contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
     """Inside, a model of transformers keeps no keys and values: torch-pruning fails on the concatenation."""
-    configs = [config for module in model.modules() if (config := vars(module).get("config")) is not None]
-    before = [
-        (x, x.use_cache) for x in configs if isinstance(getattr(x, "use_cache", None), bool)
-    ]  # T5's stacks have own ones
+    # The stacks of T5 have configs of their own.
+    configs: Iterator[Any] = (vars(module).get("config") for module in model.modules())
+    before = [(config, config.use_cache) for config in configs if isinstance(getattr(config, "use_cache", None), bool)]
     try:
         for config, _ in before:
             config.use_cache = False
