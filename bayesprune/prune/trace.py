@@ -172,8 +172,8 @@ def _is_cache(part: Any) -> bool:
 @contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
     """Inside, a model of transformers keeps no keys and values: torch-pruning fails on the concatenation."""
-    # The stacks of T5 have configs of their own.
-    configs: Iterator[Any] = (vars(module).get("config") for module in model.modules())
+    holders = [vars(module) for module in model.modules()]  # the stacks of T5 have configs of their own
+    configs: list[Any] = [attributes["config"] for attributes in holders if "config" in attributes]
     before = [(config, config.use_cache) for config in configs if isinstance(getattr(config, "use_cache", None), bool)]
     try:
         for config, _ in before:
