@@ -68,7 +68,7 @@ def map_parts(graph: Graph) -> None:
         elif node.type == ops.OPTYPE.CONCAT:
             _map_concatenation(graph, node)
         elif node.type == ops.OPTYPE.RESHAPE:
-            _map_reshape(node)
+            _map_reshape(graph, node)
 
 
 def signed(dim: int, num_dims: int) -> int:
@@ -76,7 +76,7 @@ def signed(dim: int, num_dims: int) -> int:
     return (dim - 2**64 if dim >= num_dims else dim) % num_dims
 
 
-def _map_reshape(node: Node) -> None:
+def _map_reshape(graph: tp.DependencyGraph, node: Node) -> None:
     grad_fn: Any = node.grad_fn
     before, number = grad_fn.next_functions[0]
     found, given = getattr(grad_fn, "_input_metadata", None), getattr(before, "_input_metadata", None)
@@ -84,14 +84,16 @@ def _map_reshape(node: Node) -> None:
         return
     new, old = found[0].shape, given[number].shape
     around = [*node.inputs, *node.outputs]
-    edges = [
-        (one, d) for it in around for one, to in ((node, it), (it, node)) for d in one.dependencies if d.target is to
-    ]
+    pairs = [pair for other in around for pair in ((node, other), (other, node))]
+    edges = [(source, d) for source, target in pairs for d in source.dependencies if d.target is target]
     flattened = [d for _, d in edges if isinstance(d.index_mapping[0], _FlattenIndexMapping)]
     if min(len(new), len(old)) > 1 and (new[-1] == old[-1] or new[1] == old[1]):  # the channels stay what they were
         for dependency in flattened:
             _set(dependency, 0, None)
-    elif not flattened and len(old) > 2 and tuple(new) == (old[0], prod(old[1:])):  # no guess, where sizes are unknown
+    elif not flattened and len(old) > 2 and tuple(new) == (old[0], prod(old[1:])):  # there is no guess behind an index
+        channels = next((infer_out_channels_recursively(graph, n, [0]) for n in node.inputs), None)
+        if channels not in (None, old[1]):
+            return
         stride = prod(old[2:])
         for source, dependency in edges:
             other = dependency.target if source is node else source

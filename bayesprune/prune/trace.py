@@ -155,7 +155,7 @@ def tensors_in(output: Any) -> Iterator[Tensor]:
         part = pending.pop()
         if isinstance(part, Tensor):
             yield part
-        elif not isinstance(part, (nn.Module, type, str, bytes)) and id(part) not in seen:
+        elif id(part) not in seen and not isinstance(part, (nn.Module, type, str, bytes)) and not _is_cache(part):
             seen.add(id(part))  # an object may hold itself
             if isinstance(part, (list, tuple, Mapping)):
                 inside = list(part.values() if isinstance(part, Mapping) else part)
@@ -164,19 +164,24 @@ def tensors_in(output: Any) -> Iterator[Tensor]:
             pending += reversed(inside)
 
 
+def _is_cache(part: Any) -> bool:
+    """Whether something holds keys and values of transformers for the next token, which no one reads as outputs."""
+    return hasattr(part, "get_seq_length")
+
+
 @contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
     """Inside, a model of transformers keeps no keys and values: torch-pruning fails on the concatenation."""
-    config = getattr(model, "config", None)
-    before = getattr(config, "use_cache", None)
-    if not isinstance(before, bool):
-        yield
-        return
+    holders = [vars(module) for module in model.modules()]  # the stacks of T5 have configs of their own
+    configs: list[Any] = [attributes["config"] for attributes in holders if "config" in attributes]
+    before = [(config, config.use_cache) for config in configs if isinstance(getattr(config, "use_cache", None), bool)]
     try:
-        config.use_cache = False  # type: ignore[union-attr]
+        for config, _ in before:
+            config.use_cache = False
         yield
     finally:
-        config.use_cache = before  # type: ignore[union-attr]
+        for config, was in reversed(before):
+            config.use_cache = was
 
 
 @contextmanager

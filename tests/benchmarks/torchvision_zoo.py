@@ -294,12 +294,13 @@ def page(done: dict[str, Any]) -> str:
         lines.append("")
     lines += ["## What does not work, and why", "", *(notes or ["Nothing."]), ""]
     lines += ["## What keeps more than half of its MACs, and what stays whole", ""]
+    limits = []
     for name, row in rows.items():
         if row.get("kept", 0) > CUT + 0.005:
             reasons = sorted(row["left_whole"].items(), key=lambda item: -item[1])[:4]
             shown = "; ".join(f"{reason} ({layers} layers)" for reason, layers in reasons)
-            lines.append(f"- **{name}** ({row['kept']:.2f}): {shown}")
-    return "\n".join(lines) + ("Nothing.\n" if not lines[-1] else "\n")
+            limits.append(f"- **{name}** ({row['kept']:.2f}): {shown}")
+    return "\n".join([*lines, *(limits or ["Nothing."])]) + "\n"
 
 
 def main() -> None:
