@@ -118,7 +118,7 @@ def build(base: Base) -> nn.Module:
             return host.build(base)
     except StorageError:
         raise
-    except Exception as error:  # noqa: BLE001 (a constructor that is given anything may raise anything)
+    except Exception as error:  # a constructor that is given anything may raise anything
         said = f"{type(error).__name__}: {error}"[:_MAX_SAID]
         raise StorageError(
             f"{base.library} does not build {base.name!r} with {reprlib.repr(base.args)}: {said}"

@@ -55,7 +55,7 @@ def rebuild(model: nn.Module, spec: Spec, tensors: Mapping[str, Tensor] | None =
             _tie_masks(model, spec)
     except StorageError:
         raise
-    except Exception as error:  # noqa: BLE001 (shapes and names from a file may make torch raise anything)
+    except Exception as error:  # torch, given shapes and names from a file, may raise anything
         raise StorageError(f"the saved tensors do not go into the model: {error}") from error
     _check_result(model, spec, with_masks=tensors is not None)
     return model

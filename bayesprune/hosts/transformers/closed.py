@@ -1,4 +1,4 @@
-"""What a file may say of a model of transformers: plain values for what its config declares, nothing that leads outside.
+"""What a file may say of a model of transformers: plain values for what its config declares, nothing that leads out.
 
 A config of transformers takes any key and any value, and some lead out of the directory they were read from: to code
 (`auto_map`), to kernels of a hub (`attn_implementation`), to a timm model in another folder (`architecture`), and by
@@ -28,7 +28,7 @@ _IMPLEMENTATIONS = frozenset(
     for suffix in ("", "_internal")
 )
 _NOT_FOR_BUILDING |= _IMPLEMENTATIONS
-OWN_IMPLEMENTATIONS: tuple[str | None, ...] = (None, "eager", "sdpa", "grouped_mm", "batched_mm")
+_OWN_IMPLEMENTATIONS: tuple[str | None, ...] = (None, "eager", "sdpa", "grouped_mm", "batched_mm")
 _LEADING = frozenset({"auto_map", "attribute_map", "transformers_weights", "custom_pipelines"})
 # Objects whose keys are the user's own words.
 _WORDS = frozenset({"id2label", "label2id", "vocabulary_map"})
@@ -54,19 +54,17 @@ def leading_out(config: Any) -> list[str]:
     found = [
         key
         for key, value in config.items()
-        if key in _LEADING or (key in _IMPLEMENTATIONS and value not in OWN_IMPLEMENTATIONS)
+        if key in _LEADING or (key in _IMPLEMENTATIONS and value not in _OWN_IMPLEMENTATIONS)
     ]
     return found + [name for key, value in config.items() if key not in _WORDS for name in leading_out(value)]
 
 
-def check_config(
-    config: PreTrainedConfig, *, implementations: tuple[str | None, ...] | None = OWN_IMPLEMENTATIONS
-) -> None:
+def check_config(config: PreTrainedConfig, *, may_be_asked_for: bool = False) -> None:
     """Refuses a config that holds more than values: for what it declares, and for names that mean nothing else.
 
     Args:
         config: As transformers made it of a file, before a model is made of it.
-        implementations: Names of attention and of experts that it may hold; None for all that need no hub.
+        may_be_asked_for: Whether the caller may have named another attention or experts, which then need no hub.
 
     Raises:
         StorageError: it, or a config in it, holds something that leads out of the file.
@@ -76,7 +74,7 @@ def check_config(
         declared = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
         for name, value in values.items():
             if name in _IMPLEMENTATIONS:
-                is_fine = "/" not in str(value) if implementations is None else value in implementations
+                is_fine = "/" not in str(value) if may_be_asked_for else value in _OWN_IMPLEMENTATIONS
             elif name in _LEADING or (name not in declared and _is_taken(kind, name)):
                 is_fine = False
             elif name in _TIMM_NAMES:

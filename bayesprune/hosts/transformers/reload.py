@@ -131,7 +131,7 @@ class BayespruneQuantizer(HfQuantizer):
         Raises:
             StorageError: `config.json` is not as it was saved, or leads out of its directory.
         """
-        check_config(config, implementations=None)  # the caller may have asked for one
+        check_config(config, may_be_asked_for=True)
         where = Path(config.name_or_path) / "config.json"
         found = read_json(where) if config.name_or_path and where.is_file() else {}
         entry = found.get("quantization_config")
