@@ -138,13 +138,13 @@ def _of_error(error: BaseException, route: str) -> tuple[str, str]:
     said = f"{type(error).__name__}: {error}"[:300]
     if isinstance(error, StorageError):
         return OURS, said
+    frames = [entry.filename for entry in traceback.extract_tb(error.__traceback__)]
+    if route != "bp.load" and not any(name.startswith(PACKAGE) for name in frames):
+        return THEIRS, said
     if isinstance(error, TooSlow):
         return SLOW, traceback.format_exc()[-600:]
     if isinstance(error, MemoryError) or "allocate memory" in str(error):
         return MEMORY, traceback.format_exc()[-600:]
-    frames = [entry.filename for entry in traceback.extract_tb(error.__traceback__)]
-    if route != "bp.load" and isinstance(error, Exception) and not any(name.startswith(PACKAGE) for name in frames):
-        return THEIRS, said
     return CRASH, "".join(traceback.format_exception(error))[-900:]
 
 

@@ -19,6 +19,7 @@ PATHS = ["../other/model.safetensors", "/etc/passwd", "..", ".", "", "/dev/zero"
 PATHS += ["..\\model.safetensors", "C:\\model.safetensors", "file:///etc/passwd", "./model.safetensors", "x" * 5000]
 PICKLE = b"cposix\nsystem\n(S'touch CODE_RAN'\ntR."
 MARK = "placeholder of a mutation"
+UNMAPPED = "blip_text_model"  # a config of transformers that AutoModel knows no class for, so that it would take others
 
 
 def truncate(rng: random.Random, directory: Path, other: Path) -> None:
@@ -206,10 +207,13 @@ def resealed(rng: random.Random, directory: Path, other: Path) -> None:
 def lead_out(rng: random.Random, directory: Path, other: Path) -> None:
     """Keys that name code, kernels, other files, other directories or a hub, with digests that fit."""
     (directory / "modeling.py").write_text("import os\nos.system('touch CODE_RAN')\nclass Evil: pass\n")
+    outside = directory.parent / "outside.pth"
+    outside.write_bytes(PICKLE)
     code = dict.fromkeys(("AutoModel", "AutoConfig", "AutoModelForCausalLM", "AutoBackbone"), "modeling.Evil")
-    tensors = str(other / "model.safetensors")
+    unknown = {"model_type": UNMAPPED, "attribute_map": {"x": "auto_map", "y": "_name_or_path"}, "y": str(directory)}
     keys: list[dict[str, Any]] = [
-        {"auto_map": code},
+        {"model_type": UNMAPPED, "auto_map": code, "name_or_path": str(directory)},
+        {**unknown, "x": code},
         {"attribute_map": {"x": "auto_map"}, "x": code},
         {"attribute_map": {"x": "_attn_implementation_internal"}, "x": "someone/kernel"},
         {"attribute_map": {"__dict__": "x"}, "x": {}, "auto_map": code},
@@ -219,14 +223,15 @@ def lead_out(rng: random.Random, directory: Path, other: Path) -> None:
         {"backbone": "someone/net", "backbone_config": None, "use_pretrained_backbone": True},
         {"backbone": str(other), "backbone_config": None},
         {"model_type": "timm_wrapper", "architecture": f"local-dir:{other}"},
-        {"model_args": {"checkpoint_path": tensors}},
+        {"model_type": "timm_wrapper", "architecture": "test_resnet", "model_args": {"checkpoint_path": str(outside)}},
         {"model_args": {"pretrained": True}},
-        *({name: tensors} for name in ("checkpoint_path", "pretrained", "file", "url", "cache_dir")),
-        {"pretrained_cfg": {"file": tensors, "source": "local-dir"}, "pretrained_cfg_overlay": {"file": tensors}},
+        {"model_args": {"checkpoint_path": str(outside)}},
+        *({name: str(outside)} for name in ("checkpoint_path", "pretrained", "file", "url", "cache_dir")),
+        {"pretrained_cfg": {"file": str(outside)}, "pretrained_cfg_overlay": {"file": str(outside)}},
         {"architecture": f"local-dir:{other}"},
         {"architecture": "hf-hub:someone/net"},
         {"name": f"local-dir:{other}"},
-        {"transformers_weights": "../other/model.safetensors"},
+        {"transformers_weights": "../outside.pth"},
         {"name_or_path": str(other), "_name_or_path": str(other), "target_lang": "../other/x"},
         {"custom_pipelines": {"text": {"impl": "modeling.Evil"}}},
         {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
@@ -287,7 +292,7 @@ def bomb(rng: random.Random, directory: Path, other: Path) -> None:
         path.write_text(json.dumps(value))
     else:
         deep: Any = 1
-        for _ in range(rng.choice((90, 200, 900))):
+        for _ in range(rng.choice((90, 200, 300))):
             deep = {"tuple": [deep]} if rng.random() < 0.5 else {"text_config": deep, "model_type": "llama"}
         node, key = rng.choice(list(nodes(value)))
         node[key] = deep
