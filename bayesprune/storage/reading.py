@@ -39,16 +39,24 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         StorageError: the file is missing, unreadable, too large, not JSON, names a key twice, or is not an object.
     """
-    try:
-        require_file(path)
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise StorageError(f"{path} cannot be read: {error}.") from error
-    value = parse_json(data, str(path))
+    value = parse_json(read_bounded(path), str(path))
     if not isinstance(value, dict):
         raise StorageError(f"{path} holds {reprlib.repr(value)}; expected a JSON object.")
     return value
+
+
+def read_bounded(path: Path) -> bytes:
+    """The bytes of a JSON file, and no more than one too many.
+
+    Raises:
+        StorageError: the file is missing or unreadable.
+    """
+    try:
+        require_file(path)
+        with path.open("rb") as file:
+            return file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {error}.") from error
 
 
 def read_tensors(path: Path, *, digests: bool) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -20,7 +20,7 @@ from bayesprune.estimators import ESTIMATORS
 from bayesprune.layers import STRUCTURES, VariationalLayer, variational_layers
 
 MAX_DEPTH = 8
-_NOT_RECORDED = frozenset(vars(nn.Module()))
+_NOT_RECORDED = frozenset(vars(nn.Module())) | {"target_lang"}  # wav2vec2 reads a file of this name once it is set
 _VARIATIONAL_ATTRIBUTES = frozenset(VariationalLayer.__annotations__)
 Shape = tuple[int, ...]
 

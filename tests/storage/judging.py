@@ -16,17 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import bayesprune as bp
 from bayesprune.errors import StorageError
 from bayesprune.storage.spec import describe_model
 from tests.storage.mutations import CRAFTED, MUTATIONS
-from tests.storage.watching import watching
+from tests.storage.watching import PACKAGE, watching
 
 RIGHT, OURS, THEIRS, OTHER = "right model", "StorageError", "the host's own error", "what the changed file says"
 WRONG, CRASH, SLOW, MEMORY = "silent wrong load", "crash", "too slow", "too much memory"
 OUTSIDE = "reads, asks or runs something else"
 FAILURES = (WRONG, CRASH, SLOW, MEMORY, OUTSIDE)
-PACKAGE = str(Path(bp.__file__).parent)
 Route = Callable[[Path], nn.Module]
 
 
@@ -72,7 +70,7 @@ class Workshop:
         self._restore()
         MUTATIONS[kind](random.Random(seed), self.directory, self.other)
         start = time.perf_counter()
-        with watching(self.directory) as events:
+        with watching(self.directory, ours_alone=route != "bp.load") as events:
             try:
                 with time_limit(seconds):
                     model = self.case.routes[route](self.directory)

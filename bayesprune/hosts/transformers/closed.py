@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from huggingface_hub import constants
-from transformers import PreTrainedConfig, dynamic_module_utils
+from transformers import GenerationConfig, PreTrainedConfig, dynamic_module_utils
 
 from bayesprune.errors import StorageError
 
@@ -88,6 +88,16 @@ def check_config(config: PreTrainedConfig, *, may_be_asked_for: bool = False) ->
                     f"the config of {kind.__name__} says {name}={str(value)[:80]!r}, which would have transformers "
                     "read or run something beside the saved files. If it is meant, load without it, and set it after."
                 )
+
+
+def check_generation(config: dict[str, Any]) -> None:
+    """Refuses a generation config with values that would hide methods of its class.
+
+    Raises:
+        StorageError: there is one.
+    """
+    if hidden := [name for name in config if callable(getattr(GenerationConfig, name, None))]:
+        raise StorageError(f"the generation config says {', '.join(hidden[:4])}, which are methods. It is damaged.")
 
 
 def forget_leading(config: PreTrainedConfig) -> None:

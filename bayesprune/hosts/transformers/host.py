@@ -15,7 +15,7 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_utils import PreTrainedModel
 
 from bayesprune.errors import StorageError
-from bayesprune.hosts.transformers.closed import check_config, closed, for_building
+from bayesprune.hosts.transformers.closed import check_config, check_generation, closed, for_building
 from bayesprune.storage.base import Base
 
 LIBRARY = "transformers"
@@ -69,6 +69,7 @@ def build(base: Base) -> PreTrainedModel:
             check_config(config)
             model = model_class._from_config(config)
         if generation := base.config.get("generation_config"):
+            check_generation(generation)
             model.generation_config = transformers.GenerationConfig.from_dict(generation)
     except StorageError:
         raise
