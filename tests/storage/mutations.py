@@ -262,7 +262,7 @@ def bomb(rng: random.Random, directory: Path, other: Path) -> None:
         node, key = rng.choice(list(nodes(value)))
         node[key] = MARK
         path.write_text(
-            json.dumps(value).replace(json.dumps(MARK), f"[{','.join([text] * rng.choice((10**5, 4 * 10**6)))}]")
+            json.dumps(value).replace(json.dumps(MARK), f"[{','.join([text] * rng.choice((10**4, 10**5, 10**6)))}]")
         )
         if rng.random() < 0.5:
             return

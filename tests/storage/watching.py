@@ -37,7 +37,7 @@ def watching(directory: Path, *, ours_alone: bool = False) -> Iterator[list[str]
 
 
 def _hear(event: str, arguments: tuple[Any, ...]) -> None:
-    if not _WATCHES:
+    if not _WATCHES or event not in (*ALWAYS, "open"):  # looking at frames is an event as well
         return
     directory, ours_alone, events = _WATCHES[-1]
     if ours_alone and not _is_ours():
