@@ -31,7 +31,8 @@ def decode(kind: type[T], data: Any, where: str = "report") -> T:
         if field.name not in data:
             if field.default is not dataclasses.MISSING:
                 continue
-            raise ValueError(f"{where} has no {field.name!r}; it has {_shown(list(data)) if data else 'nothing'}.")
+            found = ", ".join(_shown(key) for key in list(data)[:20]) or "nothing"
+            raise ValueError(f"{where} has no {field.name!r}; it has {found}.")
         values[field.name] = _value(hints[field.name], data[field.name], f"{where}.{field.name}")
     return kind(**values)
 
@@ -56,7 +57,7 @@ def _value(kind: Any, data: Any, where: str) -> Any:
         raise ValueError(f"{where} is {data}; expected a finite number.")
     if kind in _LARGEST and abs(data) > _LARGEST[kind]:
         raise ValueError(f"{where} is {_shown(data)}; expected at most {_LARGEST[kind]:g}.")
-    return printable(data, _LONGEST) if kind is str else data
+    return printable(data, _LONGEST) if isinstance(data, str) else data
 
 
 def _expect(kind: type, data: Any, where: str) -> None:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from bayesprune.errors import StorageError
+from bayesprune.hosts.timm_names import ARCHITECTURE, ENTRYPOINT_ARGS, NOT_FOR_BUILDING, is_plain_name
 from bayesprune.hosts.timm_task import BayesPruneTask as BayesPruneTask
 from bayesprune.layers import VariationalLayer, register_layer
 from bayesprune.layers.stock import VariationalConv2d
@@ -35,11 +36,6 @@ except ImportError as error:
         f"bayesprune.hosts.timm needs timm >= 1.0.23 ({error}): pip install 'bayesprune[timm]'"
     ) from error
 
-ARCHITECTURE = "bayesprune_pruned"
-_ENTRYPOINT_ARGS = ("base", "base_args", "spec", "save_id")
-# What timm.create_model does beside building: a file must not make it read other files.
-_NOT_FOR_BUILDING = frozenset({"model_name", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"})
-_NOT_FOR_BUILDING |= {"checkpoint_path", "cache_dir"}
 # Where the dense weights came from, and how they were to be converted, is not true of the saved ones.
 _SOURCE_KEYS = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load", "label_offset")
 
@@ -61,7 +57,7 @@ def timm_base(model: nn.Module, model_args: Mapping[str, Any] | None = None) -> 
         return None
     if not is_model(config["architecture"]):
         return None
-    args = {k: v for k, v in getattr(model, "_model_args", {}).items() if k not in _ENTRYPOINT_ARGS}
+    args = {k: v for k, v in getattr(model, "_model_args", {}).items() if k not in ENTRYPOINT_ARGS}
     if isinstance(num_classes := getattr(model, "num_classes", None), int):
         args["num_classes"] = num_classes
     size: list[int] = list(config.get("input_size") or (3, 224, 224))
@@ -89,12 +85,12 @@ def build(base: Base) -> nn.Module:
     Raises:
         StorageError: timm does not know the name, or the arguments are not for the constructor.
     """
-    if base.name == ARCHITECTURE or not is_model(base.name):
+    if not is_plain_name(base.name) or not is_model(base.name):
         raise StorageError(
             f"timm {timm.__version__} has no architecture {base.name!r}. Import the module that registers it, or "
             "install the timm version the model was saved with (it is in bayesprune.json)."
         )
-    if forbidden := _NOT_FOR_BUILDING & base.args.keys():
+    if forbidden := NOT_FOR_BUILDING & base.args.keys():
         raise StorageError(
             f"the arguments to build timm's {base.name!r} with hold {', '.join(sorted(forbidden))}; expected only what "
             "the architecture's constructor takes."

@@ -24,15 +24,15 @@ def parse_json(data: bytes, where: str) -> Any:
         raise StorageError(f"{where} has more than {MAX_BYTES:,} bytes, which is the most that is read.")
     if (count := sum(map(data.count, (b",", b"[", b"{")))) > MAX_VALUES:
         raise StorageError(f"{where} has some {count:,} values; expected at most {MAX_VALUES:,}.")
+    too_deep = StorageError(f"{where} is nested too deeply; expected at most {MAX_DEPTH} levels.")
     try:
         value = json.loads(data, object_pairs_hook=_once)
-        is_deep = _depth(value) > MAX_DEPTH
-    except RecursionError:
-        is_deep = True
+    except RecursionError as error:
+        raise too_deep from error
     except ValueError as error:  # not UTF-8, not JSON
         raise StorageError(f"{where} is not valid JSON: {error}. It is damaged or truncated; save again.") from error
-    if is_deep:
-        raise StorageError(f"{where} is nested too deeply; expected at most {MAX_DEPTH} levels.")
+    if _depth(value) > MAX_DEPTH:
+        raise too_deep
     return value
 
 

@@ -8,7 +8,6 @@ them is checked name by name (`check_config`), and all is built where there is n
 
 import dataclasses
 import inspect
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +16,7 @@ from huggingface_hub import constants
 from transformers import GenerationConfig, PreTrainedConfig, dynamic_module_utils
 
 from bayesprune.errors import StorageError
+from bayesprune.hosts import timm_names
 
 # Said by the saved model's own files, or leading out of them: no part of what a model is built from.
 _NOT_FOR_BUILDING = frozenset({"quantization_config", "auto_map", "_name_or_path", "name_or_path"})
@@ -33,9 +33,6 @@ _LEADING = frozenset({"auto_map", "attribute_map", "transformers_weights", "cust
 # Objects whose keys are the user's own words.
 _WORDS = frozenset({"id2label", "label2id", "vocabulary_map"})
 _TIMM_NAMES = frozenset({"architecture", "backbone"})
-_TIMM_NAME = re.compile(r"[\w-]+(\.[\w-]+)*")
-_NOT_FOR_TIMM = frozenset({"model_name", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path"})
-_NOT_FOR_TIMM |= {"cache_dir", "base", "base_args", "spec", "save_id"}
 
 
 def for_building(config: dict[str, Any]) -> dict[str, Any]:
@@ -78,9 +75,9 @@ def check_config(config: PreTrainedConfig, *, may_be_asked_for: bool = False) ->
             elif name in _LEADING or (name not in declared and _is_taken(kind, name)):
                 is_fine = False
             elif name in _TIMM_NAMES:
-                is_fine = value is None or (isinstance(value, str) and _TIMM_NAME.fullmatch(value) is not None)
+                is_fine = value is None or timm_names.is_plain_name(value)
             elif name == "model_args":
-                is_fine = not (isinstance(value, dict) and _NOT_FOR_TIMM & value.keys())
+                is_fine = not (isinstance(value, dict) and timm_names.NOT_FOR_BUILDING & value.keys())
             else:
                 is_fine = name in _WORDS or not leading_out(value)
             if not is_fine:

@@ -15,6 +15,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("bayesprune.hosts.transformers")
 
 from bayesprune.hosts.transformers.closed import check_config, closed, for_building  # noqa: E402
+from bayesprune.storage.spec import plain_attributes  # noqa: E402
 from tests.hosts.transformers.saved import bert, config, cut, outputs  # noqa: E402
 from tests.storage.sealing import rewrite  # noqa: E402
 from tests.storage.watching import watching  # noqa: E402
@@ -58,17 +59,17 @@ def leads(directory):
         "kernels for experts": {"_experts_implementation": "someone/kernel"},
         "weights of timm": timm | {"model_args": {"checkpoint_path": outside}},
         "another directory": timm | {"architecture": f"local-dir:{directory.parent}"},
+        "a saved model": timm | {"architecture": "bayesprune_pruned"},
         "the hub": {"model_type": "detr", "backbone": "someone/net", "backbone_config": None},
         "the hub through timm": {"model_type": "timm_backbone", "backbone": "hf-hub:someone/net"},
     }
 
 
 @pytest.mark.parametrize("kind", leads(Path()))
-@pytest.mark.parametrize("place", ["text_config", "vision_config"])
-def test_load_reads_asks_and_runs_nothing_else(llava, monkeypatch, kind, place):
+def test_load_reads_asks_and_runs_nothing_else(llava, monkeypatch, kind):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     lead = leads(llava)[kind]
-    rewrite(llava / "bayesprune.json", lambda record: record["base"]["args"]["config"][place].update(lead))
+    rewrite(llava / "bayesprune.json", lambda record: record["base"]["args"]["config"]["text_config"].update(lead))
     with watching(llava) as events:
         try:
             model = bp.load(llava)
@@ -76,6 +77,13 @@ def test_load_reads_asks_and_runs_nothing_else(llava, monkeypatch, kind, place):
             model = None
     assert events == []
     assert model is None or not any(hasattr(part, "auto_map") for part in (model.config, model.config.text_config))
+
+
+def test_module_takes_no_name_of_a_file():
+    """wav2vec2 reads an adapter of this name when its weights are tied, after a load."""
+    module = torch.nn.Identity()
+    module.target_lang, module.size = "../outside", 3
+    assert plain_attributes(module) == {"size": 3}
 
 
 def test_names_in_lists_are_left_out_too():
