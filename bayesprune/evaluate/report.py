@@ -79,8 +79,8 @@ class Report:
             StorageError: the text is no such report, of another schema version, or larger than one is.
         """
         data = text if isinstance(text, bytes) else text.encode(errors="surrogatepass")
-        document = parse_json(data, "the report")
         try:
+            document = parse_json(data, "it")
             version = document.get("schema_version") if isinstance(document, dict) else None
             if version != SCHEMA_VERSION:
                 raise ValueError(
