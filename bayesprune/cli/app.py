@@ -10,23 +10,27 @@ from typing import Annotated, Literal
 import torch
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
+from torch import Tensor
 from typer import Option
 
 from bayesprune import pipeline
 from bayesprune.checkpoints import Checkpoints, Interval, ResumableTask
 from bayesprune.cli.jobs import DEFAULTS, Request, library_of, prepare
 from bayesprune.cli.progress import ConsoleProgress
-from bayesprune.errors import BayespruneError
+from bayesprune.errors import BayespruneError, StorageError
 from bayesprune.evaluate import Report
 from bayesprune.evaluate.plots import require_matplotlib
+from bayesprune.evaluate.printable import printable
 from bayesprune.storage.load import read as read_saved
+from bayesprune.storage.reading import read_bounded
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Make a trained model smaller."
 )
 
+_LONGEST_LINE, _MAX_LINES = 1_000, 60
 _CONSOLE = Console(width=None if sys.stdout.isatty() else 120)  # files and pipes have no width of their own
 
 
@@ -165,7 +169,7 @@ def report(directory: Annotated[Path, typer.Argument(help="What compress wrote."
     path = directory / "report.json"
     if not path.is_file():
         raise typer.BadParameter(f"no report.json in {str(directory)!r}; it is written by bayesprune compress.")
-    _CONSOLE.print(Report.from_json(path.read_text(encoding="utf-8")).table())
+    _CONSOLE.print(Report.from_json(read_bounded(path)).table())
 
 
 @app.command()
@@ -174,14 +178,16 @@ def inspect(directory: Annotated[Path, typer.Argument(help="What bayesprune.save
     saved = read_saved(directory)
     base = "a plain module" if saved.base is None else f"{saved.base.library} model {saved.base.name}"
     total = sum(tensor.numel() for tensor in saved.tensors.values())
-    nonzero = sum(int(tensor.count_nonzero()) for tensor in saved.tensors.values())
+    nonzero = {name: _nonzero(tensor) for name, tensor in saved.tensors.items()}
     versions = ", ".join(f"{name} {version}" for name, version in saved.versions.items())
-    table = Table("tensor", "shape", "dtype", "nonzero", title=f"{directory}: {base}", caption=f"saved with {versions}")
+    title, caption = Text(printable(f"{directory}: {base}")), Text(printable(f"saved with {versions}"))
+    table = Table("tensor", "shape", "dtype", "nonzero", title=title, caption=caption)
     for name, tensor in saved.tensors.items():
-        share = int(tensor.count_nonzero()) / max(1, tensor.numel())
-        table.add_row(name, "x".join(map(str, tensor.shape)), str(tensor.dtype).removeprefix("torch."), f"{share:.1%}")
+        shape, dtype = "x".join(map(str, tensor.shape)), str(tensor.dtype).removeprefix("torch.")
+        share = f"{nonzero[name] / max(1, tensor.numel()):.1%}"
+        table.add_row(*map(Text, (printable(name), printable(shape), dtype, share)))
     _CONSOLE.print(table)
-    _CONSOLE.print(f"{total:,} values, {nonzero:,} of them not zero", highlight=False)
+    _CONSOLE.print(f"{total:,} values, {sum(nonzero.values()):,} of them not zero", highlight=False)
 
 
 def main() -> None:
@@ -191,8 +197,17 @@ def main() -> None:
     try:
         app()
     except (BayespruneError, ValueError, OSError, ImportError, FloatingPointError) as error:
-        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
+        lines = [printable(line, _LONGEST_LINE) for line in str(error).splitlines()[:_MAX_LINES]]
+        Console(stderr=True).print(Text.assemble(("error:", "red"), " ", "\n".join(lines)), highlight=False)
         raise SystemExit(1) from error
+
+
+def _nonzero(tensor: Tensor) -> int:
+    """How many of the values are not zero, of any dtype that can be compared with zero."""
+    try:
+        return int(tensor.ne(0).count_nonzero())
+    except RuntimeError as error:
+        raise StorageError(f"a tensor of dtype {tensor.dtype} cannot be inspected: {error}") from error
 
 
 def _target(

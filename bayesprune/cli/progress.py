@@ -6,6 +6,9 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from bayesprune.evaluate.printable import printable
 
 
 class ConsoleProgress:
@@ -19,11 +22,12 @@ class ConsoleProgress:
     def stage(self, title: str) -> None:
         """A new stage begins."""
         self._stage += 1
-        self._console.print(f"[bold]\\[{self._stage}/{self._num_stages}] {title}[/bold]", highlight=False)
+        head = f"[{self._stage}/{self._num_stages}] {printable(title)}"
+        self._console.print(Text(head, style="bold"), highlight=False)
 
     def say(self, text: str) -> None:
         """One line about the present stage."""
-        self._console.print(f"      {text}", markup=False, highlight=False, soft_wrap=True)
+        self._console.print(f"      {printable(text)}", markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def training(self, num_epochs: int, steps_per_epoch: int) -> Iterator[Callable[[float], None]]:

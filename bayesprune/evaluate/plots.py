@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from html import escape
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +67,7 @@ def snr_histograms(layers: Sequence[LayerSNR]) -> str:
         figure, axes = _rows_figure([layer.name for layer in layers], inches_per_row=0.28)
         for position, layer in enumerate(layers):
             floor = position + 0.42
-            heights = [floor - 0.84 * count / max(layer.counts) for count in layer.counts]
+            heights = [floor - 0.84 * count / max(1, *layer.counts) for count in layer.counts]
             axes.stairs(heights, SNR_LOG10_EDGES, baseline=floor, fill=True, color=_BLUE)
             cells = significant(layer.median, 2), f"{100 * layer.fraction_below_one:.1f} %"
             for x, cell in zip(columns, cells, strict=True):
@@ -188,5 +189,6 @@ def _svg(figure: "Figure", title: str) -> str:
     text = re.sub(r'<g id="[^"]*"', "<g", text)
     view_box = re.search(r'viewBox="[^"]*"', text)
     assert view_box is not None
-    text = re.sub(r"<svg[^>]*>", f'<svg role="img" aria-label="{title}" {view_box[0]}>', text, count=1)
+    head = f'<svg role="img" aria-label="{escape(title)}" {view_box[0]}>'
+    text = re.sub(r"<svg[^>]*>", lambda _: head, text, count=1)
     return re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text.replace(_INK, "currentColor"))

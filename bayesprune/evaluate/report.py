@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import platform
+import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -20,6 +21,7 @@ from bayesprune.evaluate.measure import REPORT_FILES, file_bytes, latencies
 from bayesprune.evaluate.measurement import Measurement, measure
 from bayesprune.evaluate.metric import ACCURACY, Metric
 from bayesprune.evaluate.running import ExampleInputs
+from bayesprune.storage.parsing import parse_json
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -70,19 +72,20 @@ class Report:
         return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> "Report":
-        """The report that `to_json` wrote.
+    def from_json(cls, text: str | bytes) -> "Report":
+        """The report that `to_json` wrote. Its texts are made printable, whatever the file says.
 
         Raises:
-            StorageError: the text is no such report, or of another schema version.
+            StorageError: the text is no such report, of another schema version, or larger than one is.
         """
+        data = text if isinstance(text, bytes) else text.encode(errors="surrogatepass")
         try:
-            document = json.loads(text)
+            document = parse_json(data, "it")
             version = document.get("schema_version") if isinstance(document, dict) else None
             if version != SCHEMA_VERSION:
                 raise ValueError(
-                    f"its schema_version is {version!r}; expected {SCHEMA_VERSION}. Read it with the version of "
-                    "bayesprune that wrote it."
+                    f"its schema_version is {reprlib.repr(version)}; expected {SCHEMA_VERSION}. Read it with the "
+                    "version of bayesprune that wrote it."
                 )
             return schema.decode(cls, document)
         except ValueError as error:

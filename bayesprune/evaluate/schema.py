@@ -1,21 +1,27 @@
-"""Frozen dataclasses from JSON, checked against their annotations."""
+"""Frozen dataclasses from JSON that is not to be trusted: checked against their annotations, bounded, printable."""
 
 import dataclasses
 import math
+import reprlib
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from bayesprune.evaluate.printable import printable
+
 T = TypeVar("T")
+
+_LARGEST = {int: 2**63, float: 1e100}
+_LONGEST = 2_000
 
 
 def decode(kind: type[T], data: Any, where: str = "report") -> T:
     """An instance of a dataclass from parsed JSON; unknown keys are skipped, missing ones take the field's default.
 
     Raises:
-        ValueError: a field without a default is missing, or has another type than its annotation; the message says
-            where.
+        ValueError: a field without a default is missing, has another type than its annotation, or is a number that
+            nothing measured has; the message says where.
     """
     if not isinstance(data, dict):
         raise ValueError(f"{where} is {_shown(data)}; expected an object.")
@@ -25,7 +31,8 @@ def decode(kind: type[T], data: Any, where: str = "report") -> T:
         if field.name not in data:
             if field.default is not dataclasses.MISSING:
                 continue
-            raise ValueError(f"{where} has no {field.name!r}; it has {', '.join(map(repr, data)) or 'nothing'}.")
+            found = ", ".join(_shown(key) for key in list(data)[:20]) or "nothing"
+            raise ValueError(f"{where} has no {field.name!r}; it has {found}.")
         values[field.name] = _value(hints[field.name], data[field.name], f"{where}.{field.name}")
     return kind(**values)
 
@@ -40,15 +47,17 @@ def _value(kind: Any, data: Any, where: str) -> Any:
         return tuple(_value(args[0], item, f"{where}[{i}]") for i, item in enumerate(data))
     if origin in (dict, Mapping):
         _expect(dict, data, where)
-        return {key: _value(args[1], item, f"{where}.{key}") for key, item in data.items()}
+        return {printable(key): _value(args[1], item, f"{where}.{printable(key)}") for key, item in data.items()}
     if dataclasses.is_dataclass(kind):
         return decode(typing.cast("type", kind), data, where)
-    if kind is float and isinstance(data, int) and not isinstance(data, bool):
+    if kind is float and type(data) is int and abs(data) <= _LARGEST[int]:
         data = float(data)
     _expect(kind, data, where)
     if kind is float and not math.isfinite(data):
         raise ValueError(f"{where} is {data}; expected a finite number.")
-    return data
+    if kind in _LARGEST and abs(data) > _LARGEST[kind]:
+        raise ValueError(f"{where} is {_shown(data)}; expected at most {_LARGEST[kind]:g}.")
+    return printable(data, _LONGEST) if isinstance(data, str) else data
 
 
 def _expect(kind: type, data: Any, where: str) -> None:
@@ -58,5 +67,4 @@ def _expect(kind: type, data: Any, where: str) -> None:
 
 
 def _shown(data: Any) -> str:
-    text = repr(data)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return printable(reprlib.repr(data), 60)

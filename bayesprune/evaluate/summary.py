@@ -11,6 +11,9 @@ from bayesprune.evaluate.measure import Latency
 if TYPE_CHECKING:
     from bayesprune.evaluate.report import Report
 
+_HUGE = 1e6
+_MOST_DIGITS = 20
+
 
 @dataclass(frozen=True)
 class Quantity:
@@ -85,12 +88,14 @@ def to_csv(report: "Report") -> str:
 
 def percent(fraction: float) -> str:
     """A fraction as text in percent: 0.9312 is "93.12 %"."""
-    return f"{100 * fraction:.2f} %"
+    return f"{100 * fraction:.2f} %" if abs(fraction) < _HUGE else f"{100 * fraction:.2e} %"
 
 
 def significant(value: float, digits: int = 4) -> str:
-    """A number rounded to this many significant digits, with thousands separators and no exponent."""
+    """A number rounded to this many significant digits, with thousands separators, and no exponent if it can be."""
     magnitude = math.floor(math.log10(abs(value))) if value else 0
+    if abs(magnitude) > _MOST_DIGITS:
+        return f"{value:.{digits - 1}e}"
     return f"{value:,.{max(0, digits - 1 - magnitude)}f}"
 
 
@@ -161,7 +166,10 @@ def _cost(
 
 
 def _ratio(before: float | None, after: float | None) -> float | None:
-    return None if before is None or after is None or not before else after / before
+    if before is None or after is None or not before:
+        return None
+    ratio = after / before
+    return ratio if math.isfinite(ratio) else None
 
 
 def _words(after_over_before: float | None, less: str, more: str) -> str:

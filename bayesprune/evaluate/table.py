@@ -56,7 +56,7 @@ def _summary(report: "Report") -> Table:
         table.add_column(Text(label), justify="right", no_wrap=True)
     table.add_column("ratio", justify="right", style="bold", no_wrap=True)
     for row in quantities(report):
-        table.add_row(row.name, Text(row.terms), row.before_text, row.after_text, row.change)
+        table.add_row(*map(Text, (row.name, row.terms, row.before_text, row.after_text, row.change)))
     return table
 
 

@@ -15,11 +15,14 @@ from safetensors import SafetensorError
 from torch import nn
 
 from bayesprune.errors import StorageError
+from bayesprune.hosts.timm_names import ARCHITECTURE, ENTRYPOINT_ARGS, NOT_FOR_BUILDING, is_plain_name
 from bayesprune.hosts.timm_task import BayesPruneTask as BayesPruneTask
 from bayesprune.layers import VariationalLayer, register_layer
 from bayesprune.layers.stock import VariationalConv2d
+from bayesprune.storage import base as bases
 from bayesprune.storage.base import Base, Host, register_host
-from bayesprune.storage.load import check_file, check_same_save, fill, read, read_record
+from bayesprune.storage.bounds import bounded_building
+from bayesprune.storage.load import check_file, check_same_save, fill, read
 from bayesprune.storage.rebuild import rebuild
 from bayesprune.storage.spec import Spec
 
@@ -33,11 +36,6 @@ except ImportError as error:
         f"bayesprune.hosts.timm needs timm >= 1.0.23 ({error}): pip install 'bayesprune[timm]'"
     ) from error
 
-ARCHITECTURE = "bayesprune_pruned"
-_ENTRYPOINT_ARGS = ("base", "base_args", "spec", "save_id")
-# What timm.create_model does beside building: a file must not make it read other files.
-_NOT_FOR_BUILDING = frozenset({"model_name", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"})
-_NOT_FOR_BUILDING |= {"checkpoint_path", "cache_dir"}
 # Where the dense weights came from, and how they were to be converted, is not true of the saved ones.
 _SOURCE_KEYS = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load", "label_offset")
 
@@ -59,7 +57,7 @@ def timm_base(model: nn.Module, model_args: Mapping[str, Any] | None = None) -> 
         return None
     if not is_model(config["architecture"]):
         return None
-    args = {k: v for k, v in getattr(model, "_model_args", {}).items() if k not in _ENTRYPOINT_ARGS}
+    args = {k: v for k, v in getattr(model, "_model_args", {}).items() if k not in ENTRYPOINT_ARGS}
     if isinstance(num_classes := getattr(model, "num_classes", None), int):
         args["num_classes"] = num_classes
     size: list[int] = list(config.get("input_size") or (3, 224, 224))
@@ -85,24 +83,21 @@ def build(base: Base) -> nn.Module:
     """The dense timm model, with fresh weights.
 
     Raises:
-        StorageError: timm does not know the name, or does not take the arguments.
+        StorageError: timm does not know the name, or the arguments are not for the constructor.
     """
-    if not is_model(base.name):
+    if not is_plain_name(base.name) or not is_model(base.name):
         raise StorageError(
             f"timm {timm.__version__} has no architecture {base.name!r}. Import the module that registers it, or "
             "install the timm version the model was saved with (it is in bayesprune.json)."
         )
-    if forbidden := _NOT_FOR_BUILDING & base.args.keys():
+    if forbidden := NOT_FOR_BUILDING & base.args.keys():
         raise StorageError(
             f"the arguments to build timm's {base.name!r} with hold {', '.join(sorted(forbidden))}; expected only what "
             "the architecture's constructor takes."
         )
-    known = {field.name for field in dataclasses.fields(PretrainedCfg)}
+    known = {field.name for field in dataclasses.fields(PretrainedCfg)} - set(_SOURCE_KEYS)
     config = {k: tuple(v) if isinstance(v, list) else v for k, v in base.config.items() if k in known}
-    try:
-        model = timm.create_model(base.name, pretrained=False, pretrained_cfg=config, **base.args)
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        raise StorageError(f"timm {timm.__version__} does not build {base.name!r} with {base.args}: {error}") from error
+    model = timm.create_model(base.name, pretrained=False, pretrained_cfg=config, **base.args)
     vars(model).setdefault("_model_args", dict(base.args))  # so that older timm versions remember them as well
     return model
 
@@ -187,23 +182,27 @@ def bayesprune_pruned(
         )
     is_local = pretrained_cfg.get("source") == "local-dir"
     directory = Path(pretrained_cfg["file"]) if is_local else Path()
-    if is_local:  # nothing is built from a file that was not checked
-        record = read_record(directory)
-        check_same_save(str(directory / "config.json"), save_id, str(directory / "bayesprune.json"), record.save_id)
-        check_file(record, directory / "config.json")
+    saved = read(directory) if is_local else None
+    if saved is not None:  # nothing is built from a file that was not checked
+        check_same_save(str(directory / "config.json"), save_id, str(directory / "bayesprune.json"), saved.save_id)
+        check_file(saved, directory / "config.json")
     config = {k: v for k, v in pretrained_cfg.items() if k not in _SOURCE_KEYS}
     for key in ("pretrained_model_args", "cache_dir"):
         kwargs.pop(key, None)
-    skeleton = _skeleton(Base("timm", base, base_args or {}, config), kwargs)
+    said = {"library": "timm", "name": base, "args": base_args or {}, "config": config}
+    described = Spec.from_json(spec, "config.json")
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in described.shapes.items()}
+    with bounded_building(tensors if saved is None else saved.tensors, len(described.classes)):
+        skeleton = _skeleton(Base.from_json(said, "config.json"), kwargs)
     vars(skeleton)["pretrained_cfg"].update(pretrained_cfg_overlay or {})  # how images are prepared, not what is built
     if not pretrained:
-        return rebuild(skeleton, Spec.from_json(spec, "config.json"))
-    if not is_local:
+        return rebuild(skeleton, described)
+    if saved is None:
         raise StorageError(
             f"{ARCHITECTURE} reads weights from a local directory, not from {pretrained_cfg.get('source')!r}. Download "
             'it (huggingface_hub.snapshot_download) and use timm.create_model("local-dir:DIRECTORY", pretrained=True).'
         )
-    return fill(skeleton, read(directory), directory)
+    return fill(skeleton, saved, directory)
 
 
 def _check_known(name: str) -> None:
@@ -215,11 +214,10 @@ def _check_known(name: str) -> None:
 def _skeleton(base: Base, overrides: Mapping[str, Any]) -> nn.Module:
     """The dense model, with the arguments of the call where they change no shape."""
     changed = {k: v for k, v in overrides.items() if k not in base.args or _text(v) != _text(base.args[k])}
-    with torch.random.fork_rng(devices=[]):
-        saved = build(base)
-        if not changed:
-            return saved
-        asked = build(dataclasses.replace(base, args=base.args | changed))
+    saved = bases.build(base)
+    if not changed:
+        return saved
+    asked = bases.build(dataclasses.replace(base, args=base.args | changed))
     if _shapes(asked) != _shapes(saved):
         raise StorageError(
             f"the arguments {changed} give a {base.name!r} of other shapes than the saved one, created with "

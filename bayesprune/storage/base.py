@@ -3,6 +3,7 @@
 A host teaches `save` and `load` one library: `bayesprune.hosts.timm` is the example to follow.
 """
 
+import reprlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -11,6 +12,9 @@ import torch
 from torch import nn
 
 from bayesprune.errors import StorageError
+from bayesprune.storage.bounds import check_integers
+
+_MAX_SAID = 500
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,20 @@ def host_of(base: Base) -> Host:
 
 
 def build(base: Base) -> nn.Module:
-    """The dense base, built by its host; the global random numbers stay where they were."""
+    """The dense base, built by its host; the global random numbers stay where they were.
+
+    Raises:
+        StorageError: it cannot be built, whatever the library says of it.
+    """
     host = host_of(base)
-    with torch.random.fork_rng(devices=[]):
-        return host.build(base)
+    check_integers({"args": base.args, "config": base.config}, f"the base {base.name!r}")
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return host.build(base)
+    except StorageError:
+        raise
+    except Exception as error:  # a constructor that is given anything may raise anything
+        said = f"{type(error).__name__}: {error}"[:_MAX_SAID]
+        raise StorageError(
+            f"{base.library} does not build {base.name!r} with {reprlib.repr(base.args)}: {said}"
+        ) from error

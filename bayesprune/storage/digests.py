@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bayesprune.errors import StorageError
+from bayesprune.storage.parsing import parse_json
 
 KEY = "sha256"
 _MAX_NAMED = 4
@@ -48,10 +49,7 @@ def check_tensors(tensors: Mapping[str, Tensor], header: Mapping[str, str], wher
     """
     if KEY not in header and not required:
         return
-    try:
-        recorded = json.loads(header.get(KEY, "null"))
-    except (ValueError, RecursionError):
-        recorded = None
+    recorded = parse_json(header.get(KEY, "null").encode(), f"the entry {KEY!r} in the header of {where}")
     if not isinstance(recorded, dict):
         raise StorageError(f"the header of {where} holds no digests of its tensors under {KEY!r}. {_ADVICE}")
     other = [name for name, tensor in tensors.items() if recorded.get(name) != tensor_digest(tensor)]
@@ -64,11 +62,7 @@ def check_tensors(tensors: Mapping[str, Tensor], header: Mapping[str, str], wher
 
 
 def json_digest(value: Any) -> str:
-    """SHA-256 of a JSON value, whatever the order of its keys and its white space.
-
-    Raises:
-        RecursionError: it is nested too deeply.
-    """
+    """SHA-256 of a JSON value, whatever the order of its keys and its white space."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -93,9 +87,5 @@ def check_json(value: Any, digest: Any, where: str) -> None:
     Raises:
         StorageError: it has another one.
     """
-    try:
-        found = json_digest(value)
-    except RecursionError as error:
-        raise StorageError(f"{where} is nested too deeply. It is not ours.") from error
-    if found != digest:
+    if json_digest(value) != digest:
         raise StorageError(f"{where} does not have the SHA-256 it was saved with. {_ADVICE}")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bayesprune.errors import StorageError
 from bayesprune.storage.digests import tensor_header
+from bayesprune.storage.parsing import parse_json
 from bayesprune.storage.reading import INDEX, TENSORS
 
 SHARD = "model-{number:05}-of-{count:05}.safetensors"
@@ -24,8 +25,13 @@ _LOGGER = logging.getLogger(__name__)
 
 
 def json_writer(value: Any) -> Writer:
-    """Writes a JSON value; it is encoded now, so that a value JSON cannot hold fails before any file is touched."""
+    """Writes a JSON value; it is encoded now, so that what cannot be read again fails before any file is touched.
+
+    Raises:
+        StorageError: it is larger or deeper than what is read.
+    """
     data = (json.dumps(value, indent=1) + "\n").encode()
+    parse_json(data, "what is to be saved as JSON")
 
     def write(path: Path) -> None:
         path.write_bytes(data)

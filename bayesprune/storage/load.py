@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from bayesprune.errors import StorageError
 from bayesprune.storage import base as bases
 from bayesprune.storage.base import Base
+from bayesprune.storage.bounds import bounded_building
 from bayesprune.storage.digests import KEY, check_json, check_seal
 from bayesprune.storage.reading import (
     FORMAT_VERSION,
@@ -84,7 +85,8 @@ def load(directory: str | Path, *, model: nn.Module | None = None) -> nn.Module:
                 f"{directory} holds a plain module, which no library builds by name; build the dense model and "
                 "pass it: load(directory, model=...)."
             )
-        model = bases.build(saved.base)
+        with bounded_building(saved.tensors, len(saved.spec.classes)):
+            model = bases.build(saved.base)
     return fill(model, saved, directory).eval()
 
 

@@ -1,6 +1,5 @@
 """Reading the files of a saved directory: every damage named, nothing allocated that a file only claims to hold."""
 
-import json
 import re
 import reprlib
 from pathlib import Path
@@ -12,13 +11,13 @@ from torch import Tensor
 
 from bayesprune.errors import StorageError
 from bayesprune.storage.digests import KEY, check_tensors
+from bayesprune.storage.parsing import MAX_BYTES, parse_json
 
 TENSORS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 RECORD = "bayesprune.json"
 FORMAT_VERSION = 2  # 1 had no digests; it is read without that check
 READABLE_VERSIONS = (1, 2)
-MAX_JSON_BYTES = 64 * 2**20
 _SHARD_NAME = re.compile(r"[\w-]+(\.[\w-]+)*\.safetensors")
 _DTYPES = {
     "F64": torch.float64,
@@ -40,23 +39,24 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         StorageError: the file is missing, unreadable, too large, not JSON, names a key twice, or is not an object.
     """
-    try:
-        require_file(path)
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise StorageError(f"{path} has {size:,} bytes; expected at most {MAX_JSON_BYTES:,}. It is not ours.")
-        value = json.loads(path.read_bytes(), object_pairs_hook=_once)
-    except OSError as error:
-        raise StorageError(f"{path} cannot be read: {error}.") from error
-    except RecursionError as error:
-        raise StorageError(f"{path} is nested too deeply. It is not ours.") from error
-    except StorageError:
-        raise
-    except ValueError as error:  # not UTF-8, not JSON
-        raise StorageError(f"{path} is not valid JSON: {error}. It is damaged or truncated; save again.") from error
+    value = parse_json(read_bounded(path), str(path))
     if not isinstance(value, dict):
         raise StorageError(f"{path} holds {reprlib.repr(value)}; expected a JSON object.")
     return value
+
+
+def read_bounded(path: Path) -> bytes:
+    """The bytes of a JSON file, and no more than one too many.
+
+    Raises:
+        StorageError: the file is missing or unreadable.
+    """
+    try:
+        require_file(path)
+        with path.open("rb") as file:
+            return file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {error}.") from error
 
 
 def read_tensors(path: Path, *, digests: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -134,14 +134,6 @@ def require_file(path: Path) -> None:
         raise StorageError(f"{path} is a directory, pipe or device; expected the file that bayesprune.save wrote.")
     found = ", ".join(sorted(entry.name for entry in path.parent.iterdir())[:8]) or "nothing"
     raise StorageError(f"{path.parent} has no file {path.name} (it has {found}); expected what bayesprune.save wrote.")
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these pairs; of a key that stands there twice, readers would take one or the other."""
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        raise ValueError("it names a key twice in one object")
-    return value
 
 
 def _meta(tensor: Any) -> Tensor:

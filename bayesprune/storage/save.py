@@ -158,7 +158,7 @@ def _check_json(**values: Any) -> None:
     for name, value in values.items():
         try:
             json.dumps(value)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise TypeError(
                 f"{name} is not a JSON value ({error}); expected numbers, strings, lists, dicts."
             ) from error

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from bayesprune.errors import StorageError, UnsupportedModelError
-from bayesprune.layers import VariationalLayer, variational_layers
+from bayesprune.estimators import ESTIMATORS
+from bayesprune.layers import STRUCTURES, VariationalLayer, variational_layers
 
 MAX_DEPTH = 8
-_NOT_RECORDED = frozenset(vars(nn.Module()))
+_NOT_RECORDED = frozenset(vars(nn.Module())) | {"target_lang"}  # wav2vec2 reads a file of this name once it is set
 _VARIATIONAL_ATTRIBUTES = frozenset(VariationalLayer.__annotations__)
 Shape = tuple[int, ...]
 
@@ -79,7 +80,7 @@ class Spec:
             constants=_mapping(value, "constants", where, _is_string, "a name"),
             buffers=_mapping(value, "buffers", where, _is_dtype, "a dtype such as 'float32'"),
             tied=_mapping(value, "tied", where, _is_string, "a tensor name"),
-            variational=_mapping(value, "variational", where, _is_variational, "the strings 'std' and 'estimator'"),
+            variational=_mapping(value, "variational", where, _is_variational, "a known std and estimator"),
             computed={
                 name: tuple(shape)
                 for name, shape in _mapping(
@@ -249,7 +250,12 @@ def _is_dtype(value: Any) -> bool:
 
 
 def _is_variational(value: Any) -> bool:
-    return isinstance(value, dict) and value.keys() == {"std", "estimator"} and all(map(_is_string, value.values()))
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"std", "estimator"}
+        and value["std"] in tuple(STRUCTURES)
+        and value["estimator"] in ESTIMATORS
+    )
 
 
 def _mapping(value: Any, key: str, where: str, is_valid: Callable[[Any], bool], expected: str) -> dict[str, Any]:

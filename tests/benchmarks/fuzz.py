@@ -19,8 +19,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-
 import torch
 import transformers
 
@@ -104,10 +102,13 @@ load took {result["slowest_load_seconds"]:.1f} s of the {settings["seconds"]:.0f
 
 A load gives the right model (every tensor, output, attribute and configuration value equal), or a `StorageError`, or an
 error of timm or transformers about a file that they read before this package is asked. Everything else is a failure:
-another model without an error, an error of another kind, too much time or memory. "Right model" has many rows because
-not every file matters to every call (`bp.load` reads no `config.json`) and not every change means something.
-The row "resealed" holds files whose digests were made to fit what was changed: they describe another model, and are
-judged by time, memory and the kind of error alone.
+another model without an error, an error of another kind, too much time or memory, something read, asked or run beside
+the files of the directory (Python's audit events tell: files, sockets, processes, questions to the user, who hear "y";
+and no tensor may be that of the directory beside it). "Right model" has many rows because not every file matters to
+every call (`bp.load` reads no `config.json`) and not every change means something.
+The rows "resealed" hold files whose digests were made to fit what was changed: they describe another model, and are
+judged by all of this but the model. "Leading out" are keys that name code, kernels, other files or a hub; "asking for
+much" are long lists, nested models, huge counts and unknown names.
 """
     lines = text.splitlines()
     for title, column in (("Mutation", 0), ("Directory and route", 1)):

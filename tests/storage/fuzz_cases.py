@@ -88,9 +88,33 @@ def transformers_cases() -> dict[str, Case]:
 
         return write
 
+    def save_two_towers(directory: Path, seed: int) -> None:
+        """Its towers are built by an Auto class, from configs of their own."""
+        torch.manual_seed(seed)
+        vision = transformers.CLIPVisionConfig(**sizes, image_size=8, patch_size=4)
+        both = transformers.LlavaConfig(vision_config=vision, text_config=config, image_token_index=31)
+        model = transformers.LlavaForConditionalGeneration(both)
+        mlp = model.model.language_model.layers[0].mlp
+        for linear in (mlp.gate_proj, mlp.up_proj):
+            tp.prune_linear_out_channels(linear, [0, 1])
+        tp.prune_linear_in_channels(mlp.down_proj, [0, 1])
+        bp.save(model, directory)
+
+    def save_wrapped(directory: Path, seed: int) -> None:
+        """timm builds it, from a name and arguments in the config."""
+        torch.manual_seed(seed)
+        options = transformers.TimmWrapperConfig(architecture="test_resnet", num_labels=5)
+        bp.save(transformers.TimmWrapperForImageClassification(options), directory)
+
     auto = transformers.AutoModelForCausalLM
     routes = {"bp.load": bp.load, "from_pretrained": auto.from_pretrained}
     return {
         "Llama": Case(save(), routes, TOKENS),
         "Llama in shards": Case(save(max_shard_size="10KB"), routes, TOKENS),
+        "LLaVA": Case(
+            save_two_towers,
+            {"bp.load": bp.load, "from_pretrained": transformers.AutoModelForImageTextToText.from_pretrained},
+            TOKENS,
+        ),
+        "timm wrapped by transformers": Case(save_wrapped, {"bp.load": bp.load}, IMAGES),
     }

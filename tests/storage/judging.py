@@ -1,4 +1,4 @@
-"""Loads a damaged directory and says what came of it: the right model, a clear error, or one of four failures."""
+"""Loads a damaged directory and says what came of it: the right model, a clear error, or one of five failures."""
 
 import json
 import random
@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import bayesprune as bp
 from bayesprune.errors import StorageError
 from bayesprune.storage.spec import describe_model
-from tests.storage.mutations import MUTATIONS
+from tests.storage.mutations import CRAFTED, MUTATIONS
+from tests.storage.watching import PACKAGE, watching
 
 RIGHT, OURS, THEIRS, OTHER = "right model", "StorageError", "the host's own error", "what the changed file says"
 WRONG, CRASH, SLOW, MEMORY = "silent wrong load", "crash", "too slow", "too much memory"
-FAILURES = (WRONG, CRASH, SLOW, MEMORY)
-PACKAGE = str(Path(bp.__file__).parent)
+OUTSIDE = "reads, asks or runs something else"
+FAILURES = (WRONG, CRASH, SLOW, MEMORY, OUTSIDE)
 Route = Callable[[Path], nn.Module]
 
 
@@ -55,6 +55,7 @@ class Workshop:
     root: Path
     files: dict[str, bytes] = field(default_factory=dict)
     expected: dict[str, Any] = field(default_factory=dict)
+    foreign: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.directory, self.other = self.root / "saved", self.root / "other"
@@ -62,24 +63,37 @@ class Workshop:
         self.case.save(self.other, 1)
         self.files = {path.name: path.read_bytes() for path in self.directory.iterdir()}
         self.expected = {name: facts(load(self.directory), self.case.inputs) for name, load in self.case.routes.items()}
+        self.foreign = next(iter(self.case.routes.values()))(self.other).state_dict()
 
     def judge(self, kind: str, route: str, seed: str, *, seconds: float) -> tuple[str, str, float]:
         """The verdict on one mutation, what was said, and how long the load took."""
         self._restore()
         MUTATIONS[kind](random.Random(seed), self.directory, self.other)
         start = time.perf_counter()
-        try:
-            with time_limit(seconds):
-                model = self.case.routes[route](self.directory)
-            taken = time.perf_counter() - start
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # noqa: BLE001  (every one is a verdict)
-            return *_of_error(error, route), time.perf_counter() - start
-        if kind == "resealed":
-            return OTHER, "", taken
+        with watching(self.directory, ours_alone=route != "bp.load") as events:
+            try:
+                with time_limit(seconds):
+                    model = self.case.routes[route](self.directory)
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # noqa: BLE001  (every one is a verdict)
+                verdict = _of_error(error, route)
+            else:
+                verdict = self._of_model(model, kind, route) if not events else (OUTSIDE, "")
+        taken = time.perf_counter() - start
+        return (OUTSIDE, "; ".join(events), taken) if events else (*verdict, taken)
+
+    def _of_model(self, model: nn.Module, kind: str, route: str) -> tuple[str, str]:
+        if kind in CRAFTED:
+            own = self.expected[route]["tensors"]
+            taken = [
+                name
+                for name, tensor in model.state_dict().items()
+                if name in self.foreign and _same(tensor, self.foreign[name]) and not _same(tensor, own.get(name))
+            ]
+            return (OUTSIDE, f"{taken[0]} is that of another directory") if taken else (OTHER, "")
         difference = _difference(facts(model, self.case.inputs), self.expected[route])
-        return (WRONG, difference, taken) if difference else (RIGHT, "", taken)
+        return (WRONG, difference) if difference else (RIGHT, "")
 
     def _restore(self) -> None:
         shutil.rmtree(self.directory, ignore_errors=True)
@@ -122,14 +136,18 @@ def _of_error(error: BaseException, route: str) -> tuple[str, str]:
     said = f"{type(error).__name__}: {error}"[:300]
     if isinstance(error, StorageError):
         return OURS, said
+    frames = [entry.filename for entry in traceback.extract_tb(error.__traceback__)]
+    if route != "bp.load" and not any(name.startswith(PACKAGE) for name in frames):
+        return THEIRS, said
     if isinstance(error, TooSlow):
         return SLOW, traceback.format_exc()[-600:]
     if isinstance(error, MemoryError) or "allocate memory" in str(error):
         return MEMORY, traceback.format_exc()[-600:]
-    frames = [entry.filename for entry in traceback.extract_tb(error.__traceback__)]
-    if route != "bp.load" and isinstance(error, Exception) and not any(name.startswith(PACKAGE) for name in frames):
-        return THEIRS, said
     return CRASH, "".join(traceback.format_exception(error))[-900:]
+
+
+def _same(tensor: Tensor, other: Tensor | None) -> bool:
+    return other is not None and tensor.dtype == other.dtype and torch.equal(tensor, other)
 
 
 def _difference(found: dict[str, Any], expected: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ PATHS = ["../other/model.safetensors", "/etc/passwd", "..", ".", "", "/dev/zero"
 PATHS += ["..\\model.safetensors", "C:\\model.safetensors", "file:///etc/passwd", "./model.safetensors", "x" * 5000]
 PICKLE = b"cposix\nsystem\n(S'touch CODE_RAN'\ntR."
 MARK = "placeholder of a mutation"
+UNMAPPED = "blip_text_model"  # a config of transformers that AutoModel knows no class for, so that it would take others
 
 
 def truncate(rng: random.Random, directory: Path, other: Path) -> None:
@@ -203,6 +204,102 @@ def resealed(rng: random.Random, directory: Path, other: Path) -> None:
     reseal(directory)
 
 
+def lead_out(rng: random.Random, directory: Path, other: Path) -> None:
+    """Keys that name code, kernels, other files, other directories or a hub, with digests that fit."""
+    (directory / "modeling.py").write_text("import os\nos.system('touch CODE_RAN')\nclass Evil: pass\n")
+    outside = directory.parent / "outside.pth"
+    outside.write_bytes(PICKLE)
+    code = dict.fromkeys(("AutoModel", "AutoConfig", "AutoModelForCausalLM", "AutoBackbone"), "modeling.Evil")
+    unknown = {"model_type": UNMAPPED, "attribute_map": {"x": "auto_map", "y": "_name_or_path"}, "y": str(directory)}
+    keys: list[dict[str, Any]] = [
+        {"model_type": UNMAPPED, "auto_map": code, "name_or_path": str(directory)},
+        {**unknown, "x": code},
+        {"attribute_map": {"x": "auto_map"}, "x": code},
+        {"attribute_map": {"x": "_attn_implementation_internal"}, "x": "someone/kernel"},
+        {"attribute_map": {"__dict__": "x"}, "x": {}, "auto_map": code},
+        *({name: "someone/kernel"} for name in ("attn_implementation", "_attn_implementation")),
+        {"_attn_implementation_internal": "flash_attention_2"},
+        {"experts_implementation": "someone/kernel"},
+        {"backbone": "someone/net", "backbone_config": None, "use_pretrained_backbone": True},
+        {"backbone": str(other), "backbone_config": None},
+        {"model_type": "timm_wrapper", "architecture": f"local-dir:{other}"},
+        {"model_type": "timm_wrapper", "architecture": "test_resnet", "model_args": {"checkpoint_path": str(outside)}},
+        {"model_args": {"pretrained": True}},
+        {"model_args": {"checkpoint_path": str(outside)}},
+        *({name: str(outside)} for name in ("checkpoint_path", "pretrained", "file", "url", "cache_dir")),
+        {"pretrained_cfg": {"file": str(outside)}, "pretrained_cfg_overlay": {"file": str(outside)}},
+        {"architecture": f"local-dir:{other}"},
+        {"architecture": "hf-hub:someone/net"},
+        {"name": f"local-dir:{other}"},
+        {"transformers_weights": "../outside.pth"},
+        {"name_or_path": str(other), "_name_or_path": str(other), "target_lang": "../other/x"},
+        {"custom_pipelines": {"text": {"impl": "modeling.Evil"}}},
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+        {"library": "someone/else"},
+        {"configuration_files": ["config.4.0.0.json"]},
+        {"custom_generate": "modeling.py", "_from_model_config": True},
+    ]
+    chosen = rng.choice(keys)
+    if rng.random() < 0.2:
+        chosen = {"text_config": chosen, "vision_config": [chosen], "sub": [[chosen]]}
+    path = one_of(rng, directory, ".json")
+    value = json.loads(path.read_text())
+    inside = [node[key] for node, key in nodes(value) if isinstance(node[key], dict)]
+    likely = [node for node in inside if node.keys() & {"model_type", "architecture", "base_args", "hidden_size"}]
+    likely += [value["base"]["args"]] if isinstance(value.get("base"), dict) else [value]
+    rng.choice(likely if rng.random() < 0.7 else [value, *inside]).update(chosen)
+    path.write_text(json.dumps(value))
+    reseal(directory)
+
+
+def bomb(rng: random.Random, directory: Path, other: Path) -> None:
+    """Small files that ask for much: long lists, nested models, huge counts, names that nothing has."""
+    path = one_of(rng, directory, ".json")
+    value = json.loads(path.read_text())
+    kind = rng.randrange(5)
+    if kind == 0:
+        text = rng.choice(("[]", "{}", "0", '{"a":[]}'))
+        node, key = rng.choice(list(nodes(value)))
+        node[key] = MARK
+        path.write_text(
+            json.dumps(value).replace(json.dumps(MARK), f"[{','.join([text] * rng.choice((10**4, 10**5, 10**6)))}]")
+        )
+        if rng.random() < 0.5:
+            return
+    elif kind == 1:
+        for node, key in list(nodes(value)):
+            if key in ("base_args", "args") and isinstance(node[key], dict):
+                inner = {"base": "test_resnet", "base_args": {}, "spec": {}}
+                for level in range(14):
+                    inner = {"base": "bayesprune_pruned", "base_args": inner, "spec": {}, "drop_rate": level / 99}
+                node[key] = inner
+            elif key in ("base", "name") and isinstance(node[key], str):
+                node[key] = "bayesprune_pruned"
+        path.write_text(json.dumps(value))
+    elif kind == 2:
+        places = [(node, key) for node, key in nodes(value) if type(node[key]) is int]
+        for node, key in rng.sample(places, min(len(places), rng.choice((1, 1, 3)))):
+            node[key] = rng.choice((10**4, 10**5, 10**6, 2**27, 2**28, 2**28 + 1, 2**31, 10**12, 10**30))
+        path.write_text(json.dumps(value))
+    elif kind == 3:
+        names = {"act_layer": "nothing", "norm_layer": "nothing", "hidden_act": "nothing", "dtype": "nothing"}
+        names |= {"depths": [10**6], "num_hidden_layers": 10**7, "num_labels": 10**9, "num_classes": 10**8}
+        names |= {"estimator": "nothing", "std": "nothing", "block_fn": "nothing", "model_type": "nothing"}
+        name = rng.choice(list(names))
+        inside = [node[key] for node, key in nodes(value) if isinstance(node[key], dict)]
+        for node in [node for node in inside if name in node] or [rng.choice([value, *inside])]:
+            node[name] = names[name]
+        path.write_text(json.dumps(value))
+    else:
+        deep: Any = 1
+        for _ in range(rng.choice((90, 200, 300))):
+            deep = {"tuple": [deep]} if rng.random() < 0.5 else {"text_config": deep, "model_type": "llama"}
+        node, key = rng.choice(list(nodes(value)))
+        node[key] = deep
+        path.write_text(json.dumps(value))
+    reseal(directory)
+
+
 MUTATIONS: dict[str, Callable[[random.Random, Path, Path], None]] = {
     "truncated file": truncate,
     "flipped bits": flip_bits,
@@ -224,7 +321,10 @@ MUTATIONS: dict[str, Callable[[random.Random, Path, Path], None]] = {
     "directory or pipe": no_regular_file,
     "safetensors header": change_header,
     "resealed": resealed,
+    "resealed, leading out": lead_out,
+    "resealed, asking for much": bomb,
 }
+CRAFTED = ("resealed", "resealed, leading out", "resealed, asking for much")
 
 
 def one_of(rng: random.Random, directory: Path, ending: str = "") -> Path:

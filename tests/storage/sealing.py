@@ -20,6 +20,7 @@ def rewrite(path: Path, change: Callable[[Any], Any]) -> None:
 def reseal(directory: Path) -> None:
     """Writes digests that fit the JSON files as they are."""
     record = json.loads((directory / RECORD).read_text())
-    for name in record.get("files", {}):
+    files = record.get("files")
+    for name in [name for name in files if (directory / name).is_file()] if isinstance(files, dict) else []:
         record["files"][name] = json_digest(json.loads((directory / name).read_text()))
     (directory / RECORD).write_text(json.dumps(sealed(record)))

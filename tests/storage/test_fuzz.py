@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.storage.fuzz_cases import plain_cases, timm_cases
-from tests.storage.judging import CRASH, OTHER, OURS, RIGHT, THEIRS, Workshop
-from tests.storage.mutations import MUTATIONS
+from tests.storage.judging import CRASH, OTHER, OURS, OUTSIDE, RIGHT, THEIRS, Workshop
+from tests.storage.mutations import CRAFTED, MUTATIONS
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs pipes and alarms")
 
@@ -20,7 +20,7 @@ def plain(tmp_path_factory) -> dict[str, Workshop]:
 @pytest.mark.parametrize("kind", MUTATIONS)
 def test_damaged_modules(plain, kind):
     verdicts = [shop.judge(kind, "bp.load", f"{name}/{n}", seconds=10) for name, shop in plain.items() for n in (0, 1)]
-    accepted = {OURS, OTHER} if kind == "resealed" else {OURS, RIGHT}
+    accepted = {OURS, OTHER} if kind in CRAFTED else {OURS, RIGHT}
     assert {verdict for verdict, *_ in verdicts} <= accepted, verdicts
 
 
@@ -33,17 +33,28 @@ def test_damaged_timm_models(tmp_path):
 
 
 def test_judge_tells_failures(plain, monkeypatch):
-    """A load that gave another model, and one that failed otherwise, would be seen."""
+    """A load that gave another model, one that read another directory, and one that failed otherwise, would be seen."""
     shop = plain["plain module"]
     load = shop.case.routes["bp.load"]
 
     def quietly_other(directory: Path):
+        model = load(directory)
+        model[0].weight.data.neg_()
+        return model
+
+    def elsewhere(directory: Path):
         return load(shop.other)
+
+    def asking(directory: Path):
+        return load(directory) if input("may its code be run?") == "y" else None
 
     def failing(directory: Path):
         raise KeyError(directory)
 
     monkeypatch.setitem(shop.case.routes, "bp.load", quietly_other)
     assert shop.judge("extra file, pickle, code", "bp.load", "0", seconds=10)[0] == "silent wrong load"
+    for leading_out in (elsewhere, asking):
+        monkeypatch.setitem(shop.case.routes, "bp.load", leading_out)
+        assert shop.judge("extra file, pickle, code", "bp.load", "0", seconds=10)[0] == OUTSIDE
     monkeypatch.setitem(shop.case.routes, "bp.load", failing)
     assert shop.judge("truncated file", "bp.load", "0", seconds=10)[0] == CRASH

@@ -13,7 +13,7 @@ from torch import nn
 
 import bayesprune as bp
 from bayesprune.errors import StorageError
-from bayesprune.storage import reading
+from bayesprune.storage import parsing
 from bayesprune.storage.digests import sealed, tensor_header
 from tests.storage.sealing import rewrite
 
@@ -79,8 +79,8 @@ def test_file_of_something_else(saved, text, said):
 
 
 def test_huge_file_is_not_read(saved, monkeypatch):
-    monkeypatch.setattr(reading, "MAX_JSON_BYTES", 10)
-    assert "expected at most 10" in refused(saved)
+    monkeypatch.setattr(parsing, "MAX_BYTES", 10)
+    assert "has more than 10 bytes" in refused(saved)
 
 
 @pytest.mark.parametrize("version", [3, 0, None, "1", 2.0, True, [1]])

@@ -15,12 +15,10 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_utils import PreTrainedModel
 
 from bayesprune.errors import StorageError
+from bayesprune.hosts.transformers.closed import check_config, check_generation, closed, for_building
 from bayesprune.storage.base import Base
 
 LIBRARY = "transformers"
-# Said by the saved model's own files, or naming code to run: no part of what a model is built from.
-_NOT_FOR_BUILDING = frozenset({"quantization_config", "auto_map", "_name_or_path", "name_or_path"})
-_NOT_FOR_BUILDING |= {f"{prefix}{kind}_implementation" for prefix in ("", "_") for kind in ("attn", "experts")}
 
 
 class Passing(str):
@@ -66,11 +64,15 @@ def build(base: Base) -> PreTrainedModel:
     if not isinstance(values, dict):
         raise StorageError(f"the base of {base.name!r} holds no config but {values!r}. The file is damaged.")
     try:
-        config = model_class.config_class.from_dict(for_building(values))
-        with no_init_weights():
+        with closed(), no_init_weights():
+            config = model_class.config_class.from_dict(for_building(values))
+            check_config(config)
             model = model_class._from_config(config)
         if generation := base.config.get("generation_config"):
+            check_generation(generation)
             model.generation_config = transformers.GenerationConfig.from_dict(generation)
+    except StorageError:
+        raise
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError) as error:
         raise StorageError(
             f"transformers {transformers.__version__} does not build {base.name} with the saved config "
@@ -91,12 +93,6 @@ def skeleton(base: Base) -> PreTrainedModel:
     """The dense model on the meta device: all but its numbers."""
     with torch.device("meta"):
         return build(base)
-
-
-def for_building(config: dict[str, Any]) -> dict[str, Any]:
-    """The config, and those inside it, without what is not for building."""
-    kept = {key: value for key, value in config.items() if key not in _NOT_FOR_BUILDING}
-    return {key: for_building(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def _known_class(name: str) -> type[PreTrainedModel] | None:

@@ -26,7 +26,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from bayesprune.errors import StorageError, UnsupportedModelError
 from bayesprune.hosts.transformers import layers  # noqa: F401  (registers Conv1D)
 from bayesprune.hosts.transformers.changes import Renaming, changes, spec_of
-from bayesprune.hosts.transformers.host import LIBRARY, build, for_building, hf_base, skeleton
+from bayesprune.hosts.transformers.closed import check_config, for_building, forget_leading, leading_out
+from bayesprune.hosts.transformers.host import LIBRARY, build, hf_base, skeleton
 from bayesprune.storage.base import Base, Host, register_host
 from bayesprune.storage.digests import KEY, check_json, check_seal, json_digest, sealed, tensor_header
 from bayesprune.storage.load import check_same_save
@@ -93,6 +94,9 @@ class BayespruneQuantizer(HfQuantizer):
                 f"{list(checkpoint_files or ())}. Pass the directory or repository it was saved to."
             )
         where = str(Path(checkpoint_files[0]).parent / "config.json")
+        for path in checkpoint_files:
+            if os.path.normpath(Path(path).parent) != os.path.normpath(Path(where).parent):
+                raise StorageError(f"{path} is not in {Path(where).parent}, where the model's other files are.")
         spec = spec_of(config.changed, model, where)
         found = _headers(checkpoint_files, where, config.save_id)
         same_class = type(model).__name__ == config.architecture
@@ -121,11 +125,13 @@ class BayespruneQuantizer(HfQuantizer):
     def update_attn_implementation(self, config: Any) -> Any:
         """The same config: transformers asks for it before it builds the model, so this is where it is checked.
 
-        Only where the config knows its directory, as it does for the Auto classes; it is checked again afterwards.
+        The file itself only where the config knows its directory, as it does for the Auto classes; it is checked again
+        afterwards.
 
         Raises:
-            StorageError: `config.json` is not as it was saved.
+            StorageError: `config.json` is not as it was saved, or leads out of its directory.
         """
+        check_config(config, may_be_asked_for=True)
         where = Path(config.name_or_path) / "config.json"
         found = read_json(where) if config.name_or_path and where.is_file() else {}
         entry = found.get("quantization_config")
@@ -175,6 +181,7 @@ class BayespruneQuantizer(HfQuantizer):
         vars(model.config).pop("quantization_config", None)
         if values is None:
             return None, {}
+        forget_leading(model.config)
         self.quantization_config = BayespruneConfig(**values)
         model.config.quantization_config = self.quantization_config
         vars(model)["_weight_conversions"] = []  # the names in memory, as in the spec
@@ -252,6 +259,8 @@ def _build(base: Base) -> nn.Module:
 
 
 def _check_config(found: dict[str, Any], config: BayespruneConfig, where: Path) -> None:
+    if names := leading_out(found):
+        raise StorageError(f"{where} holds {', '.join(names[:4])}, which lead out of it; bayesprune.save writes none.")
     if config.format_version > 1:
         check_json(for_building(found), config.config_sha256, str(where))
 
@@ -271,8 +280,6 @@ def _check_digests(config: BayespruneConfig, files: Sequence[str], where: Path) 
         check_seal(values, f"quantization_config in {where}")
         _check_config(found, config, where)
     for path in files:
-        if os.path.normpath(Path(path).parent) != os.path.normpath(where.parent):
-            raise StorageError(f"{path} is not in {where.parent}, where the index of the model's files is.")
         read_tensors(Path(path), digests=has_digests)
 
 
