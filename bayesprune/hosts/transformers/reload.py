@@ -93,6 +93,7 @@ class BayespruneQuantizer(HfQuantizer):
                 f"{list(checkpoint_files or ())}. Pass the directory or repository it was saved to."
             )
         where = str(Path(checkpoint_files[0]).parent / "config.json")
+        model.to("meta")  # some models make tensors by torch.Tensor(size), which is on the CPU whatever is asked for
         spec = spec_of(config.changed, model, where)
         found = _headers(checkpoint_files, where, config.save_id)
         same_class = type(model).__name__ == config.architecture
