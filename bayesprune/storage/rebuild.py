@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from bayesprune.convert import to_variational
 from bayesprune.errors import StorageError
 from bayesprune.layers import VariationalLayer, variational_layers
+from bayesprune.states import load_values
 from bayesprune.storage.spec import (
     Shape,
     Spec,
@@ -48,10 +49,10 @@ def rebuild(model: nn.Module, spec: Spec, tensors: Mapping[str, Tensor] | None =
     try:
         _resize(model, spec, tensors)
         if state is not None and spec.variational:
-            model.load_state_dict(state, strict=False)  # the stds start at the scale of the weights
+            load_values(model, state, strict=False)  # the stds start at the scale of the weights
         _make_variational(model, spec.variational)
         if state is not None:
-            model.load_state_dict(state)
+            load_values(model, state)
             _tie_masks(model, spec)
     except (RuntimeError, ValueError) as error:
         raise StorageError(f"the saved tensors do not go into the model: {error}") from error
