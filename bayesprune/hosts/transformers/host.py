@@ -21,6 +21,8 @@ LIBRARY = "transformers"
 # Said by the saved model's own files, or naming code to run: no part of what a model is built from.
 _NOT_FOR_BUILDING = frozenset({"quantization_config", "auto_map", "_name_or_path", "name_or_path"})
 _NOT_FOR_BUILDING |= {f"{prefix}{kind}_implementation" for prefix in ("", "_") for kind in ("attn", "experts")}
+# Objects whose keys are the user's own words.
+_WORDS = frozenset({"id2label", "label2id"})
 
 
 class Passing(str):
@@ -66,7 +68,9 @@ def build(base: Base) -> PreTrainedModel:
     if not isinstance(values, dict):
         raise StorageError(f"the base of {base.name!r} holds no config but {values!r}. The file is damaged.")
     try:
-        config = model_class.config_class.from_dict(for_building(values))
+        # Only its reader of files turns the texts back that it writes for infinite numbers.
+        values = model_class.config_class._decode_special_floats(for_building(values))
+        config = model_class.config_class.from_dict(values)
         with no_init_weights():
             model = model_class._from_config(config)
         if generation := base.config.get("generation_config"):
@@ -96,7 +100,10 @@ def skeleton(base: Base) -> PreTrainedModel:
 def for_building(config: dict[str, Any]) -> dict[str, Any]:
     """The config, and those inside it, without what is not for building."""
     kept = {key: value for key, value in config.items() if key not in _NOT_FOR_BUILDING}
-    return {key: for_building(value) if isinstance(value, dict) else value for key, value in kept.items()}
+    return {
+        key: for_building(value) if isinstance(value, dict) and key not in _WORDS else value
+        for key, value in kept.items()
+    }
 
 
 def _known_class(name: str) -> type[PreTrainedModel] | None:

@@ -13,6 +13,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("bayesprune.hosts.transformers")
 
 from tests.benchmarks.families_models import FAMILIES, build  # noqa: E402
+from tests.benchmarks.families_models import TOKENS as TOKENS_OF_A_DECODER  # noqa: E402
 from tests.hosts.transformers.saved import bert, config, cut, gpt2, masked, outputs, same_state  # noqa: E402
 from tests.storage.sealing import rewrite  # noqa: E402
 
@@ -76,6 +77,42 @@ def test_class_head_and_labels_come_from_the_config(tmp_path):
     loaded = bp.load(tmp_path)
     assert type(loaded).__name__ == "BertForTokenClassification"
     assert loaded.config.id2label == labels
+
+
+def test_labels_may_have_any_name(tmp_path):
+    """Also those of keys of the config that are left out of what is saved."""
+    names = ["auto_map", "attn_implementation", "name_or_path"]
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
+    bp.save(cut(bert(**labels)), tmp_path)
+    for loaded in (bp.load(tmp_path), transformers.BertForSequenceClassification.from_pretrained(tmp_path)):
+        assert loaded.config.label2id == labels["label2id"]
+        assert loaded.config.id2label == labels["id2label"]
+
+
+def mamba2() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 8, "n_groups": 1}
+    config = transformers.Mamba2Config(**sizes, num_heads=4, head_dim=8, chunk_size=8, **TOKENS_OF_A_DECODER)
+    return transformers.Mamba2ForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_numbers_that_json_lacks(tmp_path, value):
+    """transformers writes texts for them, which only its reader of files turns back."""
+    model = masked(bert())
+    model.config.floor = value
+    bp.save(model, tmp_path)
+    for loaded in (bp.load(tmp_path), transformers.BertForSequenceClassification.from_pretrained(tmp_path)):
+        assert repr(loaded.config.floor) == repr(value)
+
+
+def test_time_steps_without_a_limit(tmp_path):
+    model = masked(mamba2())
+    assert model.config.time_step_limit[1] == float("inf")
+    bp.save(model, tmp_path)
+    for loaded in (bp.load(tmp_path), transformers.Mamba2ForCausalLM.from_pretrained(tmp_path)):
+        assert same_state(loaded, model)
+        assert tuple(loaded.config.time_step_limit) == tuple(model.config.time_step_limit)
 
 
 def test_dense_model_is_an_ordinary_directory(tmp_path):
