@@ -162,7 +162,8 @@ def run(
         return None
     progress.stage("Save and report")
     points = [{"nonzero_parameters": p.nonzero_parameters, task.metric.name: p.accuracy} for p in history]
-    save(model, out, history=[{"label": p.label, **point} for p, point in zip(history, points, strict=True)])
+    said = [{"label": p.label, **point} for p, point in zip(history, points, strict=True)]
+    save(model, out, example_inputs=_example(model, task), history=said)
     with tempfile.TemporaryDirectory() as directory:
         save(dense, directory)  # for its size
         result = report(

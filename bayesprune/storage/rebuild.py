@@ -4,6 +4,7 @@ What does not fit is found before the model is touched, and told as a list of di
 """
 
 import logging
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,10 +20,12 @@ from bayesprune.storage.spec import (
     Spec,
     module_classes,
     module_constants,
+    module_notes,
     plain_attributes,
     tied_names,
     unsaved_buffers,
 )
+from bayesprune.storage.values import is_method
 
 _LOGGER = logging.getLogger(__name__)
 _MAX_LINES = 12
@@ -44,6 +47,7 @@ def rebuild(model: nn.Module, spec: Spec, tensors: Mapping[str, Tensor] | None =
         StorageError: the model has other layers than those recorded; it was not changed then.
     """
     _check_layers(model, spec)
+    _tell_notes(model, spec.notes)
     _set_attributes(model, spec.attributes)
     state = None if tensors is None else {name: tensors[spec.tied.get(name, name)] for name in spec.shapes}
     try:
@@ -97,7 +101,11 @@ def _check_layers(model: nn.Module, spec: Spec) -> None:
     classes, constants = module_classes(model), module_constants(model)
     every = dict.fromkeys([*classes, *spec.classes])
     pairs = [(name, classes.get(name), spec.classes.get(name)) for name in every]
-    pairs += [(name, constants[name], value) for name, value in spec.constants.items() if name in constants]
+    pairs += [
+        (name, constants.get(name), value)
+        for name, value in spec.constants.items()
+        if name in constants or is_method(modules.get(name.rpartition(".")[0]), name.rpartition(".")[2])
+    ]
     other = [
         f"{name or '(model)'}: {a or 'nothing'} in the model, {b or 'nothing'} recorded"
         for name, a, b in pairs
@@ -121,11 +129,31 @@ def _set_attributes(model: nn.Module, attributes: Mapping[str, Mapping[str, Any]
         known = plain_attributes(module) if module is not None else {}
         for name, value in values.items():
             if name in known:
-                setattr(module, name, value)
+                setattr(module, name, _placed(value, known[name]))
             else:
                 unknown.append(f"{module_name}.{name}".lstrip("."))
     if unknown:
         _LOGGER.warning("%s", difference("recorded attributes", "that this model does not have are left out", unknown))
+
+
+def _placed(value: Any, old: Any) -> Any:
+    """The value, a tensor on the device of the one whose place it takes."""
+    is_tensor = isinstance(value, Tensor) and isinstance(old, Tensor) and not old.is_meta
+    return value.to(old.device) if is_tensor else value
+
+
+def _tell_notes(model: nn.Module, notes: Mapping[str, str]) -> None:
+    found = module_notes(model) if notes else {}
+    other = [
+        f"{name}: {reprlib.repr(found.get(name, 'nothing'))} in the model, {reprlib.repr(text)} recorded"
+        for name, text in notes.items()
+        if found.get(name) != text and not (name not in found and name.endswith(")"))
+    ]
+    if other:
+        _LOGGER.warning(
+            "%s\nIf the forward depends on them, the loaded model computes something else than the saved one.",
+            difference("what no file restores", "is other in the model than when it was saved", other),
+        )
 
 
 def _resize(model: nn.Module, spec: Spec, tensors: Mapping[str, Tensor] | None) -> None:

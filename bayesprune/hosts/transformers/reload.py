@@ -31,8 +31,9 @@ from bayesprune.storage.base import Base, Host, register_host
 from bayesprune.storage.digests import KEY, check_json, check_seal, json_digest, sealed, tensor_header
 from bayesprune.storage.load import check_same_save
 from bayesprune.storage.reading import FORMAT_VERSION, READABLE_VERSIONS, read_header, read_json, read_tensors
-from bayesprune.storage.rebuild import rebuild, shape_differences
+from bayesprune.storage.rebuild import difference, rebuild, shape_differences
 from bayesprune.storage.spec import Spec, describe_model, tied_names
+from bayesprune.storage.unsaved import lost
 
 METHOD = "bayesprune"
 
@@ -170,7 +171,13 @@ class BayespruneQuantizer(HfQuantizer):
         if base is None:
             raise UnsupportedModelError(f"{type(model).__name__} is no class of transformers; use bayesprune.save.")
         save_id = uuid.uuid4().hex
-        spec = describe_model(model, skeleton(base)).to_json()
+        dense = skeleton(base)
+        if other := lost(model, dense):
+            raise StorageError(
+                difference("classes and functions", "that no file can say", other)
+                + "\nUse bayesprune.save(model, directory, plain=True), and load with bayesprune.load(..., model=...)."
+            )
+        spec = describe_model(model, dense).to_json()
         values = quantization_config(base, spec, save_id)
         vars(model).pop("_weight_conversions", None)
         vars(model.config).pop("quantization_config", None)

@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -284,6 +285,26 @@ def test_another_head_takes_the_base(tmp_path):
     assert torch.equal(outputs(CLASSIFIER.from_pretrained(tmp_path / "classifier")), outputs(classifier))
     base = transformers.AutoModel.from_pretrained(tmp_path / "classifier")
     assert torch.equal(outputs(base), outputs(model))
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), torch.tensor(0.25)])
+def test_numbers_of_numpy_and_torch_come_back(tmp_path, number):
+    model = cut(bert())
+    for layer in model.bert.encoder.layer:
+        layer.attention.self.scaling = number
+    bp.save(model, tmp_path)
+    for loaded in (bp.load(tmp_path), CLASSIFIER.from_pretrained(tmp_path)):
+        assert type(loaded.bert.encoder.layer[0].attention.self.scaling) is type(number)
+        assert torch.equal(outputs(loaded), outputs(model))
+
+
+def test_other_code_is_refused(tmp_path):
+    model = bert()
+    model.bert.encoder.layer[0].__class__ = type("Mine", (type(model.bert.encoder.layer[0]),), {})
+    with pytest.raises(StorageError, match=r"bert\.encoder\.layer\.0: .*Mine in the model"):
+        bp.save(model, tmp_path)
+    with pytest.raises(StorageError, match=r"bert\.encoder\.layer\.0: .*Mine in the model"):
+        follow_saves(cut(model)).save_pretrained(tmp_path)
 
 
 def test_generation_goes_on(tmp_path):
