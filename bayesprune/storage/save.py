@@ -103,9 +103,9 @@ def save(
 
 def _spec_against(model: nn.Module, base: Base, example_inputs: Any) -> Spec:
     """The spec relative to the base, after a try that it rebuilds the model."""
-    skeleton = bases.build(base)
-    spec = describe_model(model, skeleton)
     try:
+        skeleton = bases.build(base)
+        spec = describe_model(model, skeleton)
         rebuild(skeleton, spec)
         computed = _computed_buffers(model, skeleton)
         if computed and not bases.host_of(base).takes_buffers:
