@@ -169,7 +169,7 @@ def _resize(model: nn.Module, spec: Spec, tensors: Mapping[str, Tensor] | None) 
             if first not in new:
                 dtype = old.dtype if tensors is None else tensors[first].dtype
                 fits = tuple(old.shape) == spec.shapes[name] and old.dtype == dtype and id(old) not in taken
-                new[first] = old if fits else _resized(old, spec.shapes[name], dtype)
+                new[first] = old if fits else resized(old, spec.shapes[name], dtype)
                 taken.add(id(new[first]))
             if new[first] is not old:
                 setattr(module, key, new[first])
@@ -183,7 +183,8 @@ def _resize(model: nn.Module, spec: Spec, tensors: Mapping[str, Tensor] | None) 
             setattr(model.get_submodule(owner), key, buffer.to(getattr(torch, spec.buffers[name])))
 
 
-def _resized(old: Tensor, shape: Shape, dtype: torch.dtype) -> Tensor:
+def resized(old: Tensor, shape: Shape, dtype: torch.dtype) -> Tensor:
+    """The tensor cut, or repeated, to a shape of as many dimensions; a parameter if it is one."""
     data = old.detach()
     if 0 in shape:
         data = data.new_empty(shape)
