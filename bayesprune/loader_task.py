@@ -20,6 +20,7 @@ from bayesprune.evaluate import ACCURACY, accuracy
 from bayesprune.hosts.task import Checkpoint, Progress, Split, Task, check_finite
 from bayesprune.layers.sharding import sharded_as, values_sharded_as, whole
 from bayesprune.prune import PruneSchedule
+from bayesprune.states import load_values
 from bayesprune.train import attach
 
 
@@ -88,7 +89,7 @@ class LoaderTask(Task):
                     checkpoint.keep(step, batches.state())
         self.accelerator.free_memory()
         if self._is_sharded:
-            model.load_state_dict({name: whole(value) for name, value in trained.state_dict().items()})
+            load_values(model, {name: whole(value) for name, value in trained.state_dict().items()})
         if self.accelerator.num_processes > 1:  # each has batch-norm statistics of its own images
             with torch.no_grad():
                 broadcast(list(model.state_dict().values()))
@@ -204,6 +205,8 @@ def _restore(part: Any, state: dict[str, Any]) -> None:
     if isinstance(part, nn.Module):
         current = part.state_dict()
         state = {name: sharded_as(value, current[name]) if name in current else value for name, value in state.items()}
+        load_values(part, state)
+        return
     part.load_state_dict(state)
     if isinstance(part, torch.optim.Optimizer):
         for parameter, values in part.state.items():

@@ -21,6 +21,7 @@ from bayesprune.predictive import sampling
 from bayesprune.prune import compress, prune_channels, signal_to_noise
 from bayesprune.prune.checks import checked_target
 from bayesprune.storage import save
+from bayesprune.storage.base import describe
 
 NUM_STAGES = 5
 _SMALL_CUT = {"macs": 0.95}  # a search needs one at least
@@ -162,7 +163,9 @@ def run(
         return None
     progress.stage("Save and report")
     points = [{"nonzero_parameters": p.nonzero_parameters, task.metric.name: p.accuracy} for p in history]
-    save(model, out, history=[{"label": p.label, **point} for p, point in zip(history, points, strict=True)])
+    said = [{"label": p.label, **point} for p, point in zip(history, points, strict=True)]
+    is_rebuilt = describe(model, None) is not None  # and its outputs can be compared with those of what is written
+    save(model, out, example_inputs=_example(model, task) if is_rebuilt else None, history=said)
     with tempfile.TemporaryDirectory() as directory:
         save(dense, directory)  # for its size
         result = report(

@@ -22,6 +22,7 @@ from bayesprune.layers.stock import VariationalConv2d
 from bayesprune.storage import base as bases
 from bayesprune.storage.base import Base, Host, register_host
 from bayesprune.storage.bounds import bounded_building
+from bayesprune.storage.heads import for_other_head, with_new
 from bayesprune.storage.load import check_file, check_same_save, fill, read
 from bayesprune.storage.rebuild import rebuild
 from bayesprune.storage.spec import Spec
@@ -169,7 +170,8 @@ def bayesprune_pruned(
 
     timm passes what `config.json` holds. With `pretrained=False` the model has the saved shapes and fresh weights.
     As with timm's own models, it is in training mode, and arguments that change no shape (`drop_rate`,
-    `drop_path_rate`, ...) may be given.
+    `drop_path_rate`, ...) may be given, and another `num_classes`: the head is a new one then, untrained and
+    deterministic.
 
     Raises:
         StorageError: it is not called for a local directory, the directory is damaged, or an argument contradicts the
@@ -193,15 +195,18 @@ def bayesprune_pruned(
     described = Spec.from_json(spec, "config.json")
     tensors = {name: torch.empty(shape, device="meta") for name, shape in described.shapes.items()}
     with bounded_building(tensors if saved is None else saved.tensors, len(described.classes)):
-        skeleton = _skeleton(Base.from_json(said, "config.json"), kwargs)
+        skeleton, dense = _skeleton(Base.from_json(said, "config.json"), kwargs)
     vars(skeleton)["pretrained_cfg"].update(pretrained_cfg_overlay or {})  # how images are prepared, not what is built
     if not pretrained:
-        return rebuild(skeleton, described)
+        return rebuild(skeleton, described if dense is None else for_other_head(described, dense, skeleton)[0])
     if saved is None:
         raise StorageError(
             f"{ARCHITECTURE} reads weights from a local directory, not from {pretrained_cfg.get('source')!r}. Download "
             'it (huggingface_hub.snapshot_download) and use timm.create_model("local-dir:DIRECTORY", pretrained=True).'
         )
+    if dense is not None:
+        other, fresh = for_other_head(saved.spec, dense, skeleton)
+        saved = dataclasses.replace(saved, spec=other, tensors=with_new(saved.tensors, other, fresh, skeleton))
     return fill(skeleton, saved, directory)
 
 
@@ -211,19 +216,21 @@ def _check_known(name: str) -> None:
         raise ValueError(f"timm {timm.__version__} has no architecture {name!r}; it has {similar}.")
 
 
-def _skeleton(base: Base, overrides: Mapping[str, Any]) -> nn.Module:
-    """The dense model, with the arguments of the call where they change no shape."""
+def _skeleton(base: Base, overrides: Mapping[str, Any]) -> tuple[nn.Module, nn.Module | None]:
+    """The dense model with the arguments of the call; the saved one as well where they ask for another head."""
     changed = {k: v for k, v in overrides.items() if k not in base.args or _text(v) != _text(base.args[k])}
     saved = bases.build(base)
     if not changed:
-        return saved
+        return saved, None
     asked = bases.build(dataclasses.replace(base, args=base.args | changed))
-    if _shapes(asked) != _shapes(saved):
+    alike = {k: v for k, v in changed.items() if k != "num_classes"}
+    same_head = bases.build(dataclasses.replace(base, args=base.args | alike)) if len(alike) < len(changed) else asked
+    if _shapes(same_head) != _shapes(saved):
         raise StorageError(
             f"the arguments {changed} give a {base.name!r} of other shapes than the saved one, created with "
             f"{base.args}. Create the model without them, and change it afterwards."
         )
-    return asked
+    return asked, None if _shapes(asked) == _shapes(saved) else saved
 
 
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:

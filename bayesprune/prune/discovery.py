@@ -18,6 +18,7 @@ from bayesprune.layers import variational_layers
 from bayesprune.prune.recalibrate import recalibrate_batch_norm
 from bayesprune.prune.schedule import Ramp, sparsities
 from bayesprune.prune.weights import WeightReport, prune_weights
+from bayesprune.states import load_values
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ def discover_mask(
         reports.append(report := prune_weights(model, sparsity=target, **options))
         _LOGGER.info("discover_mask: round %d of %d, %s", number, rounds, report.summary())
         if rewind is not None:
-            model.load_state_dict({**rewind, **_masks(model)})
+            load_values(model, {**rewind, **_masks(model)})
         if data is not None:
             recalibrate_batch_norm(model, data)
     return tuple(reports)

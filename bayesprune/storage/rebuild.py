@@ -4,6 +4,7 @@ What does not fit is found before the model is touched, and told as a list of di
 """
 
 import logging
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,15 +15,18 @@ from bayesprune.convert import to_variational
 from bayesprune.errors import StorageError
 from bayesprune.layers import VariationalLayer, named_posteriors, variational_layers
 from bayesprune.macs import requires_grad
+from bayesprune.states import load_values
 from bayesprune.storage.spec import (
     Shape,
     Spec,
     module_classes,
     module_constants,
+    module_notes,
     plain_attributes,
     tied_names,
     unsaved_buffers,
 )
+from bayesprune.storage.values import is_method
 
 _LOGGER = logging.getLogger(__name__)
 _MAX_LINES = 12
@@ -44,15 +48,16 @@ def rebuild(model: nn.Module, spec: Spec, tensors: Mapping[str, Tensor] | None =
         StorageError: the model has other layers than those recorded; it was not changed then.
     """
     _check_layers(model, spec)
+    _tell_notes(model, spec.notes)
     _set_attributes(model, spec.attributes)
     state = None if tensors is None else {name: tensors[spec.tied.get(name, name)] for name in spec.shapes}
     try:
         _resize(model, spec, tensors)
         if state is not None and spec.variational:
-            model.load_state_dict(state, strict=False)  # the stds start at the scale of the weights
+            load_values(model, state, strict=False)  # the stds start at the scale of the weights
         _make_variational(model, spec.variational)
         if state is not None:
-            model.load_state_dict(state)
+            load_values(model, state)
             _tie_masks(model, spec)
     except StorageError:
         raise
@@ -99,7 +104,11 @@ def _check_layers(model: nn.Module, spec: Spec) -> None:
     classes, constants = module_classes(model), module_constants(model)
     every = dict.fromkeys([*classes, *spec.classes])
     pairs = [(name, classes.get(name), spec.classes.get(name)) for name in every]
-    pairs += [(name, constants[name], value) for name, value in spec.constants.items() if name in constants]
+    pairs += [
+        (name, constants.get(name), value)
+        for name, value in spec.constants.items()
+        if name in constants or is_method(modules.get(name.rpartition(".")[0]), name.rpartition(".")[2])
+    ]
     other = [
         f"{name or '(model)'}: {a or 'nothing'} in the model, {b or 'nothing'} recorded"
         for name, a, b in pairs
@@ -123,11 +132,31 @@ def _set_attributes(model: nn.Module, attributes: Mapping[str, Mapping[str, Any]
         known = plain_attributes(module) if module is not None else {}
         for name, value in values.items():
             if name in known:
-                setattr(module, name, value)
+                setattr(module, name, _placed(value, known[name]))
             else:
                 unknown.append(f"{module_name}.{name}".lstrip("."))
     if unknown:
         _LOGGER.warning("%s", difference("recorded attributes", "that this model does not have are left out", unknown))
+
+
+def _placed(value: Any, old: Any) -> Any:
+    """The value, a tensor on the device of the one whose place it takes."""
+    is_tensor = isinstance(value, Tensor) and isinstance(old, Tensor) and not old.is_meta
+    return value.to(old.device) if is_tensor else value
+
+
+def _tell_notes(model: nn.Module, notes: Mapping[str, str]) -> None:
+    found = module_notes(model) if notes else {}
+    other = [
+        f"{name}: {reprlib.repr(found.get(name, 'nothing'))} in the model, {reprlib.repr(text)} recorded"
+        for name, text in notes.items()
+        if found.get(name) != text and not (name not in found and name.endswith(")"))
+    ]
+    if other:
+        _LOGGER.warning(
+            "%s\nIf the forward depends on them, the loaded model computes something else than the saved one.",
+            difference("what no file restores", "is other in the model than when it was saved", other),
+        )
 
 
 def _resize(model: nn.Module, spec: Spec, tensors: Mapping[str, Tensor] | None) -> None:
@@ -143,7 +172,7 @@ def _resize(model: nn.Module, spec: Spec, tensors: Mapping[str, Tensor] | None) 
             if first not in new:
                 dtype = old.dtype if tensors is None else tensors[first].dtype
                 fits = tuple(old.shape) == spec.shapes[name] and old.dtype == dtype and id(old) not in taken
-                new[first] = old if fits else _resized(old, spec.shapes[name], dtype)
+                new[first] = old if fits else resized(old, spec.shapes[name], dtype)
                 taken.add(id(new[first]))
             if new[first] is not old:
                 setattr(module, key, new[first])
@@ -157,7 +186,8 @@ def _resize(model: nn.Module, spec: Spec, tensors: Mapping[str, Tensor] | None) 
             setattr(model.get_submodule(owner), key, buffer.to(getattr(torch, spec.buffers[name])))
 
 
-def _resized(old: Tensor, shape: Shape, dtype: torch.dtype) -> Tensor:
+def resized(old: Tensor, shape: Shape, dtype: torch.dtype) -> Tensor:
+    """The tensor cut, or repeated, to a shape of as many dimensions; a parameter if it is one."""
     data = old.detach()
     if 0 in shape:
         data = data.new_empty(shape)

@@ -1,6 +1,7 @@
 """Writes a model to a directory, so that a fresh process loads it with one call."""
 
 import json
+import logging
 import uuid
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,7 +21,9 @@ from bayesprune.storage.files import json_writer, num_bytes, shard_writers, writ
 from bayesprune.storage.reading import FORMAT_VERSION, RECORD
 from bayesprune.storage.rebuild import difference, rebuild
 from bayesprune.storage.spec import Spec, describe_model, state_tensors, unsaved_buffers
+from bayesprune.storage.unsaved import doubtful, lost, outputs_differ
 
+_LOGGER = logging.getLogger(__name__)
 _PACKAGES = ("bayesprune", "torch", "safetensors", "timm", "transformers", "torch-pruning")
 
 
@@ -30,6 +33,7 @@ def save(
     *,
     model_args: Mapping[str, Any] | None = None,
     plain: bool = False,
+    example_inputs: Any = None,
     history: Any = None,
     report: Any = None,
     max_shard_size: int | str | None = None,
@@ -38,7 +42,8 @@ def save(
 
     The files hold no pickle and no code. What is written was rebuilt and compared with the model before the directory
     is touched; a save that fails leaves the previous one in that directory as it was. A model that is still variational
-    is saved with its stds and masks. Where several processes train one model, one of them saves.
+    is saved with its stds and masks. Replaced forwards, functions and classes are refused, and hooks and other
+    attributes that no file holds are named in a warning. Where several processes train one model, one of them saves.
 
     Args:
         model: A timm model (then `load(directory)` builds it again) or any module (then `load(directory, model=...)`
@@ -47,16 +52,18 @@ def save(
         model_args: Constructor arguments of the timm model that it does not show, such as `{"img_size": 64}`, as JSON
             values; recent timm versions remember them. None leaves out one that timm remembers.
         plain: True saves a timm model like any other module: for one whose layers were replaced by others.
+        example_inputs: A tensor, a tuple of arguments, or a mapping of keyword arguments for the model, on its device.
+            With them its outputs in evaluation mode are compared with those of the model that `load` will build.
         history: What was done to the model, as JSON values; kept in `bayesprune.json`.
         report: What was measured, as JSON values; kept in `bayesprune.json`.
         max_shard_size: Tensors that need more than this ("5GB", or bytes) go to several files with an index.
 
     Raises:
-        StorageError: the base cannot be rebuilt to the model (the message says where they differ), or the directory
-            cannot be written.
+        StorageError: the base cannot be rebuilt to the model (the message says where they differ) or computes something
+            else with it, or the directory cannot be written.
         UnsupportedModelError: the model is wrapped (DDP, FSDP, compiled), has gates, or holds tensors that safetensors
             does not.
-        ValueError: `model_args` for a module that is not timm's.
+        ValueError: `model_args` for a module that is not timm's, `example_inputs` for a plain one.
         TypeError: `history` or `report` are not JSON values.
     """
     _check_unwrapped(model)
@@ -68,7 +75,12 @@ def save(
             "for models that timm builds. Leave model_args out, and pass the dense model to load."
         )
     _check_json(history=history, report=report)
-    spec = describe_model(model) if base is None else _spec_against(model, base)
+    if base is None and example_inputs is not None:
+        raise ValueError(
+            f"example_inputs for a {type(model).__name__} that is saved as a plain module, which nothing but your own "
+            "code rebuilds. Leave them out, and compare outputs after load(directory, model=...)."
+        )
+    spec = describe_model(model) if base is None else _spec_against(model, base, example_inputs)
     save_id = uuid.uuid4().hex
     record = {
         "format_version": FORMAT_VERSION,
@@ -89,23 +101,43 @@ def save(
     write_together(Path(directory), writers)
 
 
-def _spec_against(model: nn.Module, base: Base) -> Spec:
+def _spec_against(model: nn.Module, base: Base, example_inputs: Any) -> Spec:
     """The spec relative to the base, after a try that it rebuilds the model."""
-    skeleton = bases.build(base)
-    spec = describe_model(model, skeleton)
     try:
+        skeleton = bases.build(base)
+        spec = describe_model(model, skeleton)
         rebuild(skeleton, spec)
         computed = _computed_buffers(model, skeleton)
         if computed and not bases.host_of(base).takes_buffers:
             raise StorageError(difference("buffers", "that are not in the state dict and differ", list(computed)))
         spec = replace(spec, computed=computed)
+        if other := lost(model, skeleton):
+            raise StorageError(difference("classes and functions", "that no file can say", other))
     except StorageError as error:
         raise StorageError(
             f"{base.library} model {base.name!r} built with {base.args} does not become the model to save: {error}\n"
             "Pass the constructor arguments that are missing as model_args={...}, or save with plain=True and load "
             "with load(directory, model=...). Nothing was written."
         ) from error
+    if named := doubtful(model, skeleton):
+        _LOGGER.warning(
+            "%s\nIf outputs depend on them, the loaded model has others; save(example_inputs=...) tries it.",
+            difference("hooks and attributes", f"of this {type(model).__name__} are not saved", named),
+        )
+    if example_inputs is not None:
+        _check_outputs(model, skeleton, spec, example_inputs)
     return spec
+
+
+def _check_outputs(model: nn.Module, rebuilt: nn.Module, spec: Spec, example_inputs: Any) -> None:
+    """Refuses a model whose outputs are not those of the rebuilt one with the same tensors."""
+    rebuild(rebuilt, spec, _tensors_to_write(model, spec))
+    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    if differ := outputs_differ(model, rebuilt.to(device), example_inputs):
+        raise StorageError(
+            f"{type(model).__name__} computes other outputs than what would be loaded: {differ}. Something that no "
+            "file holds was changed: a method, a hook, an attribute that is no plain value. Nothing was written."
+        )
 
 
 def _computed_buffers(model: nn.Module, rebuilt: nn.Module) -> dict[str, tuple[int, ...]]:

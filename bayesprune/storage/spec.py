@@ -8,8 +8,6 @@ only what differs from it is recorded, so whatever a pruning tool changed on wha
 import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from enum import Enum
-from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -18,8 +16,19 @@ from torch import Tensor, nn
 from bayesprune.errors import StorageError, UnsupportedModelError
 from bayesprune.estimators import ESTIMATORS
 from bayesprune.layers import STRUCTURES, VariationalLayer, variational_layers
+from bayesprune.storage.values import (
+    callable_name,
+    decode,
+    encode,
+    is_encoded,
+    is_method,
+    is_plain,
+    is_same,
+    notes,
+    replaced_methods,
+)
 
-MAX_DEPTH = 8
+FOR_TRAINING = frozenset({"_gradient_checkpointing_func", "warnings_issued"})
 _NOT_RECORDED = frozenset(vars(nn.Module())) | {"target_lang"}  # wav2vec2 reads a file of this name once it is set
 _VARIATIONAL_ATTRIBUTES = frozenset(VariationalLayer.__annotations__)
 Shape = tuple[int, ...]
@@ -34,11 +43,14 @@ class Spec:
         attributes: Plain attributes by module name, those that differ from the base where there is one.
         classes: Class name of every module without children. What passes its input on in eval mode (any dropout)
             counts as "Identity": rates of dropout are the training run's business.
-        constants: Name of every enum member, function and class that a module holds as an attribute. They cannot be
-            set from a file, but must agree.
+        constants: Name of every enum member, function, method, partial function and class that a module holds as an
+            attribute. They cannot be set from a file, but must agree.
         buffers: Dtype of every buffer that is not part of the state dict.
         tied: For every name but the first of a tied tensor, its first name.
         variational: Std structure and estimator of every variational layer by name.
+        notes: Of a model without a base, in words, what cannot be set from a file and may or may not matter: dicts,
+            data classes and lambdas that its modules hold, hooks, classes of modules with children. What differs is
+            told.
         computed: Shape of every buffer outside the state dict whose values are saved all the same: a forward made them,
             or other arguments, so that the base has other ones.
     """
@@ -50,18 +62,20 @@ class Spec:
     buffers: dict[str, str]
     tied: dict[str, str]
     variational: dict[str, dict[str, str]]
+    notes: dict[str, str] = field(default_factory=dict)
     computed: dict[str, Shape] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values; a tuple among the attributes becomes {"tuple": [...]}."""
         return {
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
-            "attributes": {name: {k: _encode(v) for k, v in a.items()} for name, a in self.attributes.items()},
+            "attributes": {name: {k: encode(v) for k, v in a.items()} for name, a in self.attributes.items()},
             "classes": self.classes,
             "constants": self.constants,
             "buffers": self.buffers,
             "tied": self.tied,
             "variational": self.variational,
+            **({"notes": self.notes} if self.notes else {}),
             **({"computed": {name: list(shape) for name, shape in self.computed.items()}} if self.computed else {}),
         }
 
@@ -75,12 +89,13 @@ class Spec:
         attributes = _mapping(value, "attributes", where, _is_encoded_attributes, "an object of plain values")
         spec = cls(
             shapes={k: tuple(v) for k, v in _mapping(value, "shapes", where, _is_shape, "integers >= 0").items()},
-            attributes={name: {k: _decode(v) for k, v in a.items()} for name, a in attributes.items()},
+            attributes={name: {k: decode(v) for k, v in a.items()} for name, a in attributes.items()},
             classes=_mapping(value, "classes", where, _is_string, "a class name"),
             constants=_mapping(value, "constants", where, _is_string, "a name"),
             buffers=_mapping(value, "buffers", where, _is_dtype, "a dtype such as 'float32'"),
             tied=_mapping(value, "tied", where, _is_string, "a tensor name"),
             variational=_mapping(value, "variational", where, _is_variational, "a known std and estimator"),
+            notes=_mapping({"notes": {}} | value, "notes", where, _is_string, "a text"),
             computed={
                 name: tuple(shape)
                 for name, shape in _mapping(
@@ -109,6 +124,7 @@ def describe_model(model: nn.Module, skeleton: nn.Module | None = None) -> Spec:
         buffers={name: str(b.dtype).removeprefix("torch.") for name, b in unsaved_buffers(model).items()},
         tied=tied_names(model),
         variational=_variational(model),
+        notes=module_notes(model) if skeleton is None else {},
     )
 
 
@@ -136,6 +152,11 @@ def tied_names(model: nn.Module) -> dict[str, str]:
     return {name: kept for name, kept in names.items() if kept != name}
 
 
+def stock_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, of a variational one that which it was made from."""
+    return module.stock_type if isinstance(module, VariationalLayer) else type(module)
+
+
 def unsaved_buffers(model: nn.Module) -> dict[str, Tensor]:
     """The buffers that are not part of the state dict, by name."""
     state = model.state_dict().keys()
@@ -144,17 +165,30 @@ def unsaved_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 def module_classes(model: nn.Module) -> dict[str, str]:
     """Class name of every module without children; see `Spec.classes`."""
-    leaves = {name: m for name, m in model.named_modules(remove_duplicate=False) if not any(True for _ in m.children())}
+    leaves = {name: m for name, m in model.named_modules(remove_duplicate=False) if not _has_children(m)}
     return {name: _class_name(module) for name, module in leaves.items()}
 
 
 def module_constants(model: nn.Module) -> dict[str, str]:
-    """Names of the enum members, functions and classes that the modules hold as attributes; see `Spec.constants`."""
+    """Names of the enum members, functions and classes that the modules hold as attributes; see `Spec.constants`.
+
+    Methods that stand on the module itself are among them, those that training put there are not.
+    """
     return {
-        f"{module_name}.{name}".lstrip("."): str(value) if isinstance(value, Enum) else value.__name__
+        f"{module_name}.{name}".lstrip("."): word
         for module_name, module in model.named_modules(remove_duplicate=False)
         for name, value in vars(module).items()
-        if isinstance(value, (Enum, FunctionType, BuiltinFunctionType, type))
+        if name not in FOR_TRAINING and (not is_method(module, name) or name in replaced_methods(module))
+        if (word := callable_name(value)) is not None
+    }
+
+
+def module_notes(model: nn.Module) -> dict[str, str]:
+    """What else modules hold and do, and the classes of those that have children; see `Spec.notes`."""
+    return {
+        f"{module_name}.{name}".lstrip("."): text
+        for module_name, module in model.named_modules(remove_duplicate=False)
+        for name, text in (notes(module) | ({"class": _class_name(module)} if _has_children(module) else {})).items()
     }
 
 
@@ -166,15 +200,11 @@ def plain_attributes(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if name not in left_out and is_plain(value)}
 
 
-def is_plain(value: Any, depth: int = 0) -> bool:
-    """Whether a value is None, a bool, int, float or str, or a tuple or list of such."""
-    if type(value) in (tuple, list, torch.Size):
-        return depth < MAX_DEPTH and all(is_plain(item, depth + 1) for item in value)
-    return value is None or type(value) in (bool, int, float, str)
-
-
 def _attributes(model: nn.Module, skeleton: nn.Module | None) -> dict[str, dict[str, Any]]:
-    found = {name: plain_attributes(module) for name, module in model.named_modules(remove_duplicate=False)}
+    found = {
+        name: {key: value for key, value in plain_attributes(module).items() if not getattr(value, "is_meta", False)}
+        for name, module in model.named_modules(remove_duplicate=False)
+    }
     if skeleton is not None:
         dense = {name: plain_attributes(module) for name, module in skeleton.named_modules(remove_duplicate=False)}
         found = {name: _changed(attributes, dense.get(name, {})) for name, attributes in found.items()}
@@ -182,7 +212,7 @@ def _attributes(model: nn.Module, skeleton: nn.Module | None) -> dict[str, dict[
 
 
 def _changed(attributes: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in attributes.items() if name in dense and value != dense[name]}
+    return {name: value for name, value in attributes.items() if name in dense and not is_same(value, dense[name])}
 
 
 def _variational(model: nn.Module) -> dict[str, dict[str, str]]:
@@ -201,8 +231,12 @@ def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _class_name(module: nn.Module) -> str:
-    name = (module.stock_type if isinstance(module, VariationalLayer) else type(module)).__name__
+    name = stock_class(module).__name__
     return "Identity" if "Drop" in name else name
+
+
+def _has_children(module: nn.Module) -> bool:
+    return next(module.children(), None) is not None
 
 
 def _kind(value: Any) -> str:
@@ -211,30 +245,8 @@ def _kind(value: Any) -> str:
     return f"{type(value).__name__} of layout {value.layout} on device {value.device}"
 
 
-def _encode(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return {"tuple": [_encode(item) for item in value]}
-    return [_encode(item) for item in value] if isinstance(value, list) else value
-
-
-def _decode(value: Any) -> Any:
-    if isinstance(value, dict):
-        return tuple(_decode(item) for item in value["tuple"])
-    return [_decode(item) for item in value] if isinstance(value, list) else value
-
-
-def _is_encoded(value: Any, depth: int = 0) -> bool:
-    if isinstance(value, dict):
-        value = value["tuple"] if value.keys() == {"tuple"} else None
-        if not isinstance(value, list):
-            return False
-    if isinstance(value, list):
-        return depth < MAX_DEPTH and all(_is_encoded(item, depth + 1) for item in value)
-    return True
-
-
 def _is_encoded_attributes(value: Any) -> bool:
-    return isinstance(value, dict) and all(_is_encoded(item) for item in value.values())
+    return isinstance(value, dict) and all(is_encoded(item) for item in value.values())
 
 
 def _is_shape(value: Any) -> bool:

@@ -230,7 +230,30 @@ def test_untrained_shapes_and_training_options(tmp_path):
     assert torch.equal(outputs(dropping, images()), outputs(model, images()))
 
 
-@pytest.mark.parametrize("changed", [{"num_classes": 5}, {"in_chans": 1}])
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+@pytest.mark.parametrize("num_classes", [5, 0])
+def test_another_number_of_classes(tmp_path, name, num_classes):
+    """The trunk is the saved one, cut and variational; the head is new, as wide as the trunk is."""
+    model = timm.create_model(name, num_classes=7).eval()
+    bp.prune_channels(bp.to_variational(model), images(), target={"macs": 0.5})
+    bp.save(model.bfloat16(), tmp_path)
+    x = images(dtype=torch.bfloat16)
+    features = model.eval().forward_features(x)
+    changed = {"num_classes": num_classes, "drop_rate": 0.1}
+    other = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, **changed).eval()
+    assert torch.equal(other.forward_features(x), features)
+    output = outputs(other, x)
+    if num_classes:
+        assert output.shape == (2, num_classes)
+    else:
+        assert torch.equal(output, model.forward_head(features, pre_logits=True))
+    bp.save(other, tmp_path / "again")
+    for loaded in by_both_routes(tmp_path / "again"):
+        assert torch.equal(outputs(loaded, x), output)
+    assert outputs(timm.create_model(f"local-dir:{tmp_path}", **changed), images()).shape == output.shape
+
+
+@pytest.mark.parametrize("changed", [{"in_chans": 1}, {"in_chans": 1, "num_classes": 5}])
 def test_arguments_that_change_shapes_are_refused(tmp_path, changed):
     bp.save(pruned_resnet(), tmp_path)
     with pytest.raises(StorageError, match=f"{next(iter(changed))}.*other shapes than the saved one"):

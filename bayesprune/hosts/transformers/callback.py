@@ -30,6 +30,7 @@ from bayesprune.layers.sharding import whole
 from bayesprune.priors import Prior
 from bayesprune.prune.schedule import PruneSchedule, ramp
 from bayesprune.prune.weights import prune_weights
+from bayesprune.states import load_values
 from bayesprune.train.attach import Attachment, attach
 from bayesprune.train.optimizers import forget_removed
 from bayesprune.train.temperature import default_temperature
@@ -244,7 +245,7 @@ class BayesPruneCallback(TrainerCallback):
             return
         control.should_training_stop = True
         if self._within_tolerance is not None:
-            model.load_state_dict(self._within_tolerance)
+            load_values(model, self._within_tolerance)
         _LOGGER.warning(
             "%s is %g at step %d, %g worse than the reference: the training ends%s",
             self.tolerance.key,

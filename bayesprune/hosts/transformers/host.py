@@ -1,7 +1,7 @@
 """transformers: how its models are named and built, and the files that its own `from_pretrained` wants.
 
-A model is its class and its config; both are read from JSON, and no code is. Classes that transformers does not have
-itself (remote code, a user's own) are saved as plain modules.
+A model is its class and its config; both are read from JSON, and no code is. A class that is not transformers' own is
+looked for among those that the process has defined by then; it is never imported.
 """
 
 import json
@@ -19,6 +19,7 @@ from bayesprune.hosts.transformers.closed import check_config, check_generation,
 from bayesprune.storage.base import Base
 
 LIBRARY = "transformers"
+_DERIVED = "is_derived"  # the key of a base that is no class of transformers itself
 
 
 class Passing(str):
@@ -26,12 +27,12 @@ class Passing(str):
 
 
 def hf_base(model: nn.Module, model_args: Mapping[str, Any] | None = None) -> Base | None:
-    """The class and config of a model of transformers; None for any other module.
+    """The class and config of a model of transformers, or of a class of one's own derived from its; None for others.
 
     Raises:
         ValueError: `model_args` were given; the config says all there is.
     """
-    if not isinstance(model, PreTrainedModel) or _known_class(type(model).__name__) is not type(model):
+    if not isinstance(model, PreTrainedModel) or type(model).config_class is None:
         return None
     if model_args is not None:
         raise ValueError(
@@ -41,7 +42,8 @@ def hf_base(model: nn.Module, model_args: Mapping[str, Any] | None = None) -> Ba
     config = for_building(json.loads(model.config.to_json_string()))
     config |= {"architectures": [type(model).__name__], "dtype": str(model.dtype).removeprefix("torch.")}
     kept: dict[str, Any] = {
-        "gradient_checkpointing": any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+        **({} if _own_class(type(model).__name__) is type(model) else {_DERIVED: True}),
+        "gradient_checkpointing": any(getattr(module, "gradient_checkpointing", False) for module in model.modules()),
     }
     if model.can_generate() and model.generation_config is not None:
         kept["generation_config"] = json.loads(model.generation_config.to_json_string())
@@ -54,18 +56,22 @@ def build(base: Base) -> PreTrainedModel:
     Raises:
         StorageError: transformers does not know the class, or does not build it with the config.
     """
-    model_class = _known_class(base.name)
+    if base.config.get(_DERIVED):
+        model_class = _derived_class(base.name)
+        advice = "It is a class of your own: import the module that defines it, or pass load(directory, model=...)."
+    else:
+        model_class = _own_class(base.name)
+        advice = "Install the version the model was saved with (it is in bayesprune.json)."
     if model_class is None or model_class.config_class is None:
-        raise StorageError(
-            f"transformers {transformers.__version__} has no model class {base.name!r}. Install the version the model "
-            "was saved with (it is in bayesprune.json)."
-        )
+        raise StorageError(f"transformers {transformers.__version__} has no model class {base.name!r}. {advice}")
     values = base.args.get("config")
     if not isinstance(values, dict):
         raise StorageError(f"the base of {base.name!r} holds no config but {values!r}. The file is damaged.")
     try:
+        # Only its reader of files turns the texts back that it writes for infinite numbers.
+        values = model_class.config_class._decode_special_floats(for_building(values))
         with closed(), no_init_weights():
-            config = model_class.config_class.from_dict(for_building(values))
+            config = model_class.config_class.from_dict(values)
             check_config(config)
             model = model_class._from_config(config)
         if generation := base.config.get("generation_config"):
@@ -95,7 +101,18 @@ def skeleton(base: Base) -> PreTrainedModel:
         return build(base)
 
 
-def _known_class(name: str) -> type[PreTrainedModel] | None:
+def _derived_class(name: str) -> type[PreTrainedModel] | None:
+    """The class of this name that was last derived from a class of transformers, in this process."""
+    found, stack = None, [PreTrainedModel]
+    while stack:
+        for derived in stack.pop(0).__subclasses__():
+            stack.append(derived)
+            if derived.__name__ == name and _own_class(name) is not derived:
+                found = derived
+    return found
+
+
+def _own_class(name: str) -> type[PreTrainedModel] | None:
     """transformers' own model class of this name."""
     found = getattr(transformers, name, None) if name.isidentifier() else None
     return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None

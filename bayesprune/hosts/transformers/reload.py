@@ -27,13 +27,15 @@ from bayesprune.errors import StorageError, UnsupportedModelError
 from bayesprune.hosts.transformers import layers  # noqa: F401  (registers Conv1D)
 from bayesprune.hosts.transformers.changes import Renaming, changes, spec_of
 from bayesprune.hosts.transformers.closed import check_config, for_building, forget_leading, leading_out
+from bayesprune.hosts.transformers.heads import has_other_sizes, with_other_class, with_other_sizes
 from bayesprune.hosts.transformers.host import LIBRARY, build, hf_base, skeleton
 from bayesprune.storage.base import Base, Host, register_host
 from bayesprune.storage.digests import KEY, check_json, check_seal, json_digest, sealed, tensor_header
 from bayesprune.storage.load import check_same_save
 from bayesprune.storage.reading import FORMAT_VERSION, READABLE_VERSIONS, read_header, read_json, read_tensors
-from bayesprune.storage.rebuild import rebuild, shape_differences
+from bayesprune.storage.rebuild import difference, rebuild, shape_differences
 from bayesprune.storage.spec import Spec, describe_model, tied_names
+from bayesprune.storage.unsaved import lost
 
 METHOD = "bayesprune"
 
@@ -97,16 +99,18 @@ class BayespruneQuantizer(HfQuantizer):
         for path in checkpoint_files:
             if os.path.normpath(Path(path).parent) != os.path.normpath(Path(where).parent):
                 raise StorageError(f"{path} is not in {Path(where).parent}, where the model's other files are.")
-        spec = spec_of(config.changed, model, where)
+        # Some models make tensors by torch.Tensor(size), which is on the CPU whatever is asked for.
+        nn.Module.to(model, torch.device("meta"))
         found = _headers(checkpoint_files, where, config.save_id)
-        same_class = type(model).__name__ == config.architecture
         rename = Renaming((name for name, _ in model.named_modules(remove_duplicate=False)), model.base_model_prefix)
         tensors = {new: meta for name, meta in found.items() if (new := rename.tensor(name))}
+        spec, fresh = self._spec(model, tensors, Path(where))
         tensors = {spec.tied.get(name, name) if name in spec.shapes else name: meta for name, meta in tensors.items()}
         recorded = {name: shape for name, shape in spec.shapes.items() if name not in spec.tied}
-        if not same_class:  # another head: its own tensors are fresh, those of the saved head are left out
-            fresh = {name: tensor for name, tensor in model.state_dict().items() if name in recorded}
-            tensors = fresh | {name: meta for name, meta in tensors.items() if name in recorded}
+        if fresh is not None:  # what the saved model had and this one has not is left out
+            tensors = {name: meta for name, meta in tensors.items() if name in recorded and name not in fresh}
+            state = model.state_dict()
+            tensors |= {name: torch.empty(recorded[name], dtype=state[name].dtype, device="meta") for name in fresh}
         shapes = {name: tuple(meta.shape) for name, meta in tensors.items()}
         if problems := shape_differences(shapes, recorded, str(Path(where).parent)):
             raise StorageError(
@@ -121,6 +125,18 @@ class BayespruneQuantizer(HfQuantizer):
         model.all_tied_weights_keys = {alias: first for alias, first in spec.tied.items() if alias in parameters}
         self.spec = spec
         return model
+
+    def _spec(
+        self, model: PreTrainedModel, found: dict[str, Tensor], where: Path
+    ) -> tuple[Spec, frozenset[str] | None]:
+        """What to make of the model, and which of its tensors are new; None where it is just what was saved."""
+        config, saved = self.quantization_config, read_json(where)
+        if type(model).__name__ != config.architecture:
+            return with_other_class(config.changed, model, found, str(where))
+        if not has_other_sizes(model, saved):
+            return spec_of(config.changed, model, str(where)), None
+        _check_config(saved, config, where)  # a model is built from it
+        return with_other_sizes(config.changed, model, saved, str(where))
 
     def update_attn_implementation(self, config: Any) -> Any:
         """The same config: transformers asks for it before it builds the model, so this is where it is checked.
@@ -175,7 +191,13 @@ class BayespruneQuantizer(HfQuantizer):
         if base is None:
             raise UnsupportedModelError(f"{type(model).__name__} is no class of transformers; use bayesprune.save.")
         save_id = uuid.uuid4().hex
-        spec = describe_model(model, skeleton(base)).to_json()
+        dense = skeleton(base)
+        if other := lost(model, dense):
+            raise StorageError(
+                difference("classes and functions", "that no file can say", other)
+                + "\nUse bayesprune.save(model, directory, plain=True), and load with bayesprune.load(..., model=...)."
+            )
+        spec = describe_model(model, dense).to_json()
         values = quantization_config(base, spec, save_id)
         vars(model).pop("_weight_conversions", None)
         vars(model.config).pop("quantization_config", None)

@@ -23,9 +23,14 @@ def bert(head: str = "BertForSequenceClassification", **config: Any) -> nn.Modul
 def cut(model: nn.Module, removed: int = 3, layer: int = 1) -> nn.Module:
     """Without the first neurons of one of BERT's layers."""
     block = getattr(model, "bert", model).encoder.layer[layer]
-    tp.prune_linear_out_channels(block.intermediate.dense, list(range(removed)))
-    tp.prune_linear_in_channels(block.output.dense, list(range(removed)))
+    cut_between(block.intermediate.dense, block.output.dense, removed)
     return model
+
+
+def cut_between(first: nn.Linear, second: nn.Linear, removed: int = 3) -> None:
+    """Without the first channels that one layer puts out and the other takes."""
+    tp.prune_linear_out_channels(first, list(range(removed)))
+    tp.prune_linear_in_channels(second, list(range(removed)))
 
 
 def masked(model: nn.Module, std: str = "per_weight") -> nn.Module:

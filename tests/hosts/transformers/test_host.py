@@ -1,6 +1,7 @@
 """Models of transformers are saved and loaded by name: `save` and `load`."""
 
 import json
+from typing import ClassVar
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("bayesprune.hosts.transformers")
 
 from tests.benchmarks.families_models import FAMILIES, build  # noqa: E402
-from tests.hosts.transformers.saved import bert, config, cut, gpt2, masked, outputs, same_state  # noqa: E402
+from tests.benchmarks.families_models import TOKENS as TOKENS_OF_A_DECODER  # noqa: E402
+from tests.hosts.transformers.saved import TOKENS, bert, config, cut, gpt2, masked, outputs, same_state  # noqa: E402
 from tests.storage.sealing import rewrite  # noqa: E402
 
 MODELS = {
@@ -78,6 +80,42 @@ def test_class_head_and_labels_come_from_the_config(tmp_path):
     assert loaded.config.id2label == labels
 
 
+def test_labels_may_have_any_name(tmp_path):
+    """Also those of keys of the config that are left out of what is saved."""
+    names = ["auto_map", "attn_implementation", "name_or_path"]
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
+    bp.save(cut(bert(**labels)), tmp_path)
+    for loaded in (bp.load(tmp_path), transformers.BertForSequenceClassification.from_pretrained(tmp_path)):
+        assert loaded.config.label2id == labels["label2id"]
+        assert loaded.config.id2label == labels["id2label"]
+
+
+def mamba2() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 8, "n_groups": 1}
+    config = transformers.Mamba2Config(**sizes, num_heads=4, head_dim=8, chunk_size=8, **TOKENS_OF_A_DECODER)
+    return transformers.Mamba2ForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_numbers_that_json_lacks(tmp_path, value):
+    """transformers writes texts for them, which only its reader of files turns back."""
+    model = masked(bert())
+    model.config.floor = value
+    bp.save(model, tmp_path)
+    for loaded in (bp.load(tmp_path), transformers.BertForSequenceClassification.from_pretrained(tmp_path)):
+        assert repr(loaded.config.floor) == repr(value)
+
+
+def test_time_steps_without_a_limit(tmp_path):
+    model = masked(mamba2())
+    assert model.config.time_step_limit[1] == float("inf")
+    bp.save(model, tmp_path)
+    for loaded in (bp.load(tmp_path), transformers.Mamba2ForCausalLM.from_pretrained(tmp_path)):
+        assert same_state(loaded, model)
+        assert tuple(loaded.config.time_step_limit) == tuple(model.config.time_step_limit)
+
+
 def test_dense_model_is_an_ordinary_directory(tmp_path):
     """With zeros and all: nothing but transformers is needed to load it."""
     model = bp.to_deterministic(masked(bert()))
@@ -114,17 +152,84 @@ def test_where_a_model_came_from_is_not_told(tmp_path):
         assert "secret_place" not in path.read_text()
 
 
-class Mine(transformers.BertModel):
-    """A class of one's own."""
+class Scaled(transformers.BertModel):
+    """A class of one's own, whose forward is another."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.last_hidden_state = 2 * output.last_hidden_state
+        return output
 
 
-def test_own_class_is_saved_as_a_plain_module(tmp_path):
+class TwoTowersConfig(transformers.PreTrainedConfig):
+    model_type = "two_towers"
+    sub_configs: ClassVar = {"left": transformers.BertConfig}
+    left: dict | transformers.BertConfig | None = None
+    width: int = 8
+
+    def __post_init__(self, **kwargs):
+        if not isinstance(self.left, transformers.BertConfig):
+            self.left = transformers.BertConfig(**(self.left or {}))
+        super().__post_init__(**kwargs)
+
+
+class TwoTowers(transformers.PreTrainedModel):
+    """A model and a config of one's own, around a model of transformers."""
+
+    config_class = TwoTowersConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.bert = transformers.BertModel(config.left)
+        self.head = nn.Linear(config.left.hidden_size, config.width)
+        self.post_init()
+
+    def forward(self, input_ids):
+        return transformers.modeling_outputs.BaseModelOutput(self.head(self.bert(input_ids).last_hidden_state))
+
+
+class BertForMaskedLM(transformers.BertForMaskedLM):
+    """Named as the class that it is derived from."""
+
+
+def own_model(kind: type) -> nn.Module:
     dense = bert("BertModel").config
-    model = Mine(dense).eval()
-    bp.save(model, tmp_path)
-    with pytest.raises(StorageError, match="plain module"):
+    torch.manual_seed(0)
+    return kind(TwoTowersConfig(left=dense, width=5) if kind is TwoTowers else dense).eval()
+
+
+@pytest.mark.parametrize("kind", [Scaled, TwoTowers, BertForMaskedLM])
+def test_class_of_ones_own_comes_back(tmp_path, kind):
+    model = cut(own_model(kind))
+    bp.save(model, tmp_path / "0", example_inputs=(TOKENS,))
+    kind.from_pretrained(tmp_path / "0").save_pretrained(tmp_path / "1")
+    loaded = [bp.load(tmp_path / "0"), bp.load(tmp_path / "0", model=own_model(kind))]
+    for found in (*loaded, *(kind.from_pretrained(tmp_path / number) for number in ("0", "1"))):
+        assert type(found) is kind
+        assert torch.equal(outputs(found), outputs(model))
+
+
+def test_class_of_ones_own_that_is_not_there(tmp_path):
+    bp.save(own_model(Scaled), tmp_path)
+    rewrite(tmp_path / "bayesprune.json", lambda record: record["base"].update(name="Vanished"))
+    with pytest.raises(StorageError, match=r"no model class 'Vanished'\. It is a class of your own: import the module"):
         bp.load(tmp_path)
-    assert torch.equal(outputs(bp.load(tmp_path, model=Mine(dense))), outputs(model))
+    assert torch.equal(outputs(bp.load(tmp_path, model=own_model(Scaled))), outputs(own_model(Scaled)))
+
+
+class WithArguments(transformers.BertModel):
+    def __init__(self, config, width):
+        super().__init__(config)
+        self.extra = nn.Linear(16, width)
+
+
+def test_class_of_ones_own_that_a_config_does_not_build(tmp_path):
+    model = WithArguments(bert("BertModel").config, 3)
+    with pytest.raises(StorageError, match=r"plain=True"):
+        bp.save(model, tmp_path)
+    bp.save(model, tmp_path, plain=True)
+    again = bp.load(tmp_path, model=WithArguments(bert("BertModel").config, 3))
+    assert same_state(again, model)
 
 
 def test_arguments_beside_the_config_are_refused(tmp_path):

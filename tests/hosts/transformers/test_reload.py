@@ -2,11 +2,12 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-import torch_pruning as tp
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -18,11 +19,13 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("bayesprune.hosts.transformers")
 
 from bayesprune.hosts.transformers import follow_saves  # noqa: E402
+from tests.benchmarks.families_models import FAMILIES, GROUPED, build  # noqa: E402
 from tests.hosts.transformers.saved import (  # noqa: E402
     TOKENS,
     bert,
     config,
     cut,
+    cut_between,
     gpt2,
     masked,
     outputs,
@@ -156,9 +159,7 @@ def test_modules_that_are_renamed_on_disk(tmp_path, kind):
     vit().save_pretrained(tmp_path / "stock")
     assert load_file(tmp_path / "stock" / "model.safetensors").keys() != model.state_dict().keys()
     if kind == "cut":
-        first, second = vit_mlp(model)
-        tp.prune_linear_out_channels(first, [0, 1])
-        tp.prune_linear_in_channels(second, [0, 1])
+        cut_between(*vit_mlp(model), removed=2)
     else:
         masked(model)
     with torch.no_grad():
@@ -170,6 +171,44 @@ def test_modules_that_are_renamed_on_disk(tmp_path, kind):
         again = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "second")
         assert torch.equal(again(images).logits, expected)
         assert same_state(again, model)
+
+
+def wav2vec2() -> nn.Module:
+    """Its embedding of masked frames is a parameter of the model itself."""
+    config = FAMILIES["Wav2Vec2"].config | {"mask_time_prob": 0.05}
+    return build(replace(FAMILIES["Wav2Vec2"], config=config))
+
+
+def xlnet() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 24}
+    return transformers.XLNetModel(transformers.XLNetConfig(**sizes)).eval()
+
+
+def diff_llama() -> nn.Module:
+    torch.manual_seed(0)
+    return transformers.DiffLlamaForCausalLM(transformers.DiffLlamaConfig(**GROUPED)).eval()
+
+
+@pytest.mark.parametrize(
+    ("build_model", "first", "second"),
+    [
+        (wav2vec2, "feed_forward.intermediate_dense", "feed_forward.output_dense"),
+        (xlnet, "ff.layer_1", "ff.layer_2"),
+        (diff_llama, None, None),
+    ],
+)
+def test_tensors_that_are_made_on_the_cpu_whatever_the_device(tmp_path, build_model, first, second):
+    """transformers builds on the meta device, but a few models hold what `torch.Tensor(size)` made."""
+    model = build_model()
+    if first is None:
+        masked(model)
+    else:
+        modules = dict(model.named_modules())
+        name = next(name for name in modules if name.endswith(first))
+        cut_between(modules[name], modules[name.removesuffix(first) + second])
+    bp.save(model, tmp_path)
+    assert same_state(type(model).from_pretrained(tmp_path), model)
 
 
 def test_save_pretrained_writes_the_model_as_it_is(tmp_path):
@@ -246,6 +285,26 @@ def test_another_head_takes_the_base(tmp_path):
     assert torch.equal(outputs(CLASSIFIER.from_pretrained(tmp_path / "classifier")), outputs(classifier))
     base = transformers.AutoModel.from_pretrained(tmp_path / "classifier")
     assert torch.equal(outputs(base), outputs(model))
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), torch.tensor(0.25)])
+def test_numbers_of_numpy_and_torch_come_back(tmp_path, number):
+    model = cut(bert())
+    for layer in model.bert.encoder.layer:
+        layer.attention.self.scaling = number
+    bp.save(model, tmp_path)
+    for loaded in (bp.load(tmp_path), CLASSIFIER.from_pretrained(tmp_path)):
+        assert type(loaded.bert.encoder.layer[0].attention.self.scaling) is type(number)
+        assert torch.equal(outputs(loaded), outputs(model))
+
+
+def test_other_code_is_refused(tmp_path):
+    model = bert()
+    model.bert.encoder.layer[0].__class__ = type("Mine", (type(model.bert.encoder.layer[0]),), {})
+    with pytest.raises(StorageError, match=r"bert\.encoder\.layer\.0: .*Mine in the model"):
+        bp.save(model, tmp_path)
+    with pytest.raises(StorageError, match=r"bert\.encoder\.layer\.0: .*Mine in the model"):
+        follow_saves(cut(model)).save_pretrained(tmp_path)
 
 
 def test_generation_goes_on(tmp_path):
