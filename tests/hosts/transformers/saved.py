@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 
 import bayesprune as bp
-from tests.benchmarks.families_models import ENCODER, FAMILIES, build
+from tests.hosts.transformers.families import ENCODER, FAMILIES, build
 
 TOKENS = torch.arange(3, 19).view(2, 8)
 

@@ -13,7 +13,7 @@ from bayesprune.errors import StorageError
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("bayesprune.hosts.transformers")
 
-from tests.benchmarks.families_models import FAMILIES, build, example_inputs  # noqa: E402
+from tests.hosts.transformers.families import FAMILIES, build, example_inputs  # noqa: E402
 from tests.hosts.transformers.saved import TOKENS, cut_between, outputs, rewrite  # noqa: E402
 
 GRANULARITY = ("heads", "mlp", "width")

@@ -13,8 +13,8 @@ from bayesprune.errors import StorageError
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("bayesprune.hosts.transformers")
 
-from tests.benchmarks.families_models import FAMILIES, build  # noqa: E402
-from tests.benchmarks.families_models import TOKENS as TOKENS_OF_A_DECODER  # noqa: E402
+from tests.hosts.transformers.families import FAMILIES, build  # noqa: E402
+from tests.hosts.transformers.families import TOKENS as TOKENS_OF_A_DECODER  # noqa: E402
 from tests.hosts.transformers.saved import TOKENS, bert, config, cut, gpt2, masked, outputs, same_state  # noqa: E402
 from tests.storage.sealing import rewrite  # noqa: E402
 

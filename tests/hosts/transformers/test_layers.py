@@ -6,8 +6,8 @@ from torch import nn
 
 import bayesprune as bp
 from bayesprune.layers import VariationalLayer
-from tests.benchmarks.families_models import FAMILIES, build
 from tests.cases import STRUCTURES
+from tests.hosts.transformers.families import FAMILIES, build
 from tests.oracles import assert_covariance, output_covariance
 
 transformers = pytest.importorskip("transformers")

@@ -19,7 +19,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("bayesprune.hosts.transformers")
 
 from bayesprune.hosts.transformers import follow_saves  # noqa: E402
-from tests.benchmarks.families_models import FAMILIES, GROUPED, build  # noqa: E402
+from tests.hosts.transformers.families import FAMILIES, GROUPED, build  # noqa: E402
 from tests.hosts.transformers.saved import (  # noqa: E402
     TOKENS,
     bert,
