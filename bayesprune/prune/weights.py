@@ -207,7 +207,7 @@ def _untouched(model: nn.Module, removable: list[Posterior]) -> tuple[WeightRow,
 def _warn_of_averages(model: nn.Module) -> None:
     for kind in averages_without_masks(model):
         warnings.warn(
-            f"an {kind} of this model was made before the model had masks, and copies tensors by their position; its "
+            f"{kind} holds a copy of this model from before it had masks, and copies tensors by their position; its "
             "next update fails or mixes the wrong ones. Make it again, after prune_weights(model, sparsity=0.0), which "
             "makes the masks and removes nothing.",
             stacklevel=3,

@@ -370,14 +370,19 @@ def attach(
 
 def is_attached(model: nn.Module) -> bool:
     """Whether an attachment trains posteriors of this model."""
-    trained = {id(posterior.mean) for attachment in _attachments for posterior in attachment._parts}
+    trained = set().union(*map(_means_of, _attachments))
     return any(id(posterior.mean) in trained for posterior in named_posteriors(model))
+
+
+def _means_of(attachment: Attachment) -> set[int]:
+    """Ids of the means that it trains, as far as they are still there: it may be one that nobody uses any more."""
+    return {id(getattr(posterior.layer, posterior.parameter, None)) for posterior in attachment._parts}
 
 
 def _claim(optimizer: Optimizer, posteriors: Iterable[Posterior], *, has_gates: bool) -> list[Posterior]:
     """Those that an attachment to this optimizer trains: what it holds, and what no other attachment trains."""
     held = held_by(optimizer)
-    others = {attachment: {id(p.mean) for p in attachment._parts} for attachment in _attachments}
+    others = {attachment: _means_of(attachment) for attachment in _attachments}
     trained = [p for p in posteriors if id(p.mean) in held or not any(id(p.mean) in means for means in others.values())]
     means = {id(posterior.mean) for posterior in trained}
     of_model = {id(posterior.mean) for posterior in posteriors}

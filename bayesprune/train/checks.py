@@ -45,7 +45,7 @@ def check_types(optimizer: Any, model: Any) -> None:
         )
     if not isinstance(model, nn.Module):
         raise TypeError(f"attach got a {type(model).__name__} as model; expected a torch module.")
-    for kind in (type(optimizer), type(model)):
+    for kind in (type(optimizer), type(unwrapped(optimizer)), type(model)):
         if kind.__module__.startswith("deepspeed") or kind.__name__ in _CUTS_APART:
             raise UnsupportedModelError(
                 f"attach got {kind.__name__}, which copies, flattens or cuts parameters so that means and stds no "

@@ -82,7 +82,7 @@ class _Gradient:
     def mean(self) -> Tensor | None:
         """The mean, while its layer lives."""
         layer = self._layer()
-        return None if layer is None else getattr(layer, self._parameter)
+        return getattr(layer, self._parameter, None)
 
     def is_new(self) -> bool:
         """Whether this backward pass began without a gradient; called while that of the mean may be yet to come."""

@@ -24,7 +24,7 @@ def timms(model):
 def test_an_average_from_before_the_masks_is_said(make):
     model, attachment = attached()
     average = make(model)
-    with pytest.warns(UserWarning, match=rf"an {type(average).__name__} of this model was made before.*sparsity=0\.0"):
+    with pytest.warns(UserWarning, match=rf"{type(average).__name__} holds a copy .* before it had masks.*=0\.0"):
         bp.prune_weights(model, sparsity=0.5)
     average = make(model)
     bp.prune_weights(model, sparsity=0.6)

@@ -327,6 +327,14 @@ class Unhooked(torch.optim.Optimizer):
     step = None
 
 
+class Wrapper(Unhooked):
+    """One that keeps it under the name that accelerate uses."""
+
+    def __init__(self, inner):
+        super().__init__(inner)
+        self.optimizer = inner
+
+
 class TwoSteps(torch.optim.SGD):
     def first_step(self):
         pass
@@ -355,6 +363,11 @@ def test_what_attach_is_given_by_mistake():
         ((TwoSteps(model.parameters()), model), UnsupportedModelError, "TwoSteps, which is stepped by first_step"),
         ((Unhooked(optimizer), model), UnsupportedModelError, r"Unhooked, whose step\(\) runs no hooks"),
         ((LayerWiseDummyOptimizer(model.parameters()), model), UnsupportedModelError, "moves weights during backward"),
+        (
+            (Wrapper(torch.optim.LBFGS(model.parameters())), model),
+            UnsupportedModelError,
+            "LBFGS, .* several times",
+        ),
     ):
         with pytest.raises(error, match=message):
             bp.attach(*arguments, num_data=1)
