@@ -127,6 +127,10 @@ def _reason_of_its_own(
         stacked = {key: len(p) for key, p in module._parameters.items() if p is not None and p.dim() == 3}
         if len(stacked) > 1 and set(stacked.values()) != {1} and len(set(stacked.values())) == 1:
             return f"its {' and '.join(stacked)} each hold {next(iter(stacked.values()))} matrices, those of experts"
+        if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+            return (
+                f"{type(module).__name__} is recurrent: there is no posterior for it yet, and nothing of it is removed"
+            )
         return f"{type(module).__name__} is not a registered type"
     if parametrize.is_parametrized(module):
         return "its weight is parametrized"

@@ -37,6 +37,7 @@ class BayesPruneTask(nn.Module):
 
     - Clipping ("norm", "value", "agc") sees the gradients of the loss in the parameters of the stock model: stds are
       neither clipped nor counted, and the KL comes after it.
+    - Frozen layers stay as they are, and `prune` is a fraction of the others.
     - The average (EMA) has the same zeros as the model after each update.
     - `no_weight_decay()` of the model names the stds as well.
 
@@ -68,7 +69,7 @@ class BayesPruneTask(nn.Module):
                 where there are more than 16 weights for an example; see `train.default_temperature`.
             warmup: Share of the updates, 0 to 1, over which the weight of the KL rises linearly from zero.
             std_lr: Learning rate of the log stds; see `attach`.
-            prune: Final fraction of the weights to remove, or a schedule; None removes none.
+            prune: Final fraction to remove of the weights that can go, or a schedule; None removes none.
             convert: Options of `to_variational`, for a model that is not variational yet.
 
         Raises:

@@ -48,7 +48,7 @@ def fit_laplace(
 
     Args:
         model: A variational model that is trained; its means stay as they are.
-        loader: Calibration batches: (inputs, labels), or mappings of keyword arguments and `labels`.
+        loader: Calibration batches: (inputs, labels), (x1, x2, labels), or mappings of keyword arguments and `labels`.
         num_data: How many examples the posterior stands for: the size of the training set. None is the number seen.
         loss: loss(model, batch), the mean over examples of each one's negative log-likelihood. None is that of a
             classifier with labels drawn from its own predictions, `bayesprune.laplace.sampled_cross_entropy`;

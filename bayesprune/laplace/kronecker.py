@@ -96,8 +96,8 @@ def fit_kronecker(
 
     Args:
         model: A variational model that is trained.
-        loader: Calibration batches: (inputs, labels), or mappings of keyword arguments and `labels`. More positions
-            than a layer has columns, or the damping alone decides in some directions.
+        loader: Calibration batches, as for `fit_laplace`. More positions than a layer has columns, or the damping alone
+            decides in some directions.
         num_data: How many examples the posterior stands for: the size of the training set. None is the number seen.
         loss: As for `fit_laplace`. It bears on G alone, and conditioning on the removal of channels does not see G.
         prior: A `priors.Gaussian`, whose precision damps both factors; None is `Gaussian("layer_rms")`.

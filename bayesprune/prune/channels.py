@@ -60,9 +60,10 @@ def prune_channels(
 ) -> ChannelReport:
     """Removes the channels and heads that are worth least until the target is met, in place; returns what was done.
 
-    Output layers stay whole, and so does what cannot be cut rightly; the report names each with the reason. Stds and
-    masks follow their means, `num_heads` and its like the heads. Modes, `requires_grad` and tied weights stay as they
-    were. Parameters are new objects afterwards: make the optimizer, and attach to it, after this call.
+    Output layers stay whole, and so does what cannot be cut rightly, or is frozen: layers whose weight has
+    `requires_grad=False` keep their inputs, too. The report names each with the reason. Stds and masks follow their
+    means, `num_heads` and its like the heads. Modes, `requires_grad` and tied weights stay as they were. Parameters are
+    new objects afterwards: make the optimizer, and attach to it, after this call.
 
     Every group keeps at least a tenth of its channels and `round_to`. Channels that can only leave together, those of
     a head or those that a grouped convolution ties, are ranked by their mean score.
@@ -84,7 +85,7 @@ def prune_channels(
             transformers then follows, where it can say the new sizes.
         round_to: Kept channels are a multiple of this, where the size of the layer allows.
         dry_run: Only report; the model is as before afterwards.
-        data: Batches (inputs, or tuples that start with them) for recalibrating batch norm, forward passes only.
+        data: Batches, with labels or without, for recalibrating batch norm, forward passes only.
         ignored_layers: Layers, or their names, with everything inside them, whose output channels all stay.
         before_cut: Called once the selection stands, right before the cut, with the input channels that each layer
             loses; it may move weights in place, as `condition_on_channels` does. A dry run does not call it.
@@ -92,7 +93,8 @@ def prune_channels(
     Raises:
         InfeasibleTargetError: the target cannot be reached; nothing was changed.
         UnsupportedModelError: the model is wrapped, cannot be traced, or has no variational layer and no importance.
-        ValueError: an option is not one of those named, or the importance gives scores that cannot be ranked.
+        ValueError: an option is not one of those named, all layers are frozen, or the importance gives scores that
+            cannot be ranked, or none for want of gradients.
     """
     what, value = checked_target(target, importance, granularity, uniform, round_to)
     check_model(model, importance, what)

@@ -127,7 +127,7 @@ def prune_weights(
         score: Score of a posterior's weights, the lowest going first: `scores.snr`, or `scores.magnitude` as a control.
         min_kept: What every weight tensor keeps: below 1 a fraction of its weights, from 1 on a number of them. With
             `sparsity` the other tensors lose the more; the report says where it was needed. A pattern has no need.
-        data: Batches (inputs, or tuples that start with them) for recalibrating batch norm, forward passes only.
+        data: Batches, with labels or without, for recalibrating batch norm, forward passes only.
 
     Raises:
         InfeasibleTargetError: `min_kept` leaves fewer weights to remove than `sparsity` says; nothing was changed.

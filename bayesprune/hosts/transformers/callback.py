@@ -49,8 +49,9 @@ class BayesPruneCallback(TrainerCallback):
     `resume_from_checkpoint` continues the same run.
 
     Works with gradient accumulation and checkpointing, bf16 and fp16, label smoothing, DDP, and FSDP 2, where each
-    process holds the masks whole (a byte a weight). On a model with adapters (PEFT) only layers that train become
-    variational; their checkpoints, `save_pretrained` and `merge_and_unload` are those of PEFT.
+    process holds the masks whole (a byte a weight). Frozen layers stay as they are, and `prune` is a fraction of the
+    others: on a model with adapters (PEFT), of the adapters, whose checkpoints, `save_pretrained` and
+    `merge_and_unload` are those of PEFT.
     The saved model has the stock keys, so that any `from_pretrained` reads the means, zeros included. Heads, neurons
     and channels are removed after `trainer.train()`, with `prune_channels`.
     """
@@ -77,7 +78,7 @@ class BayesPruneCallback(TrainerCallback):
                 where there are more than 16 weights for an example; see `train.default_temperature`.
             warmup: Share of the training, 0 to 1, over which the weight of the KL rises linearly from zero.
             std_lr: Learning rate of the log stds; see `attach`.
-            prune: Final fraction of the weights to remove, or a schedule; None removes none.
+            prune: Final fraction to remove of the weights that can go, or a schedule; None removes none.
             tolerance: When compression has cost too much accuracy, and what happens then; None never looks.
             convert: Options of `to_variational`, for a model that is not variational yet.
 
