@@ -63,19 +63,24 @@ def doubtful(model: nn.Module, rebuilt: nn.Module) -> list[str]:
 def outputs_differ(model: nn.Module, rebuilt: nn.Module, example_inputs: Any) -> str | None:
     """How the outputs of the two on the same input and with the same random numbers differ; None where they do not."""
     found = []
+    devices = [tensor.device for tensor in model.parameters() if tensor.is_cuda][:1]
     for network in (model, rebuilt):
-        with torch.random.fork_rng(), eval_mode(network):
+        with torch.random.fork_rng(devices=devices), eval_mode(network):
             torch.manual_seed(0)
             found.append(list(tensors_in(run_forward(network, example_inputs))))
-    first, second = found
-    shapes = [[tuple(tensor.shape) for tensor in outputs] for outputs in found]
-    if shapes[0] != shapes[1]:
-        return f"outputs of the shapes {shapes[0][:4]}, rebuilt {shapes[1][:4]}"
-    for number, (output, again) in enumerate(zip(first, second, strict=True)):
-        eps = torch.finfo(output.dtype).eps if output.is_floating_point() else 0.0
-        finite = output[output.isfinite()] if output.is_floating_point() else output
-        scale = finite.abs().max().item() if finite.numel() else 0.0
-        if not torch.allclose(output, again, rtol=0, atol=_OUTPUT_EPS * eps * scale, equal_nan=True):
+    kinds = [[(tuple(tensor.shape), tensor.dtype) for tensor in outputs] for outputs in found]
+    if not kinds[0]:
+        return "no tensors were found in them, so that nothing could be compared"
+    if kinds[0] != kinds[1]:
+        return f"they are {kinds[0][:4]}, rebuilt {kinds[1][:4]}"
+    for number, (output, again) in enumerate(zip(*found, strict=True)):
+        if not output.is_floating_point():
+            if not torch.equal(output, again):
+                return f"output {number} has other values"
+            continue
+        scale = output[output.isfinite()].abs().max().item() if output.isfinite().any() else 0.0
+        tolerance = _OUTPUT_EPS * torch.finfo(output.dtype).eps * scale
+        if not torch.allclose(output, again, rtol=0, atol=tolerance, equal_nan=True):
             difference = (output.double() - again.double()).abs().max().item()
             return f"output {number} by up to {difference:.3g}, where the largest is {scale:.3g}"
     return None

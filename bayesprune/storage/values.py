@@ -192,10 +192,10 @@ def word(value: Any) -> str:
     """A value in words that are the same in every process; long ones are cut, with a digest of the whole."""
     if (name := callable_name(value)) is not None:
         return name
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    if dataclasses.is_dataclass(value) and is_record(value):
         fields = ((field.name, getattr(value, field.name, None)) for field in dataclasses.fields(value))
         text = f"{type(value).__name__}({', '.join(f'{name}={word(item)}' for name, item in fields)})"
-    elif type(value) is dict:
+    elif isinstance(value, dict) and is_record(value):
         text = f"{{{', '.join(f'{key!r}: {word(item)}' for key, item in value.items())}}}"
     else:
         text = json.dumps(encode(value)) if is_plain(value) else type(value).__name__

@@ -14,7 +14,7 @@ from torch import nn
 
 import bayesprune as bp
 from bayesprune.errors import StorageError
-from bayesprune.storage.unsaved import doubtful, lost
+from bayesprune.storage.unsaved import doubtful, lost, outputs_differ
 
 timm = pytest.importorskip("timm")
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -135,6 +135,36 @@ def test_outputs_are_compared(tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     with pytest.raises(ValueError, match="saved as a plain module"):
         bp.save(nn.Linear(2, 2), tmp_path / "new", example_inputs=torch.ones(1, 2))
+
+
+class Told(nn.Module):
+    """Puts out what its function makes of its input."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        (lambda x: x, lambda x: x + 1e-7 * x, None),
+        (lambda x: x, lambda x: x + 1e-3, "by up to 0.001"),
+        (lambda x: x + 1000, lambda x: x + 1000.1, "by up to 0.1"),
+        (lambda x: x > 0, lambda x: x < 0, "output 0 has other values"),
+        (lambda x: x, lambda x: x.double(), "they are"),
+        (lambda x: {"a": [x, x]}, lambda x: {"a": [x]}, "they are"),
+        (lambda x: x * torch.nan, lambda x: x, "by up to nan"),
+        (lambda x: x + torch.rand(3), lambda x: x + torch.rand(3), None),
+        (lambda x: 3, lambda x: 3, "nothing could be compared"),
+    ],
+)
+def test_what_is_a_difference(first, second, said):
+    found = outputs_differ(Told(first), Told(second), torch.ones(2, 3))
+    assert (found is None) if said is None else (found is not None and said in found)
 
 
 def with_device_map(model: nn.Module) -> None:

@@ -19,15 +19,15 @@ from bayesprune.storage.spec import Shape, Spec, plain_attributes
 
 def has_other_sizes(model: PreTrainedModel, config: Mapping[str, Any]) -> bool:
     """Whether the model was asked for with other labels or another vocabulary than a `config.json` says."""
-    labels = config["id2label"] if "id2label" in config else range(config.get("num_labels", 2))
+    labels = config.get("id2label") or range(config.get("num_labels") or 2)
     vocabulary = getattr(model.config, "vocab_size", None)
     return model.config.num_labels != len(labels) or vocabulary != config.get("vocab_size", vocabulary)
 
 
 def with_other_sizes(
     changed: Mapping[str, Any], model: PreTrainedModel, config: Mapping[str, Any], where: str
-) -> tuple[Spec, frozenset[str]]:
-    """The spec of a model of the saved class and another config, and the names of its tensors that are new.
+) -> tuple[Spec, frozenset[str] | None]:
+    """The spec of a model of the saved class and another config, and the names of its tensors that are new, if any.
 
     Raises:
         StorageError: the saved config builds no model, or the changes are not as they are written.
@@ -35,7 +35,8 @@ def with_other_sizes(
     base = hf_base(model)
     assert base is not None, "models of other libraries have no quantizer of ours"
     dense = skeleton(replace(base, args={"config": dict(config)}))
-    return for_other_head(spec_of(changed, dense, where), dense, model)
+    spec, fresh = for_other_head(spec_of(changed, dense, where), dense, model)
+    return spec, fresh or None
 
 
 def with_other_class(
@@ -58,7 +59,7 @@ def with_other_class(
     dense, saved = shapes_of(model), spec_of(changed, model, where)
     is_trunk = _trunk(model)
     variational = {name: layer for name, layer in saved.variational.items() if is_trunk(name)}
-    is_kept = {name: is_trunk(name) and name in found for name in dense}
+    is_kept = {name: is_trunk(name) and saved.tied.get(name, name) in found for name in dense}
     width, left = _width(dense, found, is_kept)
     shapes = {
         name: saved.shapes[name] if is_kept[name] else _narrowed(shape, width, left, model.config.num_labels)
@@ -91,13 +92,13 @@ def _trunk(model: PreTrainedModel) -> Callable[[str], bool]:
 
 def _width(dense: Mapping[str, Shape], found: Mapping[str, Tensor], is_kept: Mapping[str, bool]) -> tuple[int, int]:
     """How wide the trunk's end is, uncut and cut: the size of its last bias, or of its last norm's scale."""
-    for name in reversed(dense):
-        if is_kept[name] and len(dense[name]) == 1 and found[name].dim() == 1:
+    for name in reversed(list(dense)):
+        if is_kept[name] and name in found and len(dense[name]) == found[name].dim() == 1:
             return dense[name][0], found[name].shape[0]
     return 0, 0
 
 
-def _narrowed(shape: Shape, width: int, left: int, num_labels: int) -> Shape:
+def _narrowed(shape: Shape, width: int, left: int, num_labels: int | None) -> Shape:
     return tuple(
         left if size == width and not (dim == 0 and size == num_labels) else size for dim, size in enumerate(shape)
     )
@@ -115,9 +116,9 @@ def _narrowed_attributes(module: nn.Module, width: int, left: int) -> dict[str, 
 
 def _own_ties(model: PreTrainedModel, names: list[str]) -> dict[str, str]:
     """The ties of the class, from every name to the first of its tensor."""
-    ties = [(a, b) for a, b in model.all_tied_weights_keys.items() if a in names and b in names]
     first: dict[str, str] = {}
-    for alias, source in ties:
-        ordered = sorted((alias, source), key=names.index)
-        first[ordered[1]] = first.get(ordered[0], ordered[0])
+    for pair in model.all_tied_weights_keys.items():
+        if all(name in names for name in pair):
+            earlier, later = sorted(map(str, pair), key=names.index)
+            first[later] = first.get(earlier, earlier)
     return first

@@ -95,7 +95,8 @@ class BayespruneQuantizer(HfQuantizer):
                 f"{list(checkpoint_files or ())}. Pass the directory or repository it was saved to."
             )
         where = str(Path(checkpoint_files[0]).parent / "config.json")
-        model.to("meta")  # some models make tensors by torch.Tensor(size), which is on the CPU whatever is asked for
+        # Some models make tensors by torch.Tensor(size), which is on the CPU whatever device is asked for.
+        nn.Module.to(model, torch.device("meta"))
         found = _headers(checkpoint_files, where, config.save_id)
         rename = Renaming((name for name, _ in model.named_modules(remove_duplicate=False)), model.base_model_prefix)
         tensors = {new: meta for name, meta in found.items() if (new := rename.tensor(name))}

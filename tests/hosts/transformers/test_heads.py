@@ -62,6 +62,16 @@ def test_another_head(tmp_path, narrow, kind, options, shape):
     assert all(parameter.grad is not None for name, parameter in other.named_parameters() if "classifier" in name)
 
 
+def test_layers_that_were_made_one_stay_one(tmp_path):
+    model = build(FAMILIES["BERT"])
+    first, second = (layer.output.dense for layer in model.bert.encoder.layer)
+    second.weight = first.weight
+    bp.save(model, tmp_path)
+    other = transformers.AutoModelForTokenClassification.from_pretrained(tmp_path)
+    assert other.bert.encoder.layer[0].output.dense.weight is other.bert.encoder.layer[1].output.dense.weight
+    assert torch.equal(trunk_output(other), trunk_output(model))
+
+
 def test_without_a_head(narrow):
     model, directory = narrow
     assert torch.equal(outputs(transformers.AutoModel.from_pretrained(directory)), trunk_output(model))
