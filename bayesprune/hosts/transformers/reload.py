@@ -99,7 +99,7 @@ class BayespruneQuantizer(HfQuantizer):
         for path in checkpoint_files:
             if os.path.normpath(Path(path).parent) != os.path.normpath(Path(where).parent):
                 raise StorageError(f"{path} is not in {Path(where).parent}, where the model's other files are.")
-        # Some models make tensors by torch.Tensor(size), which is on the CPU whatever is asked for.
+        # Some models make tensors by torch.Tensor(size), which is on the CPU whatever device is asked for.
         nn.Module.to(model, torch.device("meta"))
         found = _headers(checkpoint_files, where, config.save_id)
         rename = Renaming((name for name, _ in model.named_modules(remove_duplicate=False)), model.base_model_prefix)
