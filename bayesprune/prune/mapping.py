@@ -38,10 +38,17 @@ _GUESSES: dict[Any, Callable[[Any, Any], None]] = {
 
 
 class Graph(tp.DependencyGraph):
-    """torch-pruning's graph; `map_parts` has to be called once it is built."""
+    """torch-pruning's graph; `map_parts` has to be called once it is built.
+
+    Attributes:
+        even_parts: Sizes of a part and of the whole, of splits into equal parts, as `chunk` makes them after a cut too.
+    """
+
+    even_parts: dict[Node, tuple[int, int]]
 
     def _build_dependency(self, module2node: dict[Any, Node]) -> None:
         super()._build_dependency(module2node)
+        self.even_parts = {}
         self.types = {node: node.type for node in module2node.values() if node.type in _RESHAPING}
         for node in self.types:
             node.type = ops.OPTYPE.ELEMENTWISE  # no guesses: some fail, some take long
@@ -101,12 +108,14 @@ def _map_reshape(graph: tp.DependencyGraph, node: Node) -> None:
                 _set(dependency, 0, _FlattenIndexMapping(stride, reverse=source is node))
 
 
-def _map_split(graph: tp.DependencyGraph, node: Node) -> None:
+def _map_split(graph: Graph, node: Node) -> None:
     grad_fn: Any = node.grad_fn
     shape, dim, parts = _split(node)
     channels = next((infer_out_channels_recursively(graph, n, [0]) for n in node.inputs), None)
     if not _counts_channels(shape, dim, channels):
         return
+    if len(parts) > 1 and len({end - start for start, end in parts}) == 1:
+        graph.even_parts[node] = (parts[0][1], parts[-1][1])
     for behind in dict.fromkeys(node.outputs):
         numbers = [number for before, number in behind.grad_fn.next_functions if before is grad_fn]
         forth, back = list(_edges(node, behind, node.outputs)), list(_edges(behind, node, behind.inputs))

@@ -9,7 +9,6 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
 from torch_pruning._helpers import UnwrappedParameters
 
@@ -48,7 +47,7 @@ class Trace:
         buffers: Names of buffers, by the parameters that stand for them in the graph.
     """
 
-    graph: tp.DependencyGraph
+    graph: Graph
     outputs: frozenset[nn.Module]
     inside_attention: frozenset[nn.Module]
     called: frozenset[nn.Module]

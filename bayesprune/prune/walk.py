@@ -8,13 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch_pruning as tp
 from torch import nn
 from torch_pruning._helpers import _HybridIndex
 from torch_pruning.dependency import Dependency, Group
 from torch_pruning.pruner import function
 
 from bayesprune.prune.cuts import axis_size, is_depthwise
+from bayesprune.prune.mapping import Graph
 
 _Key = tuple[Any, Callable[..., Any]]
 
@@ -34,13 +34,13 @@ class Reached:
     linked: list[tuple[int, int]]
 
 
-def walk(graph: tp.DependencyGraph, root: nn.Module, *, bound: int) -> Reached:
+def walk(graph: Graph, root: nn.Module, *, bound: int) -> Reached:
     """All that leaves with the output channels of a layer; time is linear in what it finds.
 
     Where the graph gives a layer positions that it has not, they are in the group, and the walk ends there.
 
     Args:
-        graph: torch-pruning's graph of the model.
+        graph: Of the model.
         root: A layer in it.
         bound: Positions of an operation end there, see `largest_axis`.
     """
@@ -64,6 +64,13 @@ def walk(graph: tp.DependencyGraph, root: nn.Module, *, bound: int) -> Reached:
                 mapped = mapped if mapping is None else mapping(mapped)  # type: ignore[misc]
             if not mapped:
                 continue
+            if following.target in graph.even_parts:  # what leaves one part leaves all
+                part, whole = graph.even_parts[following.target]
+                mapped = [
+                    _HybridIndex(idx=place, root_idx=index.root_idx)
+                    for index in mapped
+                    for place in range(index.idx % part, whole, part)
+                ]
             key = (following.target, following.handler)
             if key not in owners:
                 owners[key], dependencies[key] = {}, following
@@ -83,7 +90,7 @@ def walk(graph: tp.DependencyGraph, root: nn.Module, *, bound: int) -> Reached:
     return Reached(_as_group(graph, dependencies, owners), list(linked))
 
 
-def largest_axis(graph: tp.DependencyGraph) -> int:
+def largest_axis(graph: Graph) -> int:
     """What no axis of channels of the traced model is longer than: the most that a layer or a concatenation has."""
     nodes = graph.module2node.values()
     sizes = [size or 0 for node in nodes for size in (graph.get_out_channels(node), graph.get_in_channels(node))]
@@ -95,9 +102,7 @@ def _parts(operation: Any) -> list[int]:
     return [part for part in parts if part is not None]
 
 
-def _as_group(
-    graph: tp.DependencyGraph, dependencies: dict[_Key, Dependency], owners: dict[_Key, dict[int, int | None]]
-) -> Group:
+def _as_group(graph: Graph, dependencies: dict[_Key, Dependency], owners: dict[_Key, dict[int, int | None]]) -> Group:
     group: Any = Group()
     group._DG = graph
     for key, dependency in dependencies.items():

@@ -283,3 +283,31 @@ def test_a_forward_that_writes_into_its_buffers_is_traced_as_it_is():
     net = Counting()
     assert units(net, torch.randn(3, 4)) == {"a": 12}
     assert not isinstance(net.seen, nn.Parameter)
+
+
+class CrossStage(nn.Module):
+    """C2f of YOLO: halves of a convolution, the second one also through blocks that add to it, all side by side."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.cv1, self.cv2 = nn.Conv2d(3, 10, 1), nn.Conv2d(10, 16, 1), nn.Conv2d(32, 6, 1)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(8, 7, 3, padding=1), nn.ReLU(), nn.Conv2d(7, 8, 1)) for _ in range(2)
+        )
+        self.head = nn.Conv2d(6, 2, 1)
+
+    def forward(self, x):
+        parts = list(torch.relu(self.cv1(torch.relu(self.stem(x)))).chunk(2, 1))
+        for block in self.blocks:
+            parts.append(parts[-1] + block(parts[-1]))
+        return self.head(torch.relu(self.cv2(torch.cat(parts, 1))))
+
+
+def test_halves_stay_halves():
+    torch.manual_seed(0)
+    net = CrossStage()
+    assert units(net, IMAGE) == {"stem": 10, "blocks.1.2": 8, "blocks.0.0": 7, "blocks.1.0": 7, "cv2": 6}
+    assert_removing_is_silencing(net, IMAGE)
+    report = prune_channels(net, IMAGE, target={"macs": 0.4}, importance=MAGNITUDE)
+    assert report.left_whole.keys() == {"head"}
+    assert net.cv1.out_channels == 2 * net.blocks[0][0].in_channels < 16
