@@ -18,6 +18,7 @@ from bayesprune.layers import gates, masks
 from bayesprune.layers.operations import LayerOperation
 from bayesprune.layers.sharding import sharded_as
 from bayesprune.layers.structures import SUFFIXES, not_narrowed
+from bayesprune.moments.sampled import is_drawing
 
 
 class VariationalLayer(nn.Module):
@@ -101,6 +102,8 @@ class VariationalLayer(nn.Module):
         if chosen == "auto":
             local = self.is_linear_in_weight and self.meets_one_position(x)
             return "local_reparameterization" if local else "weight_sampling"
+        if chosen == "moments" and is_drawing():
+            return "weight_sampling"
         if chosen not in ("mean", "moments") and not self.is_linear_in_weight:
             return "weight_sampling"
         return chosen

@@ -67,9 +67,33 @@ def piecewise(knots: Sequence[Coefficient], pieces: Sequence[tuple[Coefficient, 
 
 def clamped(low: Coefficient | None, high: Coefficient | None) -> Formula:
     """x, but no less than `low` and no more than `high`."""
-    knots = [bound for bound in (low, high) if bound is not None]
-    below, above = ([] if bound is None else [(bound,)] for bound in (low, high))
-    return piecewise(knots, [*below, (0.0, 1.0), *above])
+
+    def formula(m: Tensor, v: Tensor) -> Transformed:
+        reach = _FAR * std(v)  # a bound out of it never acts, and the square of a huge one would overflow
+        least = low if low is None or _is_small(low) else torch.maximum(m - reach, torch.as_tensor(low).to(m))
+        most = high if high is None or _is_small(high) else torch.minimum(m + reach, torch.as_tensor(high).to(m))
+        knots = [bound for bound in (least, most) if bound is not None]
+        below, above = ([] if bound is None else [(bound,)] for bound in (least, most))
+        return piecewise(knots, [*below, (0.0, 1.0), *above])(m, v)
+
+    return formula
+
+
+def floored(shift: float) -> Formula:
+    """The whole number below x + shift: for 0 the floor, for 1/2 the nearest, for 1 the ceiling.
+
+    Exact within four whole numbers of the mean, and x + shift - 1/2 beyond them.
+    """
+
+    def formula(m: Tensor, v: Tensor) -> Transformed:
+        below = torch.floor(m + shift).detach()
+        steps = range(-3, 5)
+        beyond = (shift - 0.5, 1.0)
+        return piecewise([below + k - shift for k in steps], [beyond, *((below + k,) for k in steps[:-1]), beyond])(
+            m, v
+        )
+
+    return formula
 
 
 def gelu(approximate: str = "none") -> Formula:
@@ -179,6 +203,10 @@ def larger(
 
 
 _FAR = 20.0  # stds, beyond which there is no probability in float32 and none to speak of in float64
+
+
+def _is_small(bound: Coefficient) -> bool:
+    return not isinstance(bound, Tensor) and abs(bound) < 1e6
 
 
 def _product(z: Tensor, below: Tensor, density: Tensor) -> Tensor:

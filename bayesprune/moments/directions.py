@@ -122,7 +122,7 @@ def _raised(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _joined(result: Any, directions: Tensor) -> Any:
-    if not isinstance(result, Tensor) or not result.is_floating_point():
+    if not isinstance(result, Tensor) or not (result.is_floating_point() or result.is_complex()):
         return result
     mean, residual, _ = parts(result)
     return Moments.along(mean, directions, residual)

@@ -6,10 +6,11 @@ from typing import Any
 from torch import Tensor
 
 from bayesprune.moments.gaussian import Formula, formula_of, transform
-from bayesprune.moments.registry import follows_directions, is_following, register_rule
+from bayesprune.moments.memory import to_nan, writable
+from bayesprune.moments.registry import following, follows_directions, register_rule
 from bayesprune.moments.settings import current
 from bayesprune.moments.shared import aligned, mean_over
-from bayesprune.moments.tensor import Function, Known, Moments, Parts, Source
+from bayesprune.moments.tensor import Function, Known, Moments, Parts, Source, follows
 
 
 def apply(x: Moments, function: Function, formula: Formula | None = None) -> Moments:
@@ -72,21 +73,26 @@ def register_elementwise(*functions: Callable[..., Any], formula: Formula | None
         register_rule(function)(_rule(function, formula))
 
 
-def in_place(rule: Callable[..., Any]) -> Callable[..., Any]:
-    """The rule of the method that writes its result into its first argument."""
+def in_place(
+    rule: Callable[..., Any], function: Callable[..., Any], erase: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
+    """The rule of the method that writes its result into its first argument.
+
+    Args:
+        rule: Of the function that returns the result.
+        function: That function, whose derivative takes directions along where its rule does not.
+        erase: Fills what is written with nan, given a plain tensor and the arguments behind it; None is all of it.
+    """
 
     def write(x: Any, *args: Any, **kwargs: Any) -> Moments:
-        if not isinstance(x, Moments):
-            raise TypeError(
-                "a tensor without variance got an uncertain one added, multiplied or assigned in place; expected "
-                "Moments. Write it out of place, or wrap the tensor first: Moments(x)."
-            )
-        result = rule(x, *args, **kwargs)
+        x = writable(x, lambda memory: to_nan(memory) if erase is None else erase(memory, *args))
+        has_directions = any(map(follows, (x, *args, *kwargs.values())))
+        result = (following(function, rule) if has_directions else rule)(x, *args, **kwargs)
         if result.shape != x.shape:
             raise ValueError(f"in-place result has shape {tuple(result.shape)}; expected {tuple(x.shape)}.")
-        return x.become(result)
+        return x.become(result if result.dtype == x.dtype else result.to(x.dtype))
 
-    return follows_directions(write) if is_following(rule) else write
+    return follows_directions(write)
 
 
 def _rule(function: Callable[..., Any], formula: Formula | None) -> Callable[..., Any]:

@@ -5,6 +5,8 @@ variance stay differentiable). There is no data behind the wrapper, so no operat
 
 Elementwise functions are lazy: their result remembers the tensor it came from, so that x * sigmoid(x), or a GELU that
 is written out, is one function of x and not a product of independent numbers.
+
+What is written in place is seen by all that looks at the same memory, as with plain tensors (see `memory`).
 """
 
 from collections.abc import Callable
@@ -13,8 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from bayesprune.moments.memory import Memory, View
 from bayesprune.moments.registry import find_rule, following
 
 Function = Callable[[Tensor], Tensor]
@@ -25,7 +28,8 @@ class Parts(NamedTuple):
 
     Attributes:
         mean: Any shape.
-        variance: The mean's shape, float32 or better; None where the tensor is certain.
+        variance: The mean's shape, float32 or better; None where the tensor is certain. Of complex numbers, that of
+            their real parts in the real part, that of their imaginary parts in the imaginary one.
         shared: The part of the variance that entries have in common along each dimension where it has size 1 and the
             mean has not: the mean covariance between two of them. None where nothing is known of covariance.
     """
@@ -105,7 +109,10 @@ class Moments(Tensor):
         tensor([1., 1.])
     """
 
-    source: Source
+    _memory: Memory
+    _view: View | None
+    _source: Source
+    _seen: int
 
     def __new__(cls, mean: Tensor, variance: Tensor | None = None, shared: Tensor | None = None) -> "Moments":
         """The tensor with these moments.
@@ -119,7 +126,7 @@ class Moments(Tensor):
             TypeError: the mean is not a floating-point tensor.
         """
         mean = plain(mean)
-        if not mean.is_floating_point():
+        if not mean.is_floating_point() and not mean.is_complex():
             raise TypeError(f"Moments got a mean of dtype {mean.dtype}; expected a floating-point tensor.")
         if variance is not None:
             variance = variance.to(torch.promote_types(mean.dtype, torch.float32)).expand(mean.shape)
@@ -128,7 +135,7 @@ class Moments(Tensor):
     @classmethod
     def along(cls, mean: Tensor, directions: Tensor, residual: Tensor | None = None) -> "Moments":
         """A tensor whose covariance is `directions` (K, *shape), summed as outer products, plus a diagonal residual."""
-        variance = directions.square().sum(0)
+        variance = squares(directions).sum(0)
         whole = variance if residual is None else variance + residual
         return cls.of(Source(Known(Parts(mean, whole, None), directions, residual)))
 
@@ -137,8 +144,19 @@ class Moments(Tensor):
         """The tensor whose moments come from there."""
         like = source.like
         made = torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
-        made.source = source
-        return made
+        return made._place(Memory(source), None, source)
+
+    def _place(self, memory: Memory, view: View | None, source: Source) -> "Moments":
+        self._memory, self._view, self._source, self._seen = memory, view, source, memory.version
+        memory.aliases[id(self)] = self
+        return self
+
+    @property
+    def source(self) -> Source:
+        """Where the moments come from; again from the memory, where another tensor has written into it."""
+        if self._seen != self._memory.version:
+            self._source, self._seen = self._memory.read(self._view), self._memory.version
+        return self._source
 
     @property
     def mean(self) -> Any:  # type: ignore[override]
@@ -167,8 +185,21 @@ class Moments(Tensor):
 
     def become(self, other: Tensor) -> "Moments":
         """Takes over the moments of another tensor of its shape, as in-place functions do; returns itself."""
-        self.source = (other if isinstance(other, Moments) else Moments(other)).source
+        source = (other if isinstance(other, Moments) else Moments(other)).source
+        if self._view is not None and not self._memory.is_seen_beside(self):
+            return self._place(Memory(source), None, source)
+        self._memory.write(self._view, source)
+        self._source, self._seen = source, self._memory.version
         return self
+
+    def replace(self, other: "Moments") -> "Moments":
+        """Is, from now on, what the other is, as functions do that change a tensor's shape in place; returns itself."""
+        return self._place(other._memory, other._view, other.source)
+
+    def is_view_of(self, other: "Moments", view: View) -> None:
+        """Looks, from now on, at the other's memory, of which it is this view."""
+        source, outer = self.source, other._view
+        self._place(other._memory, view if outer is None else lambda whole: view(outer(whole)), source)
 
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         mean, variance, _ = parts(self)
@@ -186,14 +217,18 @@ class Moments(Tensor):
         kwargs = kwargs or {}
         if func in _METADATA:
             return func(args[0].source.like, *args[1:], **kwargs)
-        uncertain = [leaf.source for leaf in tree_leaves((args, kwargs)) if is_uncertain(leaf)]
+        leaves = tree_leaves((args, kwargs))
+        uncertain = [leaf for leaf in leaves if is_uncertain(leaf)]
         if uncertain:
-            rule = find_rule(func)
-            if any(source.base.known().directions is not None for source in uncertain):
+            rule = find_rule(func, is_complex=any(map(_is_complex, leaves)))
+            if any(map(follows, uncertain)):
                 rule = following(func, rule)
-            return rule(*args, **kwargs)
-        args, kwargs = tree_map(lambda leaf: plain(leaf) if isinstance(leaf, Tensor) else leaf, (args, kwargs))
-        return tree_map(_certain, func(*args, **kwargs))
+            result = rule(*args, **kwargs)
+        else:
+            result = _of_means(func, args, kwargs)
+        if func in _VIEWS and isinstance(args[0], Moments):
+            _look(result, func, args, kwargs)
+        return result
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -228,9 +263,42 @@ def plain(x: Tensor) -> Tensor:
     return x.as_subclass(Tensor) if isinstance(x, _Mean) else x
 
 
+def follows(x: Any) -> bool:
+    """Whether the directions of its covariance are known."""
+    return isinstance(x, Moments) and x.source.base.known().directions is not None
+
+
 def is_uncertain(x: Any) -> bool:
     """Whether something is a tensor with a variance."""
     return isinstance(x, Moments) and x.source.is_uncertain
+
+
+def squares(x: Tensor) -> Tensor:
+    """Squares; of complex numbers, of their real and imaginary parts, each in its place."""
+    return torch.view_as_complex(torch.view_as_real(x).square()) if x.is_complex() else x.square()
+
+
+def _is_complex(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dtype.is_complex
+
+
+def _of_means(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """The function of certain tensors: itself at their means; what it writes in place is returned as it was given."""
+    leaves, spec = tree_flatten((args, kwargs))
+    means = [plain(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    plain_args, plain_kwargs = tree_unflatten(means, spec)
+    given = {id(mean): leaf for mean, leaf in zip(means, leaves, strict=True) if isinstance(mean, Tensor)}
+    found = func(*plain_args, **plain_kwargs)
+    return tree_map(lambda result: given[id(result)] if id(result) in given else _certain(result), found)
+
+
+def _look(result: Any, func: Callable[..., Any], args: Any, kwargs: Any) -> None:
+    """Tensors in the result that are views of the first argument look at its memory."""
+    base, *rest = args
+    memory = plain(base).untyped_storage()._cdata
+    for number, found in enumerate(tree_leaves(result)):
+        if isinstance(found, Moments) and found is not base and plain(found).untyped_storage()._cdata == memory:
+            found.is_view_of(base, lambda whole, i=number: tree_leaves(func(whole, *rest, **kwargs))[i])
 
 
 def _certain(result: Any) -> Any:
@@ -241,6 +309,24 @@ def _certain(result: Any) -> Any:
 _PROPERTIES = ("shape", "dtype", "device", "layout", "ndim", "is_cuda", "is_cpu", "is_mps", "is_xpu", "is_meta")
 _PROPERTIES += ("is_sparse", "is_quantized", "is_nested", "is_mkldnn")
 _METHODS = ("size", "dim", "ndimension", "numel", "nelement", "stride", "__len__", "is_floating_point", "is_complex")
-_METHODS += ("is_contiguous", "element_size", "get_device")
+_METHODS += ("is_contiguous", "element_size", "get_device", "storage_offset")
 _METADATA = {getattr(Tensor, name).__get__ for name in _PROPERTIES}
 _METADATA |= {getattr(Tensor, name) for name in _METHODS} | {torch.is_floating_point, torch.is_complex, torch.numel}
+
+_VIEW_NAMES = ("view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "ravel", "squeeze", "unsqueeze", "t")
+_VIEW_NAMES += ("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "select", "narrow", "unbind")
+_VIEW_NAMES += ("chunk", "split", "split_with_sizes", "tensor_split", "hsplit", "vsplit", "dsplit", "diagonal")
+_VIEW_NAMES += (
+    "unfold",
+    "expand",
+    "expand_as",
+    "broadcast_to",
+    "as_strided",
+    "detach",
+    "adjoint",
+    "__getitem__",
+    "view_as_real",
+)
+_VIEW_NAMES += ("view_as_complex", "real", "imag")
+_VIEWS = {getattr(owner, name) for owner in (torch, Tensor) for name in _VIEW_NAMES if hasattr(owner, name)}
+_VIEWS |= {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "data", "real", "imag")}

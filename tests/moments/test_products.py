@@ -138,3 +138,31 @@ def test_certain_matrix_on_the_left():
     matrix = certain(2, 3)
     exact(lambda b: matrix @ b, uncertain(3, 2), num_samples=20_000)
     exact(lambda b: matrix.matmul(b), uncertain(3, 2), num_samples=20_000)
+
+
+def test_groups_of_rows_have_matrices_of_their_own():
+    """As experts run: rows sorted by group, and the numbers where groups end."""
+    x, w, ends = uncertain(6, 4), uncertain(3, 4, 2, seed=1), torch.tensor([1, 1, 5], dtype=torch.int32)
+    result = torch._grouped_mm(x, w, offs=ends)
+    expected = torch.cat([x[:1] @ w[0], x[1:5] @ w[2], torch.zeros(1, 2).double()])
+    torch.testing.assert_close(parts(result).mean, parts(expected).mean)
+    torch.testing.assert_close(result.variance, expected.variance)
+    only = torch._grouped_mm(x, parts(w).mean, offs=ends)
+    torch.testing.assert_close(only.variance[0], x.variance[0] @ parts(w).mean[0].square())
+    with pytest.raises(NotImplementedError, match="_grouped_mm has a rule for groups of rows"):
+        torch._grouped_mm(x[None], w)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda a, b: torch.tensordot(a, b, dims=1),
+        lambda a, b: torch.tensordot(a, b.T, dims=([1], [1])),
+        lambda a, b: torch.inner(a, b.T),
+        lambda a, b: torch.linalg.vecdot(a, b.T),
+        lambda a, b: torch.linalg.cross(a, b.T),
+    ],
+    ids=["tensordot", "tensordot of two lists", "inner", "vecdot", "cross"],
+)
+def test_sums_of_products(function):
+    exact(function, uncertain(3, 3), uncertain(3, 3, seed=1))

@@ -46,7 +46,7 @@ from bayesprune.moments.closed_forms import clamped, leaky, piecewise
 from bayesprune.moments.elementwise import apply, in_place
 from bayesprune.moments.gaussian import Formula, recomputed
 from bayesprune.moments.registry import follows_directions, register_rule
-from bayesprune.moments.tensor import Moments, is_uncertain
+from bayesprune.moments.tensor import Moments, is_uncertain, plain
 
 
 def hardtanh(min_val: float = -1.0, max_val: float = 1.0) -> Formula:
@@ -54,14 +54,20 @@ def hardtanh(min_val: float = -1.0, max_val: float = 1.0) -> Formula:
     return clamped(min_val, max_val)
 
 
-def clamp(min: Any = None, max: Any = None) -> Formula:
-    """The arguments of `torch.clamp`."""
-    return clamped(min, max)
+@follows_directions
+def clamp(input: Any, min: Any = None, max: Any = None) -> Any:
+    """No less than one bound and no more than the other, each of which may be uncertain."""
+    if not is_uncertain(input) or is_uncertain(min) or is_uncertain(max):
+        low = input if min is None else torch.maximum(input, _bound(min, input))
+        return low if max is None else torch.minimum(low, _bound(max, input))
+    low, high = (plain(bound) if isinstance(bound, Tensor) else bound for bound in (min, max))
+    return apply(input, lambda t: torch.clamp(t, low, high), clamped(low, high))
 
 
-def clamp_max(max: Any) -> Formula:
-    """The arguments of `torch.clamp_max`."""
-    return clamped(None, max)
+@follows_directions
+def clamp_max(input: Any, max: Any) -> Any:
+    """No more than a bound."""
+    return clamp(input, None, max)
 
 
 def threshold(threshold: float, value: float) -> Formula:
@@ -95,12 +101,16 @@ def prelu(input: Any, weight: Any) -> Moments:
     return apply(input, lambda t: torch.where(t > 0, t, slope * t), leaky(slope))
 
 
+def _bound(bound: Any, x: Tensor) -> Tensor:
+    return bound if isinstance(bound, Tensor) else torch.full((), bound, dtype=x.dtype, device=x.device)
+
+
 def _fixed(formula: Formula) -> Callable[..., Formula]:
     lean = recomputed(formula)
     return lambda *_, **__: lean
 
 
-def _rule(function: Callable[..., Any], formula_of: Callable[..., Formula] | None) -> Callable[..., Any]:
+def _rule(function: Callable[..., Any], formula_of: Callable[..., Formula | None] | None) -> Callable[..., Any]:
     @follows_directions
     def rule(input: Any, *args: Any, inplace: bool = False, **kwargs: Any) -> Moments:
         if not is_uncertain(input):
@@ -118,23 +128,39 @@ def _named(name: str) -> list[Callable[..., Any]]:
     return [getattr(owner, name) for owner in (F, torch, Tensor, torch.special) if hasattr(owner, name)]
 
 
-def _register(*names: str, formula_of: Callable[..., Formula] | None = None) -> None:
+def _register(*names: str, formula_of: Callable[..., Formula | None] | None = None) -> None:
     """Functions and methods of these names, with the forms that write in place; `formula_of` takes their arguments."""
     for name in names:
         functions = _named(name)
         for function in functions:
             register_rule(function)(_rule(function, formula_of))
         for written in _named(f"{name}_"):
-            register_rule(written)(in_place(_rule(functions[0], formula_of)))
+            register_rule(written)(in_place(_rule(functions[0], formula_of), functions[0]))
+
+
+def _register_inside(low: float, high: float, *names: str) -> None:
+    """Functions that are defined between two numbers; nodes of the quadrature beyond them are taken as the last one."""
+    for name in names:
+        functions = _named(name)
+
+        def inside(t: Tensor, _function: Callable[..., Tensor] = functions[0]) -> Tensor:
+            edge = torch.finfo(t.dtype).eps
+            return _function(t.clamp(low + edge, high - edge))
+
+        for function in functions:
+            register_rule(function)(_rule(inside, None))
+        for written in _named(f"{name}_"):
+            register_rule(written)(in_place(_rule(inside, None), functions[0]))
 
 
 _register("relu", formula_of=_fixed(closed_forms.rectified))
 _register("relu6", formula_of=_fixed(clamped(0.0, 6.0)))
 _register("leaky_relu", formula_of=leaky_relu)
 _register("abs", "absolute", formula_of=_fixed(leaky(-1.0)))
-_register("clamp", "clip", formula_of=clamp)
-_register("clamp_min", formula_of=clamp)
-_register("clamp_max", formula_of=clamp_max)
+for _rule_, _bounded in ((clamp, ("clamp", "clip", "clamp_min")), (clamp_max, ("clamp_max",))):
+    for _name in _bounded:
+        register_rule(*_named(_name))(_rule_)
+        register_rule(*_named(f"{_name}_"))(in_place(_rule_, getattr(Tensor, _name)))
 _register("hardtanh", formula_of=hardtanh)
 _register("hardsigmoid", formula_of=_fixed(piecewise([-3.0, 3.0], [(0.0,), (0.5, 1 / 6), (1.0,)])))
 _register("hardswish", formula_of=_fixed(piecewise([-3.0, 3.0], [(0.0,), (0.0, 0.5, 1 / 6), (0.0, 1.0)])))
@@ -159,6 +185,16 @@ _register("silu", "sigmoid", "tanh", "softplus", "logsigmoid", "mish", "elu", "s
 _register(
     "erf", "erfc", "expit", "atan", "arctan", "sinh", "cosh", "asinh", "arcsinh", "logit", "nan_to_num", "positive"
 )
+_register("tan", "acosh", "arccosh", "ndtr")
+_register_inside(-1.0, 1.0, "asin", "arcsin", "acos", "arccos", "atanh", "arctanh", "erfinv")
+_register_inside(0.0, 1.0, "ndtri")
+_register("log_ndtr", "lgamma", "gammaln", "digamma", "psi", "sinc", "i0", "i0e", "i1", "i1e", "entr", "erfcx")
+_register("deg2rad", "rad2deg", "fmod", "remainder", "frac", "__mod__")
+_register("sign", "sgn", formula_of=_fixed(piecewise([0.0], [(-1.0,), (1.0,)])))
+_register("floor", formula_of=lambda: closed_forms.floored(0.0))
+_register("round", formula_of=lambda decimals=0: None if decimals else closed_forms.floored(0.5))
+_register("ceil", formula_of=lambda: closed_forms.floored(1.0))
+_register("trunc", "fix")
 register_rule(*_named("prelu"))(prelu)
 register_rule(Tensor.__abs__)(_rule(torch.abs, _fixed(leaky(-1.0))))
 register_rule(Tensor.__pos__)(lambda x: x)

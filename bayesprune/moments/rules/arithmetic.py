@@ -17,8 +17,9 @@ from bayesprune.moments.shared import common_dims, shared_along
 from bayesprune.moments.tensor import Known, Moments, is_uncertain, known, plain
 
 
-def add(a: Any, b: Any, *, alpha: Any = 1) -> Moments:
-    """a + alpha b."""
+def add(input: Any, other: Any, *, alpha: Any = 1) -> Moments:
+    """input + alpha other."""
+    a, b = input, other
     if is_uncertain(a) and is_uncertain(b):
         together = joint(a, b, lambda s, t: s + alpha * t) if a.shape == b.shape else None
         return together if together is not None else _sum(known(a), known(multiply(b, alpha) if alpha != 1 else b))
@@ -31,18 +32,19 @@ def add(a: Any, b: Any, *, alpha: Any = 1) -> Moments:
     return _sum(known(affine(uncertain, scale) if scale != 1 else uncertain), known(offset))
 
 
-def subtract(a: Any, b: Any, *, alpha: Any = 1) -> Moments:
-    """a - alpha b."""
-    return add(a, b, alpha=-alpha)
+def subtract(input: Any, other: Any, *, alpha: Any = 1) -> Moments:
+    """input - alpha other."""
+    return add(input, other, alpha=-alpha)
 
 
-def reverse_subtract(a: Any, b: Any, *, alpha: Any = 1) -> Moments:
-    """b - alpha a."""
-    return add(b, a, alpha=-alpha)
+def reverse_subtract(input: Any, other: Any, *, alpha: Any = 1) -> Moments:
+    """other - alpha input."""
+    return add(other, input, alpha=-alpha)
 
 
-def multiply(a: Any, b: Any) -> Moments:
-    """a b."""
+def multiply(input: Any, other: Any) -> Moments:
+    """input times other."""
+    a, b = input, other
     if is_uncertain(a) and is_uncertain(b):
         together = joint(a, b, lambda s, t: s * t) if a.shape == b.shape else None
         return together if together is not None else _product(known(a), known(b))
@@ -52,8 +54,9 @@ def multiply(a: Any, b: Any) -> Moments:
     return _product(known(uncertain), known(_number(certain)))
 
 
-def divide(a: Any, b: Any, *, rounding_mode: None = None) -> Moments:
-    """a / b."""
+def divide(input: Any, other: Any, *, rounding_mode: None = None) -> Moments:
+    """input / other."""
+    a, b = input, other
     if rounding_mode is not None:
         raise NotImplementedError(f"moments: division with rounding_mode={rounding_mode!r} has no useful variance.")
     if not is_uncertain(b):
@@ -65,8 +68,9 @@ def divide(a: Any, b: Any, *, rounding_mode: None = None) -> Moments:
     return multiply(a, apply(b, torch.reciprocal, closed_forms.power(-1.0)))
 
 
-def power(a: Any, exponent: Any) -> Moments:
-    """a to the exponent, one of them a number or a certain tensor of the other's shape."""
+def power(input: Any, exponent: Any) -> Moments:
+    """input to the exponent, one of them a number or a certain tensor of the other's shape."""
+    a = input
     if is_uncertain(a) and is_uncertain(exponent):
         together = joint(a, exponent, torch.pow)
         if together is None:
@@ -77,9 +81,9 @@ def power(a: Any, exponent: Any) -> Moments:
     return apply(exponent, lambda t: torch.pow(a, t))
 
 
-def where(condition: Tensor, a: Any, b: Any) -> Moments:
-    """a where the condition holds, b elsewhere."""
-    first, second = known(a), known(b)
+def where(condition: Tensor, input: Any, other: Any) -> Moments:
+    """input where the condition holds, other elsewhere."""
+    first, second = known(input), known(other)
     mean = torch.where(condition, first.parts.mean, second.parts.mean)
     chosen = [(first, condition), (second, ~condition)]
     if first.directions is not None or second.directions is not None:
@@ -93,32 +97,41 @@ def where(condition: Tensor, a: Any, b: Any) -> Moments:
     return Moments(mean, variance, _selected([(x, _averaged(where_, dims).square()) for x, where_ in common]))
 
 
-def reverse_divide(a: Any, b: Any) -> Moments:
-    """b / a."""
-    return divide(b, a)
+def reverse_divide(input: Any, other: Any) -> Moments:
+    """other / input."""
+    return divide(other, input)
 
 
-def reverse_power(exponent: Any, a: Any) -> Moments:
-    """a to the exponent."""
-    return power(a, exponent)
+def reverse_power(input: Any, other: Any) -> Moments:
+    """other to the input."""
+    return power(other, input)
 
 
-def negate(a: Moments) -> Moments:
-    """-a."""
-    return affine(a, -1)
+def negate(input: Moments) -> Moments:
+    """-input."""
+    return affine(input, -1)
 
 
-def masked_fill(x: Any, mask: Tensor, value: Any) -> Moments:
-    """x, with a value where the mask is true."""
+def masked_fill(input: Any, mask: Tensor, value: Any) -> Moments:
+    """input, with a value where the mask is true."""
     if not isinstance(value, Tensor):
-        value = torch.tensor(value, dtype=x.dtype, device=x.device)
-    return where(mask, value, x)
+        value = torch.tensor(value, dtype=input.dtype, device=input.device)
+    return where(mask, value, input)
 
 
-def addcmul(x: Any, a: Any, b: Any, *, value: Any = 1) -> Moments:
-    """x + value a b."""
-    product = a * b
-    return add(x, product, alpha=value)
+def addcmul(input: Any, tensor1: Any, tensor2: Any, *, value: Any = 1) -> Any:
+    """input + value tensor1 tensor2."""
+    return torch.add(input, tensor1 * tensor2, alpha=value)
+
+
+def addcdiv(input: Any, tensor1: Any, tensor2: Any, *, value: Any = 1) -> Any:
+    """input + value tensor1 / tensor2."""
+    return torch.add(input, tensor1 / tensor2, alpha=value)
+
+
+def lerp(input: Any, end: Any, weight: Any) -> Any:
+    """input + weight (end - input); of independent ends, as (1 - weight) input + weight end."""
+    return input * (1 - weight) + end * weight
 
 
 def _sum(a: Known, b: Known) -> Moments:
@@ -197,6 +210,10 @@ def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
+def _functions(name: str) -> list[Any]:
+    return [getattr(owner, name) for owner in (torch, Tensor) if hasattr(owner, name)]
+
+
 def _number(x: Any) -> Any:
     return plain(x) if isinstance(x, Tensor) else x
 
@@ -215,25 +232,18 @@ _NAMES = {
     multiply: ("mul", "multiply", "__mul__", "__rmul__"),
     divide: ("div", "divide", "true_divide", "__truediv__", "__div__"),
     reverse_divide: ("__rtruediv__", "__rdiv__"),
-    power: ("pow", "__pow__"),
+    power: ("pow", "__pow__", "float_power"),
     reverse_power: ("__rpow__",),
     negate: ("neg", "negative", "__neg__"),
     masked_fill: ("masked_fill",),
     addcmul: ("addcmul",),
+    addcdiv: ("addcdiv",),
+    lerp: ("lerp",),
 }
-_IN_PLACE_NAMES = {
-    add: ("add_", "__iadd__"),
-    subtract: ("sub_", "subtract_", "__isub__"),
-    multiply: ("mul_", "multiply_", "__imul__"),
-    divide: ("div_", "divide_", "true_divide_", "__itruediv__", "__idiv__"),
-    power: ("pow_", "__ipow__"),
-    negate: ("neg_", "negative_"),
-    masked_fill: ("masked_fill_",),
-    addcmul: ("addcmul_",),
-}
-for _names, _wrap in ((_NAMES, follows_directions), (_IN_PLACE_NAMES, in_place)):
-    for _rule, _found in _names.items():
-        _functions = (getattr(owner, name, None) for name in _found for owner in (torch, Tensor))
-        register_rule(*filter(callable, _functions))(_wrap(_rule))
+for _rule, _found in _NAMES.items():
+    for _name in _found:
+        register_rule(*_functions(_name))(follows_directions(_rule))
+        for _written in _functions(f"__i{_name[2:]}" if _name.startswith("__") else f"{_name}_"):
+            register_rule(_written)(in_place(_rule, getattr(Tensor, _name)))
 register_rule(torch.where)(follows_directions(where))
 register_rule(Tensor.where)(follows_directions(lambda x, condition, other: where(condition, x, other)))

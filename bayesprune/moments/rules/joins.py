@@ -1,4 +1,4 @@
-"""Rules for what joins tensors or writes into one: cat, stack, borders, assignment. Exact; no product.
+"""Rules for what joins tensors: cat, stack, borders. Exact; no product.
 
 Parts that share along the joined dimension are taken as made by the same weights, so that they share with each other.
 """
@@ -10,11 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bayesprune.moments.elementwise import in_place
 from bayesprune.moments.gaussian import std, total
 from bayesprune.moments.registry import follows_directions, register_rule
 from bayesprune.moments.shared import aligned
-from bayesprune.moments.tensor import Moments, Parts, known, parts
+from bayesprune.moments.tensor import Moments, Parts, parts
 
 
 @register_rule(torch.cat, torch.concat, torch.concatenate)
@@ -31,6 +30,61 @@ def cat(tensors: Sequence[Any], dim: int = 0, **names: Any) -> Moments:
 def stack(tensors: Sequence[Any], dim: int = 0) -> Moments:
     """Tensors joined along a new dimension."""
     return cat([x.unsqueeze(dim) for x in tensors], dim)
+
+
+@register_rule(torch.hstack)
+@follows_directions
+def hstack(tensors: Sequence[Any]) -> Any:
+    """Tensors side by side: along the second dimension, or the first of vectors."""
+    tensors = [torch.atleast_1d(x) for x in tensors]
+    return torch.cat(tensors, 0 if tensors[0].dim() == 1 else 1)
+
+
+@register_rule(torch.vstack, torch.row_stack)
+@follows_directions
+def vstack(tensors: Sequence[Any]) -> Any:
+    """Tensors, or vectors as rows, one upon the other."""
+    return torch.cat([torch.atleast_2d(x) for x in tensors], 0)
+
+
+@register_rule(torch.column_stack)
+@follows_directions
+def column_stack(tensors: Sequence[Any]) -> Any:
+    """Matrices, or vectors as columns, side by side."""
+    return torch.cat([x if x.dim() > 1 else x.reshape(-1, 1) for x in tensors], 1)
+
+
+@register_rule(torch.block_diag)
+@follows_directions
+def block_diag(*tensors: Any) -> Any:
+    """Matrices along the diagonal of one that is zero elsewhere."""
+    matrices = [torch.atleast_2d(x) for x in tensors]
+    width, start, rows = sum(x.shape[1] for x in matrices), 0, list[Any]()
+    for x in matrices:
+        rows.append(F.pad(x, (start, width - start - x.shape[1])))
+        start += x.shape[1]
+    return torch.cat(rows, 0)
+
+
+@register_rule(torch.broadcast_tensors)
+@follows_directions
+def broadcast_tensors(*tensors: Any) -> tuple[Any, ...]:
+    """Tensors expanded to the shape of all."""
+    tensors = tuple(tensors[0]) if len(tensors) == 1 and isinstance(tensors[0], list | tuple) else tensors
+    shape = torch.broadcast_shapes(*(x.shape for x in tensors))
+    return tuple(x.expand(shape) for x in tensors)
+
+
+@register_rule(torch.meshgrid)
+@follows_directions
+def meshgrid(*tensors: Any, indexing: str = "ij") -> tuple[Any, ...]:
+    """Vectors expanded to the grid of all."""
+    tensors = tuple(tensors[0]) if len(tensors) == 1 and isinstance(tensors[0], list | tuple) else tensors
+    count = len(tensors)
+    dims = [1, 0, *range(2, count)] if indexing == "xy" and count > 1 else list(range(count))
+    return broadcast_tensors(
+        *(x.reshape([-1 if d == dim else 1 for d in range(count)]) for x, dim in zip(tensors, dims, strict=True))
+    )
 
 
 @register_rule(F.pad, torch.constant_pad_nd)
@@ -51,35 +105,9 @@ def pad(input: Moments, pad: Sequence[int], mode: str = "constant", value: float
     return Moments(means, variances, F.pad(shared, widths, mode) if any(widths) else shared)
 
 
-@register_rule(Tensor.__setitem__)
-@follows_directions
-def set_item(x: Any, index: Any, value: Any) -> None:
-    """Writes entries; what positions had in common is given up."""
-    in_place(_assigned)(x, index, value)
-
-
 def zeros(mean: Tensor) -> Tensor:
     """The variance of a certain tensor."""
     return torch.zeros((), dtype=torch.promote_types(mean.dtype, torch.float32), device=mean.device).expand(mean.shape)
-
-
-def _assigned(x: Moments, index: Any, value: Any) -> Moments:
-    old, new = known(x), known(value)
-
-    def written(into: Tensor, what: Any) -> Tensor:
-        into = into.clone()
-        into[index] = what
-        return into
-
-    mean, none = written(old.parts.mean, new.parts.mean), zeros(old.parts.mean)
-    sets = [d for d in (old.directions, new.directions) if d is not None]
-    if not sets:
-        before, after = (0 if p.variance is None else p.variance for p in (old.parts, new.parts))
-        return Moments(mean, written(none + before, after))
-    each = [[0] * len(sets[0]) if d is None else d for d in (old.directions, new.directions)]
-    directions = torch.stack([written(none + before, after) for before, after in zip(*each, strict=True)])
-    before, after = (0 if k.residual is None else k.residual for k in (old, new))
-    return Moments.along(mean, directions, written(none + before, after))
 
 
 def _pairs(count: int) -> int:

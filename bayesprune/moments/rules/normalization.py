@@ -24,7 +24,7 @@ from bayesprune.moments.tensor import Moments, Parts, is_uncertain, known, parts
 @register_rule(F.batch_norm, torch.batch_norm)
 @follows_directions
 def batch_norm(
-    x: Any,
+    input: Any,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     weight: Any = None,
@@ -42,20 +42,20 @@ def batch_norm(
     if not training:
         if running_mean is None or running_var is None:
             raise ValueError("batch_norm got training=False and no running statistics; expected one of the two.")
-        return _by_statistics(x, running_mean, running_var, weight, bias, eps)
-    alone, centre, square = _batch_statistics(x)
+        return _by_statistics(input, running_mean, running_var, weight, bias, eps)
+    alone, centre, square = _batch_statistics(input)
     if running_mean is not None and running_var is not None:
         with torch.no_grad():
-            count = x.numel() // x.shape[1]
+            count = input.numel() // input.shape[1]
             running_mean.lerp_(centre.to(running_mean.dtype), momentum)
             running_var.lerp_((square * (count / max(count - 1, 1))).to(running_var.dtype), momentum)
-    if known(x).directions is None:
+    if known(input).directions is None:
         return _by_statistics(alone, centre, square, weight, bias, eps)
 
     def rule(x: Any, *_: Any) -> Any:
         return _by_statistics(x, centre, square, weight, bias, eps)
 
-    return linearised(_by_its_own_statistics, rule)(x, weight, bias, eps)
+    return linearised(_by_its_own_statistics, rule)(input, weight, bias, eps)
 
 
 @register_rule(F.layer_norm, torch.layer_norm)

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bayesprune.moments.elementwise import in_place
 from bayesprune.moments.gaussian import total
-from bayesprune.moments.registry import register_rule
+from bayesprune.moments.registry import follows_directions, register_rule
 from bayesprune.moments.shared import aligned, is_tracked, products_of_pairs
-from bayesprune.moments.tensor import Moments, Parts, parts
+from bayesprune.moments.tensor import Moments, Parts, parts, plain
 
 Product = Callable[[Tensor, Tensor], Tensor]
 Labels = Sequence[Any]
@@ -118,7 +119,7 @@ def _variance(product: Product, a: _Operand, b: _Operand) -> Tensor | None:
     return total(terms).clamp_min(0) if is_split and not a.paired and not b.paired else total(terms)
 
 
-@register_rule(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm)
+@register_rule(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.linalg.matmul)
 def matmul(input: Any, other: Any) -> Any:
     """A (..., P, D) times B (..., D, Q); vectors as torch has them."""
     if input.dim() == 1:
@@ -140,23 +141,117 @@ def reverse_matmul(input: Any, other: Any) -> Any:
     return matmul(other, input)
 
 
-@register_rule(torch.mv, Tensor.mv, torch.dot, Tensor.dot)
+@register_rule(torch.mm, Tensor.mm, torch.bmm, Tensor.bmm)
+def matrix_product(input: Any, mat2: Any) -> Any:
+    """Of two matrices, or of batches of them."""
+    return matmul(input, mat2)
+
+
+@register_rule(torch.mv, Tensor.mv)
 def matrix_vector(input: Any, vec: Any) -> Any:
-    """A matrix or vector times a vector."""
+    """A matrix times a vector."""
     return matmul(input, vec)
 
 
-@register_rule(torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm, torch.addmv, Tensor.addmv)
-def add_matmul(input: Any, first: Any, second: Any, *, beta: Any = 1, alpha: Any = 1, **names: Any) -> Any:
-    """beta input + alpha A B."""
-    product = torch.matmul(first, second)
-    return torch.add(input if beta == 1 else input * beta, product, alpha=alpha)
+@register_rule(torch.dot, Tensor.dot)
+def dot(input: Any, tensor: Any = None, *, other: Any = None) -> Any:
+    """The inner product of two vectors."""
+    return matmul(input, other if tensor is None else tensor)
 
 
-@register_rule(torch.outer, Tensor.outer)
+@register_rule(torch.outer, Tensor.outer, torch.ger, Tensor.ger)
 def outer(input: Any, vec2: Any) -> Any:
     """The product of all pairs."""
     return input.unsqueeze(-1) * vec2
+
+
+@register_rule(torch.inner, Tensor.inner)
+@follows_directions
+def inner(input: Any, other: Any) -> Any:
+    """Products summed over the last dimension of both."""
+    if not input.dim() or not other.dim():
+        return input * other
+    return tensordot(input, other, ([-1], [-1]))
+
+
+@register_rule(torch.linalg.vecdot)
+@follows_directions
+def vecdot(x: Any, y: Any, *, dim: int = -1) -> Any:
+    """Products summed over one dimension."""
+    return torch.matmul(x.movedim(dim, -1).unsqueeze(-2), y.movedim(dim, -1).unsqueeze(-1))[..., 0, 0]
+
+
+@register_rule(torch.tensordot)
+def tensordot(a: Any, b: Any, dims: Any = 2, out: None = None) -> Any:
+    """Products summed over pairs of dimensions, as many last and first ones or those of two lists."""
+    if isinstance(dims, int):
+        dims = list(range(a.dim() - dims, a.dim())), list(range(dims))
+    ours, theirs = ([dim % x.dim() for dim in own] for own, x in zip(dims, (a, b), strict=True))
+    labels = [("a", dim) for dim in range(a.dim())], [("b", dim) for dim in range(b.dim())]
+    for dim, other in zip(ours, theirs, strict=True):
+        labels[1][other] = labels[0][dim]
+    out_labels = [
+        name
+        for own, summed in ((labels[0], ours), (labels[1], theirs))
+        for d, name in enumerate(own)
+        if d not in summed
+    ]
+    return bilinear(
+        lambda x, y: torch.tensordot(x, y, (ours, theirs)),  # type: ignore[arg-type]
+        a,
+        b,
+        labels,
+        out_labels,
+    )
+
+
+@register_rule(torch.linalg.cross, torch.cross, Tensor.cross)
+@follows_directions
+def cross(input: Any, other: Any, *, dim: int = -1) -> Any:
+    """The vector product of vectors of three along a dimension."""
+    return input.roll(-1, dim) * other.roll(1, dim) - input.roll(1, dim) * other.roll(-1, dim)
+
+
+@register_rule(torch._grouped_mm)  # type: ignore[attr-defined]
+@follows_directions
+def grouped_mm(input: Any, mat2: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Any:
+    """The rows of each group (T, D), which end at these numbers, times a matrix of its own (G, D, Q).
+
+    Experts run so: each its tokens.
+    """
+    if input.dim() != 2 or mat2.dim() != 3 or offs is None:
+        raise NotImplementedError(
+            "moments: _grouped_mm has a rule for groups of rows (T, D) and matrices (G, D, Q) only."
+        )
+    ends = plain(offs).tolist()
+    starts = [0, *ends[:-1]]
+    groups = [input[start:end] @ mat2[i] for i, (start, end) in enumerate(zip(starts, ends, strict=True))]
+    groups = [group if bias is None else group + bias[i] for i, group in enumerate(groups)]
+    left = input.shape[0] - ends[-1]
+    found = torch.cat([*groups, torch.zeros_like(plain(groups[-1]))[:1].expand(left, -1)] if left else groups)
+    return found if out_dtype is None else found.to(out_dtype)
+
+
+def _add_product(first: str, second: str, *, sums: bool = False) -> None:
+    """Registers beta input + alpha A B under all its names; `sums` adds up the batch."""
+
+    @follows_directions
+    def rule(input: Any, *matrices: Any, beta: Any = 1, alpha: Any = 1, **named: Any) -> Any:
+        a, b = (*matrices, *(named[name] for name in (first, second)[len(matrices) :]))
+        product = torch.matmul(a, b)
+        product = product.sum(0) if sums else product
+        product = product if alpha == 1 else product * alpha
+        return product if beta == 0 else product + (input if beta == 1 else input * beta)
+
+    name = {"mat1": "addmm", "batch1": "addbmm" if sums else "baddbmm", "mat": "addmv"}[first]
+    register_rule(getattr(torch, name), getattr(Tensor, name))(rule)
+    register_rule(getattr(Tensor, f"{name}_"))(in_place(rule, getattr(Tensor, name)))
+
+
+_add_product("mat1", "mat2")
+_add_product("batch1", "batch2")
+_add_product("batch1", "batch2", sums=True)
+_add_product("mat", "vec")
 
 
 @register_rule(torch.einsum)

@@ -1,4 +1,8 @@
-"""What code asks of a tensor and gets no tensor with moments for: comparisons and single numbers see the mean."""
+"""What code asks of a tensor and gets no tensor with moments for: comparisons, whole numbers and choices see the mean.
+
+So do the places that entries are sorted to, and casts to integers (the lengths that a model predicts, the numbers of
+codes): what is computed with them is computed as if they were certain.
+"""
 
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -58,6 +62,10 @@ def _expected_loss(x: Moments) -> float:
 _register_on_means("gt", "ge", "lt", "le", "eq", "ne", "greater", "greater_equal", "less", "less_equal", "not_equal")
 _register_on_means("__gt__", "__ge__", "__lt__", "__le__", "__eq__", "__ne__", "equal", "allclose", "isclose")
 _register_on_means("isnan", "isinf", "isfinite", "isneginf", "isposinf", "any", "all", "argmax", "argmin", "argsort")
+_register_on_means("logical_and", "logical_or", "logical_xor", "logical_not", "signbit", "isin", "isreal", "argwhere")
+_register_on_means("searchsorted", "bucketize", "bincount", "histc", "histogram", "unique", "unique_consecutive")
+_register_on_means("long", "int", "short", "byte", "char", "bool", "is_conj", "is_neg", "is_inference", "is_signed")
+_register_on_means("__contains__", "data_ptr", "is_shared", "is_pinned", "is_distributed", "nonzero_static")
 _register_on_means("result_type", "can_cast", "is_same_size", "is_nonzero", "count_nonzero", "nonzero")
 _register_refusal("tolist", "numpy", "__bool__", "__int__", "__index__", "__array__")
 _register_refusal("requires_grad_", "retain_grad", "register_hook")

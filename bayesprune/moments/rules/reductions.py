@@ -5,13 +5,14 @@ Exact, but for covariance that is not shared. Variances, stds and norms are take
 variance of the entries in them.
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bayesprune.moments.gaussian import std as root
-from bayesprune.moments.registry import register_rule
+from bayesprune.moments.registry import follows_directions, register_rule
 from bayesprune.moments.shared import aligned, products_of_pairs
 from bayesprune.moments.tensor import Moments, parts
 
@@ -84,9 +85,9 @@ def std(
 
 @register_rule(torch.linalg.vector_norm)
 def vector_norm(x: Moments, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Moments:
-    """The Euclidean norm over dimensions: the root of the expected square."""
+    """The Euclidean norm over dimensions, the root of the expected square; others as sums of powers, or the largest."""
     if ord not in (2, "fro", None):
-        raise NotImplementedError(f"moments: a norm of order {ord!r} has no rule; only the Euclidean norm (2) has.")
+        return _of_order(x if dtype is None else x.to(dtype), ord, dim, keepdim)
     m, variance, _ = parts(x)
     assert variance is not None, "a rule is for uncertain tensors"
     dims = dims_of(dim, m.dim())
@@ -104,11 +105,44 @@ def norm(
     return vector_norm(input, p, dim, keepdim, dtype=dtype)
 
 
+@register_rule(torch.linalg.norm)
+@follows_directions
+def linalg_norm(input: Moments, ord: Any = None, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+    """The Euclidean norm of vectors, the Frobenius norm of matrices; of all entries where no dimension is named."""
+    return torch.linalg.vector_norm(input, _order(input, ord, dim), dim, keepdim, dtype=dtype)
+
+
+@register_rule(torch.linalg.matrix_norm)
+@follows_directions
+def matrix_norm(
+    input: Moments, ord: Any = "fro", dim: Any = (-2, -1), keepdim: bool = False, *, dtype: Any = None
+) -> Any:
+    """The Frobenius norm of matrices."""
+    return torch.linalg.vector_norm(input, _order(input, ord, dim), dim, keepdim, dtype=dtype)
+
+
 def dims_of(dim: Any, num_dims: int) -> tuple[int, ...]:
     """The dimensions, counted from the front, that an argument `dim` names: all where it is None or empty."""
     if dim is None or (not isinstance(dim, int) and not len(dim)):
         return tuple(range(num_dims))
     return tuple(sorted({d % num_dims for d in ((dim,) if isinstance(dim, int) else dim)}))
+
+
+def _of_order(x: Any, ord: Any, dim: Any, keepdim: bool) -> Any:
+    if isinstance(ord, str) or ord <= 0:
+        raise NotImplementedError(f"moments: a norm of order {ord!r} has no rule; expected a positive number or 'fro'.")
+    size, dims = x.abs(), dims_of(dim, x.dim())
+    if ord == math.inf:
+        return size.amax(dims, keepdim)
+    return size.sum(dims, keepdim) if ord == 1 else size.pow(ord).sum(dims, keepdim).pow(1 / ord)
+
+
+def _order(x: Moments, ord: Any, dim: Any) -> Any:
+    """The order of the norm of all numbers that is the same."""
+    is_matrix = x.dim() == 2 if dim is None else not isinstance(dim, int) and len(dim) == 2
+    if is_matrix and ord not in (None, "fro"):
+        raise NotImplementedError(f"moments: a norm of order {ord!r} of matrices has no rule; only Frobenius' has.")
+    return 2 if ord in (None, "fro") else ord
 
 
 def _reduced(x: Moments, dim: Any, keepdim: bool, *, is_mean: bool, dtype: Any) -> Moments:

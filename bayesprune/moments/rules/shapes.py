@@ -113,6 +113,39 @@ def iterate(x: Moments) -> Iterator[Tensor]:
     return iter(x.unbind(0))
 
 
+@register_rule(torch.as_strided, Tensor.as_strided)
+def as_strided(input: Moments, size: Any, stride: Any, storage_offset: int | None = None) -> Moments:
+    """Entries by their places in memory, which windows that overlap take several times.
+
+    Raises:
+        NotImplementedError: it reaches for entries beside those of the tensor.
+    """
+    mean, variance, shared = parts(input)
+    assert variance is not None, "a rule is for uncertain tensors"
+    result, before = mean.as_strided(size, stride, storage_offset), mean.storage_offset()
+    own = torch.arange(mean.numel(), device=mean.device).view(mean.shape)
+    start = before if storage_offset is None else storage_offset
+    last = max(before + _reach(mean), start + _reach(result))
+    lookup = torch.full((last + 1,), -1, device=mean.device)
+    lookup.as_strided(mean.shape, mean.stride(), before).copy_(own)
+    places = lookup.as_strided(size, stride, start)
+    if bool((places < 0).any()):
+        raise NotImplementedError("moments: as_strided reached beside the tensor; call it on the tensor itself.")
+
+    def taken(part: Tensor) -> Tensor:
+        return part.reshape(-1)[places]
+
+    if shared is None:
+        return Moments(result, taken(variance))
+    shared = aligned(shared, mean.dim())
+    units = taken(torch.arange(shared.numel(), device=mean.device).view(shared.shape).expand(mean.shape))
+    shared = taken(shared.expand(mean.shape))
+    for dim in range(units.dim()):
+        if bool((units == units.narrow(dim, 0, 1)).all()):
+            units, shared = units.narrow(dim, 0, 1), shared.narrow(dim, 0, 1)
+    return Moments(result, taken(variance), shared)
+
+
 @register_rule(torch.repeat_interleave, Tensor.repeat_interleave)
 def repeat_interleave(input: Moments, repeats: Any, dim: int | None = None, **options: Any) -> Moments:
     """Each entry several times in a row."""
@@ -167,6 +200,11 @@ def _regrouped(x: Moments, function: Callable[[Tensor], Tensor], regroup: Callab
     return Moments(function(mean), function(variance), shared)
 
 
+def _reach(x: Tensor) -> int:
+    """The place of the last entry in memory, from that of the first."""
+    return sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+
+
 def _is_list(index: Any) -> bool:
     return torch.as_tensor(index).dim() == 1
 
@@ -209,6 +247,12 @@ def _reshaped_like(function: Callable[..., Any], x: Moments, *args: Any, **kwarg
     return reshaped(x, function(plain(x), *args, **kwargs).shape)
 
 
+def _by_number(function: Callable[..., Any], x: Moments, *args: Any) -> Moments:
+    """Entries picked one by one, which share nothing."""
+    mean, variance, _ = parts(x)
+    return Moments(function(mean, *args), function(variance, *args))
+
+
 def _viewed(_: Any, x: Moments, *shape: Any, **kwargs: Any) -> Moments:
     shape = shape or tuple(kwargs.values())
     if isinstance(shape[0], torch.dtype):
@@ -221,12 +265,14 @@ def _cast(function: Callable[..., Any], x: Moments, *args: Any, **kwargs: Any) -
     mean, variance, shared = parts(x)
     assert variance is not None, "a rule is for uncertain tensors"
     cast = function(mean, *args, **kwargs)
+    if cast is mean:
+        return x
     if not isinstance(cast, Tensor):
         return cast
-    if not cast.is_floating_point():
-        raise TypeError(
-            f"a tensor with variance was cast to {cast.dtype}; expected a floating-point type. Cast its .mean instead."
-        )
+    if (
+        not cast.is_floating_point() and not cast.is_complex()
+    ):  # whole numbers are those of the mean, as comparisons are
+        return cast
     dtype = torch.promote_types(cast.dtype, torch.float32)
     return Moments(cast, variance.to(cast.device, dtype), None if shared is None else shared.to(cast.device, dtype))
 
@@ -238,12 +284,15 @@ _register_through(
     *_named("hsplit", "vsplit", "dsplit", "diagonal", "unfold", "detach"),
     *(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "data")),
 )
-_register_through(copied, *_named("flip", "index_select", "channel_shuffle"))
+_register_through(moved, *_named("unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes", "diag_embed"))
+_register_through(copied, *_named("flip", "fliplr", "flipud", "index_select", "channel_shuffle"))
 _register_through(spread, *_named("expand", "expand_as", "broadcast_to", "repeat", "tile"))
 _register(_viewed, Tensor.view, *_named("reshape"))
 _register(lambda _, x, other: reshaped(x, other.shape), Tensor.view_as, Tensor.reshape_as)
 _register(_reshaped_like, *_named("flatten", "unflatten", "ravel", "atleast_1d", "atleast_2d", "atleast_3d"))
+_register(_by_number, *_named("take", "masked_select"))
 _register(lambda f, x, dim, index: picked(x, lambda part: f(part, dim, index), dim), *_named("gather"))
 _register(lambda f, x, index, dim: picked(x, lambda part: f(part, index, dim), dim), *_named("take_along_dim"))
-_register(_cast, *_named("to", "float", "double", "half", "bfloat16", "type_as", "type", "contiguous", "clone", "cpu"))
-_register(_cast, *_named("long", "int", "short", "bool"))
+_register(
+    _cast, *_named("to", "float", "double", "half", "bfloat16", "type_as", "type", "contiguous", "clone", "cpu", "cuda")
+)
