@@ -5,6 +5,7 @@ with an Adam of its own and hides them from the user's optimizer. It runs once p
 accumulation and data-parallel training need no correction, and the loss stays the plain mean negative log-likelihood.
 """
 
+import logging
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +21,7 @@ from bayesprune.train.checks import check_groups, check_options, check_types, co
 from bayesprune.train.fused import Target, add_kl_gradients, bound_log_std
 from bayesprune.train.gates import GateTraining
 from bayesprune.train.kl import bind_prior, collapsed_groups, refresh_scales
+from bayesprune.train.noise_cost import NoiseCost, dearest, scale_back
 from bayesprune.train.optimizers import (
     StepCount,
     add_to_first_group,
@@ -28,8 +30,11 @@ from bayesprune.train.optimizers import (
     step_scaled,
     unwrapped,
 )
+from bayesprune.train.statistics import MeanStatistics
 
+_LOGGER = logging.getLogger(__name__)
 _CHECK_EVERY = 100  # steps between two looks for collapsed layers
+_MUCH = 5.0  # times `max_noise_cost`: noise of which a user is to hear
 
 
 class Attachment:
@@ -39,6 +44,8 @@ class Attachment:
         temperature: Weight of the KL; may be changed at any time.
         num_data: Number of training examples (label tokens for a language model).
         warmup_steps: Optimizer steps over which the weight of the KL rises linearly from zero.
+        max_noise_cost: What the noise may cost the loss; may be changed at any time.
+        noise_cost: What it cost over the last ten steps, in units of the loss; None before.
     """
 
     def __init__(
@@ -46,16 +53,20 @@ class Attachment:
         optimizer: Optimizer,
         bound: dict[Posterior, BoundPrior],
         gates: GateTraining,
+        model: nn.Module,
         *,
         num_data: int,
         temperature: float,
         warmup_steps: int,
         std_lr: float,
+        max_noise_cost: float | None,
     ) -> None:
         """Use `attach`."""
         self.num_data, self.temperature, self.warmup_steps = num_data, temperature, warmup_steps
+        self.max_noise_cost, self.noise_cost = max_noise_cost, None
         self._bound, self._gates, self._steps = bound, gates, StepCount()
         self._parts = {posterior: posterior.log_std_parts for posterior in bound}  # frozen ones may thaw
+        self._noise, self._statistics = NoiseCost(self._parts), MeanStatistics(model, self._steps)
         self._stds = list({id(part): part for parts in self._parts.values() for part in parts}.values())
         self._std_optimizer = Adam(self._stds, lr=std_lr, fused=has_fused_kernel(self._stds))
         self._optimizer = optimizer
@@ -86,6 +97,7 @@ class Attachment:
     def detach(self) -> None:
         """Ends it: the optimizer is as it was before `attach`, and moves no std that it did not hold then."""
         self._handle.remove()
+        self._statistics.end()
         added = {id(part) for part in self._added}
         for group in self._optimizer.param_groups:
             group["params"] = [parameter for parameter in group["params"] if id(parameter) not in added]
@@ -97,6 +109,7 @@ class Attachment:
             "std_optimizer": self._std_optimizer.state_dict(),
             "prior": {posterior.name: prior.state() for posterior, prior in self._bound.items()},
             "gates": self._gates.state_dict(),
+            "noise": self._noise.state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -120,6 +133,8 @@ class Attachment:
                     f"one attached has {sorted(attached) or 'none'}; expected the prior of the run that was saved."
                 )
         self._gates.load_state_dict(state.get("gates", {}))
+        if "noise" in state:
+            self._noise.load(state["noise"])
         self.step = state["step"]
         self._std_optimizer.load_state_dict(state["std_optimizer"])
         for part, values in self._std_optimizer.state.items():
@@ -146,11 +161,15 @@ class Attachment:
         self._check_that_nothing_was_replaced()
         scale, found_inf = grad_scaler_tensors(optimizer)
         weight = self.kl_weight
+        self._noise.add(scale, found_inf)  # of the loss alone
         refresh_scales(self._bound, self._gates.keep)
         add_kl_gradients(list(self._targets()), weight, scale)
         self._gates.add_gradients(self._bound, weight, scale)
         step_scaled(self._std_optimizer, scale, found_inf)
         self._gates.step(found_inf)
+        self._statistics.update()
+        if (costs := self._noise.take()) is not None:
+            self._bound_noise(costs)
         for posterior, prior in self._bound.items():
             if moving := [part for part in self._parts[posterior] if part.requires_grad]:
                 bound_log_std(moving, prior.max_log_std)
@@ -159,6 +178,29 @@ class Attachment:
             part.grad = None
         if self._steps.at_most % _CHECK_EVERY == 0:
             self._warn_of_collapse()
+
+    def _bound_noise(self, costs: dict[str, float]) -> None:
+        """Scales the stds back where the noise costs more than it may; says so where it costs much more."""
+        cost, limit = sum(costs.values()), self.max_noise_cost
+        self.noise_cost = cost
+        if limit is None or not cost > limit:
+            return
+        step = self._steps.at_most + 1
+        if self.temperature < 1:
+            factor = scale_back(self._parts, cost, limit)
+            done = f"all stds were multiplied by {factor:.2g}, which brings it to max_noise_cost={limit:g}"
+            advice = "Convert with a smaller relative_std, or leave these layers out with filter_fn"
+            _LOGGER.info("the noise costs %.2g of the loss at step %d: %s", cost, step, done)
+        else:
+            done = f"at temperature={self.temperature:g} nothing bounds it"
+            advice = "Lower the temperature below 1, or pass max_noise_cost=None where so much noise is meant"
+        if cost > _MUCH * limit:
+            self._warn(
+                "cost",
+                "the noise of the weights",
+                f"it adds {cost:.2g} to the training loss of the means at step {step}, most of it in "
+                f"{dearest(costs)}; {done}. {advice}.",
+            )
 
     def _check_that_nothing_was_replaced(self) -> None:
         for posterior, parts in self._parts.items():
@@ -223,6 +265,7 @@ def attach(
     temperature: float = 0.1,
     warmup_steps: int = 0,
     std_lr: float = 1e-2,
+    max_noise_cost: float | None = 0.2,
 ) -> Attachment:
     """Makes each step of this optimizer a step on mean NLL + temperature * KL / num_data; the loop stays as it is.
 
@@ -240,13 +283,17 @@ def attach(
         warmup_steps: Optimizer steps over which the weight of the KL rises linearly from zero.
         std_lr: Learning rate of the log stds, about what one step moves them by. Short fine-tuning needs 1e-2; tens of
             thousands of steps rank better with 1e-3.
+        max_noise_cost: What the noise may add to the loss of the means, in nats; it is measured from gradients over
+            each ten steps. Where it costs more, all stds are scaled back together, so that a network keeps its accuracy
+            while the stds still sort themselves. At temperatures from 1 on noise is wanted: nothing is bounded, and
+            much of it is warned of. None neither bounds nor warns.
 
     Raises:
         ValueError: a number is out of range, the model has no variational layer, the optimizer holds none of it, or has
             an attachment to it already.
         UnsupportedModelError: DeepSpeed or FSDP 1, which cut means and stds apart.
     """
-    check_options(num_data, temperature, warmup_steps, std_lr)
+    check_options(num_data, temperature, warmup_steps, std_lr, max_noise_cost)
     check_types(optimizer, model)
     optimizer = unwrapped(optimizer)
     model = getattr(model, "_orig_mod", model)
@@ -259,8 +306,10 @@ def attach(
         optimizer,
         bound,
         gates,
+        model,
         num_data=num_data,
         temperature=temperature,
         warmup_steps=warmup_steps,
         std_lr=std_lr,
+        max_noise_cost=max_noise_cost,
     )

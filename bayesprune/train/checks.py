@@ -14,7 +14,9 @@ from bayesprune.layers.sharding import whole
 _REFUSED = ("FullyShardedDataParallel", "DeepSpeedOptimizerWrapper", "LBFGS")
 
 
-def check_options(num_data: int, temperature: float, warmup_steps: int, std_lr: float) -> None:
+def check_options(
+    num_data: int, temperature: float, warmup_steps: int, std_lr: float, max_noise_cost: float | None
+) -> None:
     """Refuses numbers out of range.
 
     Raises:
@@ -26,6 +28,8 @@ def check_options(num_data: int, temperature: float, warmup_steps: int, std_lr: 
         raise ValueError(
             f"temperature={temperature!r}, warmup_steps={warmup_steps!r}, std_lr={std_lr!r}; expected none below 0."
         )
+    if max_noise_cost is not None and not max_noise_cost > 0:
+        raise ValueError(f"max_noise_cost is {max_noise_cost!r}; expected a number above 0, or None for no bound.")
 
 
 def check_types(optimizer: Optimizer, model: nn.Module) -> None:
