@@ -20,9 +20,8 @@ from bayesprune.macs import eval_mode
 from bayesprune.predictive import sampling
 from bayesprune.train.optimizers import StepCount
 
-EVERY = 8
-"""Steps of which one has a forward at the means: a tenth of the time of a step, once."""
-_COUNTS_FOR = 3  # batches of the norm's own momentum, so that statistics are averages over several forwards
+EVERY = 4
+"""Steps of which one has a forward at the means, which takes about a third of a step's time."""
 
 
 class MeanStatistics:
@@ -53,8 +52,9 @@ class MeanStatistics:
         batch, norms, self._before, self._batch = self._batch, list(self._before), {}, None
         if batch is None or not norms:
             return
+        number = self._steps.at_most // EVERY + 1
         try:
-            with eval_mode(self._model), sampling(self._model, "mean"), _gathering(norms), batch.autocast():
+            with eval_mode(self._model), sampling(self._model, "mean"), _gathering(norms, number), batch.autocast():
                 self._model(*batch.args, **batch.kwargs)
         except Exception as error:  # noqa: BLE001 (whatever a forward in evaluation mode does not do)
             self.end()
@@ -102,13 +102,13 @@ def _autocast_of(device_type: str) -> tuple[str, bool, torch.dtype]:
 
 
 @contextmanager
-def _gathering(norms: list[_BatchNorm]) -> Iterator[None]:
-    """Inside, these take up the statistics of a batch, which counts for several."""
+def _gathering(norms: list[_BatchNorm], number: int) -> Iterator[None]:
+    """Inside, these take up the statistics of a batch: a plain average at first, then with the norm's own momentum."""
     momenta = [norm.momentum for norm in norms]
     try:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.training = True
-            norm.momentum = 1 - (1 - (momentum or 0.0)) ** _COUNTS_FOR
+            norm.momentum = max(momentum or 0.0, 1 / (number + 1))
         yield
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
