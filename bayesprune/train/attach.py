@@ -6,6 +6,7 @@ accumulation and data-parallel training need no correction, and the loss stays t
 """
 
 import logging
+import math
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -183,7 +184,7 @@ class Attachment:
         """Scales the stds back where the noise costs more than it may; says so where it costs much more."""
         cost, limit = sum(costs.values()), self.max_noise_cost
         self.noise_cost = cost
-        if limit is None or not cost > limit:
+        if limit is None or not limit < cost < math.inf:
             return
         step = self._steps.at_most + 1
         if self.temperature < 1:

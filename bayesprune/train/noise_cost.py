@@ -36,7 +36,7 @@ class NoiseCost:
         for index, part in enumerate(self._firsts):
             if part.grad is None:
                 continue
-            cost = part.grad.sum(dtype=torch.float32) / 2
+            cost = whole(part.grad.sum(dtype=torch.float32)) / 2
             if scale is not None:
                 cost = cost / scale
             self._sums[index] += cost if found_inf is None else torch.where(found_inf > 0, 0.0, cost)
@@ -46,18 +46,18 @@ class NoiseCost:
         """Costs by posterior where a window is full, which begins anew; waits for the device once in a window."""
         if self._count < WINDOW:
             return None
-        means = [float(whole(total)) / WINDOW if isinstance(total, Tensor) else total for total in self._sums]
+        means = [float(total) / WINDOW for total in self._sums]
         self._sums, self._count = [0.0] * len(self._firsts), 0
         return dict(zip(self._names, means, strict=True))
 
     def state(self) -> dict[str, Any]:
         """The window so far: numbers by posterior."""
-        sums = [float(whole(total)) if isinstance(total, Tensor) else total for total in self._sums]
-        return {"sums": dict(zip(self._names, sums, strict=True)), "count": self._count}
+        return {"sums": dict(zip(self._names, map(float, self._sums), strict=True)), "count": self._count}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Goes on with the window that was saved."""
-        self._sums, self._count = [state["sums"][name] for name in self._names], state["count"]
+        self._count = state["count"]
+        self._sums = [state["sums"][name] for name in self._names]
 
 
 def dearest(costs: Mapping[str, float]) -> str:

@@ -36,7 +36,8 @@ class MeanStatistics:
         layers = [layer for _, layer in variational_layers(model) if layer.estimator not in ("mean", "moments")]
         is_sharded = any(hasattr(parameter, "to_local") for parameter in model.parameters())
         self._model, self._layers = model, [] if is_sharded else layers
-        self._norms = [norm for norm in model.modules() if isinstance(norm, _BatchNorm) and norm.momentum]
+        norms = [norm for norm in model.modules() if isinstance(norm, _BatchNorm) and norm.running_mean is not None]
+        self._norms = [norm for norm in norms if norm.momentum]
         self._before: dict[_BatchNorm, tuple[Tensor, Tensor]] = {}
         self._batch: _Batch | None = None
         self._steps = steps
@@ -78,10 +79,10 @@ class MeanStatistics:
             self.end()
             return
         if not self._before:  # the first forward of a step; what was loaded or measured before it stays
-            norms = [norm for norm in self._norms if norm.training and norm.running_mean is not None]
+            norms = [norm for norm in self._norms if norm.training]
             self._before = {n: (n.running_mean.clone(), n.running_var.clone()) for n in norms}  # type: ignore[union-attr]
         if self._steps.at_most % EVERY == 0:
-            self._batch = _Batch(args, kwargs, *_autocast_of(self._layers[0].weight.device.type))
+            self._batch = _Batch(args, kwargs, *_autocast_of(next(model.parameters()).device.type))
 
 
 class _Batch(NamedTuple):

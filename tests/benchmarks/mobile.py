@@ -127,6 +127,7 @@ class Benchmark:
         for seed in seeds:
             for name, is_uniform in OURS.items():
                 self.row(name, seed, lambda seed=seed, is_uniform=is_uniform: self.ours(seed, is_uniform=is_uniform))
+            self.partial(seed).unlink(missing_ok=True)
             for name, is_global in CONTROLS.items():
                 self.row(name, seed, lambda seed=seed, is_global=is_global: self.control(seed, is_global=is_global))
 
@@ -134,7 +135,7 @@ class Benchmark:
         """The network after the snippet's training; kept beside the results until its rows are there."""
         torch.manual_seed(seed)
         model = bp.to_variational(pretrained(), std="per_channel")
-        path = self.out.with_name(f"{self.out.stem}_{seed}.partial.pt")
+        path = self.partial(seed)
 
         def make() -> dict[str, Any]:
             cost = train(model, self.train.random(BEFORE, seed), num_data=len(self.train.labels))
@@ -146,6 +147,9 @@ class Benchmark:
         self.row(PHASE, seed, make)
         model.load_state_dict(torch.load(path, weights_only=True))
         return model
+
+    def partial(self, seed: int) -> Path:
+        return self.out.with_name(f"{self.out.stem}_{seed}.partial.pt")
 
     def ours(self, seed: int, *, is_uniform: bool) -> dict[str, Any]:
         model = self.variational(seed)
@@ -204,7 +208,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             macs, params = (mean(row[key] / dense[key] for row in found) for key in ("macs", "params"))
             cells = [_percent([row[key] for row in found if key in row]) for key in ("at_once", "accuracy")]
             lines.append(f"| {name} | {len(found)} | {cells[0]} | {cells[1]} | {macs:.2f} | {params:.2f} |")
-    return "\n".join([*lines, ""])
+    notes = [f"{row['run']['row']}, seed {row['run']['seed']}: {row['note']}" for row in rows if "note" in row]
+    return "\n".join([*lines, "", *(f"- {note}" for note in notes), ""])
 
 
 def _percent(values: list[float]) -> str:

@@ -295,3 +295,23 @@ def test_where_evaluation_mode_fails_it_is_said_and_training_goes_on():
     optimizer.step()
     assert attachment.step == 2
     assert model.training
+
+
+def test_gradients_that_are_not_finite_bound_nothing():
+    model, attachment, steps, expected = linear()
+    attachment.max_noise_cost = expected / 4
+    before = model.weight_log_std.detach().clone()
+    steps(10, scale=float("inf"))
+    assert torch.equal(model.weight_log_std, before)
+
+
+def test_a_copy_made_on_the_way_is_a_model_of_its_own():
+    model, attachment, steps = conv_with_norm()
+    steps(3)
+    copied = copy.deepcopy(model)
+    variance = copied[1].running_var.clone()
+    steps(5)
+    assert torch.equal(copied[1].running_var, variance)
+    attachment.detach()
+    copied.train()(torch.randn(8, 2, 4, 4)).sum().backward()
+    assert not torch.equal(copied[1].running_var, variance)
