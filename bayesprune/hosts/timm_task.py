@@ -19,7 +19,8 @@ from bayesprune.layers import named_posteriors, variational_layers
 from bayesprune.priors import Prior
 from bayesprune.prune.schedule import PruneSchedule
 from bayesprune.prune.weights import prune_weights
-from bayesprune.train.attach import Attachment, attach
+from bayesprune.train.attach import attach
+from bayesprune.train.attachment import Attachment
 from bayesprune.train.optimizers import forget_removed, unwrapped
 from bayesprune.train.temperature import default_temperature
 
@@ -57,6 +58,7 @@ class BayesPruneTask(nn.Module):
         temperature: float | None = None,
         warmup: float = 0.1,
         std_lr: float = 1e-2,
+        max_noise_cost: float | None = 0.2,
         prune: float | PruneSchedule | None = None,
         convert: Mapping[str, Any] | None = None,
     ) -> None:
@@ -69,6 +71,7 @@ class BayesPruneTask(nn.Module):
                 where there are more than 16 weights for an example; see `train.default_temperature`.
             warmup: Share of the updates, 0 to 1, over which the weight of the KL rises linearly from zero.
             std_lr: Learning rate of the log stds; see `attach`.
+            max_noise_cost: What the noise may add to the loss, in nats; see `attach`.
             prune: Final fraction to remove of the weights that can go, or a schedule; None removes none.
             convert: Options of `to_variational`, for a model that is not variational yet.
 
@@ -93,6 +96,7 @@ class BayesPruneTask(nn.Module):
             raise ValueError(f"warmup is {warmup!r}; expected a share of the updates, 0 to 1, not a number of them.")
         self.task = task
         self.prior, self.temperature, self.warmup, self.std_lr = prior, temperature, warmup, std_lr
+        self.max_noise_cost = max_noise_cost
         self.prune = PruneSchedule(prune) if isinstance(prune, float | int) else prune
         model: nn.Module = task.get_eval_model()  # of a distillation the student
         self.__dict__["model"] = model  # a part of the task, not one beside it
@@ -135,6 +139,7 @@ class BayesPruneTask(nn.Module):
             temperature=temperature,
             warmup_steps=round(self.warmup * num_updates),
             std_lr=self.std_lr,
+            max_noise_cost=self.max_noise_cost,
         )
         if self._saved is not None:
             self._attachment.load_state_dict(self._saved)

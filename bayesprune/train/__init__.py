@@ -1,6 +1,7 @@
 """Training posteriors: the KL divergence and the optimizer hook."""
 
-from bayesprune.train.attach import Attachment, attach
+from bayesprune.train.attach import attach
+from bayesprune.train.attachment import Attachment
 from bayesprune.train.kl import kl_divergence
 from bayesprune.train.online_newton import OnlineNewton
 from bayesprune.train.temperature import default_temperature

@@ -17,7 +17,9 @@ _CUTS_APART = ("FullyShardedDataParallel", "DeepSpeedOptimizerWrapper", "DataPar
 _STEPS_OTHERWISE = ("LBFGS", "Lomo", "AdaLomo", "LayerWiseDummyOptimizer", "ScheduleFreeWrapper")
 
 
-def check_options(num_data: int, temperature: float, warmup_steps: int, std_lr: float) -> None:
+def check_options(
+    num_data: int, temperature: float, warmup_steps: int, std_lr: float, max_noise_cost: float | None
+) -> None:
     """Refuses numbers out of range.
 
     Raises:
@@ -29,6 +31,8 @@ def check_options(num_data: int, temperature: float, warmup_steps: int, std_lr: 
         raise ValueError(
             f"temperature={temperature!r}, warmup_steps={warmup_steps!r}, std_lr={std_lr!r}; expected none below 0."
         )
+    if max_noise_cost is not None and not max_noise_cost > 0:
+        raise ValueError(f"max_noise_cost is {max_noise_cost!r}; expected a number above 0, or None for no bound.")
 
 
 def check_types(optimizer: Any, model: Any) -> None:

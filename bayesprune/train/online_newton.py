@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from bayesprune.layers import named_posteriors, variational_layers
 from bayesprune.predictive import sampling
-from bayesprune.train.attach import Attachment
+from bayesprune.train.attachment import Attachment
 from bayesprune.train.newton_step import newton_step_
 
 

@@ -228,7 +228,8 @@ class Benchmark:
         model.train()
         optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
         if tuning.std is not None:
-            bp.attach(optimizer, model, num_data=NUM_TRAIN, temperature=tuning.temperature, std_lr=tuning.std_lr)
+            options = {"temperature": tuning.temperature, "std_lr": tuning.std_lr, "max_noise_cost": None}
+            bp.attach(optimizer, model, num_data=NUM_TRAIN, **options)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         batches = tqdm(self.train.random(steps, seed, augment=True), tuning.name, steps, mininterval=20)
         start = time.perf_counter()

@@ -139,7 +139,14 @@ def train(
     optimizer = torch.optim.SGD(means, lr=lr, momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
     if method is not None and method.std is not None:
-        bp.attach(optimizer, model, num_data=NUM_DATA, temperature=method.temperature, std_lr=method.std_lr)
+        bp.attach(
+            optimizer,
+            model,
+            num_data=NUM_DATA,
+            temperature=method.temperature,
+            std_lr=method.std_lr,
+            max_noise_cost=None,
+        )
     before(optimizer)
     model.train()
     for step, (images, labels) in enumerate(islice(batches, num_steps), start=1):

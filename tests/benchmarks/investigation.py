@@ -136,7 +136,13 @@ def trained(
             )
         else:
             bp.attach(
-                optimizer, model, num_data=NUM_DATA, prior=prior, temperature=trial.temperature, std_lr=trial.std_lr
+                optimizer,
+                model,
+                num_data=NUM_DATA,
+                prior=prior,
+                temperature=trial.temperature,
+                std_lr=trial.std_lr,
+                max_noise_cost=None,
             )
 
     def each_step(step: int) -> None:

@@ -113,6 +113,7 @@ def train(net: Network, data: Data, phase: Phase, *, cut: Callable[[float], None
             temperature=phase.temperature,
             warmup_steps=round(phase.ramp * num_steps),
             std_lr=phase.std_lr,
+            max_noise_cost=None,
         )
     net.model.train()
     at = {round((k + 1) * num_steps / cuts): (k + 1) / cuts for k in range(cuts)}

@@ -142,6 +142,7 @@ def callback(
             num_data,
             temperature=method.temperature,
             std_lr=method.std_lr,
+            max_noise_cost=None,
             prune=schedule,
             convert={"std": method.std, "filter_fn": selected},
         )

@@ -64,6 +64,7 @@ def train(model: nn.Module, x: Tensor, y: Tensor, prior: Prior, settings: dict[s
         temperature=temperature,
         warmup_steps=settings["warmup_steps"],
         std_lr=settings["std_lr"],
+        max_noise_cost=None,
     )
     begin = time.perf_counter()
     for _ in range(settings["epochs"]):

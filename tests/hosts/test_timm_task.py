@@ -129,6 +129,22 @@ def test_steps_are_those_of_the_elbo(accumulation, scaled):
     assert_same_parameters(model, expected, start)
 
 
+def test_noise_is_bounded_and_said_as_in_a_loop():
+    task = classification(stock_net(), max_noise_cost=1e-3, convert={"relative_std": 1.0}).train()
+    optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), lr=0.0)
+    attachment = task.attach(optimizer, num_updates=12, num_data=10**9)
+
+    def train():
+        for x, y in batches(10):
+            task(x, y)["loss"].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    with pytest.warns(UserWarning, match=r"adds [\d.]+ to the training loss.*max_noise_cost=0.001"):
+        train()
+    assert attachment.noise_cost > 5e-3
+
+
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext", "test_resnet"])
 @pytest.mark.parametrize("layer_decay", [None, 0.7])
 def test_no_weight_decay_is_honoured(name, layer_decay):

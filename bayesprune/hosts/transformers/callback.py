@@ -31,7 +31,8 @@ from bayesprune.priors import Prior
 from bayesprune.prune.schedule import PruneSchedule, ramp
 from bayesprune.prune.weights import prune_weights
 from bayesprune.states import load_values
-from bayesprune.train.attach import Attachment, attach
+from bayesprune.train.attach import attach
+from bayesprune.train.attachment import Attachment
 from bayesprune.train.optimizers import forget_removed
 from bayesprune.train.temperature import default_temperature
 
@@ -64,6 +65,7 @@ class BayesPruneCallback(TrainerCallback):
         temperature: float | None = None,
         warmup: float = 0.1,
         std_lr: float = 1e-2,
+        max_noise_cost: float | None = 0.2,
         prune: float | PruneSchedule | None = None,
         tolerance: Tolerance | None = None,
         convert: Mapping[str, Any] | None = None,
@@ -78,6 +80,7 @@ class BayesPruneCallback(TrainerCallback):
                 where there are more than 16 weights for an example; see `train.default_temperature`.
             warmup: Share of the training, 0 to 1, over which the weight of the KL rises linearly from zero.
             std_lr: Learning rate of the log stds; see `attach`.
+            max_noise_cost: What the noise may add to the loss, in nats; see `attach`.
             prune: Final fraction to remove of the weights that can go, or a schedule; None removes none.
             tolerance: When compression has cost too much accuracy, and what happens then; None never looks.
             convert: Options of `to_variational`, for a model that is not variational yet.
@@ -89,6 +92,7 @@ class BayesPruneCallback(TrainerCallback):
             raise ValueError(f"warmup is {warmup!r}; expected a share of the training, 0 to 1, not a number of steps.")
         self.num_data, self.prior, self.temperature, self.std_lr = num_data, prior, temperature, std_lr
         self.warmup, self.tolerance, self.convert = warmup, tolerance, dict(convert or {})
+        self.max_noise_cost = max_noise_cost
         self.prune = PruneSchedule(prune) if isinstance(prune, float | int) else prune
         self._attachment: Attachment | None = None
         self._probe: LossScaleProbe | None = None
@@ -161,6 +165,7 @@ class BayesPruneCallback(TrainerCallback):
             prior=self.prior,
             temperature=self._temperature,
             std_lr=self.std_lr,
+            max_noise_cost=self.max_noise_cost,
         )
         if saved is not None:
             self._attachment.load_state_dict(saved.attachment)

@@ -17,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from bayesprune.errors import StorageError
 from bayesprune.layers import named_gates, named_posteriors
 from bayesprune.layers.sharding import whole
-from bayesprune.train.attach import Attachment
+from bayesprune.train.attachment import Attachment
 from bayesprune.train.state import flattened, restored
 
 _LOGGER = logging.getLogger(__name__)

@@ -125,6 +125,13 @@ def test_in_single_precision_the_callback_converts(structure, tmp_path):
     assert largest_difference(model, expected, start) < 1e-6
 
 
+def test_noise_is_bounded_and_said_as_in_a_loop(tmp_path):
+    callback = BayesPruneCallback(max_noise_cost=1e-3, num_data=10**9, convert={"relative_std": 1.0})
+    made = tiny.trainer(tiny.bert(), tmp_path, callback, max_steps=10, learning_rate=0.0)
+    with pytest.warns(UserWarning, match=r"adds [\d.]+ to the training loss.*max_noise_cost=0.001"):
+        made.train()
+
+
 def test_checkpointed_activations_change_nothing(tmp_path):
     """The second forward draws the noise of the first."""
     models = [tiny.llama(), tiny.llama()]

