@@ -193,8 +193,7 @@ def bayesprune_pruned(
         kwargs.pop(key, None)
     said = {"library": "timm", "name": base, "args": base_args or {}, "config": config}
     described = Spec.from_json(spec, "config.json")
-    tensors = {name: torch.empty(shape, device="meta") for name, shape in described.shapes.items()}
-    with bounded_building(tensors if saved is None else saved.tensors, len(described.classes)):
+    with bounded_building(_claimed(described) if saved is None else saved.tensors, len(described.classes)):
         skeleton, dense = _skeleton(Base.from_json(said, "config.json"), kwargs)
     vars(skeleton)["pretrained_cfg"].update(pretrained_cfg_overlay or {})  # how images are prepared, not what is built
     if not pretrained:
@@ -208,6 +207,14 @@ def bayesprune_pruned(
         other, fresh = for_other_head(saved.spec, dense, skeleton)
         saved = dataclasses.replace(saved, spec=other, tensors=with_new(saved.tensors, other, fresh, skeleton))
     return fill(skeleton, saved, directory)
+
+
+def _claimed(spec: Spec) -> dict[str, torch.Tensor]:
+    """The tensors that a spec says there are, where no file of tensors is at hand to say so."""
+    try:
+        return {name: torch.empty(shape, device="meta") for name, shape in spec.shapes.items()}
+    except RuntimeError as error:
+        raise StorageError(f"config.json: spec has shapes of no tensor: {error}. It is damaged.") from error
 
 
 def _check_known(name: str) -> None:

@@ -101,7 +101,8 @@ load took {result["slowest_load_seconds"]:.1f} s of the {settings["seconds"]:.0f
 {settings["memory_mib"]:,} MiB more than the program had before the first. Failures: {len(result["failures"])}.
 
 A load gives the right model (every tensor, output, attribute and configuration value equal), or a `StorageError`, or an
-error of timm or transformers about a file that they read before this package is asked. Everything else is a failure:
+error of timm or transformers about a file that they read before this package is asked, where the time and memory that
+they take, and a question of theirs, count as theirs (a long list in `config.json` does). Everything else is a failure:
 another model without an error, an error of another kind, too much time or memory, something read, asked or run beside
 the files of the directory (Python's audit events tell: files, sockets, processes, questions to the user, who hear "y";
 and no tensor may be that of the directory beside it). "Right model" has many rows because not every file matters to

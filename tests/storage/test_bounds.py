@@ -158,6 +158,18 @@ def test_wrong_arguments_of_timm(tmp_path, kind):
     assert time.perf_counter() - start < 20
 
 
+def test_shapes_of_no_tensor(tmp_path):
+    timm = pytest.importorskip("timm")
+    bp.save(timm.create_model("test_resnet", num_classes=3), tmp_path)
+    name, huge = "fc.weight", [2**62, 2**62]
+    rewrite(tmp_path / "config.json", lambda config: config["model_args"]["spec"]["shapes"].update({name: huge}))
+    with pytest.raises(StorageError):
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=False)
+    args = json.loads((tmp_path / "config.json").read_text())["model_args"]
+    with pytest.raises(StorageError, match="spec has shapes of no tensor"):
+        timm.create_model("bayesprune_pruned", pretrained=False, pretrained_cfg={"input_size": (3, 32, 32)}, **args)
+
+
 def test_saved_models_inside_saved_models(tmp_path):
     """Each would be built twice for every level of nesting."""
     timm = pytest.importorskip("timm")
