@@ -236,3 +236,18 @@ def test_attributes_of_autograd():
     assert not made.detach().requires_grad
     assert not made.data.requires_grad
     assert Moments(torch.ones(2), torch.ones(2)).is_leaf
+
+
+def test_windows_that_overlap_in_memory():
+    """As Longformer cuts tokens into chunks; positions stay positions."""
+    x = uncertain(*TOKENS)
+
+    def windows(t: Tensor) -> Tensor:
+        return t.as_strided((2, 2, 4, 4), (24, 8, 4, 1))
+
+    result = windows(x)
+    assert torch.equal(result.mean, windows(parts(x).mean))
+    assert torch.equal(result.variance, windows(x.variance.contiguous()))
+    assert torch.equal(result.shared, x.shared[:, None])
+    with pytest.raises(NotImplementedError, match="as_strided reached beside the tensor"):
+        Moments(parts(x).mean[:, ::2], 1 + x.variance[:, ::2]).as_strided((2, 4), (24, 1), 4)

@@ -269,9 +269,7 @@ def _cast(function: Callable[..., Any], x: Moments, *args: Any, **kwargs: Any) -
         return x
     if not isinstance(cast, Tensor):
         return cast
-    if (
-        not cast.is_floating_point() and not cast.is_complex()
-    ):  # whole numbers are those of the mean, as comparisons are
+    if not cast.is_floating_point() and not cast.is_complex():  # taken at the mean, as comparisons are
         return cast
     dtype = torch.promote_types(cast.dtype, torch.float32)
     return Moments(cast, variance.to(cast.device, dtype), None if shared is None else shared.to(cast.device, dtype))
