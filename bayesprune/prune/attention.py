@@ -115,7 +115,8 @@ def _layers_behind(model: nn.Module, modules: list[nn.Module], example_inputs: A
                     takes.setdefault(module, []).append(layer)
 
     def leave_layer(layer: nn.Module, _: Any, output: Any) -> None:
-        made_by[output.grad_fn] = layer
+        if (first := next(tensors_in(output), None)) is not None:
+            made_by[first.grad_fn] = layer
 
     def leave_module(module: nn.Module, _: Any, output: Any) -> None:
         tensor = next(tensors_in(output), None)

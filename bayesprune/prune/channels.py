@@ -24,7 +24,15 @@ from bayesprune.prune.checks import check_model, checked_target
 from bayesprune.prune.config import follow_config
 from bayesprune.prune.evidence import EvidenceImportance
 from bayesprune.prune.groups import find_groups
-from bayesprune.prune.importance import Importance, SNRImportance, lowest, removed_weights, unit_scores, weight_scores
+from bayesprune.prune.importance import (
+    Importance,
+    Scored,
+    SNRImportance,
+    lowest,
+    removed_weights,
+    unit_scores,
+    weight_scores,
+)
 from bayesprune.prune.inclusion import BeforeCut, InclusionImportance, folding
 from bayesprune.prune.recalibrate import recalibrate_batch_norm
 from bayesprune.prune.removal import SHAPE_ERRORS, Selection, remove, snapshot
@@ -98,11 +106,12 @@ def prune_channels(
     groups = tuple(group for group in structure.groups if group not in wrong)
     default = {"evidence": EvidenceImportance, "inclusion": InclusionImportance}.get(what, SNRImportance)
     score = _rms_snr if what == "snr" else partial(unit_scores, importance or default())
-    scores = {group: values for group in groups if (values := score(group)) is not None}
+    found = {group: score(group) for group in groups}
+    scores = {scored.group: scored.scores for scored in found.values() if scored is not None}
     left_whole |= {
         layer: "nothing in its group has a score (no " + ("gate)" if what == "inclusion" else "variational layer)")
-        for group in groups
-        if group not in scores
+        for group, scored in found.items()
+        if scored is None
         for layer in group.layers
     }
     params = _num_parameters(model)
@@ -162,12 +171,15 @@ def _heads(group: ChannelGroup, units: Iterable[tuple[int, ...]]) -> tuple[int, 
 
 
 @torch.no_grad()
-def _rms_snr(group: ChannelGroup) -> list[float] | None:
+def _rms_snr(group: ChannelGroup) -> Scored | None:
     removed = removed_weights(group.group, partial(weight_scores, power=2))
     if removed is None:
         return None
     score, count = (values.double().cpu() for values in removed)
-    return [float((score[list(u)].sum() / count[list(u)].sum().clamp(min=1)).sqrt()) for u in group.units]
+    group = group.by_rank(score / count.clamp(min=1))
+    return Scored(
+        group, [float((score[list(u)].sum() / count[list(u)].sum().clamp(min=1)).sqrt()) for u in group.units]
+    )
 
 
 def _choose(

@@ -39,7 +39,8 @@ def dependency_groups(
         shown = ", ".join(f"{name} ({reason})" for name, reason in list(structure.left_whole.items())[:5])
         raise ValueError(f"no group of channels or heads can be removed; left whole: {shown or 'all there is'}.")
     names = {id(parameter): name for name, parameter in model.named_parameters()}  # tied ones under their first name
-    return tuple(_plain(group, names) for group in structure.groups)
+    groups = [group for group in structure.groups if not group.num_experts]  # whose units have no fixed partners
+    return tuple(_plain(group, names) for group in groups)
 
 
 def _plain(group: ChannelGroup, names: dict[int, str]) -> DependencyGroup:

@@ -23,6 +23,7 @@ from bayesprune.prune.cuts import (
     side,
     tied_parameters,
 )
+from bayesprune.prune.experts import find_experts
 from bayesprune.prune.heads import find_heads
 from bayesprune.prune.roots import is_root
 from bayesprune.prune.streams import Streams
@@ -46,7 +47,7 @@ def find_groups(
     granularity: Collection[str] = GRANULARITY,
     ignored_layers: Iterable[nn.Module] = (),
 ) -> ChannelStructure:
-    """The channel groups and heads of a model; the model is as before afterwards.
+    """The channel groups, heads and hidden units of experts of a model; the model is as before afterwards.
 
     Args:
         model: With variational layers or without.
@@ -58,10 +59,13 @@ def find_groups(
         UnsupportedModelError: torch-pruning cannot trace the model.
     """
     ignored_layers = list(ignored_layers)
-    heads = ChannelStructure((), {})
+    heads = experts = ChannelStructure((), {})
     if "heads" in granularity:
         heads = find_heads(model, example_inputs, ignored_layers=ignored_layers)
     groups = {group.name: group for group in heads.groups}
+    if "mlp" in granularity:
+        experts = find_experts(model, example_inputs, ignored_layers=ignored_layers)
+        groups |= {group.name: group for group in experts.groups}
     if set(granularity) == {"heads"}:
         others = {n: _not_asked_for("heads") for n, module in model.named_modules() if is_root(module)}
         left_whole = others | heads.left_whole
@@ -70,6 +74,7 @@ def find_groups(
         found, left_whole = finder.find(granularity)
         groups |= {group.name: group for group in found}
         left_whole |= {n: reason for n, reason in heads.left_whole.items() if left_whole.get(n) in _OF_HEADS}
+    left_whole |= experts.left_whole
     covered = {layer for group in groups.values() for layer in (group.name, *(group.layers if group.attention else ()))}
     order = {name: number for number, (name, _) in enumerate(model.named_modules())}
     return ChannelStructure(

@@ -96,7 +96,7 @@ def _cut(model: nn.Module, member: Member, positions: list[int], *, follows: boo
         parameter: Any = layer._parameters[name]
         kept = sorted(set(range(member.size)) - set(positions))
         layer._parameters[name] = _kept_part(parameter, kept)
-    if isinstance(layer, VariationalLayer) and not follows:
+    if isinstance(layer, VariationalLayer) and not (follows or layer.num_stacked):
         _cut_companions(layer, member, positions)
     for parameter in layer._parameters.values():
         _untag(parameter)

@@ -12,6 +12,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from bayesprune.errors import UnsupportedModelError
+from bayesprune.layers import VariationalLayer
 from bayesprune.macs import eval_mode, requires_grad, run_forward
 from bayesprune.prune.mapping import Graph, map_parts
 from bayesprune.prune.roots import (
@@ -55,7 +56,8 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
     ends: set[Any] = set()
 
     def saw_layer(module: nn.Module, _: Any, output: Any) -> None:
-        layer_of[output.grad_fn] = module
+        if isinstance(output, Tensor):
+            layer_of[output.grad_fn] = module
 
     def saw_attention(module: nn.Module, _: Any, output: Any) -> None:
         attention.extend((module, tensor) for tensor in tensors_in(output))
@@ -76,6 +78,7 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
                 forward_fn=run_forward,
                 customized_pruners={type(m): TRANSPOSED_LINEAR for m in model.modules() if is_transposed_linear(m)},
                 output_transform=outputs_with_history,
+                ignored_layers=_of_several_outputs(model, example_inputs),
                 verbose=False,
             )
             map_parts(graph)
@@ -92,6 +95,27 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
     inside = {child for module in model.modules() if has_heads(module) for child in _layers_of(module)}
     inside -= {layer for module, output in attention for layer in last_layers(output, layer_of, set(module.children()))}
     return Trace(graph, frozenset(outputs), frozenset(inside))
+
+
+def _of_several_outputs(model: nn.Module, example_inputs: Any) -> list[nn.Module]:
+    """Layers of other libraries that put out more than one tensor, as routers that are linear layers."""
+    several: list[nn.Module] = []
+
+    def see(module: nn.Module, _: Any, output: Any) -> None:
+        if not isinstance(output, Tensor):
+            several.append(module)
+
+    stock = (m.stock_type if isinstance(m, VariationalLayer) else type(m) for m in model.modules())
+    own = [m for m, kind in zip(model.modules(), stock, strict=True) if is_root(m) and kind.__module__[:6] != "torch."]
+    handles = [module.register_forward_hook(see) for module in own]
+    try:
+        if own:
+            with torch.no_grad():
+                run_forward(model, example_inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return several
 
 
 def tensors_in(output: Any) -> Iterator[Tensor]:

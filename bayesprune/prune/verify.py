@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bayesprune.layers.stacks import select
 from bayesprune.macs import eval_mode, run_forward
-from bayesprune.prune.cuts import Axis, Member, cut_parameters, num_blocks
+from bayesprune.prune.cuts import Axis, Member, cut_parameters, num_blocks, num_stacked
 from bayesprune.prune.removal import snapshot
 from bayesprune.prune.structure import ChannelGroup
 from bayesprune.prune.trace import tensors_in
@@ -64,15 +65,15 @@ def _permute(model: nn.Module, member: Member, order: Tensor) -> None:
         return
     for name, dim in cut_parameters(layer, member.axis[1]):
         inside = member.axis[1] == "in"  # of a grouped convolution, whose blocks all have the same order
-        _replace(layer, name, dim, order[: member.size // num_blocks(member)] if inside else order)
+        _replace(layer, name, dim, order[: member.size // num_blocks(member)] if inside else order, num_stacked(layer))
     for name in ("running_mean", "running_var"):
         if (buffer := layer._buffers.get(name)) is not None:
             layer._buffers[name] = buffer[order.to(buffer.device)]
 
 
-def _replace(holder: nn.Module, name: str, dim: int, order: Tensor) -> None:
+def _replace(holder: nn.Module, name: str, dim: int, order: Tensor, stacked: int = 0) -> None:
     old = getattr(holder, name)
-    data = old.data.index_select(dim, order.to(old.device))
+    data = select(old.data, dim, order.to(old.device), num_stacked=stacked)
     if isinstance(old, nn.Parameter):
         holder._parameters[name] = nn.Parameter(data, requires_grad=old.requires_grad)
     else:
