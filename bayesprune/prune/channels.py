@@ -19,7 +19,7 @@ from bayesprune.errors import InfeasibleTargetError, UnsupportedModelError
 from bayesprune.layers import drop_gates, passing_gates
 from bayesprune.macs import macs_by_module
 from bayesprune.prune import plan
-from bayesprune.prune.channel_report import ChannelReport, ChannelRow, shown
+from bayesprune.prune.channel_report import ChannelReport, ChannelRow, holdings
 from bayesprune.prune.checks import check_model, checked_target
 from bayesprune.prune.config import follow_config
 from bayesprune.prune.evidence import EvidenceImportance
@@ -118,7 +118,7 @@ def prune_channels(
     while True:
         groups = tuple(scores)
         costs = plan.cost_model(model, groups, macs)
-        counts = _choose(costs, list(scores.values()), what, value, uniform, round_to, left_whole)
+        counts = _choose(model, costs, list(scores.values()), what, value, uniform, round_to, left_whole)
         selection = [(g, lowest(g, scores[g], count)) for g, count in zip(groups, counts, strict=True)]
         failures, undo, macs_after = _attempt(model, selection, example_inputs)
         if not failures:
@@ -141,6 +141,7 @@ def prune_channels(
         removed={g.name: tuple(sorted(c for unit in u for c in unit)) for g, u in selection if u and not g.attention},
         removed_heads={name: _heads(g, units) for g, units in selection if units for name in g.attention},
         dry_run=dry_run,
+        holdings=holdings(model, costs.parts("macs", counts), sum(macs.values()), costs.layers, left_whole),
     )
     if dry_run:
         undo()
@@ -183,6 +184,7 @@ def _rms_snr(group: ChannelGroup) -> Scored | None:
 
 
 def _choose(
+    model: nn.Module,
     costs: plan.CostModel,
     scores: list[list[float]],
     what: str,
@@ -199,19 +201,11 @@ def _choose(
     counts = plan.fewest(costs, levels, what, value * dense)
     if (reached := costs.cost(what, counts)) <= value * dense:
         return counts
-    parts = costs.parts(what, counts)
-    layers: dict[str, list[str]] = defaultdict(list)
-    for layer, reason in left_whole.items():
-        layers[reason].append(layer)
-    shares = {reason: sum(parts.get(layer, 0) for layer in found) / dense for reason, found in layers.items()}
-    whole = [
-        f"{shown(layers[reason])} ({shares[reason]:.4f}, {reason})"
-        for reason in sorted(shares, key=shares.__getitem__, reverse=True)
-    ]
+    held = holdings(model, costs.parts(what, counts), dense, costs.layers, left_whole)
     raise InfeasibleTargetError(
-        f"target {what} {value:g} cannot be reached: at least {reached / dense:.4f} of the {what} stay. What limits "
-        f"it: each of the {len(scores)} groups of channels keeps a tenth and round_to={round_to}; left whole are "
-        f"{'; '.join(whole[:4]) or 'no layers'}. Ask for a larger fraction. Nothing was changed."
+        f"target {what} {value:g} cannot be reached: at least {reached / dense:.4f} of the {what} stay. Each of the "
+        f"{len(scores)} groups of channels keeps a tenth, and round_to={round_to}. What stays is in "
+        f"{'; '.join(map(str, held[:4]))}. Ask for a larger fraction. Nothing was changed."
     )
 
 

@@ -44,6 +44,12 @@ class CostModel:
     groups: tuple[ChannelGroup, ...]
     terms: dict[str, tuple[Term, ...]]
 
+    @property
+    def layers(self) -> set[str]:
+        """What loses channels, with its modules of attention."""
+        axes = {member.axis[0] for group in self.groups for member in group.members}
+        return axes | {name for group in self.groups for name in group.attention}
+
     def cost(self, what: str, removed: Counts) -> int:
         """The cost after these numbers of units were removed."""
         return sum(self.parts(what, removed).values())
