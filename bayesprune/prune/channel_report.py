@@ -10,7 +10,6 @@ from torch import nn
 from bayesprune.macs import COUNTER
 from bayesprune.tables import as_text
 
-
 _CUT = "what is left of them: every group keeps a tenth of its channels, and a multiple of round_to"
 # By whether the module has weights of its own.
 _OF_NO_LAYER = (

@@ -167,6 +167,9 @@ def _row(group: ChannelGroup, num_removed: int) -> ChannelRow:
 
 def _heads(group: ChannelGroup, units: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
     """The query heads in these units."""
+    if group.heads:
+        of = dict(zip(group.units, group.heads, strict=True))
+        return tuple(sorted(head for unit in units for head in of[unit]))
     first = [unit[0] // group.unit_size * group.heads_per_unit for unit in units]
     return tuple(sorted(start + head for start in first for head in range(group.heads_per_unit)))
 

@@ -107,7 +107,7 @@ def _group(name: str, module: nn.Module, stack: Stack) -> ChannelGroup:
         group=written_down(members, stack.num_experts * stack.num_units),
         units=tuple(tuple(range(unit, stack.num_experts * stack.num_units, stack.num_units)) for unit in units),
         members=members,
-        attributes=tuple((module, key) for key in SIZES if vars(module).get(key) == stack.num_units),
+        attributes=tuple((module, key, 1) for key in SIZES if vars(module).get(key) == stack.num_units),
         num_experts=stack.num_experts,
         multiple=_multiple(module, stack),
     )

@@ -26,6 +26,7 @@ from bayesprune.prune.cuts import (
 from bayesprune.prune.experts import find_experts
 from bayesprune.prune.heads import find_heads
 from bayesprune.prune.roots import is_root
+from bayesprune.prune.state_space import find_mixers
 from bayesprune.prune.streams import Streams
 from bayesprune.prune.structure import GRANULARITY, ChannelGroup, ChannelStructure
 from bayesprune.prune.trace import Trace, quiet, trace
@@ -62,6 +63,8 @@ def find_groups(
     heads = experts = ChannelStructure((), {})
     if "heads" in granularity:
         heads = find_heads(model, example_inputs, ignored_layers=ignored_layers)
+        mixers = find_mixers(model, ignored_layers=ignored_layers)
+        heads = ChannelStructure((*heads.groups, *mixers.groups), heads.left_whole | mixers.left_whole)
     groups = {group.name: group for group in heads.groups}
     if "mlp" in granularity:
         experts = find_experts(model, example_inputs, ignored_layers=ignored_layers)

@@ -253,7 +253,12 @@ def _group(place: list[Attention], members: list[Member], layout: Layout) -> Cha
         units=tuple(units),
         members=tuple(members),
         attention=tuple(attention.name for attention in place),
-        attributes=tuple((m, name) for a in place for m in a.module.modules() for name in _attributes(a, m, layout)),
+        attributes=tuple(
+            (m, name, vars(m)[name] // first.num_units)
+            for a in place
+            for m in a.module.modules()
+            for name in _attributes(a, m, layout)
+        ),
         heads_per_unit=first.num_heads // first.num_units,
     )
 

@@ -44,9 +44,8 @@ def remove(model: nn.Module, selection: Selection) -> Callable[[], None]:
         for member, positions in _positions(selection):
             _cut(model, member, positions, follows=follows)
         for group, units in selection:
-            for module, name in group.attributes if units else ():
-                before = len(group.units)
-                setattr(module, name, getattr(module, name) // before * (before - len(units)))
+            for module, name, each in group.attributes if units else ():
+                setattr(module, name, getattr(module, name) - each * len(units))
         _tie(ties)
         for module, name in frozen:
             module.get_parameter(name).requires_grad_(False)

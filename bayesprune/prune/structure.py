@@ -24,8 +24,9 @@ class ChannelGroup:
         units: Sets of root channels that can only leave together, all of one size.
         members: What loses channels.
         attention: The attention modules, where the units are heads: their matrix products shrink with the heads.
-        attributes: Numbers on modules that shrink as the number of units does, as `num_heads`.
+        attributes: Numbers on modules that shrink with the units, as `num_heads`, and by how much with each.
         heads_per_unit: Query heads in a unit: those that share a key and a value; 0 where the units are no heads.
+        heads: The heads of each unit, where they are not simply one after the other.
         num_experts: Experts whose channels stand one behind the other, each of which has one in every unit, in any
             order; 0 where the units are no hidden units of experts.
         multiple: Kept units are a multiple of this.
@@ -36,8 +37,9 @@ class ChannelGroup:
     units: tuple[tuple[int, ...], ...]
     members: tuple[Member, ...]
     attention: tuple[str, ...] = ()
-    attributes: tuple[tuple[nn.Module, str], ...] = ()
+    attributes: tuple[tuple[nn.Module, str, int], ...] = ()
     heads_per_unit: int = 0
+    heads: tuple[tuple[int, ...], ...] = ()
     num_experts: int = 0
     multiple: int = 1
 
