@@ -7,13 +7,19 @@ import torch
 from torch import Tensor, nn
 
 from bayesprune.layers.gates import ChannelGate, passing_gates
-from bayesprune.macs import eval_mode, run_forward
+from bayesprune.macs import run_forward
 from bayesprune.prune.removal import SHAPE_ERRORS, remove
+from bayesprune.prune.steady import steady
 from bayesprune.prune.structure import ChannelGroup
 from bayesprune.prune.trace import tensors_in
 
 _OTHERWISE = (
     "a closed gate is not a removed channel here: a norm counts the channel, or a layer that is not called reads it"
+)
+
+_UNCHECKED = (
+    "the outputs on these example_inputs are no finite real numbers, so nothing can be checked: pass example_inputs "
+    "from the data and a model that returns scores"
 )
 
 
@@ -28,6 +34,8 @@ def reasons_against(
     reasons = {group: "no layer with weights reads its channels" for group in gates if not gates[group].num_readers}
     tried = {group: gate for group, gate in gates.items() if group not in reasons}
     before = _outputs(model, example_inputs)
+    if not before or not all(output.isfinite().all() for output in before):
+        return reasons | dict.fromkeys(tried, _UNCHECKED)
     if _reason(model, tried, example_inputs, before, tolerance=1e-4) is None:
         return reasons
     for group, gate in tried.items():
@@ -76,7 +84,6 @@ def _same(found: Tensor, expected: Tensor, before: Tensor, *, tolerance: float) 
     return bool((found - expected).abs().max() <= tolerance * (expected - before).abs().max() + rounding)
 
 
-@torch.no_grad()
 def _outputs(model: nn.Module, example_inputs: Any) -> Sequence[Tensor]:
-    with eval_mode(model):
+    with steady(model):
         return [t for t in tensors_in(run_forward(model, example_inputs)) if t.is_floating_point() and t.numel()]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bayesprune.convert import to_variational
-from bayesprune.errors import StorageError, UnsupportedModelError
+from bayesprune.errors import StorageError
 from bayesprune.layers import named_posteriors, variational_layers
 from bayesprune.priors import Prior
 from bayesprune.prune.schedule import PruneSchedule
@@ -119,17 +119,11 @@ class BayesPruneTask(nn.Module):
         Raises:
             ValueError: a number is out of range or cannot be found, the optimizer holds none of the model, or the
                 checkpoint that was resumed from has other posteriors.
-            UnsupportedModelError: timm's Lookahead with `prune`: it brings removed weights back.
         """
         if num_updates < 1:
             raise ValueError(f"num_updates is {num_updates!r}; expected the updates of the whole training, 1 or more.")
         self.detach()
         inner = unwrapped(optimizer)
-        if inner is not optimizer and self.prune is not None:
-            raise UnsupportedModelError(
-                f"BayesPruneTask got prune=... with {type(optimizer).__name__}, which mixes removed weights back in; "
-                "use the optimizer without it, or prune=None and bayesprune.prune_weights after training."
-            )
         num_data = self._count(loader) if num_data is None else num_data
         temperature = default_temperature(self.model, num_data) if self.temperature is None else self.temperature
         self._attachment = attach(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesprune import estimators
+from bayesprune.errors import UnsupportedModelError
 from bayesprune.estimators import Factors, Gaussian, LogGaussian
 from bayesprune.layers import gates, masks
 from bayesprune.layers.operations import LayerOperation
@@ -53,7 +54,8 @@ class VariationalLayer(nn.Module):
             args = (kwargs.pop(next(iter(kwargs), "input")),)
         x, rest = args[0], args[1:]
         estimator = self.running_estimator(x)
-        if estimator == "mean" and not (gates.has_weight_gates(self) or (self.training and self.masked_names())):
+        if estimator == "mean" and not self.changes_weights():
+            self.apply_masks()
             return super().forward(*args, **kwargs)
         weight = self.posterior("weight")
         bias = self.posterior("bias") if self._part_names("bias") else None
@@ -110,6 +112,17 @@ class VariationalLayer(nn.Module):
         if chosen not in ("mean", "moments") and not self.is_linear_in_weight:
             return "weight_sampling"
         return chosen
+
+    def changes_weights(self) -> bool:
+        """Whether the weights of a forward without noise are computed: gates, or masks that gradients go through."""
+        in_graph = self.training or torch.compiler.is_compiling()
+        return gates.has_weight_gates(self) or bool(in_graph and self.masked_names())
+
+    def train(self, mode: bool = True) -> Any:
+        """As in torch; models that read raw weights, past the forward, find zeros where weights were removed."""
+        super().train(mode)
+        self.apply_masks()
+        return self
 
     def active_names(self) -> list[str]:
         """Names of the parameters that have a posterior."""
@@ -222,6 +235,18 @@ class VariationalLayer(nn.Module):
 
     def _part_names(self, name: str) -> list[str]:
         return [key for key in (f"{name}_{suffix}" for suffix in SUFFIXES) if key in self._parameters]
+
+    def _replicate_for_data_parallel(self) -> Any:
+        if self.training or self.estimator_override not in (None, "mean"):
+            raise UnsupportedModelError(
+                "nn.DataParallel copies layers without their posteriors, so that a copy would train without noise; "
+                "start the program with torchrun and use DistributedDataParallel, or train on one GPU."
+            )
+        return super()._replicate_for_data_parallel()
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.apply_masks()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(
         self,

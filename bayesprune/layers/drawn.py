@@ -5,7 +5,6 @@ from typing import Any
 
 from bayesprune.estimators import center, sample, uncertain
 from bayesprune.layers.base import VariationalLayer
-from bayesprune.layers.gates import has_weight_gates
 
 
 class DrawnLayer(VariationalLayer):
@@ -20,9 +19,9 @@ class DrawnLayer(VariationalLayer):
         """The stock forward at the means in eval mode; at one draw of all weights otherwise."""
         estimator = self.running_estimator((*args, *kwargs.values())[0])
         layers = self.drawn_layers()
-        if estimator == "mean" and not any(
-            has_weight_gates(layer) or (self.training and layer.masked_names()) for layer in layers
-        ):
+        if estimator == "mean" and not any(layer.changes_weights() for layer in layers):
+            for layer in layers:
+                layer.apply_masks()
             return self.stock_type.forward(self, *args, **kwargs)
         with ExitStack() as stack:
             draw = {"mean": center, "moments": uncertain}.get(estimator, sample)

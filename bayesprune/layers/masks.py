@@ -1,7 +1,10 @@
 """Keeps removed weights at zero: after every step of any torch optimizer they are set to zero again.
 
-The training forward gives removed weights no gradient; what is left that could move them is momentum from before the
-removal. The hook is global (`register_optimizer_step_post_hook`), because no one tells a layer which optimizer it has.
+The training forward gives removed weights no gradient; what is left that could move them in a step is momentum from
+before the removal. The hook is global (`register_optimizer_step_post_hook`), because no one tells a layer which
+optimizer it has. What moves weights outside a step (schedule-free optimizers in `eval()`, slow weights, averages that
+are swapped in) is met where weights are read: a layer applies its masks in every evaluation, at a change of mode, and
+before its state is written.
 """
 
 import weakref

@@ -37,11 +37,8 @@ from bayesprune.prune.inclusion import BeforeCut, InclusionImportance, folding
 from bayesprune.prune.recalibrate import recalibrate_batch_norm
 from bayesprune.prune.removal import SHAPE_ERRORS, Selection, remove, snapshot
 from bayesprune.prune.structure import GRANULARITY, ChannelGroup
-from bayesprune.prune.verify import misplaced
 
 _LOGGER = logging.getLogger(__name__)
-
-_WRONG_GRAPH = "another order of its channels changes the output, so the dependency graph is wrong about it"
 
 
 @passing_gates
@@ -101,12 +98,9 @@ def prune_channels(
     macs = macs_by_module(model, example_inputs)
     structure = find_groups(model, example_inputs, granularity=granularity, ignored_layers=ignored_layers)
     left_whole = dict(structure.left_whole)
-    wrong = misplaced(model, structure.groups, example_inputs)
-    left_whole |= {layer: _WRONG_GRAPH for group in wrong for layer in group.layers}
-    groups = tuple(group for group in structure.groups if group not in wrong)
     default = {"evidence": EvidenceImportance, "inclusion": InclusionImportance}.get(what, SNRImportance)
     score = _rms_snr if what == "snr" else partial(unit_scores, importance or default())
-    found = {group: score(group) for group in groups}
+    found = {group: score(group) for group in structure.groups}
     scores = {scored.group: scored.scores for scored in found.values() if scored is not None}
     left_whole |= {
         layer: "nothing in its group has a score (no " + ("gate)" if what == "inclusion" else "variational layer)")
@@ -225,7 +219,10 @@ def _attempt(
                 undo, _ = _cut_and_count(model, [(group, units)], example_inputs)
                 undo()
             except SHAPE_ERRORS as fault:
-                failures[group] = f"the model does not run without some of its channels ({_first_line(fault)})"
+                failures[group] = (
+                    f"the model does not run without some of its channels ({_first_line(fault)}): a size in its "
+                    "forward or attributes does not follow; take it from the tensor's shape"
+                )
         if failures:
             return failures, lambda: None, 0
         raise UnsupportedModelError(

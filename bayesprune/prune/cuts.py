@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.utils.parametrize import is_parametrized
 from torch_pruning.dependency import Dependency
 
 from bayesprune.layers import VariationalLayer
@@ -107,13 +108,10 @@ def num_blocks(member: Member) -> int:
 def misfit(member: Member) -> str | None:
     """Why this side cannot be cut rightly, if so."""
     layer, (name, _) = member.layer, member.axis
-    if unknown := [name for name in _further_parameters(layer) if name not in gains(layer)]:
-        return f"torch-pruning does not know {name}.{unknown[0]}"
     if isinstance(layer, nn.Module) and is_root(layer) and layer._parameters.get("weight") is None:
-        return f"the weight of {name} is computed, not a parameter"
-    covered = [position for positions in member.positions.values() for position in positions]
-    if max(covered) >= member.size or (isinstance(layer, nn.Parameter) and member.num_covered != member.size):
-        return f"torch-pruning's graph gives {name} channels that it has not, as after a slice or padding of channels"
+        return _computed_weight(name, layer)
+    if unknown := [name for name in _further_parameters(layer) if name not in gains(layer)]:
+        return f"torch-pruning does not know {name}.{unknown[0]}, a parameter without an entry for each output"
     if isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) > 1:
         return f"{name} normalises over more than channels"
     if num_blocks(member) > 1:
@@ -122,6 +120,27 @@ def misfit(member: Member) -> str | None:
         if member.num_covered != member.size:
             return f"{name} works on blocks of channels of which only some are in this group"
     return None
+
+
+def overflows(member: Member) -> bool:
+    """Whether the graph gives this side positions that it has not, or a parameter too few."""
+    highest = max(position for positions in member.positions.values() for position in positions)
+    return highest >= member.size or (isinstance(member.layer, nn.Parameter) and member.num_covered != member.size)
+
+
+def _computed_weight(name: str, layer: nn.Module) -> str:
+    """What computes the weight of a layer, and how to make it a parameter again."""
+    if is_parametrized(layer):
+        how = f"torch.nn.utils.parametrize.remove_parametrizations({name}, 'weight')"
+    elif {"weight_g", "weight_v"} <= layer._parameters.keys():
+        how = f"torch.nn.utils.remove_weight_norm({name})"
+    elif "weight_mask" in layer._buffers:
+        how = f"torch.nn.utils.prune.remove({name}, 'weight')"
+    elif "weight_orig" in layer._parameters:
+        how = f"torch.nn.utils.remove_spectral_norm({name})"
+    else:
+        return f"the weight of {name} is computed, not a parameter: keep the result as an nn.Parameter to cut it"
+    return f"the weight of {name} is computed in each forward, not a parameter: call {how} first"
 
 
 def _further_parameters(layer: nn.Module | Tensor) -> list[str]:

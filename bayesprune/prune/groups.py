@@ -4,6 +4,7 @@ torch-pruning's dependency graph says what hangs together. What it cannot know i
 model's outputs, tied weights, the equal blocks that grouped convolutions ask for.
 """
 
+import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 from torch_pruning import ops
 from torch_pruning.dependency import Group
 
+from bayesprune.prune.channel_report import shown
 from bayesprune.prune.cuts import (
     CUTTABLE,
     Axis,
@@ -20,24 +22,40 @@ from bayesprune.prune.cuts import (
     cut_parameters,
     misfit,
     num_blocks,
+    overflows,
     side,
     tied_parameters,
 )
 from bayesprune.prune.experts import find_experts
 from bayesprune.prune.heads import find_heads
+from bayesprune.prune.links import moving
 from bayesprune.prune.roots import is_root
 from bayesprune.prune.state_space import find_mixers
 from bayesprune.prune.streams import Streams
 from bayesprune.prune.structure import GRANULARITY, ChannelGroup, ChannelStructure
 from bayesprune.prune.trace import Trace, quiet, trace
+from bayesprune.prune.uncalled import whole_for_uncalled
+from bayesprune.prune.verify import unverified
 from bayesprune.prune.walk import Reached, largest_axis, walk
 
 # Parts of the names that autograd gives products of activations, which mix channels in a way that no graph shows.
 _PRODUCTS = ("Bmm", "Baddbmm", "ttention", "Einsum")
 
-_INSIDE_ATTENTION = "its outputs are dimensions of attention heads"
-_IN_A_PRODUCT = "its outputs enter a product of activations, as in attention"
+_INSIDE_ATTENTION = 'its outputs are dimensions of attention heads; whole heads go with "heads" in granularity'
+_IN_A_PRODUCT = (
+    "its outputs enter a product of activations, as in attention; whole heads go where the module of a product names "
+    "their number, as num_heads"
+)
 _SHARED_BY_HEADS = "grouped-query attention shares its outputs among heads"
+_NOT_CALLED = (
+    "it is not called with example_inputs in evaluation mode: pass example_inputs with which it is, or delete it from "
+    "the model if it is not needed"
+)
+_NO_HISTORY = "its outputs have no history, as under torch.inference_mode; torch.no_grad in the forward hides none"
+_DEAD_END = (
+    "what is made of its outputs is not seen, as where they are sorted, compared or turned into integers or NumPy, so "
+    "they count as outputs of the model"
+)
 _OF_HEADS = (_INSIDE_ATTENTION, _IN_A_PRODUCT, _SHARED_BY_HEADS)
 
 
@@ -48,7 +66,7 @@ def find_groups(
     granularity: Collection[str] = GRANULARITY,
     ignored_layers: Iterable[nn.Module] = (),
 ) -> ChannelStructure:
-    """The channel groups, heads and hidden units of experts of a model; the model is as before afterwards.
+    """The channel groups, heads and units of experts of a model, checked by experiment; it is as before afterwards.
 
     Args:
         model: With variational layers or without.
@@ -73,11 +91,14 @@ def find_groups(
         others = {n: _not_asked_for("heads") for n, module in model.named_modules() if is_root(module)}
         left_whole = others | heads.left_whole
     else:
-        finder = _Finder(model, trace(model, example_inputs), ignored_layers, heads.groups)
+        finder = _Finder(model, example_inputs, trace(model, example_inputs), ignored_layers, heads.groups)
         found, left_whole = finder.find(granularity)
         groups |= {group.name: group for group in found}
         left_whole |= {n: reason for n, reason in heads.left_whole.items() if left_whole.get(n) in _OF_HEADS}
     left_whole |= experts.left_whole
+    for group, reason in unverified(model, list(groups.values()), example_inputs).items():
+        left_whole |= dict.fromkeys(group.layers, reason)
+        del groups[group.name]
     covered = {layer for group in groups.values() for layer in (group.name, *(group.layers if group.attention else ()))}
     order = {name: number for number, (name, _) in enumerate(model.named_modules())}
     return ChannelStructure(
@@ -102,11 +123,18 @@ class _Finder:
     """Examines one root layer after the other."""
 
     def __init__(
-        self, model: nn.Module, trace: Trace, ignored_layers: Iterable[nn.Module], heads: Iterable[ChannelGroup]
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        trace: Trace,
+        ignored_layers: Iterable[nn.Module],
+        heads: Iterable[ChannelGroup],
     ) -> None:
-        self.model, self.trace, self.bound = model, trace, largest_axis(trace.graph)
+        self.model, self.example_inputs = model, example_inputs
+        self.trace, self.bound = trace, largest_axis(trace.graph)
         self.names = {id(module): name for name, module in model.named_modules()}
         self.names |= {id(parameter): name for name, parameter in model.named_parameters()}
+        self.names |= {id(buffer): name for buffer, name in trace.buffers.items()}
         self.ignored = {module for layer in ignored_layers for module in layer.modules()}
         self.holders = tied_parameters(model)
         self.tied = {id(module) for holders in self.holders.values() for module, _ in holders}
@@ -135,10 +163,32 @@ class _Finder:
                 groups.append(found)
             else:
                 left_whole |= dict.fromkeys(found.layers, _not_asked_for(" and ".join(granularity)))
-        for name, module in self.model.named_modules():
-            if is_root(module) and module not in modules:
-                left_whole[name] = "the trace does not see it: it is not called, or another module uses its weight"
-        return groups, left_whole
+        unseen = {m: self._why_unseen(m) for m in self.model.modules() if is_root(m) and m not in modules}
+        uncalled = [layer for layer, reason in unseen.items() if reason == _NOT_CALLED]
+        if uncalled and groups:
+            feeding = whole_for_uncalled(self.model, self.example_inputs, groups, uncalled)
+            left_whole |= {layer: reason for group, reason in feeding.items() for layer in group.layers}
+            groups = [group for group in groups if group not in feeding]
+            self._warn_of(uncalled, feeding)
+        return groups, left_whole | {self.names[id(layer)]: reason for layer, reason in unseen.items()}
+
+    def _why_unseen(self, layer: nn.Module) -> str:
+        if layer in self.trace.called:
+            return _NO_HISTORY
+        if not any(parameter in self.trace.weights for parameter in layer.parameters(recurse=False)):
+            return _NOT_CALLED
+        holders = [m for m in self.model.modules() if layer in m.children()] or [self.model]
+        holder = f"{self.names[id(holders[0])]} ({type(holders[0]).__name__})".strip()
+        return f"{holder} or another module uses its weight without calling it, so no graph shows its channels"
+
+    def _warn_of(self, uncalled: list[nn.Module], feeding: Collection[ChannelGroup]) -> None:
+        whole = [layer for group in feeding for layer in group.layers]
+        stays = f"What may feed them stays whole: {shown(whole)}" if whole else "No channels were found that feed them"
+        warnings.warn(
+            f"example_inputs do not call {shown([self.names[id(layer)] for layer in uncalled])}. {stays}. Pass "
+            "example_inputs with which the model calls them, or delete them from the model if they are not needed.",
+            stacklevel=2,
+        )
 
     def group_of(self, root: nn.Module) -> ChannelGroup:
         self._check_layer(root)  # before its group is built: that does not end for some attention with rotary positions
@@ -149,7 +199,7 @@ class _Finder:
             for item in group:
                 self._check_node(item.dep.target.module, side(item.dep))
             members = list(self._members(group))
-            self._check_members(members)
+            self._check_members(members, group)
             units = self._units(reached, members)
         except _LeftWholeError as left:
             raise _LeftWholeError(left.reason, layers) from None
@@ -165,13 +215,17 @@ class _Finder:
             with quiet():
                 return walk(self.trace.graph, root, bound=self.bound)
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise _LeftWholeError(f"torch-pruning fails on it ({type(error).__name__}: {error})") from error
+            raise _LeftWholeError(
+                f"torch-pruning fails to follow its channels ({type(error).__name__}: {error})"
+            ) from error
 
     def _check_layer(self, layer: nn.Module) -> None:
         if layer in self.ignored:
             raise _LeftWholeError("ignored_layers")
         if layer in self.trace.outputs:
             raise _LeftWholeError("it is an output of the model")
+        if layer in self.trace.dead_ends:
+            raise _LeftWholeError(_DEAD_END)
         if layer in self.trace.inside_attention:
             raise _LeftWholeError(_INSIDE_ATTENTION)
 
@@ -181,13 +235,17 @@ class _Finder:
         if cut_side == "out" and isinstance(node, nn.Module):
             self._check_layer(node)
         if id(node) in self.names and not isinstance(node, CUTTABLE) and not is_root(node):
-            raise _LeftWholeError(f"{self.names[id(node)]} ({type(node).__name__}) stays whole")
+            raise _LeftWholeError(
+                f"{self.names[id(node)]} ({type(node).__name__}) stays whole, for no cut of such a module is known"
+            )
 
     def _members(self, group: Group) -> Iterator[Member]:
         for item in group:
             layer = item.dep.layer
             if id(layer) not in self.names or (size := axis_size(self.trace.graph, item.dep)) is None:
                 continue  # an operation, or a layer without channels of its own
+            if layer in self.trace.buffers and (size := self._turned(item)) is None:
+                continue
             if None in item.root_idxs:
                 raise _LeftWholeError(_SHARED_BY_HEADS)
             in_order = {root: [position] for position, root in zip(item.idxs, item.root_idxs, strict=True)}
@@ -198,13 +256,27 @@ class _Finder:
                 in_order = {root: sorted(found) for root, found in positions.items()}
             yield Member((self.names[id(layer)], side(item.dep)), item.dep, size, in_order)
 
-    def _check_members(self, members: list[Member]) -> None:
+    @staticmethod
+    def _turned(item: Any) -> int | None:
+        """The size of the dimension in which a buffer has an entry for each of these channels, if one does."""
+        node, count = item.dep.target, len(set(item.idxs))
+        dims = [dim for dim, size in enumerate(node.module.shape) if size == count > max(item.idxs)]
+        if not dims:
+            return None
+        node.pruning_dim = node.pruning_dim if node.pruning_dim in dims else dims[0]
+        return count
+
+    def _check_members(self, members: list[Member], group: Group) -> None:
         for member in members:
+            if overflows(member):
+                raise _LeftWholeError(_overflow(member, group))
             if reason := misfit(member):
                 raise _LeftWholeError(reason)
             claimed = self.claimed.get(member.axis)
             if claimed and not all(map(claimed.isdisjoint, member.positions.values())):
-                raise _LeftWholeError(f"{member.axis[0]} would lose a channel to two groups")
+                raise _LeftWholeError(
+                    f"{member.axis[0]} would lose one channel to two groups, for several layers write to it by turns"
+                )
         cuts: dict[tuple[int, str], set] = defaultdict(set)
         for member in members:
             if isinstance(member.layer, nn.Module) and id(member.layer) in self.tied:
@@ -215,7 +287,9 @@ class _Finder:
             found = [cuts.get((id(module), name), set()) for module, name in holders]
             if any(cut != found[0] for cut in found):
                 shown = " and ".join(f"{self.names[id(module)]}.{name}" for module, name in holders)
-                raise _LeftWholeError(f"{shown} are tied and would be cut differently")
+                raise _LeftWholeError(
+                    f"{shown} are tied and would be cut differently: give each a parameter of its own to cut them"
+                )
 
     def _units(self, reached: Reached, members: list[Member]) -> list[tuple[int, ...]]:
         channels = reached.group[0].idxs
@@ -233,15 +307,31 @@ class _Finder:
             found[_representative(parents, channel)].append(channel)
         units = [tuple(unit) for unit in found.values()]
         if len(units) < 2:
-            raise _LeftWholeError("its channels can only leave all together")
+            raise _LeftWholeError("its channels can only leave all together, or there is one alone")
         sizes = [[len(unit) for unit in units]]
         uneven = [
             m for m in members if len(m.positions) < len(channels) or len(set(map(len, m.positions.values()))) > 1
         ]
         sizes += [[sum(len(m.positions.get(root, ())) for root in unit) for unit in units] for m in uneven]
         if any(len(set(counts)) > 1 for counts in sizes):
-            raise _LeftWholeError("its channels hang together in sets of different sizes")
+            raise _LeftWholeError(
+                "its channels hang together in sets of different sizes, as where fewer are repeated to meet them"
+            )
         return units
+
+
+def _overflow(member: Member, group: Group) -> str:
+    """Why the graph gives a layer channels that it has not."""
+    name, length = member.axis[0], 1 + max(p for positions in member.positions.values() for p in positions)
+    if isinstance(member.layer, nn.Parameter):
+        return (
+            f"the parameter {name} meets its channels and has {member.size} entries for {len(member.positions)} of "
+            "them; expected one for each"
+        )
+    return (
+        f"{name} has {member.size} channels and the graph leads {length} to it: {moving(group)} in between selects, "
+        f"repeats or pads channels; do that behind {name}, or by split and cat"
+    )
 
 
 def _join(parents: dict[int, int], one: int, other: int) -> None:

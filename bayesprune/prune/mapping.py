@@ -8,6 +8,7 @@ a flatten where it guesses other numbers of channels before and behind it.
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import accumulate, pairwise
+from math import prod
 from typing import Any
 
 import torch_pruning as tp
@@ -70,6 +71,11 @@ def map_parts(graph: Graph) -> None:
             _map_reshape(node)
 
 
+def signed(dim: int, num_dims: int) -> int:
+    """A dimension that autograd saved, mostly without its sign, counted from 0."""
+    return (dim - 2**64 if dim >= num_dims else dim) % num_dims
+
+
 def _map_reshape(node: Node) -> None:
     grad_fn: Any = node.grad_fn
     before, number = grad_fn.next_functions[0]
@@ -77,12 +83,20 @@ def _map_reshape(node: Node) -> None:
     if not found or not given:
         return
     new, old = found[0].shape, given[number].shape
+    around = [*node.inputs, *node.outputs]
+    edges = [
+        (one, d) for it in around for one, to in ((node, it), (it, node)) for d in one.dependencies if d.target is to
+    ]
+    flattened = [d for _, d in edges if isinstance(d.index_mapping[0], _FlattenIndexMapping)]
     if min(len(new), len(old)) > 1 and (new[-1] == old[-1] or new[1] == old[1]):  # the channels stay what they were
-        around = [*node.inputs, *node.outputs]
-        for one, other in [(node, it) for it in around] + [(it, node) for it in around]:
-            for dependency in one.dependencies:
-                if dependency.target is other and isinstance(dependency.index_mapping[0], _FlattenIndexMapping):
-                    _set(dependency, 0, None)
+        for dependency in flattened:
+            _set(dependency, 0, None)
+    elif not flattened and len(old) > 2 and tuple(new) == (old[0], prod(old[1:])):  # no guess, where sizes are unknown
+        stride = prod(old[2:])
+        for source, dependency in edges:
+            other = dependency.target if source is node else source
+            if other in node.inputs:
+                _set(dependency, 0, _FlattenIndexMapping(stride, reverse=source is node))
 
 
 def _map_split(graph: tp.DependencyGraph, node: Node) -> None:
@@ -105,7 +119,7 @@ def _split(node: Node) -> tuple[Any, int, list[_Part]]:
     """The shape of what is split, along which dimension, and start and end of its parts."""
     grad_fn: Any = node.grad_fn
     shape = grad_fn._saved_self_sym_sizes
-    dim = _signed(grad_fn._saved_dim, len(shape))
+    dim = signed(grad_fn._saved_dim, len(shape))
     sizes = (part.shape[dim] for part in grad_fn._input_metadata)
     return shape, dim, list(pairwise(accumulate(sizes, initial=0)))
 
@@ -126,7 +140,7 @@ def _map_concatenation(graph: tp.DependencyGraph, node: Node) -> None:
     grad_fn: Any = node.grad_fn
     found = _concatenated(node) or []
     shape = grad_fn._input_metadata[0].shape
-    dim = _signed(grad_fn._saved_dim, len(shape))
+    dim = signed(grad_fn._saved_dim, len(shape))
     is_mapped = _counts_channels(shape, dim, infer_in_channels_recursively(graph, node, [0]))
     places: dict[Node, Iterator[tuple[Dependency, Dependency]]] = {}
     for before, (start, size) in zip(node.inputs, found, strict=False):
@@ -142,7 +156,7 @@ def _concatenated(node: Node) -> list[_Part] | None:
     """Start and size of what is put side by side, of those parts that are in the graph; None where they are unknown."""
     grad_fn: Any = node.grad_fn
     result = grad_fn._input_metadata
-    dim = _signed(grad_fn._saved_dim, len(result[0].shape))
+    dim = signed(grad_fn._saved_dim, len(result[0].shape))
     sizes, known = [], []
     for before, number in grad_fn.next_functions:
         metadata = getattr(before, "_input_metadata", None)
@@ -172,8 +186,3 @@ def _edges(source: Node, target: Node, neighbours: list[Node]) -> Iterator[Depen
 def _counts_channels(shape: Any, dim: int, channels: int | None) -> bool:
     """Whether a dimension is that of the channels, of whose number torch-pruning may have an idea."""
     return dim in (1, len(shape) - 1) if channels is None else shape[dim] == channels
-
-
-def _signed(dim: int, num_dims: int) -> int:
-    """A dimension that autograd saved, which it does without a sign, counted from 0."""
-    return dim if dim < num_dims else dim - 2**64 + num_dims

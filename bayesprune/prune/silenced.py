@@ -6,15 +6,15 @@ Every weight, bias and table that has entries by head is random meanwhile, so th
 much, however alike the trained heads are. Nothing is left of that afterwards.
 """
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bayesprune.macs import eval_mode, run_forward
+from bayesprune.macs import run_forward
 from bayesprune.prune.cuts import cut_parameters, num_stacked
 from bayesprune.prune.removal import SHAPE_ERRORS, Selection, remove, snapshot
+from bayesprune.prune.steady import steady
 from bayesprune.prune.structure import ChannelGroup
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
@@ -33,7 +33,7 @@ def disagreement(model: nn.Module, selection: Selection, example_inputs: Any) ->
     try:
         generator = torch.Generator().manual_seed(0)
         for group, _ in selection:
-            _randomise(model, group, generator)
+            randomise(model, group, generator)
         uncut = snapshot(model)
         for group, units in selection:
             silence(group, units)
@@ -46,6 +46,8 @@ def disagreement(model: nn.Module, selection: Selection, example_inputs: Any) ->
             return f"the model does not run without one ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
     finally:
         undo()
+    if not expected:
+        return "the layer behind its heads is not called on example_inputs, so nothing can be checked"
     if not all(output.isfinite().all() for output in expected):
         return "the forward pass gives numbers that are not finite, so nothing can be checked"
     if len(found) != len(expected) or not all(map(_close, found, expected)):
@@ -53,7 +55,8 @@ def disagreement(model: nn.Module, selection: Selection, example_inputs: Any) ->
     return None
 
 
-def _randomise(model: nn.Module, group: ChannelGroup, generator: torch.Generator) -> None:
+def randomise(model: nn.Module, group: ChannelGroup, generator: torch.Generator) -> None:
+    """Gives all that leaves with a group random values of a usual size, in place, by new parameters."""
     for member in group.members:
         layer = member.layer
         if isinstance(layer, Tensor):
@@ -61,12 +64,14 @@ def _randomise(model: nn.Module, group: ChannelGroup, generator: torch.Generator
             _replace(model.get_submodule(path), name, 1.0, generator)
             continue
         stacked = num_stacked(layer)
-        for name, _ in cut_parameters(layer, member.axis[1]):
-            parameter = layer.get_parameter(name)
-            is_matrix = parameter.dim() > 1 + stacked and not isinstance(layer, nn.Embedding)
-            units = member.size // math.prod(parameter.shape[:stacked])
-            fan_in = units if member.axis[1] == "in" else parameter[(0,) * stacked].numel() / units
-            _replace(layer, name, fan_in**-0.5 if is_matrix else 1.0, generator)
+        for name, dim in cut_parameters(layer, member.axis[1]):
+            weight = layer._parameters[name]
+            if weight is None:
+                continue
+            is_matrix = weight.dim() > 1 + stacked and not isinstance(layer, nn.Embedding)
+            other = 2 * stacked + 1 - dim if member.axis[1] == "in" else dim
+            fan_in = weight[(0,) * stacked].numel() / weight.shape[other] if is_matrix else 1
+            _replace(layer, name, fan_in**-0.5, generator)
 
 
 def _replace(module: nn.Module, name: str, scale: float, generator: torch.Generator) -> None:
@@ -105,7 +110,7 @@ def _outputs_behind(model: nn.Module, selection: Selection, example_inputs: Any)
     layers = [m.layer for group, _ in selection for m in group.members if m.axis[1] == "in"]
     handles = [layer.register_forward_hook(keep) for layer in layers if isinstance(layer, nn.Module)]
     try:
-        with eval_mode(model):
+        with steady(model):
             run_forward(model, example_inputs)
     finally:
         for handle in handles:

@@ -1,7 +1,8 @@
 """torch-pruning's dependency graph of a model, with what else a forward shows: outputs and the insides of attention."""
 
+import logging
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -10,10 +11,12 @@ from typing import Any
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
+from torch_pruning._helpers import UnwrappedParameters
 
 from bayesprune.errors import UnsupportedModelError
 from bayesprune.layers import VariationalLayer
 from bayesprune.macs import eval_mode, requires_grad, run_forward
+from bayesprune.prune.links import unlink
 from bayesprune.prune.mapping import Graph, map_parts
 from bayesprune.prune.roots import (
     TRANSPOSED_LINEAR,
@@ -22,6 +25,10 @@ from bayesprune.prune.roots import (
     is_transposed_linear,
     linear_sizes,
 )
+from bayesprune.prune.seeing import buffers_as_parameters, everything_seen
+
+_LOGGER = logging.getLogger(__name__)
+_ERRORS = (AssertionError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 HEAD_ATTRIBUTES = ("num_heads", "num_attention_heads", "num_key_value_groups", "n_heads", "n_head", "heads")
 # What may stand between an attention module's last layer and its output; a reshape means that heads come out.
@@ -36,28 +43,57 @@ class Trace:
         graph: torch-pruning's dependency graph.
         outputs: Layers and operations whose output is an output of the model.
         inside_attention: Layers whose output units are dimensions of attention heads.
+        called: Layers with channels of their own making that were called.
+        dead_ends: Those of them behind which nothing is seen, though they are no outputs, as where scores are sorted.
+        weights: Parameters that the outputs and the dead ends depend on.
+        buffers: Names of buffers, by the parameters that stand for them in the graph.
     """
 
     graph: tp.DependencyGraph
     outputs: frozenset[nn.Module]
     inside_attention: frozenset[nn.Module]
+    called: frozenset[nn.Module]
+    dead_ends: frozenset[nn.Module]
+    weights: frozenset[Tensor]
+    buffers: dict[nn.Parameter, str]
 
 
 def trace(model: nn.Module, example_inputs: Any) -> Trace:
     """Traces the model; its mode and `requires_grad` are as before afterwards.
 
-    torch-pruning follows autograd's graph, so gradients are enabled meanwhile, for frozen parameters too.
+    torch-pruning follows autograd's graph, so gradients are enabled meanwhile, for frozen parameters too, and what
+    stops them in the forward does not.
 
     Raises:
         UnsupportedModelError: torch-pruning fails on the model.
     """
+    try:
+        try:
+            with everything_seen(), buffers_as_parameters(model) as buffers:
+                return _trace(model, example_inputs, buffers)
+        except _ERRORS as error:  # a forward that writes into buffers, or relies on detached tensors
+            _LOGGER.debug("traced again, as autograd sees the model: %s", error)
+            return _trace(model, example_inputs, {})
+    except _ERRORS as error:
+        raise UnsupportedModelError(
+            f"torch-pruning {version('torch-pruning')} cannot trace {type(model).__name__} ({type(error).__name__}: "
+            f"{error}); expected a model whose forward runs on example_inputs under autograd, not wrapped, compiled or "
+            "scripted. Single weights can be removed with prune_weights."
+        ) from error
+
+
+def _trace(model: nn.Module, example_inputs: Any, buffers: dict[nn.Parameter, str]) -> Trace:
     layer_of: dict[Any, nn.Module] = {}
+    made: list[tuple[nn.Module, Tensor]] = []
     attention: list[tuple[nn.Module, Tensor]] = []
     ends: set[Any] = set()
+    history: set[Any] = set()
+    dead_ends: set[nn.Module] = set()
 
     def saw_layer(module: nn.Module, _: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
+        if isinstance(output, Tensor):  # routers that are linear layers put out several
             layer_of[output.grad_fn] = module
+            made.append((module, output))
 
     def saw_attention(module: nn.Module, _: Any, output: Any) -> None:
         attention.extend((module, tensor) for tensor in tensors_in(output))
@@ -65,6 +101,12 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
     def outputs_with_history(output: Any) -> list[Tensor]:
         found = [tensor for tensor in tensors_in(output) if tensor.grad_fn is not None]
         ends.update(tensor.grad_fn for tensor in found)
+        history.update(_history(ends))
+        for layer, tensor in reversed(made):  # the last ones first, behind which nothing is seen
+            if tensor.grad_fn is not None and tensor.grad_fn not in history:
+                dead_ends.add(layer)
+                found.append(tensor)
+                history.update(_history([tensor.grad_fn]))
         return found
 
     handles = [m.register_forward_hook(saw_layer) for m in model.modules() if is_root(m)]
@@ -72,29 +114,41 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
     try:
         with torch.enable_grad(), eval_mode(model), requires_grad(model, True), without_cache(model), quiet():
             graph = Graph()
+            unwrapped: Any = [UnwrappedParameters(buffer, _last_dim(buffer)) for buffer in buffers]
             graph.build_dependency(
                 model,
                 example_inputs,
                 forward_fn=run_forward,
                 customized_pruners={type(m): TRANSPOSED_LINEAR for m in model.modules() if is_transposed_linear(m)},
                 output_transform=outputs_with_history,
+                unwrapped_parameters=unwrapped,
                 ignored_layers=_of_several_outputs(model, example_inputs),
                 verbose=False,
             )
             map_parts(graph)
-    except (AssertionError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise UnsupportedModelError(
-            f"torch-pruning {version('torch-pruning')} cannot trace {type(model).__name__} ({type(error).__name__}: "
-            f"{error}); expected a model whose forward runs on example_inputs under autograd, not wrapped, compiled or "
-            "scripted. Single weights can be removed with prune_weights."
-        ) from error
+            unlink(graph, buffers)
     finally:
         for handle in handles:
             handle.remove()
     outputs = {node.module for node in graph.module2node.values() if node.grad_fn in ends}
     inside = {child for module in model.modules() if has_heads(module) for child in _layers_of(module)}
     inside -= {layer for module, output in attention for layer in last_layers(output, layer_of, set(module.children()))}
-    return Trace(graph, frozenset(outputs), frozenset(inside))
+    called = {layer for layer, _ in made}
+    weights = {node.variable for node in history if hasattr(node, "variable")}
+    return Trace(
+        graph=graph,
+        outputs=frozenset(outputs),
+        inside_attention=frozenset(inside),
+        called=frozenset(called),
+        dead_ends=frozenset(dead_ends),
+        weights=frozenset(weights),
+        buffers=buffers,
+    )
+
+
+def _last_dim(tensor: Tensor) -> int:
+    """The last dimension of more than one entry."""
+    return max(dim for dim, size in enumerate(tensor.shape) if size > 1)
 
 
 def _of_several_outputs(model: nn.Module, example_inputs: Any) -> list[nn.Module]:
@@ -119,12 +173,19 @@ def _of_several_outputs(model: nn.Module, example_inputs: Any) -> list[nn.Module
 
 
 def tensors_in(output: Any) -> Iterator[Tensor]:
-    """The tensors of a model's output, which may nest them in mappings, tuples and lists."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, (list, tuple, Mapping)):
-        for part in output.values() if isinstance(output, Mapping) else output:
-            yield from tensors_in(part)
+    """The tensors of a model's output, which may nest them in mappings, tuples, lists, dataclasses and objects."""
+    pending, seen = [output], set()
+    while pending:
+        part = pending.pop()
+        if isinstance(part, Tensor):
+            yield part
+        elif not isinstance(part, (nn.Module, type, str, bytes)) and id(part) not in seen:
+            seen.add(id(part))  # an object may hold itself
+            if isinstance(part, (list, tuple, Mapping)):
+                inside = list(part.values() if isinstance(part, Mapping) else part)
+            else:
+                inside = list(getattr(part, "__dict__", {}).values())
+            pending += reversed(inside)
 
 
 @contextmanager
@@ -168,6 +229,18 @@ def reached(grad_fn: Any, targets: dict[Any, nn.Module], pass_through: tuple[str
         elif node.name().startswith(pass_through):
             pending.extend(following for following, _ in node.next_functions)
     return found
+
+
+def _history(ends: Iterable[Any]) -> Iterator[Any]:
+    """These nodes of autograd's graph, and all before them."""
+    pending, seen = list(ends), set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        pending.extend(following for following, _ in node.next_functions)
 
 
 def _layers_of(attention: nn.Module) -> Iterator[nn.Module]:

@@ -4,6 +4,7 @@ Removed weights are zeros and stay zeros through further training. Zeros make a 
 make the model faster on ordinary hardware (removed channels do, see `prune_channels`).
 """
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -15,10 +16,12 @@ from torch import Tensor, nn
 
 from bayesprune.layers import Posterior, VariationalLayer, named_posteriors, variational_layers
 from bayesprune.layers.sharding import whole
+from bayesprune.prune.averages import averages_without_masks
 from bayesprune.prune.floors import check_min_kept, floor_of, keep_best, within_caps
 from bayesprune.prune.recalibrate import recalibrate_batch_norm
 from bayesprune.prune.scores import snr
 from bayesprune.tables import as_text
+from bayesprune.train.attach import is_attached
 
 Score = Callable[[Posterior], Tensor]
 
@@ -78,8 +81,9 @@ def prune_weights(
     """Removes single weights of the variational layers, biases apart; in place. Exactly one target is given.
 
     What was removed before stays removed and counts. Removed weights are zeros, draw no noise, do not count in the KL,
-    and stay zeros through further training with any torch optimizer, attached or not. With FSDP 2 every process calls
-    it, has all scores for a moment, and keeps the masks whole.
+    and stay zeros through further training with any torch optimizer, attached or not; where something moves weights
+    outside a step, they are zeros in evaluation and wherever the model's state is written. With FSDP 2 every process
+    calls it, has all scores for a moment, and keeps the masks whole.
 
     Args:
         model: A variational model.
@@ -114,6 +118,8 @@ def prune_weights(
         keeps, is_floored = keep_best(scores, round(sparsity * sum(s.numel() for s in scores)), floors)
     rows = []
     holders = _holders(model)
+    if is_attached(model) and not any(layer.masked_names() for _, layer in variational_layers(model)):
+        _warn_of_averages(model)
     for posterior, keep, floored in zip(posteriors, keeps, is_floored, strict=True):
         total, note = posterior.mean.numel(), f"held at min_kept={min_kept:g}" if floored else ""
         if keep is None:
@@ -126,6 +132,16 @@ def prune_weights(
     if data is not None:
         recalibrate_batch_norm(model, data)
     return WeightReport(tuple(rows))
+
+
+def _warn_of_averages(model: nn.Module) -> None:
+    for kind in averages_without_masks(model):
+        warnings.warn(
+            f"an {kind} of this model was made before the model had masks, and copies tensors by their position; its "
+            "next update fails or mixes the wrong ones. Make it again, after prune_weights(model, sparsity=0.0), which "
+            "makes the masks and removes nothing.",
+            stacklevel=3,
+        )
 
 
 def _fractions(posteriors: list[Posterior], sparsity: float | Mapping[str, float] | None) -> list[float]:

@@ -3,21 +3,25 @@
 The hook adds the closed-form gradient of temperature * KL / num_data to the gradients of the means, moves the log stds
 with an Adam of its own and hides them from the user's optimizer. It runs once per optimizer step, so gradient
 accumulation and data-parallel training need no correction, and the loss stays the plain mean negative log-likelihood.
+
+Where several optimizers share a model each may have an attachment, which trains the posteriors whose means its
+optimizer holds, and those that no other attachment trains.
 """
 
 import warnings
-from collections.abc import Iterator
+import weakref
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from bayesprune.layers import Posterior, VariationalLayer
+from bayesprune.layers import Posterior, VariationalLayer, named_posteriors
 from bayesprune.layers.sharding import values_sharded_as
 from bayesprune.priors import BoundPrior, Gaussian, Prior
-from bayesprune.train.checks import check_groups, check_options, check_types, collapsed_layers
-from bayesprune.train.fused import Target, add_kl_gradients, bound_log_std
+from bayesprune.train.checks import check_groups, check_hooks, check_options, check_types, collapsed_layers
+from bayesprune.train.fused import Target, add_kl_gradients, bound_log_std, has_kl, mark_with_kl
 from bayesprune.train.gates import GateTraining
 from bayesprune.train.kl import bind_prior, collapsed_groups, refresh_scales
 from bayesprune.train.optimizers import (
@@ -25,11 +29,18 @@ from bayesprune.train.optimizers import (
     add_to_first_group,
     grad_scaler_tensors,
     has_fused_kernel,
+    held_by,
+    put_back,
     step_scaled,
+    take_out,
     unwrapped,
 )
+from bayesprune.train.watch import Probes, Watch, end_watches
 
-_CHECK_EVERY = 100  # steps between two looks for collapsed layers
+_CHECK_EVERY = 100  # steps between two looks for collapsed layers, and for means that something else moves
+_CHECK_FIRST = 10  # when that is looked for the first time
+
+_attachments: "weakref.WeakSet[Attachment]" = weakref.WeakSet()
 
 
 class Attachment:
@@ -47,6 +58,7 @@ class Attachment:
         bound: dict[Posterior, BoundPrior],
         gates: GateTraining,
         *,
+        trained: Collection[Posterior],
         num_data: int,
         temperature: float,
         warmup_steps: int,
@@ -55,13 +67,16 @@ class Attachment:
         """Use `attach`."""
         self.num_data, self.temperature, self.warmup_steps = num_data, temperature, warmup_steps
         self._bound, self._gates, self._steps = bound, gates, StepCount()
-        self._parts = {posterior: posterior.log_std_parts for posterior in bound}  # frozen ones may thaw
-        self._stds = list({id(part): part for parts in self._parts.values() for part in parts}.values())
+        self._train({posterior: posterior.log_std_parts for posterior in trained})
         self._std_optimizer = Adam(self._stds, lr=std_lr, fused=has_fused_kernel(self._stds))
         self._optimizer = optimizer
+        self._taken_out = take_out(optimizer, [part for p in bound if p not in self._parts for part in p.log_std_parts])
         self._added = add_to_first_group(optimizer, [*self._stds, *gates.logits])
+        self._given_up: list[Posterior] = []
         self._warned: set[tuple[str, str]] = set()
         self._handle = optimizer.register_step_pre_hook(self._before_step)
+        self._look()
+        _attachments.add(self)
 
     @property
     def step(self) -> int:
@@ -80,15 +95,20 @@ class Attachment:
         return self.temperature * ramp / self.num_data
 
     def kl_divergence(self) -> Tensor:
-        """KL divergence of weights and gates from their priors, in nats: a differentiable scalar."""
-        return self._gates.kl(self._bound)
+        """KL divergence of weights and gates from their priors, in nats: a differentiable scalar.
+
+        Of the posteriors that this attachment trains: all of the model, unless several optimizers share it.
+        """
+        return self._gates.kl(self._trained)
 
     def detach(self) -> None:
         """Ends it: the optimizer is as it was before `attach`, and moves no std that it did not hold then."""
         self._handle.remove()
-        added = {id(part) for part in self._added}
-        for group in self._optimizer.param_groups:
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in added]
+        self._watch.end()
+        _attachments.discard(self)
+        take_out(self._optimizer, self._added)
+        put_back(self._taken_out)
+        self._added, self._taken_out = [], []
 
     def state_dict(self) -> dict[str, Any]:
         """Step, the state of the stds' and the gates' optimizers, the prior's constants; tensors, names and numbers."""
@@ -119,6 +139,12 @@ class Attachment:
                     f"the state has a prior with {sorted(saved) or 'no constants'} for {posterior.name}, the "
                     f"one attached has {sorted(attached) or 'none'}; expected the prior of the run that was saved."
                 )
+        num_saved = len(state["std_optimizer"]["param_groups"][0]["params"])
+        if num_saved != len(self._stds):
+            raise ValueError(
+                f"the attachment's state has moments of {num_saved} stds, and it trains {len(self._stds)}; expected "
+                "the optimizers of the run that was saved, all of them attached before a state is loaded."
+            )
         self._gates.load_state_dict(state.get("gates", {}))
         self.step = state["step"]
         self._std_optimizer.load_state_dict(state["std_optimizer"])
@@ -127,6 +153,7 @@ class Attachment:
         for posterior, prior in self._bound.items():
             constants = values_sharded_as(posterior.mean, state["prior"][posterior.name])
             self._bound[posterior] = prior.with_state(constants)
+        self._train(self._parts)
 
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
@@ -134,7 +161,16 @@ class Attachment:
             self._update(optimizer)
             return None
 
+        was_called = False
+
         def closure_and_update() -> Any:  # Lightning computes the gradients inside the step
+            nonlocal was_called
+            if was_called:
+                raise RuntimeError(
+                    f"{type(optimizer).__name__} called its closure a second time in one step, whose gradients would "
+                    "get the KL again; attach to the optimizer inside it, or to one that calls its closure once."
+                )
+            was_called = True
             loss = closure()
             self._update(optimizer)
             return loss
@@ -144,14 +180,20 @@ class Attachment:
     @torch.no_grad()
     def _update(self, optimizer: Optimizer) -> None:
         self._check_that_nothing_was_replaced()
+        self._check_that_nothing_was_given_up()
+        self._watch.saw_a_step()
+        targets = list(self._targets())
+        if not targets and any(posterior.mean.grad is not None for posterior in self._parts):
+            return  # a step inside a step, or another one on gradients that have the KL already
         scale, found_inf = grad_scaler_tensors(optimizer)
         weight = self.kl_weight
         refresh_scales(self._bound, self._gates.keep)
-        add_kl_gradients(list(self._targets()), weight, scale)
-        self._gates.add_gradients(self._bound, weight, scale)
+        add_kl_gradients(targets, weight, scale)
+        mark_with_kl(targets)
+        self._gates.add_gradients(self._trained, weight, scale)
         step_scaled(self._std_optimizer, scale, found_inf)
         self._gates.step(found_inf)
-        for posterior, prior in self._bound.items():
+        for posterior, prior in self._trained.items():
             if moving := [part for part in self._parts[posterior] if part.requires_grad]:
                 bound_log_std(moving, prior.max_log_std)
         self._steps.add(found_inf)
@@ -159,6 +201,8 @@ class Attachment:
             part.grad = None
         if self._steps.at_most % _CHECK_EVERY == 0:
             self._warn_of_collapse()
+        if self._steps.at_most % _CHECK_EVERY == 0 or self._steps.at_most == _CHECK_FIRST:
+            self._warn_of_others()
 
     def _check_that_nothing_was_replaced(self) -> None:
         for posterior, parts in self._parts.items():
@@ -170,11 +214,50 @@ class Attachment:
                     "move; call detach() first, then make a new optimizer and attach again where training goes on."
                 )
 
+    def _check_that_nothing_was_given_up(self) -> None:
+        held = held_by(self._optimizer) if self._given_up else set()
+        stepped = [p.name for p in self._given_up if id(p.mean) in held and p.mean.grad is not None]
+        if stepped:
+            raise RuntimeError(
+                f"{type(self._optimizer).__name__} takes a step with {stepped[0]}, to which another optimizer was "
+                "attached since; expected one attachment for each posterior. Leave its means out of one of the two, "
+                "or call detach() and attach again where another optimizer goes on."
+            )
+
+    def _train(self, parts: dict[Posterior, list[nn.Parameter]]) -> None:
+        """What it trains from now on: posteriors with their stds, of which frozen ones may thaw."""
+        self._parts = parts
+        self._trained = {posterior: self._bound[posterior] for posterior in parts}
+        self._stds = list({id(part): part for those in parts.values() for part in those}.values())
+
+    def _look(self) -> None:
+        """Begins to look out for others: who steps what the optimizer holds, and who moves the rest."""
+        held = held_by(self._optimizer)
+        self._watch = Watch([p for p in self._parts if id(p.mean) in held], type(self._optimizer).__name__)
+        self._probes = Probes(posterior for posterior in self._parts if id(posterior.mean) not in held)
+
+    def _give_up(self, means: Collection[int]) -> None:
+        """Leaves the posteriors of the parameters with these ids to another attachment."""
+        given_up = {p: parts for p, parts in self._parts.items() if id(p.mean) in means}
+        self._train({p: parts for p, parts in self._parts.items() if p not in given_up})
+        self._given_up += given_up
+        gone = {id(part): part for parts in given_up.values() for part in parts}
+        for part in gone.values():
+            self._std_optimizer.state.pop(part, None)
+        take_out(self._std_optimizer, gone.values())
+        take_out(self._optimizer, [part for part in self._added if id(part) in gone])
+        self._added = [part for part in self._added if id(part) not in gone]
+        self._taken_out += take_out(self._optimizer, gone.values())
+        self._watch.end()
+        self._look()
+
     def _targets(self) -> Iterator[Target]:
         """The posteriors that are part of this step; torch's weight decay leaves the others alone, too."""
-        for posterior, prior in self._bound.items():
+        for posterior, prior in self._trained.items():
             mean, parts = posterior.mean, self._parts[posterior]
             has_draw = any(part.grad is not None for part in parts)
+            if not has_draw and has_kl(mean.grad):
+                continue
             if has_draw or mean.grad is not None:
                 yield Target(mean, parts, prior, self._gates.keep(posterior))
             if mean.grad is not None and not has_draw and parts[0].requires_grad:
@@ -186,7 +269,7 @@ class Attachment:
                 )
 
     def _warn_of_collapse(self) -> None:
-        for name, largest in collapsed_layers(self._bound):
+        for name, largest in collapsed_layers(self._parts):
             self._warn(
                 "collapse",
                 name,
@@ -206,6 +289,15 @@ class Attachment:
                 name,
                 "all units of its dependency group have prior stds below a hundredth of what they were at the start, "
                 f"at step {self.step}: the prior has switched the group off. Lower the temperature, or warm it up.",
+            )
+
+    def _warn_of_others(self) -> None:
+        for name in self._probes.moved(held_by(self._optimizer)):
+            self._warn(
+                "mover",
+                name,
+                f"the {type(self._optimizer).__name__} that attach was given does not hold it, and something else "
+                "moves it, without its KL. Attach to that optimizer as well.",
             )
 
     def _warn(self, kind: str, name: str, message: str) -> None:
@@ -231,8 +323,13 @@ def attach(
     hold are put into its first group, so that a gradient scaler and `zero_grad` reach them; attach before loading an
     optimizer state that was saved with an attachment.
 
+    Where several optimizers share the model (Muon for matrices and AdamW for the rest, say), attach to each of them
+    once: every attachment trains the posteriors whose means its optimizer holds, and takes them over from an earlier
+    one. A warning says where weights are moved without the hook.
+
     Args:
-        optimizer: Any torch optimizer without a closure, or accelerate's wrapper of one.
+        optimizer: Any torch optimizer that computes a step from one gradient; of accelerate's wrapper, Lookahead or SAM
+            (`first_step` and `second_step`) the one inside is meant.
         model: The variational model whose means the optimizer trains (a DDP or compiled wrapper is fine).
         num_data: Number of training examples (label tokens for a language model).
         prior: The prior; None is `priors.Gaussian("layer_rms")`, fixed at the present weights.
@@ -242,25 +339,55 @@ def attach(
             thousands of steps rank better with 1e-3.
 
     Raises:
+        TypeError: the optimizer is none, or a list of them.
         ValueError: a number is out of range, the model has no variational layer, the optimizer holds none of it, or has
             an attachment to it already.
-        UnsupportedModelError: DeepSpeed or FSDP 1, which cut means and stds apart.
+        UnsupportedModelError: DeepSpeed, FSDP 1 or `nn.DataParallel`, which cut means and stds apart, or an optimizer
+            that takes no step through `step`.
     """
-    check_options(num_data, temperature, warmup_steps, std_lr)
     check_types(optimizer, model)
+    check_options(num_data, temperature, warmup_steps, std_lr)
     optimizer = unwrapped(optimizer)
+    check_hooks(optimizer)
     model = getattr(model, "_orig_mod", model)
     model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     gates = GateTraining(model)
     bound = bind_prior(model, Gaussian() if prior is None else prior, gates)
-    hooks = [getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_pre_hooks.values()]
-    check_groups(optimizer, bound, [hook._bound for hook in hooks if isinstance(hook, Attachment)])
+    owners = [getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_pre_hooks.values()]
+    check_groups(optimizer, bound, [owner._parts for owner in owners if isinstance(owner, Attachment)])
+    trained = _claim(optimizer, bound, has_gates=bool(gates.gates))
     return Attachment(
         optimizer,
         bound,
         gates,
+        trained=trained,
         num_data=num_data,
         temperature=temperature,
         warmup_steps=warmup_steps,
         std_lr=std_lr,
     )
+
+
+def is_attached(model: nn.Module) -> bool:
+    """Whether an attachment trains posteriors of this model."""
+    trained = {id(posterior.mean) for attachment in _attachments for posterior in attachment._parts}
+    return any(id(posterior.mean) in trained for posterior in named_posteriors(model))
+
+
+def _claim(optimizer: Optimizer, posteriors: Iterable[Posterior], *, has_gates: bool) -> list[Posterior]:
+    """Those that an attachment to this optimizer trains: what it holds, and what no other attachment trains."""
+    held = held_by(optimizer)
+    others = {attachment: {id(p.mean) for p in attachment._parts} for attachment in _attachments}
+    trained = [p for p in posteriors if id(p.mean) in held or not any(id(p.mean) in means for means in others.values())]
+    means = {id(posterior.mean) for posterior in trained}
+    of_model = {id(posterior.mean) for posterior in posteriors}
+    if has_gates and any(of_model & (theirs - means) for theirs in others.values()):
+        raise ValueError(
+            "the model has gates, and another optimizer is attached to a part of it; expected one optimizer for a "
+            "model with gates, because they count in the KL of all weights."
+        )
+    end_watches(means)
+    for attachment, theirs in others.items():
+        if theirs & means:
+            attachment._give_up(means)
+    return trained

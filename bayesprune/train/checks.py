@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Collection, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +11,10 @@ from torch.optim import Optimizer
 from bayesprune.errors import UnsupportedModelError
 from bayesprune.layers import Posterior
 from bayesprune.layers.sharding import whole
+from bayesprune.train.optimizers import unwrapped
 
-_REFUSED = ("FullyShardedDataParallel", "DeepSpeedOptimizerWrapper", "LBFGS")
+_CUTS_APART = ("FullyShardedDataParallel", "DeepSpeedOptimizerWrapper", "DataParallel")
+_STEPS_OTHERWISE = ("LBFGS", "Lomo", "AdaLomo", "LayerWiseDummyOptimizer", "ScheduleFreeWrapper")
 
 
 def check_options(num_data: int, temperature: float, warmup_steps: int, std_lr: float) -> None:
@@ -28,18 +31,55 @@ def check_options(num_data: int, temperature: float, warmup_steps: int, std_lr: 
         )
 
 
-def check_types(optimizer: Optimizer, model: nn.Module) -> None:
-    """Refuses what cuts means and stds apart.
+def check_types(optimizer: Any, model: Any) -> None:
+    """Refuses what is no optimizer or no model, and what cuts means and stds apart.
 
     Raises:
-        UnsupportedModelError: DeepSpeed, FSDP 1, or an optimizer that calls its closure several times.
+        TypeError: the arguments are swapped, or something else.
+        UnsupportedModelError: DeepSpeed, FSDP 1, DataParallel, or an optimizer that does not take a step by `step`.
     """
+    if isinstance(optimizer, nn.Module) or isinstance(model, Optimizer):
+        raise TypeError(
+            f"attach got a {type(optimizer).__name__} and a {type(model).__name__}; expected the optimizer first: "
+            "attach(optimizer, model, num_data=...)."
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"attach got a {type(model).__name__} as model; expected a torch module.")
     for kind in (type(optimizer), type(model)):
-        if kind.__module__.startswith("deepspeed") or kind.__name__ in _REFUSED:
+        if kind.__module__.startswith("deepspeed") or kind.__name__ in _CUTS_APART:
             raise UnsupportedModelError(
-                f"attach got {kind.__name__}, which flattens parameters, steps inside backward or calls its closure "
-                "several times; expected a first-order optimizer, with DDP or FSDP2 where training is distributed."
+                f"attach got {kind.__name__}, which copies, flattens or cuts parameters so that means and stds no "
+                "longer fit; expected the model itself, or DDP or FSDP 2 where training is distributed."
             )
+        if kind.__name__ in _STEPS_OTHERWISE:
+            raise UnsupportedModelError(
+                f"attach got {kind.__name__}, which moves weights during backward, between steps or several times in "
+                "one; expected a first-order optimizer that moves them once, in its step()."
+            )
+    if not isinstance(unwrapped(optimizer), Optimizer):
+        raise TypeError(
+            f"attach got a {type(optimizer).__name__} as optimizer; expected a torch.optim.Optimizer. Where several "
+            "share the model, attach to each of them."
+        )
+
+
+def check_hooks(optimizer: Optimizer) -> None:
+    """Refuses an optimizer whose steps run no hooks.
+
+    Raises:
+        UnsupportedModelError: it was not made as torch's optimizers are, or is stepped by other functions.
+    """
+    name = type(optimizer).__name__
+    if not getattr(type(optimizer).step, "hooked", False) or not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        raise UnsupportedModelError(
+            f"attach got {name}, whose step() runs no hooks, because its __init__ does not call that of "
+            "torch.optim.Optimizer; attach to the optimizer inside it."
+        )
+    if hasattr(optimizer, "second_step"):
+        raise UnsupportedModelError(
+            f"attach got {name}, which is stepped by first_step() and second_step() and has no base_optimizer, whose "
+            "step() could be hooked; expected one that has, or an ordinary optimizer."
+        )
 
 
 def check_groups(
@@ -62,7 +102,7 @@ def check_groups(
         count = sum(id(parameter) in means for parameter in group["params"])
         held += count
         decay = max(decay, group.get("weight_decay", 0.0) if count else 0.0)
-    if any(not set(posteriors).isdisjoint(others) for others in attached):
+    if any(id(other.mean) in means for others in attached for other in others):
         raise ValueError(
             f"{type(optimizer).__name__} has an attachment to this model already; call its detach() first."
         )

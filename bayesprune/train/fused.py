@@ -27,6 +27,7 @@ from bayesprune.priors import BoundNormal, BoundPrior
 _CACHED = 1 << 17  # elements of a piece on a processor: with what is made of it, less than a core's second cache
 _GROUPED = 1 << 24  # elements of a group elsewhere
 _SMALL = 1 << 12  # elements up to which a tensor goes with a group on a processor, too
+_WITH_KL = "_bayesprune_with_kl"
 MIN_LOG_STD = -20.0
 """exp(-20) = 2e-9: below the resolution of float32 beside any weight."""
 
@@ -88,6 +89,20 @@ def add_kl_gradients(targets: Iterable[Target], weight: float, scale: Tensor | N
     for alike in together.values():
         for group in _groups(alike):
             add_together(group, weight)
+
+
+def mark_with_kl(targets: Iterable[Target]) -> None:
+    """Writes on the gradients of the means that they have the KL: from a draw or, where from none, in which version."""
+    for target in targets:
+        if (gradient := target.mean.grad) is not None:
+            has_draw = any(part.grad is not None for part in target.parts)
+            setattr(gradient, _WITH_KL, None if has_draw else gradient._version)
+
+
+def has_kl(gradient: Tensor | None) -> bool:
+    """Whether a gradient that comes from no new draw has the KL already: no backward has added to it since."""
+    version = getattr(gradient, _WITH_KL, -1)
+    return version is None or (gradient is not None and version == gradient._version)
 
 
 @torch.no_grad()

@@ -7,19 +7,47 @@ from torch.optim import Adam, Optimizer
 
 from bayesprune.layers import named_posteriors
 
+_INSIDE = ("optimizer", "_base_optimizer", "base_optimizer")  # of accelerate, timm's Lookahead, and SAM
+
 
 def unwrapped(optimizer: Optimizer) -> Optimizer:
-    """The optimizer whose step the wrapper of accelerate calls, or timm's Lookahead, which runs no hooks of its own."""
+    """The optimizer whose step a wrapper calls once for each of its own, however that is called (`second_step`)."""
     while True:
-        inner = getattr(optimizer, "optimizer", getattr(optimizer, "_base_optimizer", None))
-        if not isinstance(inner, Optimizer):
+        found = [inner for name in _INSIDE if isinstance(inner := getattr(optimizer, name, None), Optimizer)]
+        if not found:
             return optimizer
-        optimizer = inner
+        optimizer = found[0]
+
+
+def held_by(optimizer: Optimizer) -> set[int]:
+    """Ids of the parameters that it moves."""
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+
+
+Place = tuple[list[nn.Parameter], int, nn.Parameter]
+"""A group's parameters, and what stood at which of its positions."""
+
+
+def take_out(optimizer: Optimizer, parameters: Iterable[Tensor]) -> list[Place]:
+    """Takes these out of the optimizer's groups; `put_back` is the opposite."""
+    ids = {id(parameter) for parameter in parameters}
+    return [
+        (group["params"], position, group["params"].pop(position))
+        for group in optimizer.param_groups
+        for position in reversed(range(len(group["params"])))
+        if id(group["params"][position]) in ids
+    ]
+
+
+def put_back(places: Iterable[Place]) -> None:
+    """Puts parameters back to where they were."""
+    for params, position, parameter in reversed(list(places)):
+        params.insert(position, parameter)
 
 
 def add_to_first_group(optimizer: Optimizer, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
     """Puts those that the optimizer does not hold into its first group; schedulers count groups, not parameters."""
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    held = held_by(optimizer)
     added = [parameter for parameter in parameters if id(parameter) not in held]
     optimizer.param_groups[0]["params"].extend(added)
     return added

@@ -20,4 +20,4 @@ def default_temperature(model: nn.Module, num_data: int) -> float:
         num_data: Terms that the training loss is a mean over.
     """
     num_weights = sum(posterior.mean.numel() for posterior in named_posteriors(model) if posterior.is_weight)
-    return min(_LARGEST, _FACTOR * (num_data / num_weights) ** 0.5)
+    return min(_LARGEST, _FACTOR * (num_data / max(num_weights, 1)) ** 0.5)

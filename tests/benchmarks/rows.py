@@ -1,6 +1,7 @@
 """What the tables of model zoos share: one process a row, rows that are kept, checks that say yes or why not."""
 
 import json
+import multiprocessing
 import platform
 import subprocess
 import sys
@@ -14,17 +15,18 @@ ROOT = Path(__file__).absolute().parents[2]
 DOCS = ROOT / "docs" / "benchmarks"
 TIMEOUT = 900
 OK, NONE = "yes", "-"
+CUT = 0.5  # of the MACs
 
 
 def outputs(model: Any, inputs: Any) -> list[Any]:
-    """Every tensor that the model gives in evaluation mode for these inputs: keywords, or one tensor."""
+    """Every tensor that the model gives in evaluation mode: for keywords, a tuple of arguments, or one tensor."""
     import torch
 
+    from bayesprune.macs import run_forward
     from bayesprune.prune.trace import tensors_in
 
     with torch.no_grad():
-        found = model.eval()(**inputs) if isinstance(inputs, dict) else model.eval()(inputs)
-        return [tensor.clone() for tensor in tensors_in(found)]
+        return [tensor.clone() for tensor in tensors_in(run_forward(model.eval(), inputs))]
 
 
 def is_equal(found: list[Any], expected: list[Any]) -> bool:
@@ -101,6 +103,23 @@ def back(model: Any, stock: list[type], keys: list[str], inputs: Any) -> str:
     return OK if is_equal(outputs(model, inputs), before) else "the output changed"
 
 
+HALF_OR_MORE = (CUT, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
+
+
+def as_far_as_it_goes(model: Any, inputs: Any, levels: Collection[float] = HALF_OR_MORE) -> tuple[Any, str]:
+    """Cuts to the first level of the MACs that the model lets it reach, and says what limits it."""
+    import bayesprune as bp
+    from bayesprune.errors import InfeasibleTargetError
+
+    limit = ""
+    for kept in levels:
+        try:
+            return bp.prune_channels(model, inputs, target={"macs": kept}), limit
+        except InfeasibleTargetError as error:
+            last, limit = error, limit or str(error)
+    raise last
+
+
 def attempt(row: dict[str, Any], name: str, check: Callable[[], str]) -> bool:
     """Runs one check; the row then holds "yes", or why not."""
     try:
@@ -138,9 +157,36 @@ def run_rows(
         start = time.perf_counter()
         row = fresh_process(program, "--row", name)
         done["rows"][name] = {"crash": row["error"]} if "error" in row else row
-        done["versions"] = {package: version(package) for package in packages} | {"python": platform.python_version()}
+        versions = {package: version(package) for package in packages} | {"python": platform.python_version()}
+        done["versions"] = done.get("versions", {}) | versions
         done["rows"] = {name: done["rows"][name] for name in names if name in done["rows"]}
         out.with_suffix(".json").write_text(json.dumps(done, indent=1) + "\n")
         out.with_suffix(".md").write_text(page(done))
         seen = {key: value[:100] for key, value in row.items() if isinstance(value, str)}
         print(f"{name}: {seen} ({time.perf_counter() - start:.0f} s)", flush=True)
+
+
+def in_process(function: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+    """What the function returns in a process that starts with nothing but the imports of this one."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(sender, function, args))
+    process.start()
+    sender.close()
+    found = {"crash": f"not done after {TIMEOUT} s"}
+    if receiver.poll(TIMEOUT):
+        try:
+            found = receiver.recv()
+        except EOFError:
+            process.join()
+            found = {"crash": f"exit status {process.exitcode}"}
+    process.kill()
+    process.join()
+    return found
+
+
+def _send(sender: Any, function: Callable[..., dict[str, Any]], args: tuple[Any, ...]) -> None:
+    row: dict[str, Any] = {}
+    if attempt(row, "crash", lambda: sender.send(function(*args)) or OK):
+        return
+    sender.send(row)

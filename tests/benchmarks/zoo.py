@@ -9,7 +9,6 @@ docs/benchmarks/zoo.json holds already are kept; delete the file, or name models
 
 import argparse
 import json
-import multiprocessing
 import resource
 import signal
 import sys
@@ -24,19 +23,21 @@ from pathlib import Path
 from typing import Any
 
 from rows import (
+    CUT,
     DOCS,
     OK,
     ROOT,
-    TIMEOUT,
+    as_far_as_it_goes,
     attempt,
     back,
     gives_what_was_saved,
+    in_process,
     is_equal,
     outputs,
     save_with_outputs,
     train_one_step,
 )
-from zoo_page import CUT, MODELS, page
+from zoo_page import MODELS, page
 
 MEMORY = 10 * 2**30  # bytes of address space for a row
 HOST_TIME = 40  # seconds for torch-pruning alone, which does not end for some models
@@ -122,20 +123,6 @@ def run_model(name: str, directory: Path) -> dict[str, Any]:
     return row
 
 
-def as_far_as_it_goes(model: Any, images: Any) -> tuple[Any, str]:
-    """Cuts to half of the MACs, or as far as the model lets, and says what limits it."""
-    import bayesprune as bp
-    from bayesprune.errors import InfeasibleTargetError
-
-    limit = ""
-    for kept in (CUT, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95):
-        try:
-            return bp.prune_channels(model, images, target={"macs": kept}), limit
-        except InfeasibleTargetError as error:
-            last, limit = error, limit or str(error)
-    raise last
-
-
 def within(seconds: int, check: Callable[[], str]) -> str:
     """The check's answer; a TimeoutError where it takes longer."""
 
@@ -217,32 +204,6 @@ def run_row(name: str) -> dict[str, Any]:
             saved = found.get("loaded", found.get("crash"))
         row["loaded"] = saved
     return {key: value for key, value in row.items() if value}
-
-
-def in_process(function: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
-    """What the function returns in a process that starts with nothing but the imports of this one."""
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(sender, function, args))
-    process.start()
-    sender.close()
-    found = {"crash": f"not done after {TIMEOUT} s"}
-    if receiver.poll(TIMEOUT):
-        try:
-            found = receiver.recv()
-        except EOFError:
-            process.join()
-            found = {"crash": f"exit status {process.exitcode}"}
-    process.kill()
-    process.join()
-    return found
-
-
-def _send(sender: Any, function: Callable[..., dict[str, Any]], args: tuple[Any, ...]) -> None:
-    row: dict[str, Any] = {}
-    if attempt(row, "crash", lambda: sender.send(function(*args)) or OK):
-        return
-    sender.send(row)
 
 
 def main() -> None:

@@ -4,9 +4,8 @@ import re
 from collections import Counter
 from typing import Any
 
-from rows import OK
+from rows import CUT, OK
 
-CUT = 0.5
 CHECKS = {
     "exact": "eval output unchanged by conversion",
     "step": "one training step with `attach`",

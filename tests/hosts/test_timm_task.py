@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import bayesprune as bp
-from bayesprune.errors import StorageError, UnsupportedModelError
+from bayesprune import gates
+from bayesprune.errors import StorageError
 from bayesprune.layers import named_posteriors, variational_layers
 from bayesprune.prune.schedule import PruneSchedule
 from bayesprune.train import default_temperature
@@ -207,8 +208,10 @@ def test_the_average_has_the_zeros_of_the_model_at_once():
     assert kept[0] > kept[1] == kept[3] == total - round(0.5 * total)
 
 
-def test_attached_before_or_after_the_checkpoint_is_loaded():
-    tasks = [classification(net(), prune=0.5) for _ in range(3)]
+@pytest.mark.parametrize("gated", [False, True])
+def test_attached_before_or_after_the_checkpoint_is_loaded(gated):
+    models = [gates.add_weight_gates(net()) if gated else net() for _ in range(3)]
+    tasks = [classification(model, prune=0.5) for model in models]
     optimizers = [create_optimizer_v2(task.get_trainable_module(), "adamw", lr=0.01) for task in tasks]
     trained, before, after = tasks
     for task, optimizer in zip((trained, before), optimizers, strict=False):
@@ -222,6 +225,7 @@ def test_attached_before_or_after_the_checkpoint_is_loaded():
     after.attach(optimizers[2], num_updates=4, num_data=NUM_DATA)
     assert_equal(after.get_checkpoint_state(), saved)
     assert saved["task_state"]["bayesprune"]["step"] == 1
+    assert bool(saved["task_state"]["bayesprune"]["gates"]) == gated
 
 
 @pytest.mark.parametrize(("criterion", "factor"), [
@@ -240,15 +244,21 @@ def test_num_data_is_what_the_loss_is_a_mean_over(criterion, factor):
 
 
 def test_lookahead_is_attached_inside():
-    """It calls no hooks of its own, and brings removed weights back."""
-    task = classification(net()).train()
-    optimizer = create_optimizer_v2(task.get_trainable_module(), "lookahead_adamw", lr=0.01, weight_decay=0.0)
-    attachment = task.attach(optimizer, num_updates=4, num_data=NUM_DATA)
-    task(*batches()[0])["loss"].backward()
-    optimizer.step()
-    assert attachment.step == 1
-    with pytest.raises(UnsupportedModelError, match="Lookahead, which mixes removed weights back in"):
-        classification(net(), prune=0.5).attach(optimizer, num_updates=4, num_data=NUM_DATA)
+    """Its slow weights are from before the removal; what was removed stays so in evaluation and in checkpoints."""
+    task = classification(net(), prune=PruneSchedule(0.5, begin=0.2, end=0.6, num_updates=2)).train()
+    optimizer = create_optimizer_v2(task.get_trainable_module(), "lookahead_sgd", lr=0.01, weight_decay=0.0)
+    attachment = task.attach(optimizer, num_updates=12, num_data=NUM_DATA)
+    for batch in batches() * 3:
+        optimizer.zero_grad()
+        task(*batch)["loss"].backward()
+        optimizer.step()
+    assert attachment.step == 12
+    model, x = task.model.eval(), batches()[0][0]
+    assert torch.equal(model(x), bp.to_deterministic(copy.deepcopy(model))(x))
+    state = model.state_dict()
+    removed = [state[key.removesuffix("_mask")][~state[key]] for key in state if key.endswith("_mask")]
+    assert torch.cat(removed).numel() > 0
+    assert not torch.cat(removed).any()
 
 
 def test_attach_itself_finds_what_lookahead_wraps():

@@ -1,4 +1,5 @@
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ from torch import nn
 
 import bayesprune as bp
 from bayesprune import noise
+from bayesprune.errors import UnsupportedModelError
 from bayesprune.layers import named_posteriors, variational_layers
 from tests.cases import LAYERS, layers, small_net, structures
 
@@ -208,3 +210,13 @@ def test_assignment_from_a_meta_model():
     x = torch.randn(2, 1, 4, 4)
     assert torch.equal(model.eval()(x), trained.eval()(x))
     assert torch.equal(model[4].weight_mask, trained[4].weight_mask)
+
+
+@pytest.mark.parametrize("mode", ["training", "sampling"])
+def test_copies_on_several_gpus_are_refused_where_they_would_draw(mode):
+    """nn.DataParallel makes copies without parameters, which would train without noise and say nothing."""
+    layer = bp.to_variational(nn.Linear(4, 3)).train(mode == "training")
+    draws = bp.sampling(layer, "weight_sampling") if mode == "sampling" else nullcontext()
+    with draws, pytest.raises(UnsupportedModelError, match=r"nn\.DataParallel copies layers without their posteriors"):
+        layer._replicate_for_data_parallel()
+    assert not layer.eval()._replicate_for_data_parallel()._parameters

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import bayesprune as bp
+import bayesprune.layers
 from bayesprune.layers import masks
 
 OPTIMIZERS = {
@@ -165,3 +166,161 @@ def test_layers_are_not_kept_alive():
     del layer
     gc.collect()
     assert gone() is None
+
+
+class ScheduleFree(torch.optim.Optimizer):
+    """SGD in the manner of schedule-free methods: `eval()` moves the weights to an average, `train()` back."""
+
+    def __init__(self, params, lr=0.1, beta=0.9):
+        super().__init__(params, {"lr": lr, "beta": beta, "steps": 0, "is_training": True})
+
+    def eval(self):
+        self._move(False, lambda beta: 1 - 1 / beta)
+
+    def train(self):
+        self._move(True, lambda beta: 1 - beta)
+
+    @torch.no_grad()
+    def step(self, closure):
+        loss = torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            group["steps"] += 1
+            for p in group["params"]:
+                if p.grad is not None:
+                    z = self.state[p].setdefault("z", p.clone())
+                    share = 1 / group["steps"]
+                    p.lerp_(z, share).sub_(p.grad, alpha=group["lr"] * (group["beta"] * (1 - share) - 1) * -1)
+                    z.sub_(p.grad, alpha=group["lr"])
+        return loss
+
+    @torch.no_grad()
+    def _move(self, is_training, share):
+        for group in self.param_groups:
+            if group["is_training"] != is_training:
+                group["is_training"] = is_training
+                for p in group["params"]:
+                    if "z" in self.state[p]:
+                        p.data.lerp_(self.state[p]["z"], share(group["beta"]))  # a version counter does not see it
+
+
+class Attention(nn.Module):
+    """Layers whose weights are read in a way of their own: torch's attention, and its encoder in one kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True)
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+
+    def forward(self, x):
+        x = self.encoder(x)
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+MOVED = {"linear": (net, (5, 6)), "attention": (lambda: bp.to_variational(Attention()), (2, 3, 6))}
+
+
+def of_zeros(model, x):
+    """The output in eval mode of a copy whose removed weights are zeros, with nothing else in it."""
+    with torch.no_grad():
+        return bp.to_deterministic(copy.deepcopy(model)).eval()(x)
+
+
+@pytest.mark.parametrize("first", ["model", "optimizer"])
+@pytest.mark.parametrize("case", MOVED)
+def test_an_optimizer_that_moves_weights_outside_its_step(case, first):
+    """Whatever it does between steps, in whatever order: evaluation, files and the stock layers have the zeros."""
+    build, shape = MOVED[case]
+    model = build().train()
+    optimizer = ScheduleFree(model.parameters())
+    x = torch.randn(shape)
+
+    def closure():
+        optimizer.zero_grad()
+        (model(x) - 1).square().mean().backward()
+
+    for number in range(4):
+        if number == 2:
+            bp.prune_weights(model, sparsity=0.5)
+        optimizer.step(closure)
+    for part in (model, optimizer) if first == "model" else (optimizer, model):
+        part.eval()
+    if case == "attention" and first == "model":
+        model.eval()  # its kernel reads the raw weights of a whole block
+    masked = [(layer, name) for _, layer in bp.layers.variational_layers(model) for name in layer.masked_names()]
+    assert len(masked) >= 2
+    with torch.no_grad():
+        assert torch.equal(model(x), of_zeros(model, x))
+    for name, value in model.state_dict().items():
+        mask = model.state_dict().get(f"{name}_mask")
+        assert mask is None or not value[~mask].any(), name
+    optimizer.train()
+    optimizer.eval()
+    state = model.state_dict()
+    assert all(not state[key.removesuffix("_mask")][~state[key]].any() for key in state if key.endswith("_mask"))
+
+
+@pytest.mark.parametrize("how", ["swapped in", "averaged", "an older state"])
+def test_weights_that_are_written_over(how):
+    """By an exponential average's store and restore, by torch's own average, by a state from before the removal."""
+    model = net()
+    optimizer = OPTIMIZERS["sgd_momentum"](model.parameters())
+    x = torch.randn(5, 6)
+    bp.prune_weights(model, sparsity=0.0)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    old = {name: value.clone() for name, value in model.state_dict().items()}
+    average.update_parameters(model)
+    step(model, optimizer)
+    bp.prune_weights(model, sparsity=0.5)
+    model.eval()
+    if how == "swapped in":
+        for name, parameter in model.named_parameters():
+            parameter.data.copy_(old[name])
+    elif how == "averaged":
+        average.module.eval()
+        average.update_parameters(model)
+        model = average.module
+        assert model[0].weight[~model[0].weight_mask].any(), "it is an average with what was there"
+    else:
+        model.load_state_dict({name: value for name, value in old.items() if not name.endswith("_mask")}, strict=False)
+    with torch.no_grad():
+        found = model(x)
+    assert_zeros_stay(model)
+    assert torch.equal(found, of_zeros(model, x))
+
+
+class Slow:
+    """Slow weights in the manner of Lookahead, mixed in after the step that all hooks see; no optimizer of torch."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+        self.slow = {p: p.detach().clone() for group in optimizer.param_groups for p in group["params"]}
+
+    def zero_grad(self):
+        self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def step(self, closure):
+        torch.enable_grad()(self.optimizer.step)(closure)
+        for p, slow in self.slow.items():
+            p.copy_(slow.lerp_(p, 0.5))
+
+
+def test_slow_weights_do_not_bring_removed_ones_back():
+    model = net()
+    optimizer = Slow(OPTIMIZERS["sgd_momentum"](model.parameters()))
+    step(model, optimizer)
+    bp.prune_weights(model, sparsity=0.5)
+    step(model, optimizer)
+    assert model[0].weight[~model[0].weight_mask].any(), "they are mixed in"
+    model.eval()
+    step(model, optimizer, 1)
+    x = torch.randn(5, 6)
+    assert torch.equal(model(x), of_zeros(model, x))
+    assert_zeros_stay(model)
+
+
+def test_evaluation_without_removed_weights_writes_nothing():
+    model = net().eval()
+    before = [parameter._version for parameter in model.parameters()]
+    model(torch.randn(5, 6))
+    assert [parameter._version for parameter in model.parameters()] == before

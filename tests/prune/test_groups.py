@@ -8,7 +8,7 @@ import bayesprune as bp
 from bayesprune.errors import UnsupportedModelError
 from bayesprune.prune.groups import find_groups
 from bayesprune.prune.removal import remove
-from bayesprune.prune.verify import misplaced, permute
+from bayesprune.prune.verify import permute
 from tests.prune.nets import nets
 
 
@@ -87,7 +87,6 @@ def test_groups_of_timm_models_are_right(name):
     net, x = timm.create_model(name, num_classes=5, **options).eval(), torch.randn(1, 3, 32, 32)
     structure = find_groups(net, x)
     assert len(structure.groups) > 2
-    assert misplaced(net, structure.groups, x) == []
 
 
 def test_examining_leaves_the_model_as_it_was():
@@ -95,8 +94,7 @@ def test_examining_leaves_the_model_as_it_was():
     net.a.requires_grad_(False)
     net.b.eval()
     before = [(id(p), p.requires_grad, p._version) for p in net.parameters()]
-    structure = find_groups(net, x)
-    misplaced(net, structure.groups, x)
+    find_groups(net, x)
     assert [(id(p), p.requires_grad, p._version) for p in net.parameters()] == before
     assert net.training
     assert net.a.training
@@ -163,13 +161,12 @@ def test_a_transformer_layer_of_torch_loses_its_hidden_units():
     net = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 2))
     structure = find_groups(net, torch.randn(1, 3, 8))
     assert units(structure) == {"0.linear1": 16}
-    assert structure.left_whole["0.self_attn.out_proj"].startswith("the trace does not see it")
+    assert "another module uses its weight" in structure.left_whole["0.self_attn.out_proj"]
 
 
 def test_a_width_of_own_attention_may_go():
     structure = find_groups(Heads(), torch.randn(2, 3, 5))
     assert list(units(structure).values()) == [8]
-    assert misplaced(Heads(), [], torch.randn(2, 3, 5)) == []
 
 
 def test_outputs_are_found_wherever_they_leave():
@@ -186,8 +183,8 @@ def test_outputs_are_found_wherever_they_leave():
 def test_a_wrong_graph_is_found_out():
     net, x = ChannelsLast().eval(), torch.randn(2, 3, 3, 3)
     structure = find_groups(net, x)
-    assert units(structure) == {"conv": 4, "fc1": 5}
-    assert [group.name for group in misplaced(net, structure.groups, x)] == ["conv"]
+    assert units(structure) == {"fc1": 5}
+    assert structure.left_whole["conv"].startswith("with its channels in another order fc1 does not read the same")
 
 
 class Gained(nn.Conv2d):
@@ -204,7 +201,7 @@ class Gained(nn.Conv2d):
 def test_parameters_that_the_graph_does_not_know_keep_their_layer_whole():
     net = nn.Sequential(Gained(3, 4, 1, gain=(1, 3, 1, 1)), nn.Conv2d(4, 2, 1))
     structure = find_groups(net, torch.randn(1, 3, 2, 2))
-    assert structure.left_whole["0"] == "torch-pruning does not know 0.gain"
+    assert structure.left_whole["0"].startswith("torch-pruning does not know 0.gain, a parameter without an entry")
 
 
 @pytest.mark.parametrize("is_variational", [False, True])
@@ -213,7 +210,6 @@ def test_a_gain_by_output_goes_with_it(is_variational):
     if is_variational:
         bp.to_variational(net)
     (group,) = find_groups(net, x).groups
-    assert misplaced(net, [group], x) == []
     gain, weight = net[0].gain.detach().clone(), net[0].weight.detach().clone()
     undo = remove(net, [(group, [(1,), (2,)])])
     assert torch.equal(net[0].gain, gain[[0, 3]])

@@ -5,7 +5,6 @@ from torch import nn
 from bayesprune.prune.cuts import side
 from bayesprune.prune.groups import find_groups
 from bayesprune.prune.trace import trace
-from bayesprune.prune.verify import misplaced
 from bayesprune.prune.walk import largest_axis, walk
 
 
@@ -46,7 +45,7 @@ def test_gated_units_behind_a_class_token_may_go():
     structure = find_groups(net, x)
     found = {group.name: group for group in structure.groups}
     assert found["fc1"].units == tuple((i, i + 8) for i in range(8))
-    assert misplaced(net, structure.groups, x) == []
+    assert found.keys() == {"fc1", "fc2"}
 
 
 @pytest.mark.parametrize("dim", [1, 3])

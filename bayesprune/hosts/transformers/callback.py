@@ -278,7 +278,7 @@ class BayesPruneCallback(TrainerCallback):
         if prefix is None or f"{prefix}_sparsity" in metrics:
             return {}
         values = summarize(model)
-        shortfall = self._shortfall(metrics, state)
+        shortfall = self._shortfall(metrics, state) if values else None
         if self.tolerance is not None and shortfall is not None:
             values["compression_score"] = self.tolerance.score(values["sparsity"], metrics, shortfall)
         return {f"{prefix}_{key}": value for key, value in values.items()}

@@ -4,26 +4,26 @@ import hashlib
 import json
 import logging
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from bayesprune.errors import StorageError
-from bayesprune.layers import named_posteriors
+from bayesprune.layers import named_gates, named_posteriors
 from bayesprune.layers.sharding import whole
 from bayesprune.train.attach import Attachment
+from bayesprune.train.state import flattened, restored
 
 _LOGGER = logging.getLogger(__name__)
 
 FILE_NAME = "bayesprune_training.safetensors"
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 _NAMES_DIFFER = (
     "the Trainer loads nothing from checkpoints of a model whose names on disk differ from those in memory. "
     "Put `model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)` before "
@@ -46,22 +46,13 @@ def write(args: TrainingArguments, step: int, attachment: Attachment, model: nn.
     if args.should_save and not directory.is_dir():  # the search for hyperparameters has folders of its own
         _LOGGER.warning("there is no %s: this trial's checkpoint cannot be resumed", directory)
         return
-    state = attachment.state_dict()
-    tensors: dict[str, Tensor] = {}
-    numbers: dict[str, Any] = {}
-    for key, value in _flat(state):
-        if isinstance(value, Tensor):
-            tensors[key] = whole(value).detach().cpu().contiguous()
-        else:
-            numbers[key] = value
+    tensors, outline = flattened(attachment.state_dict())
+    tensors = {key: whole(value).detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
     about = {
         "format_version": _FORMAT_VERSION,
         "fingerprint": fingerprint(model),
         "num_data": attachment.num_data,
-        "step": state["step"],
-        "param_groups": state["std_optimizer"]["param_groups"],
-        "posteriors": list(state["prior"]),
-        "numbers": numbers,
+        "attachment": outline,
     }
     if not args.should_save:
         return
@@ -104,24 +95,15 @@ def warn_unless_best_is_loaded(directory: str | None, model: nn.Module) -> None:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A digest of the log stds' beginnings: equal for the model that was saved and the one that was loaded."""
+    """A digest of the beginnings of log stds and gates: equal for the model that was saved and the one loaded."""
     digest = hashlib.sha256()
-    for part in _parts(model):
+    for part in (*_parts(model), *(gate.logits for _, gate in named_gates(model))):
         digest.update(whole(part.detach()).flatten()[:_FINGERPRINT_SIZE].cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
 def _of_step(args: TrainingArguments, step: int) -> Path:
     return Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-
-
-def _flat(state: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    for index, values in state["std_optimizer"]["state"].items():
-        for key, value in values.items():
-            yield f"std.{index}.{key}", value
-    for name, constants in state["prior"].items():
-        for key, value in constants.items():
-            yield f"prior.{name}.{key}", value
 
 
 def _about(path: Path) -> dict[str, Any]:
@@ -136,19 +118,9 @@ def _about(path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path, about: dict[str, Any]) -> Saved:
-    moments: dict[int, dict[str, Any]] = {}
-    constants: dict[str, dict[str, Any]] = {name: {} for name in about["posteriors"]}
     with safe_open(path, "pt") as file:
-        values = about["numbers"] | {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    for key, value in values.items():
-        kind, rest = key.split(".", 1)
-        owner, field = rest.rsplit(".", 1)
-        if kind == "std":
-            moments.setdefault(int(owner), {})[field] = value
-        else:
-            constants[owner][field] = value
-    std_optimizer = {"state": moments, "param_groups": about["param_groups"]}
-    return Saved({"step": about["step"], "std_optimizer": std_optimizer, "prior": constants}, about["num_data"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    return Saved(restored(tensors, about["attachment"]), about["num_data"])
 
 
 def _parts(model: nn.Module) -> list[nn.Parameter]:

@@ -14,11 +14,13 @@ _MAX_SAMPLE = 1_000_000  # weights whose SNRs the median is taken of, evenly spa
 def summarize(model: nn.Module) -> dict[str, float]:
     """Sparsity of all weights, and median SNR and the share of SNRs below 1 of those that are kept.
 
-    All three are pure numbers; biases are left out.
+    All three are pure numbers; biases are left out. Nothing for a model without posteriors over weights.
     """
     total, samples = 0, []
     below = kept = 0
     posteriors = [posterior for posterior in named_posteriors(model) if posterior.is_weight]
+    if not posteriors:
+        return {}
     stride = max(1, sum(posterior.mean.numel() for posterior in posteriors) // _MAX_SAMPLE)
     for posterior in posteriors:
         scores = whole(snr(posterior))

@@ -1,0 +1,27 @@
+"""Averages of weights that were made before their model had masks, and would copy the wrong tensors or none."""
+
+import gc
+import sys
+from collections.abc import Iterator
+
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from bayesprune.layers import VariationalLayer, variational_layers
+
+_TIMM, _OF_TIMM = "timm.utils.model_ema", ("ModelEma", "ModelEmaV2", "ModelEmaV3")
+
+
+def averages_without_masks(model: nn.Module) -> Iterator[str]:
+    """Kinds of the averages, torch's and timm's, that hold a copy of this model's layers from before they had masks.
+
+    No model knows its copies, so they are looked for among all objects, which takes some hundredths of a second.
+    """
+    timm = sys.modules.get(_TIMM)
+    kinds = {AveragedModel, *(getattr(timm, name) for name in _OF_TIMM if hasattr(timm, name))}
+    names = {name for name, _ in variational_layers(model)}
+    for average in [found for found in gc.get_objects() if type(found) in kinds]:
+        copies = dict(average.module.named_modules()) if hasattr(average, "module") else {}
+        layers = [layer for name in names if isinstance(layer := copies.get(name), VariationalLayer)]
+        if len(layers) == len(names) and not any(layer.masked_names() for layer in layers):
+            yield type(average).__name__

@@ -1,0 +1,65 @@
+"""Lets autograd's graph show what a forward hides from it: detached tensors, forwards without gradients, checkpoints.
+
+torch-pruning reads which layers hang together off autograd's graph. A model that stops gradients somewhere is no
+other model for that, so nothing stops them here.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointFunction
+
+
+@contextmanager
+def everything_seen() -> Iterator[None]:
+    """Inside, `detach`, `no_grad` and reentrant checkpoints stop no gradient; `inference_mode` still does."""
+    try:
+        CheckpointFunction.apply = staticmethod(_without_checkpoint)  # type: ignore[method-assign]
+        with torch.enable_grad(), _NothingStops():
+            yield
+    finally:
+        del CheckpointFunction.apply
+
+
+def _without_checkpoint(function: Any, preserve_rng_state: bool, *args: Any) -> Any:
+    return function(*args)
+
+
+class _NothingStops(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._C._set_grad_enabled:
+            return None
+        if func is Tensor.detach or func == Tensor.data.__get__:  # type: ignore[attr-defined]
+            tensor = args[0]
+            return tensor if tensor.grad_fn is None else torch.ops.aten.alias(tensor)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def buffers_as_parameters(model: nn.Module) -> Iterator[dict[nn.Parameter, str]]:
+    """Inside, buffers of several numbers are parameters, in autograd's eyes; yields their names by what stands in.
+
+    Buffers may have an entry for each channel, as those of a frozen batch norm. The running statistics of torch's own
+    norms go with their layer.
+    """
+    before = [
+        (module._buffers, name, buffer, f"{path}.{name}".lstrip("."))
+        for path, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and buffer.is_floating_point() and buffer.numel() > 1
+        if not isinstance(module, _NormBase)
+    ]
+    try:
+        found = {}
+        for buffers, name, buffer, full_name in before:
+            buffers[name] = stand_in = nn.Parameter(buffer)
+            found[stand_in] = full_name
+        yield found
+    finally:
+        for buffers, name, buffer, _ in before:
+            buffers[name] = buffer
