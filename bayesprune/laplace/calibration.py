@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from bayesprune.errors import UnsupportedModelError
 from bayesprune.layers import VariationalLayer, variational_layers
+from bayesprune.layers.drawn import DrawnLayer
 from bayesprune.macs import eval_mode, requires_grad, run_forward
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -125,8 +126,8 @@ def _recording(model: nn.Module) -> Iterator[list[_Run]]:
 
     def hook(name: str, layer: VariationalLayer) -> Callable[..., Tensor | None]:
         def keep(_: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Tensor | None:
-            if not isinstance(output, Tensor):
-                return None  # attention, which runs its projections itself
+            if isinstance(layer, DrawnLayer) or not isinstance(output, Tensor):
+                return None  # attention and experts, which run their products themselves
             options = dict(kwargs)
             inputs = args[0] if args else options.pop(next(iter(options)))
 

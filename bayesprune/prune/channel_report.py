@@ -10,7 +10,7 @@ from torch import nn
 from bayesprune.macs import COUNTER
 from bayesprune.tables import as_text
 
-_CUT = "what is left of them: every group keeps a tenth of its channels, and a multiple of round_to"
+_CUT = "channels leave it, of which every group keeps a tenth at least"
 # By whether the module has weights of its own.
 _OF_NO_LAYER = (
     "it multiplies activations by each other, which no layer's channels stand for",

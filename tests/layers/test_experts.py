@@ -140,6 +140,16 @@ def test_stds_stay_float32_in_half_precision():
     assert model.experts.down_proj_log_std.grad.isfinite().all()
 
 
+def test_laplace_leaves_the_stds_of_experts_and_says_so():
+    model = bp.to_variational(ARRANGEMENTS[0].build())
+    before = model.experts.down_proj_log_std.clone()
+    batches = [(X, torch.randint(5, (len(X),)))]
+    with pytest.warns(UserWarning, match=r"experts\.gate_up_proj"):
+        bp.fit_laplace(model, batches)
+    assert torch.equal(model.experts.down_proj_log_std, before)
+    assert "experts" not in bp.fit_kronecker(model, batches)
+
+
 class Frozen(nn.Module):
     """Two stacks of different length are no experts."""
 

@@ -140,3 +140,42 @@ def test_cut_experts_load_into_the_dense_model(tmp_path):
     bp.prune_channels(model, X, target={"macs": 0.7}, granularity=("mlp",))
     bp.save(model, tmp_path)
     assert torch.equal(bp.load(tmp_path, model=ARRANGEMENTS[2].build())(X), model(X))
+
+
+def test_measured_scores_rank_the_units_of_each_expert():
+    model = bp.to_variational(ARRANGEMENTS[0].build())
+    importance = bp.prune.MeasuredImportance(model, X, lambda net: float(net(X).square().mean()))
+    report = bp.prune_channels(model, X, target={"macs": 0.7}, importance=importance, granularity=("mlp",))
+    torch.testing.assert_close(model(X), zeroed(ARRANGEMENTS[0].build(), report.removed["experts"])(X))
+
+
+def test_units_without_fixed_partners_share_no_prior_scale():
+    with pytest.raises(ValueError, match="no group of channels or heads"):
+        bp.prune.dependency_groups(bp.to_variational(ARRANGEMENTS[0].build()), X, granularity=("mlp",))
+
+
+def test_what_holds_the_macs_that_stay_is_named_with_the_reason():
+    model = bp.to_variational(ARRANGEMENTS[0].build())
+    report = bp.prune_channels(model, X, target={"macs": 0.8}, granularity=("mlp",))
+    shares = {name: held for held in report.holdings for name in held.modules}
+    assert "keeps a tenth" in shares["experts"].reason
+    assert shares["last"].reason == report.left_whole["last"]
+    assert sum(held.share for held in report.holdings) == pytest.approx(report.achieved["macs"])
+    with pytest.raises(InfeasibleTargetError, match=r"What stays is in .*last .*experts"):
+        bp.prune_channels(model, X, target={"macs": 0.01}, granularity=("mlp",))
+
+
+def test_products_of_activations_are_named_as_what_holds_the_macs():
+    class Gram(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = torch.nn.Linear(4, 8), torch.nn.Linear(7, 3)
+
+        def forward(self, x):
+            hidden = self.first(x)
+            return self.last(hidden @ hidden.t() @ hidden @ hidden.t())
+
+    report = bp.prune_channels(bp.to_variational(Gram()), X, target={"snr": 1e-9})
+    held = next(held for held in report.holdings if "" in held.modules)
+    assert "multiplies activations" in held.reason
+    assert "multiplies activations" in str(report)
