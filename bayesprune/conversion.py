@@ -9,7 +9,7 @@ from rich.table import Table
 from torch import nn
 from torch.nn.utils import parametrize
 
-from bayesprune.layers import VariationalLayer, variational_type
+from bayesprune.layers import VariationalLayer, register_experts, variational_type
 from bayesprune.tables import as_text
 
 Filter = Callable[[nn.Module, str], bool]
@@ -91,6 +91,7 @@ def reasons_to_leave(model: nn.Module, filter_fn: Filter | None, *, norm_scales:
             attention_of[module.out_proj] = module
         if isinstance(module, VariationalLayer):
             continue
+        register_experts(module)
         found = variational_type(type(module), norm_scales=norm_scales)
         if reason := _reason_of_its_own(module, name, found, filter_fn):
             reasons[module] = reason
@@ -124,9 +125,6 @@ def _reason_of_its_own(
     module: nn.Module, name: str, found: type[VariationalLayer] | None, filter_fn: Filter | None
 ) -> str | None:
     if found is None:
-        stacked = {key: len(p) for key, p in module._parameters.items() if p is not None and p.dim() == 3}
-        if len(stacked) > 1 and set(stacked.values()) != {1} and len(set(stacked.values())) == 1:
-            return f"its {' and '.join(stacked)} each hold {next(iter(stacked.values()))} matrices, those of experts"
         if isinstance(module, nn.RNNBase | nn.RNNCellBase):
             return (
                 f"{type(module).__name__} is recurrent: there is no posterior for it yet, and nothing of it is removed"
@@ -143,7 +141,7 @@ def _reason_of_its_own(
         return "it has no scale of its own"
     if found.is_norm and weights and weights[0].dim() > 1:
         return f"its scale has the shape {tuple(weights[0].shape)}; expected one dimension"
-    weights = [weight for weight in weights if found.is_norm or weight.dim() > 1]
+    weights = [weight for weight in weights if found.is_norm or weight.dim() > 1 + found.num_stacked]
     if computed or not weights:
         return f"its {(computed or ['weight'])[0]} is not a parameter (computed, quantized or pruned by another tool)"
     if not all(weight.is_floating_point() for weight in weights):

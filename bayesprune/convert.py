@@ -110,9 +110,10 @@ def _convert(
     assert isinstance(module, VariationalLayer)
     module.std, module.estimator, module.estimator_override = std, estimator, None
     posteriors = {name: p for name in module.posterior_names if (p := module._parameters.get(name)) is not None}
-    log_std = _initial_log_std(list(posteriors.values()), relative_std)
+    weights = [mean for name, mean in posteriors.items() if module.is_weight(name)]
+    log_std = _initial_log_std(weights or list(posteriors.values()), relative_std)  # a norm has its scale alone
     for name, mean in posteriors.items():
-        shapes = part_shapes(std, tuple(mean.shape), module.unit_dims)
+        shapes = part_shapes(std, tuple(mean.shape), module.unit_dims, num_stacked=module.num_stacked)
         for position, (suffix, shape) in enumerate(shapes.items()):
             key = (id(mean), position)  # tied weights have tied stds
             if key not in parts:
@@ -121,9 +122,8 @@ def _convert(
             module.register_parameter(f"{name}_{suffix}", parts[key])
 
 
-def _initial_log_std(means: Sequence[Tensor], relative_std: float) -> float:
+def _initial_log_std(weights: Sequence[Tensor], relative_std: float) -> float:
     """Log of `relative_std` x RMS of the layer's weights; of 1 / sqrt(fan-in) where the weights are all zero."""
-    weights = [mean for mean in means if mean.dim() > 1] or means  # a norm has its scale alone
     if any(weight.is_meta for weight in weights):
         return 0.0
     numel = sum(weight.numel() for weight in weights)

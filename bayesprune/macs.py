@@ -3,18 +3,23 @@
 torch's `FlopCounterMode` counts two FLOPs for one MAC, in matrix products, convolutions and fused attention alike.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Size, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from bayesprune.batches import given
 
 COUNTER = "torch.utils.flop_counter, FLOPs / 2"
+
+# Products of a row of inputs with the matrix of its own group, as mixtures of experts run them, which the counter does
+# not know: torch's, and what transformers runs where torch has none.
+_GROUPED_PRODUCTS = (("aten", "_grouped_mm"), ("transformers", "grouped_mm_fallback"))
 
 
 def macs_by_module(model: nn.Module, example_inputs: Any) -> dict[str, int]:
@@ -38,7 +43,7 @@ def macs_by_module(model: nn.Module, example_inputs: Any) -> dict[str, int]:
         eval_mode(model),
         requires_grad(model, False),
         sdpa_kernel(SDPBackend.MATH),
-        FlopCounterMode(display=False) as counter,
+        FlopCounterMode(display=False, custom_mapping=_grouped_products()) as counter,
     ):
         try:
             torch.backends.mha.set_fastpath_enabled(False)  # its fused operators are unknown to the counter
@@ -82,6 +87,19 @@ def requires_grad(model: nn.Module, required: bool) -> Iterator[None]:
     finally:
         for parameter, was in before:
             parameter.requires_grad_(was)
+
+
+def _grouped_products() -> dict[Any, Callable[..., int]]:
+    """FLOPs of grouped products by operator, for those that the counter does not know itself."""
+    found = (getattr(getattr(torch.ops, library), name, None) for library, name in _GROUPED_PRODUCTS)
+    return {operator: _grouped_flops for operator in found if operator is not None and operator not in flop_registry}
+
+
+def _grouped_flops(one: Size, other: Size, *_: Any, out_shape: Size, **__: Any) -> int:
+    """Every row meets the one matrix of its group; of two matrices the groups divide what is summed over."""
+    if len(one) == len(other) == 2:
+        return 2 * math.prod(one) * other[-1]
+    return 2 * math.prod(out_shape) * one[-1]
 
 
 def _hooks(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bayesprune.batches import Batch, logits_of, on_device, split
 from bayesprune.errors import UnsupportedModelError
 from bayesprune.layers import VariationalLayer, variational_layers
+from bayesprune.layers.drawn import DrawnLayer
 from bayesprune.macs import eval_mode, requires_grad
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -131,8 +132,8 @@ def _recording(model: nn.Module) -> Iterator[list[_Run]]:
 
     def hook(name: str, layer: VariationalLayer) -> Callable[..., Tensor | None]:
         def keep(_: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Tensor | None:
-            if not isinstance(output, Tensor):
-                return None  # attention, which runs its projections itself
+            if isinstance(layer, DrawnLayer) or not isinstance(output, Tensor):
+                return None  # attention and experts, which run their products themselves
             options = dict(kwargs)
             inputs = args[0] if args else options.pop(next(iter(options)))
 

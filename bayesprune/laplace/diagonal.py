@@ -41,7 +41,7 @@ def fit_laplace(
 
     Where stds are shared (rank_one, per_channel) they are the best fit to those of single weights, see
     `bayesprune.laplace.collapse`. A layer whose gradients cannot be told apart by example keeps its stds, and a warning
-    names it: `nn.MultiheadAttention`, and layers that did not run.
+    names it: `nn.MultiheadAttention`, stacked experts, and layers that did not run.
 
     Cost: a forward and a backward over the data, and for each layer as many multiplications again as its forward has.
     Memory: the batch's layer inputs and outputs, 128 MiB of per-example gradients (one example's, if that is more).

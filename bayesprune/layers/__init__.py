@@ -4,6 +4,7 @@ from bayesprune.estimators import Gaussian
 from bayesprune.layers import stock  # noqa: F401  (registers torch's layers)
 from bayesprune.layers.base import VariationalLayer
 from bayesprune.layers.closing import close_gates, drop_gates, fold_gates
+from bayesprune.layers.experts import register_experts
 from bayesprune.layers.gates import Gate, GateOptions, named_gates, passing_gates
 from bayesprune.layers.norms import VariationalNorm
 from bayesprune.layers.posteriors import Posterior, named_posteriors, variational_layers
@@ -25,6 +26,7 @@ __all__ = [
     "named_posteriors",
     "part_shapes",
     "passing_gates",
+    "register_experts",
     "register_layer",
     "registered_types",
     "variational_layers",

@@ -17,6 +17,7 @@ from bayesprune.estimators import Factors, Gaussian, LogGaussian
 from bayesprune.layers import gates, masks
 from bayesprune.layers.operations import LayerOperation
 from bayesprune.layers.sharding import sharded_as
+from bayesprune.layers.stacks import axis_size, select
 from bayesprune.layers.structures import SUFFIXES, not_narrowed
 from bayesprune.moments.sampled import is_drawing
 
@@ -31,6 +32,7 @@ class VariationalLayer(nn.Module):
         is_linear_in_weight: Whether the layer multiplies inputs by weights, adds, and does no more; the variance of its
             output is then the same operation on squares.
         is_norm: Whether its posterior is one over the scale of a norm, which is converted on request alone.
+        num_stacked: How many leading dimensions of its parameters number layers of their own, such as experts.
         std: Structure of the stds: "per_weight", "rank_one" or "per_channel".
         estimator: What runs while the layer is in training mode.
         estimator_override: What runs in any mode, set by `sampling`; None outside it.
@@ -40,6 +42,7 @@ class VariationalLayer(nn.Module):
     posterior_names: ClassVar[tuple[str, ...]] = ("weight", "bias")
     is_linear_in_weight: ClassVar[bool] = True
     is_norm: ClassVar[bool] = False
+    num_stacked: ClassVar[int] = 0
     fallback_reason: ClassVar[str | None] = None
 
     std: str
@@ -69,6 +72,11 @@ class VariationalLayer(nn.Module):
     def unit_dims(self) -> tuple[int, ...]:
         """Dimensions of the weight that number its output units."""
         return (0,)
+
+    @property
+    def input_dims(self) -> tuple[int, ...]:
+        """Dimensions of the weight that number inputs."""
+        return (1 - self.unit_dims[-1],)
 
     def operation(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         """The stock forward with these tensors in place of weight and bias."""
@@ -122,6 +130,10 @@ class VariationalLayer(nn.Module):
     def active_names(self) -> list[str]:
         """Names of the parameters that have a posterior."""
         return [name for name in self.posterior_names if self._part_names(name)]
+
+    def is_weight(self, name: str) -> bool:
+        """Whether a parameter is a weight, not a bias or the scale of a norm."""
+        return getattr(self, name).dim() > 1 + self.num_stacked
 
     def masked_names(self) -> list[str]:
         """Names of the parameters of which single weights were removed."""
@@ -197,10 +209,12 @@ class VariationalLayer(nn.Module):
         keys = [*self._part_names(name), f"{name}_mask"]
         for key in keys:
             companion = self._parameters.get(key, self._buffers.get(key))
-            if companion is None or companion.dim() <= dim or companion.shape[dim] != old_size or old_size == 1:
+            if companion is None or companion.dim() <= dim or companion.shape[dim] == 1:
+                continue
+            if axis_size(companion, dim, num_stacked=self.num_stacked) != old_size:
                 continue
             index = torch.as_tensor(kept, dtype=torch.long, device=companion.device)
-            data = companion.data.index_select(dim, index)
+            data = select(companion.data, dim, index, num_stacked=self.num_stacked)
             if isinstance(companion, nn.Parameter):
                 self._parameters[key] = nn.Parameter(data, requires_grad=companion.requires_grad)
             else:

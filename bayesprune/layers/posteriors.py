@@ -50,7 +50,7 @@ class Posterior:
     @property
     def is_weight(self) -> bool:
         """Whether it is a weight, not a bias or the scale of a norm."""
-        return self.mean.dim() > 1
+        return self.layer.is_weight(self.parameter)
 
     @property
     def unit_dims(self) -> tuple[int, ...]:

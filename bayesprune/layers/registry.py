@@ -50,6 +50,11 @@ def register_layer(stock_type: type[nn.Module]) -> Callable[[_Layer], _Layer]:
     return decorate
 
 
+def is_registered(stock_type: type[nn.Module]) -> bool:
+    """Whether this very type has a variational one."""
+    return stock_type in _REGISTERED
+
+
 def registered_types(*, norm_scales: bool = False) -> list[type[nn.Module]]:
     """The registered stock types; with `norm_scales` norms too."""
     return [stock for stock, found in _REGISTERED.items() if norm_scales or not found.is_norm]

@@ -4,16 +4,14 @@
 a registered class, since the default `operation` runs the stock forward.
 """
 
-from contextlib import ExitStack
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from bayesprune.estimators import Factors, center, sample, uncertain
+from bayesprune.estimators import Factors
 from bayesprune.layers.base import VariationalLayer
+from bayesprune.layers.drawn import DrawnLayer
 from bayesprune.layers.registry import register_layer
 from bayesprune.layers.structures import factors
 
@@ -125,7 +123,7 @@ class VariationalConvTranspose3d(_VariationalTransposedConv, nn.ConvTranspose3d)
 
 
 @register_layer(nn.MultiheadAttention)
-class VariationalMultiheadAttention(VariationalLayer, nn.MultiheadAttention):
+class VariationalMultiheadAttention(DrawnLayer, nn.MultiheadAttention):
     """Multi-head attention with posteriors over its input projections; `out_proj` has its own and is drawn here.
 
     torch's attention reads the raw weights of all projections at once, so weight sampling is what there is. `bias_k`
@@ -139,20 +137,8 @@ class VariationalMultiheadAttention(VariationalLayer, nn.MultiheadAttention):
         "v_proj_weight",
         "in_proj_bias",
     )
-    is_linear_in_weight = False
     fallback_reason = "torch's attention reads its raw weights: weight sampling, whatever the estimator"
 
-    def forward(self, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """The stock forward at the means in eval mode; at one draw of all projections otherwise."""
-        estimator = self.running_estimator(query)
-        layers = [layer for layer in (self, self.out_proj) if isinstance(layer, VariationalLayer)]
-        if estimator == "mean" and not any(layer.changes_weights() for layer in layers):
-            for layer in layers:
-                layer.apply_masks()
-            return nn.MultiheadAttention.forward(self, query, *args, **kwargs)
-        with ExitStack() as stack:
-            draw = {"mean": center, "moments": uncertain}.get(estimator, sample)
-            for layer in layers:
-                draws = {name: draw(layer.posterior(name)) for name in layer.active_names()}
-                stack.enter_context(layer.substituted(**draws))
-            return nn.MultiheadAttention.forward(self, query, *args, **kwargs)
+    def drawn_layers(self) -> list[VariationalLayer]:
+        """The attention and its output projection."""
+        return [layer for layer in (self, self.out_proj) if isinstance(layer, VariationalLayer)]

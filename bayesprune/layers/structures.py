@@ -37,9 +37,15 @@ STRUCTURES: dict[str, Structure] = {"per_weight": per_weight, "rank_one": rank_o
 SUFFIXES = ("log_std", "row_log_std", "column_log_std")
 
 
-def part_shapes(std: str, shape: Shape, unit_dims: Shape) -> dict[str, Shape]:
-    """The shapes of the log-std parts by suffix; a bias or a norm's scale (one dimension) has one for every entry."""
-    return STRUCTURES["per_weight" if len(shape) < 2 else std](shape, unit_dims)
+def part_shapes(std: str, shape: Shape, unit_dims: Shape, *, num_stacked: int = 0) -> dict[str, Shape]:
+    """The shapes of the log-std parts by suffix; a bias or a norm's scale (one dimension) has one for every entry.
+
+    Of layers stacked in one tensor, which the first dimensions number, each has its own.
+    """
+    stacked, own = shape[:num_stacked], shape[num_stacked:]
+    structure = STRUCTURES["per_weight" if len(own) < 2 else std]
+    parts = structure(own, tuple(dim - num_stacked for dim in unit_dims if dim >= num_stacked))
+    return {suffix: (*stacked, *part) for suffix, part in parts.items()}
 
 
 def factors(log_stds: tuple[Tensor, ...], *, unit_dim: int, groups: int) -> Factors | None:

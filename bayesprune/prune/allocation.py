@@ -101,14 +101,14 @@ class MeasuredImportance(tp.importance.Importance):
         with eval_mode(model), torch.no_grad():
             base = _measured(loss, model)
             for index, group in enumerate(structure.groups):
-                scores = unit_scores(importance, group)
-                if scores is None:
+                scored = unit_scores(importance, group)
+                if scored is None:
                     continue
                 saved = 1.0
                 if per == "macs":
                     one = [int(number == index) for number in range(len(structure.groups))]
                     saved = costs.cost("macs", [0] * len(one)) - costs.cost("macs", one)
-                self._scores[group.name] = _unit_costs(model, group, scores, loss, base, levels) / saved
+                self._scores[group.name] = _unit_costs(model, *scored, loss, base, levels) / saved
 
     def __call__(self, group: Group) -> Tensor | None:  # type: ignore[override]
         """Scores (C,) of the root channels of a group; None where it was not measured."""

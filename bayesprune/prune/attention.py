@@ -9,6 +9,7 @@ from torch import nn
 
 from bayesprune.macs import eval_mode, requires_grad, run_forward
 from bayesprune.prune.roots import is_linear, linear_sizes
+from bayesprune.prune.state_space import mixer_of
 from bayesprune.prune.trace import HEAD_ATTRIBUTES, has_heads, last_layers, reached, tensors_in, without_cache
 
 _DIM_ATTRIBUTES = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
@@ -52,6 +53,7 @@ def find_attention(
     ignored = {module for layer in ignored_layers for module in layer.modules()}
     names = {id(module): name for name, module in model.named_modules()}
     modules = [m for m in model.modules() if _knows_heads(m) and any(map(is_linear, m.modules()))]
+    modules = [module for module in modules if mixer_of("", module) is None]  # whose heads are no attention
     behind = _layers_behind(model, modules, example_inputs) if modules else {}
     inner = _innermost([module for module in modules if len(behind[module]) == 1])
     known = {part for module in inner for part in module.modules()}  # an MLP of position biases knows heads, too
@@ -115,7 +117,8 @@ def _layers_behind(model: nn.Module, modules: list[nn.Module], example_inputs: A
                     takes.setdefault(module, []).append(layer)
 
     def leave_layer(layer: nn.Module, _: Any, output: Any) -> None:
-        made_by[output.grad_fn] = layer
+        if (first := next(tensors_in(output), None)) is not None:
+            made_by[first.grad_fn] = layer
 
     def leave_module(module: nn.Module, _: Any, output: Any) -> None:
         tensor = next(tensors_in(output), None)

@@ -1,12 +1,21 @@
 """What `prune_channels` did or would do."""
 
 from collections import defaultdict
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from rich.table import Table
+from torch import nn
 
 from bayesprune.macs import COUNTER
 from bayesprune.tables import as_text
+
+_CUT = "channels leave it, of which every group keeps a tenth at least"
+# By whether the module has weights of its own.
+_OF_NO_LAYER = (
+    "it multiplies activations by each other, which no layer's channels stand for",
+    "it computes with weights of its own, and is no layer whose channels are known",
+)
 
 
 @dataclass(frozen=True)
@@ -23,6 +32,25 @@ class ChannelRow:
     along: tuple[str, ...] = ()
     heads: int = 0
     kept_heads: int = 0
+
+
+@dataclass(frozen=True)
+class Holding:
+    """Modules that hold a part of the cost that stays, and why.
+
+    Attributes:
+        modules: Their names.
+        share: Of the cost of the dense model.
+        reason: Why it stays.
+    """
+
+    modules: tuple[str, ...]
+    share: float
+    reason: str
+
+    def __str__(self) -> str:
+        """The first modules, the share and the reason."""
+        return f"{shown(self.modules)} ({self.share:.4f}, {self.reason})"
 
 
 @dataclass(frozen=True)
@@ -43,6 +71,7 @@ class ChannelReport:
             for, the model has no config, or its config cannot say the new sizes.
         dry_run: Whether the model was left as it was.
         counter: What counted the MACs.
+        holdings: Which modules hold the MACs that stay, by reason, the most first.
     """
 
     rows: tuple[ChannelRow, ...]
@@ -57,6 +86,7 @@ class ChannelReport:
     config: dict[str, int] | None = None
     dry_run: bool = False
     counter: str = COUNTER
+    holdings: tuple[Holding, ...] = ()
 
     @property
     def achieved(self) -> dict[str, float]:
@@ -81,10 +111,40 @@ class ChannelReport:
         for layer, reason in self.left_whole.items():
             layers[reason].append(layer)
         notes = [f"left whole: {shown(names)}: {reason}" for reason, names in layers.items()]
+        products = [holding for holding in self.holdings if holding.reason in _OF_NO_LAYER and holding.share >= 0.01]
+        notes += [f"kept: {shown(held.modules)}: {held.reason} ({held.share:.1%} of the MACs)" for held in products]
         if self.config:
             fields = ", ".join(f"{name}={value}" for name, value in self.config.items())
             notes.insert(0, f"the config says so: {fields}")
         return as_text(title, table, *notes)
+
+
+def holdings(
+    model: nn.Module, parts: Mapping[str, int], dense: int, cut: Collection[str], left_whole: Mapping[str, str]
+) -> tuple[Holding, ...]:
+    """Which modules hold a cost, by the reason why it stays.
+
+    Args:
+        model: The model.
+        parts: The cost that stays, by module.
+        dense: The cost of the dense model.
+        cut: Modules that lose channels.
+        left_whole: Why others do not.
+    """
+    modules = dict(model.named_modules())
+    by_reason: dict[str, list[str]] = defaultdict(list)
+    for name, cost in parts.items():
+        if not cost:
+            continue
+        if name in left_whole:
+            by_reason[left_whole[name]].append(name)
+        elif name in cut:
+            by_reason[_CUT].append(name)
+        else:
+            has_weights = any(parameter is not None for parameter in modules[name]._parameters.values())
+            by_reason[_OF_NO_LAYER[has_weights]].append(name)
+    found = (Holding(tuple(n), sum(parts[name] for name in n) / dense, reason) for reason, n in by_reason.items())
+    return tuple(sorted(found, key=lambda holding: -holding.share))
 
 
 def shown(names: tuple[str, ...] | list[str], *, most: int = 3) -> str:

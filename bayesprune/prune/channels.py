@@ -19,7 +19,7 @@ from bayesprune.errors import InfeasibleTargetError, UnsupportedModelError
 from bayesprune.layers import drop_gates, passing_gates
 from bayesprune.macs import macs_by_module
 from bayesprune.prune import plan
-from bayesprune.prune.channel_report import ChannelReport, ChannelRow, shown
+from bayesprune.prune.channel_report import ChannelReport, ChannelRow, holdings
 from bayesprune.prune.checks import check_model, checked_target
 from bayesprune.prune.config import follow_config
 from bayesprune.prune.evidence import EvidenceImportance
@@ -27,6 +27,7 @@ from bayesprune.prune.groups import find_groups
 from bayesprune.prune.importance import (
     GRADIENTS,
     Importance,
+    Scored,
     SNRImportance,
     has_gradients,
     lowest,
@@ -104,14 +105,15 @@ def prune_channels(
     left_whole = dict(structure.left_whole)
     default = {"evidence": EvidenceImportance, "inclusion": InclusionImportance}.get(what, SNRImportance)
     score = _rms_snr if what == "snr" else partial(unit_scores, importance or default())
-    scores = {group: values for group in structure.groups if (values := score(group)) is not None}
+    found = {group: score(group) for group in structure.groups}
+    scores = {scored.group: scored.scores for scored in found.values() if scored is not None}
     unscored = _no_score(model, importance, what)
-    left_whole |= {layer: unscored for group in structure.groups if group not in scores for layer in group.layers}
+    left_whole |= {layer: unscored for group, scored in found.items() if scored is None for layer in group.layers}
     params = _num_parameters(model)
     while True:
         groups = tuple(scores)
         costs = plan.cost_model(model, groups, macs)
-        counts = _choose(costs, list(scores.values()), what, value, uniform, round_to, left_whole)
+        counts = _choose(model, costs, list(scores.values()), what, value, uniform, round_to, left_whole)
         selection = [(g, lowest(g, scores[g], count)) for g, count in zip(groups, counts, strict=True)]
         failures, undo, macs_after = _attempt(model, selection, example_inputs)
         if not failures:
@@ -134,6 +136,7 @@ def prune_channels(
         removed={g.name: tuple(sorted(c for unit in u for c in unit)) for g, u in selection if u and not g.attention},
         removed_heads={name: _heads(g, units) for g, units in selection if units for name in g.attention},
         dry_run=dry_run,
+        holdings=holdings(model, costs.parts("macs", counts), sum(macs.values()), costs.layers, left_whole),
     )
     if dry_run:
         undo()
@@ -167,20 +170,27 @@ def _row(group: ChannelGroup, num_removed: int) -> ChannelRow:
 
 def _heads(group: ChannelGroup, units: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
     """The query heads in these units."""
+    if group.heads:
+        of = dict(zip(group.units, group.heads, strict=True))
+        return tuple(sorted(head for unit in units for head in of[unit]))
     first = [unit[0] // group.unit_size * group.heads_per_unit for unit in units]
     return tuple(sorted(start + head for start in first for head in range(group.heads_per_unit)))
 
 
 @torch.no_grad()
-def _rms_snr(group: ChannelGroup) -> list[float] | None:
+def _rms_snr(group: ChannelGroup) -> Scored | None:
     removed = removed_weights(group.group, partial(weight_scores, power=2))
     if removed is None:
         return None
     score, count = (values.double().cpu() for values in removed)
-    return [float((score[list(u)].sum() / count[list(u)].sum().clamp(min=1)).sqrt()) for u in group.units]
+    group = group.by_rank(score / count.clamp(min=1))
+    return Scored(
+        group, [float((score[list(u)].sum() / count[list(u)].sum().clamp(min=1)).sqrt()) for u in group.units]
+    )
 
 
 def _choose(
+    model: nn.Module,
     costs: plan.CostModel,
     scores: list[list[float]],
     what: str,
@@ -197,19 +207,11 @@ def _choose(
     counts = plan.fewest(costs, levels, what, value * dense)
     if (reached := costs.cost(what, counts)) <= value * dense:
         return counts
-    parts = costs.parts(what, counts)
-    layers: dict[str, list[str]] = defaultdict(list)
-    for layer, reason in left_whole.items():
-        layers[reason].append(layer)
-    shares = {reason: sum(parts.get(layer, 0) for layer in found) / dense for reason, found in layers.items()}
-    whole = [
-        f"{shown(layers[reason])} ({shares[reason]:.4f}, {reason})"
-        for reason in sorted(shares, key=shares.__getitem__, reverse=True)
-    ]
+    held = holdings(model, costs.parts(what, counts), dense, costs.layers, left_whole)
     raise InfeasibleTargetError(
-        f"target {what} {value:g} cannot be reached: at least {reached / dense:.4f} of the {what} stay. What limits "
-        f"it: each of the {len(scores)} groups of channels keeps a tenth and round_to={round_to}; left whole are "
-        f"{'; '.join(whole[:4]) or 'no layers'}. Ask for a larger fraction. Nothing was changed."
+        f"target {what} {value:g} cannot be reached: at least {reached / dense:.4f} of the {what} stay. Each of the "
+        f"{len(scores)} groups of channels keeps a tenth, and round_to={round_to}. What stays is in "
+        f"{'; '.join(map(str, held[:4]))}. Ask for a larger fraction. Nothing was changed."
     )
 
 

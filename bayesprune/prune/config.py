@@ -23,7 +23,10 @@ _HEADS = (
     *("num_attention_heads", "num_heads", "n_head", "n_heads", "encoder_attention_heads", "decoder_attention_heads"),
     *("num_key_value_heads", "num_kv_heads"),
 )
-_MLP = ("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff", "n_inner", "hidden_dim")
+_MLP = (
+    *("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff", "n_inner", "hidden_dim"),
+    *("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"),
+)
 _WIDTH = ("hidden_size", "d_model", "n_embd", "dim", "embed_dim")
 
 
@@ -45,7 +48,9 @@ def follow_config(model: nn.Module, removed: Sequence[tuple[ChannelGroup, int]])
         for path, part in _parts(config):
             for name in (*_HEADS, *_MLP, *(_WIDTH if with_width else ())):
                 value = vars(part).get(name)
-                if name == "n_inner" and value is None:  # GPT-2's way to say four times the width
+                if (
+                    name == "n_inner" and name in vars(part) and value is None
+                ):  # GPT-2's way to say four times the width
                     value = 4 * getattr(part, "hidden_size", 0)
                 sizes = heads if name in _HEADS else channels
                 if type(value) is int and sizes.get(value, value) != value:

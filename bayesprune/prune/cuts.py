@@ -12,6 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch_pruning.dependency import Dependency
 
 from bayesprune.layers import VariationalLayer
+from bayesprune.layers.stacks import stack_of
 from bayesprune.layers.structures import SUFFIXES
 from bayesprune.prune.roots import ROOT_TYPES, is_root, is_transposed_linear
 
@@ -62,12 +63,24 @@ def cut_parameters(layer: nn.Module, side: str) -> list[tuple[str, int]]:
     """Name and dimension of the parameters of a layer that its side cuts."""
     if isinstance(layer, nn.Embedding):
         return [("weight", 1)]
+    if (stack := stack_of(layer)) is not None:
+        return stack.cut_parameters(layer, side)
     transposed = isinstance(layer, _ConvNd) and layer.transposed and not is_depthwise(layer)
     transposed = transposed or is_transposed_linear(layer)
     if side == "in":
         return [("weight", 0 if transposed else 1)]
     found = [("weight", 1 if transposed else 0), ("bias", 0), *((name, 0) for name in gains(layer))]
     return [(name, dim) for name, dim in found if layer._parameters.get(name) is not None]
+
+
+def num_stacked(layer: nn.Module) -> int:
+    """How many leading dimensions of a layer's parameters number layers of their own."""
+    return 0 if stack_of(layer) is None else 1
+
+
+def has_outputs(layer: object) -> bool:
+    """Whether a layer has channels of its own making: a root layer, or stacked experts."""
+    return is_root(layer) or (isinstance(layer, nn.Module) and stack_of(layer) is not None)
 
 
 def gains(layer: nn.Module | Tensor) -> list[str]:

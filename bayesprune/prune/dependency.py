@@ -36,11 +36,12 @@ def dependency_groups(
         ValueError: no channel of the model can be removed.
     """
     structure = find_groups(model, example_inputs, granularity=granularity, ignored_layers=ignored_layers)
-    if not structure.groups:
+    groups = [group for group in structure.groups if not group.num_experts]  # whose units have no fixed partners
+    if not groups:
         shown = ", ".join(f"{name} ({reason})" for name, reason in list(structure.left_whole.items())[:5])
         raise ValueError(f"no group of channels or heads can be removed; left whole: {shown or 'all there is'}.")
     names = {id(parameter): name for name, parameter in model.named_parameters()}  # tied ones under their first name
-    return tuple(_plain(group, names) for group in structure.groups)
+    return tuple(_plain(group, names) for group in groups)
 
 
 def _plain(group: ChannelGroup, names: dict[int, str]) -> DependencyGroup:

@@ -75,9 +75,9 @@ class EvidenceImportance(tp.importance.Importance):
         removed = removed_weights(group, self._weight_costs)
         return None if removed is None else removed.score
 
-    def _weight_costs(self, layer: VariationalLayer) -> Tensor:
+    def _weight_costs(self, layer: VariationalLayer, name: str) -> Tensor:
         bound = {posterior.parameter: (posterior, its) for posterior, its in bind_prior(layer, self.prior).items()}
-        return -_evidence(*bound["weight"])
+        return -_evidence(*bound[name])
 
 
 @torch.no_grad()

@@ -27,9 +27,11 @@ from bayesprune.prune.cuts import (
     side,
     tied_parameters,
 )
+from bayesprune.prune.experts import find_experts
 from bayesprune.prune.heads import find_heads
 from bayesprune.prune.links import moving
 from bayesprune.prune.roots import Layers, is_frozen, is_root, layer_names
+from bayesprune.prune.state_space import find_mixers
 from bayesprune.prune.streams import Streams
 from bayesprune.prune.structure import GRANULARITY, ChannelGroup, ChannelStructure
 from bayesprune.prune.trace import Trace, quiet, trace
@@ -65,7 +67,7 @@ def find_groups(
     granularity: Collection[str] = GRANULARITY,
     ignored_layers: Layers = (),
 ) -> ChannelStructure:
-    """The channel groups and heads of a model, checked by experiment; the model is as before afterwards.
+    """The channel groups, heads and units of experts of a model, checked by experiment; it is as before afterwards.
 
     Args:
         model: With variational layers or without.
@@ -78,10 +80,15 @@ def find_groups(
         ValueError: a layer to ignore is not in the model.
     """
     ignored_layers = [model.get_submodule(name) for name in layer_names(model, ignored_layers)]
-    heads = ChannelStructure((), {})
+    heads = experts = ChannelStructure((), {})
     if "heads" in granularity:
-        heads = _without_frozen(find_heads(model, example_inputs, ignored_layers=ignored_layers))
+        heads = find_heads(model, example_inputs, ignored_layers=ignored_layers)
+        mixers = find_mixers(model, ignored_layers=ignored_layers)
+        heads = _without_frozen(ChannelStructure((*heads.groups, *mixers.groups), heads.left_whole | mixers.left_whole))
     groups = {group.name: group for group in heads.groups}
+    if "mlp" in granularity:
+        experts = _without_frozen(find_experts(model, example_inputs, ignored_layers=ignored_layers))
+        groups |= {group.name: group for group in experts.groups}
     if set(granularity) == {"heads"}:
         others = {n: _not_asked_for("heads") for n, module in model.named_modules() if is_root(module)}
         left_whole = others | heads.left_whole
@@ -90,6 +97,7 @@ def find_groups(
         found, left_whole = finder.find(granularity)
         groups |= {group.name: group for group in found}
         left_whole |= {n: reason for n, reason in heads.left_whole.items() if left_whole.get(n) in _OF_HEADS}
+    left_whole |= experts.left_whole
     for group, reason in unverified(model, list(groups.values()), example_inputs).items():
         left_whole |= dict.fromkeys(group.layers, reason)
         del groups[group.name]
@@ -102,11 +110,11 @@ def find_groups(
     )
 
 
-def _without_frozen(heads: ChannelStructure) -> ChannelStructure:
-    """The same heads, without those of modules with a frozen layer."""
-    reasons = {group: reason for group in heads.groups if (reason := _frozen(group.members))}
-    left_whole = heads.left_whole | {layer: reason for group, reason in reasons.items() for layer in group.layers}
-    return ChannelStructure(tuple(group for group in heads.groups if group not in reasons), left_whole)
+def _without_frozen(found: ChannelStructure) -> ChannelStructure:
+    """The same heads or experts, without those of modules with a frozen layer."""
+    reasons = {group: reason for group in found.groups if (reason := _frozen(group.members))}
+    left_whole = found.left_whole | {layer: reason for group, reason in reasons.items() for layer in group.layers}
+    return ChannelStructure(tuple(group for group in found.groups if group not in reasons), left_whole)
 
 
 def _frozen(members: Iterable[Member]) -> str | None:

@@ -19,14 +19,14 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch_pruning import ops
-from torch_pruning.dependency import Dependency, Group, Node
+from torch_pruning.dependency import Dependency, Node
 from torch_pruning.pruner import function
 
 from bayesprune.prune.attention import Attention, find_attention
 from bayesprune.prune.cuts import Member
 from bayesprune.prune.roots import TRANSPOSED_LINEAR, is_linear, is_transposed_linear, linear_sizes
 from bayesprune.prune.silenced import disagreement
-from bayesprune.prune.structure import ChannelGroup, ChannelStructure
+from bayesprune.prune.structure import ChannelGroup, ChannelStructure, written_down
 
 # Attributes of attention modules by what they count; which are there, and hold that number, follow the heads.
 _COUNTS = (
@@ -249,11 +249,16 @@ def _group(place: list[Attention], members: list[Member], layout: Layout) -> Cha
     units = [tuple(range(u * first.head_dim, (u + 1) * first.head_dim)) for u in range(first.num_units)]
     return ChannelGroup(
         name=first.name,
-        group=_scored(members, first.num_units * first.head_dim),
+        group=written_down([m for m in members if is_linear(m.layer)], first.num_units * first.head_dim),
         units=tuple(units),
         members=tuple(members),
         attention=tuple(attention.name for attention in place),
-        attributes=tuple((m, name) for a in place for m in a.module.modules() for name in _attributes(a, m, layout)),
+        attributes=tuple(
+            (m, name, vars(m)[name] // first.num_units)
+            for a in place
+            for m in a.module.modules()
+            for name in _attributes(a, m, layout)
+        ),
         heads_per_unit=first.num_heads // first.num_units,
     )
 
@@ -270,17 +275,3 @@ def _attributes(attention: Attention, module: nn.Module, layout: Layout) -> Iter
                 yield name
         elif value in counts and not (name in ("num_key_value_groups", "n_rep") and units == kv):
             yield name
-
-
-def _scored(members: list[Member], num_channels: int) -> Group:
-    """The group as torch-pruning writes it down, for its importances: the first item holds each root channel once."""
-    items: list[tuple[Dependency, dict[int, int]]] = []
-    for member in members:
-        for number in range(max(map(len, member.positions.values()))) if is_linear(member.layer) else ():
-            of = {root: found[number] for root, found in sorted(member.positions.items()) if number < len(found)}
-            items.append((member.dependency, of))
-    group = Group()
-    for dependency, of in sorted(items, key=lambda item: len(item[1]) < num_channels):
-        group.add_dep(dependency, list(of.values()))
-        group[-1].root_idxs = list(of)
-    return group

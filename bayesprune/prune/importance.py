@@ -22,7 +22,10 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch_pruning.dependency import Group
 
+from bayesprune import estimators
 from bayesprune.layers import VariationalLayer
+from bayesprune.layers.stacks import stack_of
+from bayesprune.prune.cuts import cut_parameters, num_stacked
 from bayesprune.prune.follow import install
 from bayesprune.prune.roots import is_frozen
 from bayesprune.prune.structure import ChannelGroup
@@ -95,12 +98,13 @@ class SNRImportance(tp.importance.Importance):
         return removed.score if self.reduction == "sum" else removed.score / removed.number.clamp(min=1)
 
 
-def removed_weights(group: Group, weight_score: Callable[[VariationalLayer], Tensor]) -> RemovedWeights | None:
+def removed_weights(group: Group, weight_score: Callable[..., Tensor]) -> RemovedWeights | None:
     """Score and number of the weights that leave with each root channel; None where none is variational, or one frozen.
 
     Args:
         group: A dependency group of torch-pruning.
-        weight_score: Scores of a layer's weights, in the weight's shape, 0 where a weight was removed.
+        weight_score: weight_score(layer, name=...) gives the scores of this parameter of the layer, in its shape, 0
+            where a weight was removed.
     """
     if any(is_frozen(item.dep.layer) for item in group):
         return None
@@ -110,25 +114,30 @@ def removed_weights(group: Group, weight_score: Callable[[VariationalLayer], Ten
         layer, root_idxs = item.dep.layer, item.root_idxs
         if not item.idxs or root_idxs is None or any(root is None for root in root_idxs):
             continue  # members that grouped-query attention reaches have no root of their own
-        if not isinstance(layer, VariationalLayer) or "weight" not in layer.active_names():
-            continue
-        scores = weight_score(layer)
-        mask = layer.mask("weight")
-        if removed is None:
-            zeros = torch.zeros(len(roots), device=scores.device)
-            removed = RemovedWeights(zeros, zeros.clone())
-        positions = torch.tensor(item.idxs, device=scores.device)
-        targets = torch.tensor([roots[root] for root in root_idxs], device=removed.score.device)
         into_inputs = item.dep.handler.__name__ == "prune_in_channels"
-        for total, values in zip(removed, (scores, torch.ones_like(scores) if mask is None else mask), strict=True):
-            per_position = per_channel_sums(layer, values, into_inputs=into_inputs)[positions]
-            total.scatter_add_(0, targets, per_position.to(total))
+        for name in _weights(layer, into_inputs=into_inputs) if isinstance(layer, VariationalLayer) else ():
+            scores, mask = weight_score(layer, name=name), layer.mask(name)
+            if removed is None:
+                zeros = torch.zeros(len(roots), device=scores.device)
+                removed = RemovedWeights(zeros, zeros.clone())
+            positions = torch.tensor(item.idxs, device=scores.device)
+            targets = torch.tensor([roots[root] for root in root_idxs], device=removed.score.device)
+            for total, values in zip(removed, (scores, torch.ones_like(scores) if mask is None else mask), strict=True):
+                per_position = per_channel_sums(layer, values, into_inputs=into_inputs)[positions]
+                total.scatter_add_(0, targets, per_position.to(total))
     return removed
 
 
-def weight_scores(layer: VariationalLayer, power: float) -> Tensor:
-    """mu^2 / (s^min(1, 2 - power) sigma^power) of the layer's weights, in their shape; 0 where the mean is zero."""
-    mean, std = layer.posteriors()["weight"]
+def _weights(layer: VariationalLayer, *, into_inputs: bool) -> list[str]:
+    """The posteriors that lose weights with a side of a layer."""
+    found = cut_parameters(layer, "in" if into_inputs else "out") if num_stacked(layer) else [("weight", 0)]
+    active = layer.active_names()
+    return [name for name, _ in found if name in active and (name == "weight" or layer.is_weight(name))]
+
+
+def weight_scores(layer: VariationalLayer, power: float, name: str = "weight") -> Tensor:
+    """mu^2 / (s^min(1, 2 - power) sigma^power) of a layer's weights, in their shape; 0 where the mean is zero."""
+    mean, std = estimators.as_gaussian(layer.posterior(name))
     mean, std = mean.detach().float(), std.detach()
     rms = mean.square().mean().sqrt()
     return (mean.square() / (rms.pow(min(1.0, 2.0 - power)) * std.pow(power))).masked_fill(mean == 0, 0.0)
@@ -137,8 +146,11 @@ def weight_scores(layer: VariationalLayer, power: float) -> Tensor:
 def per_channel_sums(layer: nn.Module, values: Tensor, *, into_inputs: bool) -> Tensor:
     """Sums of weight-shaped values by input or output channel of the layer, (channels,).
 
-    Of a grouped convolution, an input channel takes along its column in the rows of its own group alone.
+    Of a grouped convolution, an input channel takes along its column in the rows of its own group alone. Channels of
+    stacked experts are numbered through.
     """
+    if (stack := stack_of(layer)) is not None:
+        return values.sum(stack.out_dim if into_inputs else stack.in_dim).flatten()
     is_conv = isinstance(layer, _ConvNd)
     groups = layer.groups if is_conv else 1
     transposed = is_conv and layer.transposed
@@ -151,8 +163,20 @@ def per_channel_sums(layer: nn.Module, values: Tensor, *, into_inputs: bool) -> 
     return blocks.sum((2, 3) if into_inputs == transposed else (1, 3)).flatten()
 
 
+class Scored(NamedTuple):
+    """A group whose units are ranked.
+
+    Attributes:
+        group: The group; each expert of stacked ones has put its channels in order.
+        scores: Of its units, the lowest leaving first.
+    """
+
+    group: ChannelGroup
+    scores: list[float]
+
+
 @torch.no_grad()
-def unit_scores(importance: Importance, group: ChannelGroup) -> list[float] | None:
+def unit_scores(importance: Importance, group: ChannelGroup) -> Scored | None:
     """The mean score of a channel in each of the group's units; None where the importance gives none.
 
     Raises:
@@ -179,7 +203,8 @@ def unit_scores(importance: Importance, group: ChannelGroup) -> list[float] | No
     if torch.isnan(scores).any():
         raise ValueError(f"{name} gave NaN for channels of {group.name}; check its weights and gradients.")
     values = scores.double().cpu()
-    return values[torch.tensor(group.units)].mean(1).tolist()
+    group = group.by_rank(values)
+    return Scored(group, values[torch.tensor(group.units)].mean(1).tolist())
 
 
 def has_gradients(layers: Iterable[nn.Module | Tensor]) -> bool:

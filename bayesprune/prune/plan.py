@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bayesprune.layers import VariationalLayer, named_gates
-from bayesprune.prune.cuts import Axis, cut_parameters
+from bayesprune.prune.cuts import Axis, cut_parameters, num_stacked
 from bayesprune.prune.structure import ChannelGroup
 
 Counts = Sequence[int]
@@ -43,6 +43,12 @@ class CostModel:
 
     groups: tuple[ChannelGroup, ...]
     terms: dict[str, tuple[Term, ...]]
+
+    @property
+    def layers(self) -> set[str]:
+        """What loses channels, with its modules of attention."""
+        axes = {member.axis[0] for group in self.groups for member in group.members}
+        return axes | {name for group in self.groups for name in group.attention}
 
     def cost(self, what: str, removed: Counts) -> int:
         """The cost after these numbers of units were removed."""
@@ -76,7 +82,8 @@ def cost_model(model: nn.Module, groups: tuple[ChannelGroup, ...], macs: Mapping
         if isinstance(layer, Tensor):
             axes[id(layer)][0] = axis
             continue
-        sides[axis[0]].append(axis)
+        if axis[1] == "in" or not num_stacked(layer):  # what experts put out and take in are the same units
+            sides[axis[0]].append(axis)
         for name, dim in cut_parameters(layer, axis[1]):
             axes[id(layer._parameters[name])].setdefault(dim, axis)  # every holder of a tied parameter is cut alike
     for group in groups:
@@ -177,12 +184,13 @@ def below(
 
 def _reachable(group: ChannelGroup, round_to: int) -> list[int]:
     """Numbers of units that leave one after the other, from all channels down to the floor."""
-    multiple = round_to // math.gcd(round_to, group.unit_size)
-    floor = max(round_to, math.ceil(FLOOR * group.num_channels))
+    size = 1 if group.num_experts else group.unit_size  # every expert has a layer of its own
+    multiple = math.lcm(round_to // math.gcd(round_to, size), group.multiple)
+    floor = max(round_to, math.ceil(FLOOR * len(group.units) * size))
     kept, steps = len(group.units), []
     while True:
         step = kept % multiple or multiple
-        if (kept - step) * group.unit_size < floor:
+        if (kept - step) * size < floor:
             return steps
         steps.append(step)
         kept -= step

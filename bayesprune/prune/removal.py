@@ -44,9 +44,8 @@ def remove(model: nn.Module, selection: Selection) -> Callable[[], None]:
         for member, positions in _positions(selection):
             _cut(model, member, positions, follows=follows)
         for group, units in selection:
-            for module, name in group.attributes if units else ():
-                before = len(group.units)
-                setattr(module, name, getattr(module, name) // before * (before - len(units)))
+            for module, name, each in group.attributes if units else ():
+                setattr(module, name, getattr(module, name) - each * len(units))
         _tie(ties)
         for module, name in frozen:
             module.get_parameter(name).requires_grad_(False)
@@ -96,7 +95,7 @@ def _cut(model: nn.Module, member: Member, positions: list[int], *, follows: boo
         parameter: Any = layer._parameters[name]
         kept = sorted(set(range(member.size)) - set(positions))
         layer._parameters[name] = _kept_part(parameter, kept)
-    if isinstance(layer, VariationalLayer) and not follows:
+    if isinstance(layer, VariationalLayer) and not (follows or layer.num_stacked):
         _cut_companions(layer, member, positions)
     for parameter in layer._parameters.values():
         _untag(parameter)

@@ -12,6 +12,8 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch_pruning.pruner.function import BasePruningFunc
 
+from bayesprune.layers.stacks import stacked_weights
+
 Layers = Iterable[nn.Module | str] | nn.Module | str
 """Modules of a model, or their names."""
 
@@ -24,12 +26,15 @@ def is_root(layer: Any) -> bool:
 
 
 def is_frozen(layer: Any) -> bool:
-    """Whether a linear layer's or a convolution's weight is not to change, its `requires_grad` being off.
+    """Whether a weight of a linear layer, a convolution or experts is not to change, its `requires_grad` being off.
 
     Norms, biases and tables, which are often fixed beside layers that train, do not count: they follow those.
     """
-    weight = layer._parameters.get("weight") if is_root(layer) else None
-    return weight is not None and not weight.requires_grad
+    if is_root(layer):
+        weights = [layer._parameters.get("weight")]
+    else:
+        weights = stacked_weights(layer) if isinstance(layer, nn.Module) else []
+    return any(weight is not None and not weight.requires_grad for weight in weights)
 
 
 def layer_names(model: nn.Module, layers: Layers) -> list[str]:

@@ -1,5 +1,7 @@
 """Checks heads by experiment: a model without a head must compute what it does when the layer behind ignores the head.
 
+Hidden units of stacked experts are checked alike; the module of the experts is the layer behind them, too.
+
 Every weight, bias and table that has entries by head is random meanwhile, so that a wrong index changes the output by
 much, however alike the trained heads are. Nothing is left of that afterwards.
 """
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesprune.macs import run_forward
-from bayesprune.prune.cuts import cut_parameters
+from bayesprune.prune.cuts import cut_parameters, num_stacked
 from bayesprune.prune.removal import SHAPE_ERRORS, Selection, remove, snapshot
 from bayesprune.prune.steady import steady
 from bayesprune.prune.structure import ChannelGroup
@@ -49,7 +51,7 @@ def disagreement(model: nn.Module, selection: Selection, example_inputs: Any) ->
     if not all(output.isfinite().all() for output in expected):
         return "the forward pass gives numbers that are not finite, so nothing can be checked"
     if len(found) != len(expected) or not all(map(_close, found, expected)):
-        return "the model without a head is not the model that ignores it"
+        return "the model without one is not the model that ignores it"
     return None
 
 
@@ -61,12 +63,14 @@ def randomise(model: nn.Module, group: ChannelGroup, generator: torch.Generator)
             path, _, name = member.axis[0].rpartition(".")
             _replace(model.get_submodule(path), name, 1.0, generator)
             continue
+        stacked = num_stacked(layer)
         for name, dim in cut_parameters(layer, member.axis[1]):
             weight = layer._parameters[name]
             if weight is None:
                 continue
-            is_matrix = name == "weight" and not isinstance(layer, nn.Embedding)
-            fan_in = weight.numel() / weight.shape[1 - dim if member.axis[1] == "in" else dim] if is_matrix else 1
+            is_matrix = weight.dim() > 1 + stacked and not isinstance(layer, nn.Embedding)
+            other = 2 * stacked + 1 - dim if member.axis[1] == "in" else dim
+            fan_in = weight[(0,) * stacked].numel() / weight.shape[other] if is_matrix else 1
             _replace(layer, name, fan_in**-0.5, generator)
 
 
@@ -89,9 +93,11 @@ def silence(group: ChannelGroup, units: Any) -> None:
         assert isinstance(layer, nn.Module), "the layer behind the heads is linear"
         name, dim = cut_parameters(layer, "in")[0]
         positions = [p for unit in units for root in unit for p in member.positions.get(root, ())]
-        weight = layer._parameters[name]
-        assert weight is not None, "linear layers have a weight"
-        values = weight.data.index_fill(dim, torch.tensor(positions, device=weight.device), 0)
+        weight = layer.get_parameter(name)
+        silent, stacked = torch.zeros(member.size, dtype=torch.bool, device=weight.device), num_stacked(layer)
+        silent[positions] = True
+        shape = [size if d < stacked or d == dim else 1 for d, size in enumerate(weight.shape)]
+        values = weight.data.masked_fill(silent.view(shape), 0)
         layer._parameters[name] = nn.Parameter(values, requires_grad=weight.requires_grad)
 
 

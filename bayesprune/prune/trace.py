@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch_pruning._helpers import UnwrappedParameters
 
 from bayesprune.errors import UnsupportedModelError
+from bayesprune.layers import VariationalLayer
 from bayesprune.macs import eval_mode, requires_grad, run_forward
 from bayesprune.prune.links import unlink
 from bayesprune.prune.mapping import Graph, map_parts
@@ -88,9 +89,10 @@ def _trace(model: nn.Module, example_inputs: Any, buffers: dict[nn.Parameter, st
     history: set[Any] = set()
     dead_ends: set[nn.Module] = set()
 
-    def saw_layer(module: nn.Module, _: Any, output: Tensor) -> None:
-        layer_of[output.grad_fn] = module
-        made.append((module, output))
+    def saw_layer(module: nn.Module, _: Any, output: Any) -> None:
+        if isinstance(output, Tensor):  # routers that are linear layers put out several
+            layer_of[output.grad_fn] = module
+            made.append((module, output))
 
     def saw_attention(module: nn.Module, _: Any, output: Any) -> None:
         attention.extend((module, tensor) for tensor in tensors_in(output))
@@ -119,6 +121,7 @@ def _trace(model: nn.Module, example_inputs: Any, buffers: dict[nn.Parameter, st
                 customized_pruners={type(m): TRANSPOSED_LINEAR for m in model.modules() if is_transposed_linear(m)},
                 output_transform=outputs_with_history,
                 unwrapped_parameters=unwrapped,
+                ignored_layers=_of_several_outputs(model, example_inputs),
                 verbose=False,
             )
             map_parts(graph)
@@ -145,6 +148,27 @@ def _trace(model: nn.Module, example_inputs: Any, buffers: dict[nn.Parameter, st
 def _last_dim(tensor: Tensor) -> int:
     """The last dimension of more than one entry."""
     return max(dim for dim, size in enumerate(tensor.shape) if size > 1)
+
+
+def _of_several_outputs(model: nn.Module, example_inputs: Any) -> list[nn.Module]:
+    """Layers of other libraries that put out more than one tensor, as routers that are linear layers."""
+    several: list[nn.Module] = []
+
+    def see(module: nn.Module, _: Any, output: Any) -> None:
+        if not isinstance(output, Tensor):
+            several.append(module)
+
+    stock = (m.stock_type if isinstance(m, VariationalLayer) else type(m) for m in model.modules())
+    own = [m for m, kind in zip(model.modules(), stock, strict=True) if is_root(m) and kind.__module__[:6] != "torch."]
+    handles = [module.register_forward_hook(see) for module in own]
+    try:
+        if own:
+            with torch.no_grad():
+                run_forward(model, example_inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return several
 
 
 def tensors_in(output: Any) -> Iterator[Tensor]:

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from bayesprune.layers.stacks import select
 from bayesprune.macs import run_forward
-from bayesprune.prune.cuts import Axis, Member, cut_parameters, is_depthwise, num_blocks
+from bayesprune.prune.cuts import Axis, Member, cut_parameters, is_depthwise, num_blocks, num_stacked
 from bayesprune.prune.links import moving
 from bayesprune.prune.removal import SHAPE_ERRORS, snapshot
 from bayesprune.prune.roots import is_root
@@ -153,15 +154,15 @@ def _permute(model: nn.Module, member: Member, order: Tensor) -> None:
         # The blocks of a grouped convolution all have the same order inside.
         inside = order[: member.size // num_blocks(member)] if _reads(member) else order
         for key in (name, f"{name}_mask") if f"{name}_mask" in layer._buffers else (name,):
-            _replace(layer, key, dim, inside)
+            _replace(layer, key, dim, inside, num_stacked(layer))
     for name in ("running_mean", "running_var"):
         if (buffer := layer._buffers.get(name)) is not None:
             layer._buffers[name] = buffer[order.to(buffer.device)]
 
 
-def _replace(holder: nn.Module, name: str, dim: int, order: Tensor) -> None:
+def _replace(holder: nn.Module, name: str, dim: int, order: Tensor, stacked: int = 0) -> None:
     old = getattr(holder, name)
-    data = old.data.index_select(dim, order.to(old.device))
+    data = select(old.data, dim, order.to(old.device), num_stacked=stacked)
     if isinstance(old, nn.Parameter):
         holder._parameters[name] = nn.Parameter(data, requires_grad=old.requires_grad)
     else:

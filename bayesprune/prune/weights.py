@@ -271,7 +271,7 @@ def _keep_pattern(posterior: Posterior, pattern: str | None, score: Score) -> Te
 
 def _inputs(posterior: Posterior) -> tuple[int, int]:
     """The dimension of the weight that numbers inputs, and how many of them each output has."""
-    dim = 1 - posterior.unit_dims[-1]
+    dim = posterior.layer.input_dims[-1]
     groups = getattr(posterior.layer, "groups", 1) if dim == 0 else 1
     return dim, posterior.mean.shape[dim] // groups
 

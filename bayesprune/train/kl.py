@@ -77,7 +77,7 @@ def collapsed_groups(bound: dict[Posterior, BoundPrior]) -> list[str]:
 
 def _binding(posterior: Posterior) -> Binding:
     layer, mean = posterior.layer, posterior.mean
-    weights = [name for name in layer.active_names() if getattr(layer, name).dim() > 1] or layer.active_names()
+    weights = [name for name in layer.active_names() if layer.is_weight(name)] or layer.active_names()
     scale = _rms(layer, [posterior.parameter])
     if not posterior.is_weight:
         scale = max(scale, _rms(layer, weights))
@@ -101,7 +101,7 @@ def _inputs(posterior: Posterior) -> tuple[tuple[int, ...], int]:
         return ((0,), 1) if layer.transposed else ((1,), layer.groups)
     if isinstance(layer, nn.Embedding):
         return (0,), 1  # the words are its inputs
-    return (1 - layer.unit_dims[0],), 1
+    return layer.input_dims, 1
 
 
 def _rms(layer: VariationalLayer, names: list[str]) -> float:

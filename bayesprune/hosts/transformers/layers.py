@@ -1,7 +1,7 @@
 """The layers of transformers that are none of torch's: GPT-2's `Conv1D`, a linear layer with a transposed weight.
 
-Expert layers that hold all their matrices in one 3-D parameter stay deterministic; embeddings and what is tied to them
-do so as well.
+Experts that hold their matrices in stacked parameters are those of `bayesprune.layers.experts`. Embeddings, and what
+is tied to them, stay deterministic.
 """
 
 import torch

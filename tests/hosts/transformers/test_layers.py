@@ -1,4 +1,4 @@
-"""GPT-2's transposed layer, tied heads, experts, half precision, checkpointing, compilation and adapters."""
+"""GPT-2's transposed layer, tied heads, half precision, checkpointing, compilation and adapters."""
 
 import pytest
 import torch
@@ -89,16 +89,6 @@ def test_gpt2_is_converted_but_for_embeddings_and_the_head_tied_to_them():
     assert rows["transformer.h.0.attn.c_attn"].status == "converted"
     assert rows["lm_head"].reason == "a weight is tied to 'transformer.wte' (Embedding), which is deterministic"
     assert sum(row.status == "converted" for row in rows.values()) == 8
-
-
-@pytest.mark.parametrize(("family", "experts"), [("Mixtral", "experts"), ("Qwen2-MoE", "experts")])
-def test_experts_are_left_with_a_reason(family, experts):
-    model = build(FAMILIES[family])
-    rows = [row for row in bp.conversion_table(model) if row.name.endswith(experts)]
-    assert rows
-    assert all(row.status == "left" and row.reason for row in rows)
-    before = model(TOKENS).logits
-    assert torch.equal(bp.to_variational(model)(TOKENS).logits, before)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
