@@ -86,3 +86,8 @@ def test_gradients_are_finite_at_zero():
     result = torch.linalg.vector_norm(Moments(mean, torch.zeros(2, 3)), dim=1)
     (result.mean.sum() + result.variance.sum()).backward()
     assert mean.grad.isfinite().all()
+
+
+def test_numpys_names_of_arguments():
+    x = uncertain(3, 8)
+    assert torch.sum(x, axis=0, keepdims=True).shape == x.mean(axis=0, keepdims=True).shape == (1, 8)

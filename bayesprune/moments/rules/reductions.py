@@ -18,15 +18,31 @@ from bayesprune.moments.tensor import Moments, parts
 
 
 @register_rule(torch.sum, Tensor.sum)
-def total(input: Moments, dim: Any = None, keepdim: bool = False, *, axis: Any = None, dtype: Any = None) -> Moments:
+def total(
+    input: Moments,
+    dim: Any = None,
+    keepdim: bool = False,
+    *,
+    axis: Any = None,
+    keepdims: bool = False,
+    dtype: Any = None,
+) -> Moments:
     """Sum over dimensions."""
-    return _reduced(input, dim if axis is None else axis, keepdim, is_mean=False, dtype=dtype)
+    return _reduced(input, dim if axis is None else axis, keepdim or keepdims, is_mean=False, dtype=dtype)
 
 
 @register_rule(torch.mean, Tensor.mean)
-def mean(input: Moments, dim: Any = None, keepdim: bool = False, *, axis: Any = None, dtype: Any = None) -> Moments:
+def mean(
+    input: Moments,
+    dim: Any = None,
+    keepdim: bool = False,
+    *,
+    axis: Any = None,
+    keepdims: bool = False,
+    dtype: Any = None,
+) -> Moments:
     """Mean over dimensions."""
-    return _reduced(input, dim if axis is None else axis, keepdim, is_mean=True, dtype=dtype)
+    return _reduced(input, dim if axis is None else axis, keepdim or keepdims, is_mean=True, dtype=dtype)
 
 
 def of_value(value: Tensor, input: Moments, slope: Tensor, dims: tuple[int, ...], keepdim: bool) -> Moments:
