@@ -157,8 +157,6 @@ class Attachment:
                 "the optimizers of the run that was saved, all of them attached before a state is loaded."
             )
         self._gates.load_state_dict(state.get("gates", {}))
-        if "noise" in state:
-            self._noise.load(state["noise"])
         self.step = state["step"]
         self._std_optimizer.load_state_dict(state["std_optimizer"])
         for part, values in self._std_optimizer.state.items():
@@ -167,6 +165,8 @@ class Attachment:
             constants = values_sharded_as(posterior.mean, state["prior"][posterior.name])
             self._bound[posterior] = prior.with_state(constants)
         self._train(self._parts)
+        if "noise" in state:
+            self._noise.load(state["noise"])
 
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
