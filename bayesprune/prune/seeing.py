@@ -47,19 +47,18 @@ def buffers_as_parameters(model: nn.Module) -> Iterator[dict[nn.Parameter, str]]
     Buffers may have an entry for each channel, as those of a frozen batch norm. The running statistics of torch's own
     norms go with their layer.
     """
-    before = [
-        (module._buffers, name, buffer, f"{path}.{name}".lstrip("."))
-        for path, module in model.named_modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None and buffer.is_floating_point() and buffer.numel() > 1
-        if not isinstance(module, _NormBase)
-    ]
+    before = [(module, dict(module._buffers), set(module._parameters)) for module in model.modules()]
+    found = {}
     try:
-        found = {}
-        for buffers, name, buffer, full_name in before:
-            buffers[name] = stand_in = nn.Parameter(buffer)
-            found[stand_in] = full_name
+        for path, module in model.named_modules():
+            for name, buffer in module._buffers.items() if not isinstance(module, _NormBase) else ():
+                if buffer is not None and buffer.is_floating_point() and buffer.numel() > 1:
+                    module._buffers[name] = stand_in = nn.Parameter(buffer)
+                    found[stand_in] = f"{path}.{name}".lstrip(".")
         yield found
     finally:
-        for buffers, name, buffer, _ in before:
-            buffers[name] = buffer
+        for module, buffers, parameters in before:
+            for name in buffers.keys() & module._parameters.keys() - parameters:  # a forward that assigns its buffers
+                del module._parameters[name]
+            module._buffers.clear()
+            module._buffers.update(buffers)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import reprlib
 import uuid
 from collections.abc import Mapping
 from dataclasses import replace
@@ -115,7 +116,8 @@ def _spec_against(model: nn.Module, base: Base, example_inputs: Any) -> Spec:
             raise StorageError(difference("classes and functions", "that no file can say", other))
     except StorageError as error:
         raise StorageError(
-            f"{base.library} model {base.name!r} built with {base.args} does not become the model to save: {error}\n"
+            f"{base.library} model {base.name!r} built with {reprlib.repr(base.args)} does not become the model to "
+            f"save: {error}\n"
             "Pass the constructor arguments that are missing as model_args={...}, or save with plain=True and load "
             "with load(directory, model=...). Nothing was written."
         ) from error

@@ -53,7 +53,16 @@ def gives_what_was_saved(load: Callable[[Path], Any], directory: Path, inputs: A
     from safetensors.torch import load_file
 
     expected = [tensor for _, tensor in sorted(load_file(directory / "expected").items())]
-    return OK if is_equal(outputs(load(directory), inputs), expected) else "other outputs than before"
+    found = outputs(load(directory), inputs)
+    return OK if is_equal(found, expected) else f"other outputs than before, {farthest(found, expected)}"
+
+
+def farthest(found: list[Any], expected: list[Any]) -> str:
+    """How far tensors are from others, over the largest of each."""
+    if [tensor.shape for tensor in found] != [tensor.shape for tensor in expected]:
+        return "of other shapes"
+    pairs = [(a.double(), b.double()) for a, b in zip(found, expected, strict=True) if b.numel()]
+    return f"by {max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-30)) for a, b in pairs):.1e}"
 
 
 def train_one_step(model: Any, loss: Callable[[Any], Any], *, only_some: bool = False) -> str:

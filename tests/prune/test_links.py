@@ -260,7 +260,7 @@ def without_gradients(layer, x):
 def test_stopped_gradients_hide_nothing(run):
     torch.manual_seed(0)
     net, x = Stopped(run), torch.randn(3, 4)
-    net.a.requires_grad_(False)
+    net.a.bias.requires_grad_(False)
     checkpoint = torch.utils.checkpoint.CheckpointFunction.apply
     assert units(net, x) == {"a": 12, "b": 10}
     assert torch.utils.checkpoint.CheckpointFunction.apply == checkpoint
@@ -283,6 +283,26 @@ def test_a_forward_that_writes_into_its_buffers_is_traced_as_it_is():
     net = Counting()
     assert units(net, torch.randn(3, 4)) == {"a": 12}
     assert not isinstance(net.seen, nn.Parameter)
+
+
+def test_a_forward_that_assigns_its_buffers_keeps_them_buffers():
+    class Moving(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("table", torch.randn(12))
+            self.register_buffer("other", torch.randn(2))
+            self.a, self.head = nn.Linear(4, 12), nn.Linear(12, 2)
+
+        def forward(self, x):
+            self.table = self.table.to(x.device)
+            return self.head(torch.relu(self.a(x)) + self.table) + self.other
+
+    net = Moving()
+    keys = list(net.state_dict())
+    prune_channels(net, torch.randn(3, 4), target={"macs": 0.5}, importance=MAGNITUDE)
+    assert list(net.state_dict()) == keys
+    assert not isinstance(net.table, nn.Parameter)
+    assert len(net.table) == net.a.out_features < 12
 
 
 class CrossStage(nn.Module):

@@ -40,6 +40,7 @@ def hf_base(model: nn.Module, model_args: Mapping[str, Any] | None = None) -> Ba
             "model.config accordingly, and leave model_args out."
         )
     config = for_building(json.loads(model.config.to_json_string()))
+    config |= _attention_type(model, config)
     config |= {"architectures": [type(model).__name__], "dtype": str(model.dtype).removeprefix("torch.")}
     kept: dict[str, Any] = {
         **({} if _own_class(type(model).__name__) is type(model) else {_DERIVED: True}),
@@ -99,6 +100,12 @@ def skeleton(base: Base) -> PreTrainedModel:
     """The dense model on the meta device: all but its numbers."""
     with torch.device("meta"):
         return build(base)
+
+
+def _attention_type(model: PreTrainedModel, config: Mapping[str, Any]) -> dict[str, str]:
+    """What BigBird models run: for a short sequence they take other blocks than their config says, and keep them."""
+    found = {vars(module).get("attention_type") for module in model.modules()} - {None}
+    return {"attention_type": found.pop()} if "attention_type" in config and len(found) == 1 else {}
 
 
 def _derived_class(name: str) -> type[PreTrainedModel] | None:

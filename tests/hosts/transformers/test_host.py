@@ -277,3 +277,21 @@ def test_nothing_in_the_files_runs_code(tmp_path):
     assert not hasattr(loaded.config, "auto_map")
     assert loaded.config._attn_implementation in ("sdpa", "eager")
     assert json.loads((tmp_path / "bayesprune.json").read_text())["versions"]["transformers"]
+
+
+@pytest.mark.parametrize("family", ["BigBird", "BigBirdPegasus"])
+def test_a_model_that_took_other_blocks_by_itself_is_saved_with_them(tmp_path, family):
+    sizes = {"vocab_size": 96, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "sep_token_id": 3}
+    if family == "BigBird":
+        sizes |= {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    else:
+        sizes |= {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2}
+        sizes |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    torch.manual_seed(0)
+    model_class = getattr(transformers, f"{family}Model")
+    model = model_class(model_class.config_class(**sizes)).eval()
+    tokens = torch.randint(4, 90, (2, 8))
+    expected = model(tokens).last_hidden_state  # a short sequence: it attends in full from now on
+    bp.save(model, tmp_path)
+    for loaded in (bp.load(tmp_path), model_class.from_pretrained(tmp_path).eval()):
+        assert torch.equal(loaded(tokens).last_hidden_state, expected)
