@@ -10,6 +10,8 @@ from rich.text import Text
 
 from bayesprune.evaluate.printable import printable
 
+_LONGEST = 4_000  # characters of a line: a command to copy is whole
+
 
 class ConsoleProgress:
     """Stages as lines; epochs as a bar with the time remaining on a terminal, as a line each elsewhere."""
@@ -27,7 +29,7 @@ class ConsoleProgress:
 
     def say(self, text: str) -> None:
         """One line about the present stage."""
-        self._console.print(f"      {printable(text)}", markup=False, highlight=False, soft_wrap=True)
+        self._console.print(f"      {printable(text, longest=_LONGEST)}", markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def training(self, num_epochs: int, steps_per_epoch: int) -> Iterator[Callable[[float], None]]:

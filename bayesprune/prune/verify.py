@@ -330,7 +330,7 @@ def _jittered(tensor: Tensor) -> Tensor:
 
 def _by_channel(layer: Any, difference: Tensor) -> Tensor:
     """The largest value for each channel that a layer reads."""
-    return difference.abs().movedim(_dim(layer, difference), 0).flatten(1).amax(1)
+    return difference.abs().movedim(_dim(layer, difference), 0).unsqueeze(-1).flatten(1).amax(1)  # (O,) alone, too
 
 
 def _dim(layer: Any, tensor: Tensor) -> int:

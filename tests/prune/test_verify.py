@@ -203,3 +203,17 @@ def test_a_wrong_group_among_many_takes_few_forwards(depth):
     assert "fc1 does not read the same" in structure.left_whole["conv"]
     assert len(structure.groups) == depth + 1
     assert net.forwards <= 5 + 2 * depth.bit_length()
+
+
+def test_a_layer_that_sees_one_vector_without_a_batch_is_checked():
+    class Vector(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(4, 8), nn.Linear(8, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.head(torch.relu(self.b(torch.relu(self.a(x[0])))))
+
+    torch.manual_seed(0)
+    structure = find_groups(Vector(), torch.randn(1, 4))
+    assert [group.name for group in structure.groups] == ["a", "b"]

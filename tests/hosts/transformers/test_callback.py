@@ -127,7 +127,9 @@ def test_in_single_precision_the_callback_converts(structure, tmp_path):
 
 def test_noise_is_bounded_and_said_as_in_a_loop(tmp_path):
     callback = BayesPruneCallback(max_noise_cost=1e-3, num_data=10**9, convert={"relative_std": 1.0})
-    made = tiny.trainer(tiny.bert(), tmp_path, callback, max_steps=10, learning_rate=0.0)
+    model = tiny.bert()
+    model.classifier.weight.data.mul_(100)  # a loss that noise can cost something
+    made = tiny.trainer(model, tmp_path, callback, max_steps=10, learning_rate=0.0)
     with pytest.warns(UserWarning, match=r"adds [\d.]+ to the training loss.*max_noise_cost=0.001"):
         made.train()
 
