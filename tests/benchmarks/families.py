@@ -148,8 +148,8 @@ def load(folder: Path, auto_name: str, is_cut: bool) -> dict[str, str]:
         result: dict[str, Any] = {}
         for route, loader in (("load", bp.load), ("from_pretrained", auto.from_pretrained)):
             attempt(result, route, partial(gives_what_was_saved, loader, directory, inputs))
-        wrong = [f"{route}: {said}" for route, said in result.items() if said != OK]
-        found[column] = "; ".join(wrong) or OK
+        wrong = [f"{route}: {said}" for route, said in result.items() if not said.startswith(OK)]
+        found[column] = "; ".join(wrong) or max(result.values(), key=len)
     if is_cut and auto_name in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM") and "input_ids" in inputs:
         attempt(found, "generate", lambda: generate(bp.load(folder / "cut"), inputs["input_ids"]))
     return found

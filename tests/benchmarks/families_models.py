@@ -324,11 +324,11 @@ def model_class(model_type: str) -> tuple[Any, str]:
         if model_type in names:
             name = names[model_type]
             return getattr(transformers, name if isinstance(name, str) else name[0]), AUTO[task]
-    name = modeling_auto.MODEL_MAPPING_NAMES.get(model_type)
-    if name is None:
-        other = {t: n for k, v in vars(modeling_auto).items() if k.endswith("MAPPING_NAMES") for t, n in v.items()}
-        name = other[model_type]
-    return getattr(transformers, name if isinstance(name, str) else name[0]), "AutoModel"
+    other = {t: n for k, v in vars(modeling_auto).items() if k.endswith("MAPPING_NAMES") for t, n in v.items()}
+    is_known = model_type in modeling_auto.MODEL_MAPPING_NAMES
+    name = modeling_auto.MODEL_MAPPING_NAMES[model_type] if is_known else other[model_type]
+    name = name if isinstance(name, str) else name[0]
+    return getattr(transformers, name), "AutoModel" if is_known else name
 
 
 def build(model_type: str, *, most_parameters: int | None = None) -> Any:
