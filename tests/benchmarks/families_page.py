@@ -36,7 +36,7 @@ def page(done: dict[str, Any]) -> str:
         "task where its loss needs no more than labels. Models of images and text get text alone where they take that.",
         "Saved models are loaded in another process, by `bayesprune.load` and by transformers' own",
         "`from_pretrained` after `import bayesprune`; 'yes' says that all outputs are equal to the last bit by both,",
-        f"'{ROUNDED}' to {ROUNDING:g} of the largest output: where transformers reads weights in place, matrices stand at",
+        f"'{ROUNDED}' to {ROUNDING:g} of the largest output: where transformers reads weights in place, they stand at",
         "other addresses, and their products round otherwise.",
         "",
         f"Of {len(done['rows'])} families **{len(rows) + len(crashed)} build and run** from such a config; the others",
