@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -100,12 +100,12 @@ def _trace(model: nn.Module, example_inputs: Any, buffers: dict[nn.Parameter, st
     def outputs_with_history(output: Any) -> list[Tensor]:
         found = [tensor for tensor in tensors_in(output) if tensor.grad_fn is not None]
         ends.update(tensor.grad_fn for tensor in found)
-        history.update(_history(ends))
+        history.update(walk(ends))
         for layer, tensor in reversed(made):  # the last ones first, behind which nothing is seen
             if tensor.grad_fn is not None and tensor.grad_fn not in history:
                 dead_ends.add(layer)
                 found.append(tensor)
-                history.update(_history([tensor.grad_fn]))
+                history.update(walk([tensor.grad_fn]))
         return found
 
     handles = [m.register_forward_hook(saw_layer) for m in model.modules() if is_root(m)]
@@ -220,23 +220,8 @@ def has_heads(module: nn.Module) -> bool:
     return any(isinstance(getattr(module, name, None), int) for name in HEAD_ATTRIBUTES)
 
 
-def reached(grad_fn: Any, targets: dict[Any, nn.Module], pass_through: tuple[str, ...]) -> list[nn.Module]:
-    """The modules whose outputs a tensor is made of by these operations alone."""
-    pending, seen, found = [grad_fn], set(), []
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node in targets:
-            found.append(targets[node])
-        elif node.name().startswith(pass_through):
-            pending.extend(following for following, _ in node.next_functions)
-    return found
-
-
-def _history(ends: Iterable[Any]) -> Iterator[Any]:
-    """These nodes of autograd's graph, and all before them."""
+def walk(ends: Iterable[Any], goes_on: Callable[[Any], bool] = lambda node: True) -> Iterator[Any]:
+    """These nodes of autograd's graph and all before them, each once; behind a node only where `goes_on` says so."""
     pending, seen = list(ends), set()
     while pending:
         node = pending.pop()
@@ -244,7 +229,14 @@ def _history(ends: Iterable[Any]) -> Iterator[Any]:
             continue
         seen.add(node)
         yield node
-        pending.extend(following for following, _ in node.next_functions)
+        if goes_on(node):
+            pending.extend(following for following, _ in node.next_functions)
+
+
+def reached(grad_fn: Any, targets: dict[Any, nn.Module], pass_through: tuple[str, ...]) -> list[nn.Module]:
+    """The modules whose outputs a tensor is made of by these operations alone."""
+    nodes = walk([grad_fn], lambda node: node not in targets and node.name().startswith(pass_through))
+    return [targets[node] for node in nodes if node in targets]
 
 
 def _layers_of(attention: nn.Module) -> Iterator[nn.Module]:

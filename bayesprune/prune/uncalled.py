@@ -15,7 +15,7 @@ from bayesprune.macs import requires_grad, run_forward
 from bayesprune.prune.removal import snapshot
 from bayesprune.prune.roots import is_linear, is_root, linear_sizes
 from bayesprune.prune.structure import ChannelGroup
-from bayesprune.prune.trace import tensors_in
+from bayesprune.prune.trace import tensors_in, walk
 
 _NEXT = "pass example_inputs with which the model calls it, or delete it from the model if it is not needed"
 
@@ -81,20 +81,10 @@ def _feeders_in_training(
             handle.remove()
         for module, mode in modes.items():
             module.training = mode
-    return {layer: set(_next_before(grad_fns, made_by)) for layer, grad_fns in read.items()}
-
-
-def _next_before(grad_fns: Sequence[Any], made_by: dict[Any, nn.Module]) -> Iterator[nn.Module]:
-    pending, seen = list(grad_fns), set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node in made_by:
-            yield made_by[node]
-        else:
-            pending.extend(following for following, _ in node.next_functions)
+    return {
+        layer: {made_by[node] for node in walk(grad_fns, lambda node: node not in made_by) if node in made_by}
+        for layer, grad_fns in read.items()
+    }
 
 
 def _first_of_their_kind(layers: Sequence[nn.Module], model: nn.Module) -> Iterator[nn.Module]:

@@ -334,5 +334,9 @@ def _by_channel(layer: Any, difference: Tensor) -> Tensor:
 
 
 def _dim(layer: Any, tensor: Tensor) -> int:
-    """The dimension of the channels in what a layer reads."""
-    return tensor.dim() - 1 - (len(layer.kernel_size) if isinstance(layer, _ConvNd) else 0)
+    """The dimension of the channels in what a layer reads; a convolution of one's own may move it itself."""
+    if not isinstance(layer, _ConvNd):
+        return tensor.dim() - 1
+    usual = tensor.dim() - 1 - len(layer.kernel_size)
+    others = [dim for dim, size in enumerate(tensor.shape) if size == layer.in_channels]
+    return usual if usual in others or not others else others[-1]

@@ -35,7 +35,7 @@ IMAGENET = (0, 217, 482, 491, 497, 566, 569, 571, 574, 701)  # the folders in or
 SIZE, BATCH, BEFORE, AFTER, LR = 128, 32, 141, 47, 1e-4
 EXAMPLE = torch.zeros(1, 3, SIZE, SIZE)
 SETTINGS = {"size": SIZE, "batch": BATCH, "steps_before": BEFORE, "steps_after": AFTER, "lr": LR}
-PHASE = "after the variational phase"
+PHASE, ORDINARY = "after the variational phase", "after as many steps of ordinary training"
 OURS = {"README's snippet": False, "README's snippet, uniform=True": True}
 CONTROLS = {"torch-pruning, magnitude, global": True, "torch-pruning, magnitude, uniform": False}
 
@@ -125,6 +125,7 @@ class Benchmark:
     def run(self, seeds: list[int]) -> None:
         self.row("dense", 0, lambda: self.measured(pretrained()))
         for seed in seeds:
+            self.row(ORDINARY, seed, lambda seed=seed: self.ordinary(seed))
             for name, is_uniform in OURS.items():
                 self.row(name, seed, lambda seed=seed, is_uniform=is_uniform: self.ours(seed, is_uniform=is_uniform))
             self.partial(seed).unlink(missing_ok=True)
@@ -147,6 +148,12 @@ class Benchmark:
         self.row(PHASE, seed, make)
         model.load_state_dict(torch.load(path, weights_only=True))
         return model
+
+    def ordinary(self, seed: int) -> dict[str, Any]:
+        torch.manual_seed(seed)
+        model = pretrained()
+        train(model, self.train.random(BEFORE, seed))
+        return self.measured(model)
 
     def partial(self, seed: int) -> Path:
         return self.out.with_name(f"{self.out.stem}_{seed}.partial.pt")
@@ -202,7 +209,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "| | seeds | at once, % | accuracy, % | MACs left | parameters left |",
         "|---|---|---|---|---|---|",
     ]
-    for name in ("dense", PHASE, *OURS, *CONTROLS):
+    for name in ("dense", ORDINARY, PHASE, *OURS, *CONTROLS):
         found = runs.get(name, [])
         if found:
             macs, params = (mean(row[key] / dense[key] for row in found) for key in ("macs", "params"))

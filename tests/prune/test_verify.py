@@ -217,3 +217,17 @@ def test_a_layer_that_sees_one_vector_without_a_batch_is_checked():
     torch.manual_seed(0)
     structure = find_groups(Vector(), torch.randn(1, 4))
     assert [group.name for group in structure.groups] == ["a", "b"]
+
+
+def test_a_convolution_that_takes_its_channels_last_is_checked():
+    class ChannelsLast(nn.Conv1d):
+        def forward(self, x):
+            return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), ChannelsLast(8, 6, 1), nn.ReLU(), ChannelsLast(6, 2, 1))
+    report = prune_channels(
+        net, torch.randn(2, 5, 4), target={"macs": 0.6}, importance=tp.importance.MagnitudeImportance()
+    )
+    assert report.achieved["macs"] <= 0.6
+    assert net(torch.randn(2, 5, 4)).shape == (2, 5, 2)

@@ -102,7 +102,7 @@ def skeleton(base: Base) -> PreTrainedModel:
         return build(base)
 
 
-def _attention_type(model: PreTrainedModel, config: Mapping[str, Any]) -> dict[str, str]:
+def _attention_type(model: PreTrainedModel, config: Mapping[str, Any]) -> dict[str, Any]:
     """What BigBird models run: for a short sequence they take other blocks than their config says, and keep them."""
     found = {vars(module).get("attention_type") for module in model.modules()} - {None}
     return {"attention_type": found.pop()} if "attention_type" in config and len(found) == 1 else {}
