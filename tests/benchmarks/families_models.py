@@ -322,13 +322,19 @@ def model_class(model_type: str) -> tuple[Any, str]:
         if is_decoder and model_type not in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
             continue
         if model_type in names:
-            name = names[model_type]
-            return getattr(transformers, name if isinstance(name, str) else name[0]), AUTO[task]
+            name = names[model_type] if isinstance(names[model_type], str) else names[model_type][0]
+            return with_auto_class(getattr(transformers, name), AUTO[task])
     other = {t: n for k, v in vars(modeling_auto).items() if k.endswith("MAPPING_NAMES") for t, n in v.items()}
     is_known = model_type in modeling_auto.MODEL_MAPPING_NAMES
     name = modeling_auto.MODEL_MAPPING_NAMES[model_type] if is_known else other[model_type]
-    name = name if isinstance(name, str) else name[0]
-    return getattr(transformers, name), "AutoModel" if is_known else name
+    return with_auto_class(getattr(transformers, name if isinstance(name, str) else name[0]), "AutoModel")
+
+
+def with_auto_class(kind: Any, auto: str) -> tuple[Any, str]:
+    """The class with the Auto class that loads it, or by its own name where the Auto class does not know its config."""
+    import transformers
+
+    return kind, auto if kind.config_class in getattr(transformers, auto)._model_mapping else kind.__name__
 
 
 def build(model_type: str, *, most_parameters: int | None = None) -> Any:
