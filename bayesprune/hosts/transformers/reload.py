@@ -11,7 +11,7 @@ transformers renames them for some architectures on the way to the disk, which t
 
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,10 @@ class BayespruneQuantizer(HfQuantizer):
         if isinstance(wanted, torch.dtype) and str(wanted).removeprefix("torch.") != config.dtype:
             tensors = {name: _cast(name, meta, wanted, spec) for name, meta in tensors.items()}
         rebuild(model, spec, tensors)
+        for layer, key, _ in _tied_buffers(model, spec):
+            layer._buffers[key] = (
+                None  # transformers fills it with anything, and a mask is applied as soon as it is there
+            )
         parameters = dict(model.named_parameters(remove_duplicate=False))
         model.all_tied_weights_keys = {alias: first for alias, first in spec.tied.items() if alias in parameters}
         self.spec = spec
@@ -166,11 +170,8 @@ class BayespruneQuantizer(HfQuantizer):
             StorageError: a tensor was not read, or names share tensors otherwise than recorded.
         """
         assert self.spec is not None, "the model was prepared before"
-        buffers = dict(model.named_buffers(remove_duplicate=False))
-        for alias, first in self.spec.tied.items():
-            if alias in buffers:
-                owner, _, key = alias.rpartition(".")
-                setattr(model.get_submodule(owner), key, buffers[first])
+        for layer, key, first in _tied_buffers(model, self.spec):
+            layer._buffers[key] = model.get_buffer(first)
         vars(model).pop("quantization_method", None)
         vars(model)["is_quantized"] = False
         for module in model.modules():
@@ -228,6 +229,14 @@ class BayespruneQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Yes."""
         return True
+
+
+def _tied_buffers(model: nn.Module, spec: Spec) -> Iterator[tuple[nn.Module, str, str]]:
+    """Module and key of every buffer that is another one under a second name, and the name of that one."""
+    for alias, first in spec.tied.items():
+        owner, _, key = alias.rpartition(".")
+        if key in (module := model.get_submodule(owner))._buffers:
+            yield module, key, first
 
 
 def follow_saves(model: PreTrainedModel) -> PreTrainedModel:

@@ -295,3 +295,32 @@ def test_a_model_that_took_other_blocks_by_itself_is_saved_with_them(tmp_path, f
     bp.save(model, tmp_path)
     for loaded in (bp.load(tmp_path), model_class.from_pretrained(tmp_path).eval()):
         assert torch.equal(loaded(tokens).last_hidden_state, expected)
+
+
+class TwoHeads(transformers.BertPreTrainedModel):
+    """Two layers that are one weight."""
+
+    _tied_weights_keys: ClassVar = {"second.weight": "first.weight", "second.bias": "first.bias"}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.bert = transformers.BertModel(config)
+        self.first, self.second = (nn.Linear(config.hidden_size, config.hidden_size) for _ in range(2))
+        self.post_init()
+
+    def forward(self, input_ids):
+        hidden = self.bert(input_ids).last_hidden_state
+        return transformers.modeling_outputs.BaseModelOutput(self.second(torch.relu(self.first(hidden))))
+
+
+def test_removed_weights_of_tied_layers_come_back_alike(tmp_path, monkeypatch):
+    model = bp.to_variational(own_model(TwoHeads))
+    bp.prune_weights(model, sparsity=0.5)
+    model.eval()
+    assert model.first.weight is model.second.weight
+    assert model.first.weight_mask is model.second.weight_mask
+    bp.save(model, tmp_path)
+    monkeypatch.setattr(torch, "empty_like", torch.zeros_like)  # what memory may hold: a mask that removes everything
+    for loaded in (bp.load(tmp_path), TwoHeads.from_pretrained(tmp_path)):
+        assert same_state(loaded, model)
+        assert loaded.first.weight_mask is loaded.second.weight_mask
