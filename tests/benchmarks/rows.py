@@ -26,6 +26,7 @@ def outputs(model: Any, inputs: Any) -> list[Any]:
     from bayesprune.macs import run_forward
     from bayesprune.prune.trace import tensors_in
 
+    torch.manual_seed(2)  # some models draw in evaluation mode, too
     with torch.no_grad():
         return [tensor.clone() for tensor in tensors_in(run_forward(model.eval(), inputs))]
 
