@@ -121,10 +121,9 @@ class BayespruneQuantizer(HfQuantizer):
         if isinstance(wanted, torch.dtype) and str(wanted).removeprefix("torch.") != config.dtype:
             tensors = {name: _cast(name, meta, wanted, spec) for name, meta in tensors.items()}
         rebuild(model, spec, tensors)
+        # transformers would fill them with anything, and masks are applied as soon as they are there.
         for layer, key, _ in _tied_buffers(model, spec):
-            layer._buffers[key] = (
-                None  # transformers fills it with anything, and a mask is applied as soon as it is there
-            )
+            layer._buffers[key] = None
         parameters = dict(model.named_parameters(remove_duplicate=False))
         model.all_tied_weights_keys = {alias: first for alias, first in spec.tied.items() if alias in parameters}
         self.spec = spec
