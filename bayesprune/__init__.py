@@ -17,6 +17,7 @@ from bayesprune.prune import (
     compress,
     evidence,
     prune_channels,
+    prune_one_shot,
     prune_weights,
     signal_to_noise,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "predict",
     "priors",
     "prune_channels",
+    "prune_one_shot",
     "prune_weights",
     "register_layer",
     "report",
