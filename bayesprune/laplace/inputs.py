@@ -90,7 +90,7 @@ def stages(model: nn.Module, layers: Mapping[str, VariationalLayer], batch: Any)
 
 @torch.no_grad()
 def input_moments(
-    model: nn.Module, reference: nn.Module, stage: Stage, batches: Sequence[Any], *, with_bias: bool
+    model: nn.Module, reference: nn.Module | None, stage: Stage, batches: Sequence[Any], *, with_bias: bool
 ) -> InputMoments:
     """Moments of the inputs of a stage, x~ in the model and x in the reference; both run as far as there.
 
@@ -98,7 +98,7 @@ def input_moments(
 
     Args:
         model: The model that is being cut.
-        reference: What it was before.
+        reference: What it was before; None if it is not cut yet.
         stage: The layers, of which the first is looked at.
         batches: Calibration batches.
         with_bias: Whether a 1 stands after the inputs.
@@ -110,7 +110,8 @@ def input_moments(
     sums: list[Tensor] = []
     total = 0
     for batch in batches:
-        after, before = (_rows(its, stage, batch, with_bias=with_bias) for its in (model, reference))
+        after = _rows(model, stage, batch, with_bias=with_bias)
+        before = after if reference is None else _rows(reference, stage, batch, with_bias=with_bias)
         if after.shape != before.shape:
             raise UnsupportedModelError(
                 f"{stage.names[0]} met {after.shape[1]} positions of a batch where it had met {before.shape[1]} before "

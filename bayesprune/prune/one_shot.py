@@ -9,8 +9,9 @@ alternating directions (`laplace.support`), and those that stay are the conditio
 
 import copy
 import logging
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -18,11 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from bayesprune.laplace.conditioning import conditional_mean
-from bayesprune.laplace.inputs import InputMoments, input_moments, moves_bias, stages
+from bayesprune.laplace.inputs import InputMoments, Stage, input_moments, moves_bias, stages
 from bayesprune.laplace.kronecker import layer_matrix
 from bayesprune.laplace.matrices import from_matrix, is_matrix_product, to_matrix
 from bayesprune.laplace.support import best_support
 from bayesprune.layers import Posterior
+from bayesprune.macs import eval_mode
+from bayesprune.prune.division import divergence, divide, levels
 from bayesprune.prune.recalibrate import recalibrate_batch_norm
 from bayesprune.prune.weights import (
     WeightReport,
@@ -36,6 +39,8 @@ from bayesprune.prune.weights import (
     whole_note,
 )
 
+Loss = Callable[[nn.Module], float]
+
 _DID_NOT_RUN = "did not run on the data"
 _LOGGER = logging.getLogger(__name__)
 
@@ -47,6 +52,8 @@ def prune_one_shot(
     *,
     sparsity: float | Mapping[str, float] | None = None,
     pattern: str | None = None,
+    scope: str = "global",
+    loss: Loss | None = None,
     damping: float = 0.01,
     num_batches: int | None = None,
 ) -> WeightReport:
@@ -57,16 +64,21 @@ def prune_one_shot(
     anew at the end.
 
     Cost: two forwards over the data as far as each layer, and for a layer of R outputs and C inputs (times taps) about
-    40 R C^2 + 3 C^3 multiplications: a minute or so for 4,096 x 4,096 on two cores. Memory: a copy of the model, and
-    for the largest layer 50 C^2 + 30 R C bytes.
+    40 R C^2 + 3 C^3 multiplications: COST for 4,096 x 4,096 on two cores. With a sparsity and the scope "global"
+    all that three times, and two forwards more for each layer. Memory: a copy of the model, and for the largest layer
+    50 C^2 + 30 R C bytes.
 
     Args:
         model: A variational model; it need not be trained as one.
         data: Batches, with labels or without; a few hundred examples. Positions that an `attention_mask` excludes do
             not count. More positions than a layer has inputs, or the damping decides in some directions.
-        sparsity: Fraction to remove of each layer's weights, 0 to 1; or fractions by name of layer or parameter, where
-            what has no name loses nothing (and is left as it is).
+        sparsity: Fraction to remove of the weights of those layers, 0 to 1; or fractions by name of layer or parameter,
+            where what has no name is left as it is.
         pattern: "N:M", such as "2:4", as for `prune_weights`. One of the two is given.
+        scope: How a `sparsity` is divided: "global", by what each layer costs when it is cut alone, or "layer", the
+            same fraction of each.
+        loss: What a cut costs, a function of the model that is called in evaluation mode; None is the divergence of its
+            predictions from those before the cut.
         damping: Holds weights at their present values, as a fraction of the mean second moment of a layer's inputs.
         num_batches: No more batches than these.
 
@@ -92,15 +104,19 @@ def prune_one_shot(
     batches = list(islice(data, num_batches))
     if not batches:
         raise ValueError("data has no batch; expected an iterable of input batches.")
+    if scope not in ("global", "layer"):
+        raise ValueError(f'scope is {scope!r}; expected "global" or "layer".')
     names = {posterior.name: posterior.name.rpartition(".")[0] for posterior in posteriors}
     cut = {names[name]: rules[name] for name, note in notes.items() if not note}
     reference, keeps = copy.deepcopy(model), {}
     try:
-        for stage in stages(model, {name: rule.posterior.layer for name, rule in cut.items()}, batches[0]):
-            has_bias = moves_bias(cut[stage.names[0]].posterior.layer)
-            moments = input_moments(model, reference, stage, batches, with_bias=has_bias)
+        order = stages(model, {name: rule.posterior.layer for name, rule in cut.items()}, batches[0])
+        if isinstance(sparsity, float | int) and scope == "global" and 0 < sparsity < 1:
+            cut = _divided(model, cut, order, batches, sparsity, loss, damping)
+        for stage in order:
+            moments = _moments(model, reference, stage, batches)
             for name in stage.names:
-                keeps[name] = _refit(cut[name], moments, damping, with_bias=has_bias)
+                keeps[name] = _refit(cut[name], moments, damping)
                 _LOGGER.info("prune_one_shot: %s keeps %d of %d", name, keeps[name].sum(), keeps[name].numel())
     except BaseException:
         for parameter, before in zip(model.parameters(), reference.parameters(), strict=True):
@@ -131,9 +147,53 @@ class _Rule:
         return keep_count(self.posterior, round(way * self.share * scores.numel()), score)
 
 
-def _refit(rule: _Rule, moments: InputMoments, damping: float, *, with_bias: bool) -> Tensor:
+def _divided(
+    model: nn.Module,
+    rules: Mapping[str, _Rule],
+    order: Sequence[Stage],
+    batches: Sequence[Any],
+    sparsity: float,
+    loss: Loss | None,
+    damping: float,
+) -> dict[str, _Rule]:
+    """The rules with the shares that `divide` finds; the model is as before afterwards."""
+    measure = divergence(model, batches) if loss is None else loss
+    with eval_mode(model):
+        base = float(measure(model))
+        costs = {}
+        for stage in order:
+            moments = _moments(model, None, stage, batches)
+            for name in stage.names:
+                layer = rules[name].posterior.layer
+                before = {key: parameter.clone() for key, parameter in layer.named_parameters()}
+                found = []
+                for share in levels(sparsity):
+                    _refit(replace(rules[name], share=share), moments, damping)
+                    found.append(float(measure(model)) - base)
+                    for key, parameter in layer.named_parameters():
+                        parameter.copy_(before[key])
+                costs[name] = (found[0], found[1])
+    if not all(math.isfinite(cost) for pair in costs.values() for cost in pair):
+        raise ValueError("the loss is not a number for some cut; check the calibration data, the model and loss=.")
+    removed = [1 - float(kept.float().mean()) if (kept := _mask(rules[name])) is not None else 0.0 for name in costs]
+    sizes = [rules[name].posterior.mean.numel() for name in costs]
+    shares = divide(sparsity, sizes, list(costs.values()), removed)
+    return {name: replace(rules[name], share=share) for name, share in zip(costs, shares, strict=True)}
+
+
+def _moments(model: nn.Module, reference: nn.Module | None, stage: Stage, batches: Sequence[Any]) -> InputMoments:
+    layer: Any = model.get_submodule(stage.names[0])
+    return input_moments(model, reference, stage, batches, with_bias=moves_bias(layer))
+
+
+def _mask(rule: _Rule) -> Tensor | None:
+    return rule.posterior.layer.mask("weight", whole=True)
+
+
+def _refit(rule: _Rule, moments: InputMoments, damping: float) -> Tensor:
     """Moves the layer's weights, those that go to zero; returns which are kept, of the weight's shape."""
     layer = rule.posterior.layer
+    with_bias = moves_bias(layer)
     mean = layer_matrix(layer, with_bias=with_bias)
     target, precision = moments.regressed(mean.double(), damping)
     num_columns = target.shape[2] - with_bias

@@ -79,6 +79,33 @@ def test_less_is_lost_than_by_conditioning_each_layer_alone(target):
     assert lost[1] < 0.7 * lost[0]
 
 
+def test_layers_that_cost_less_lose_more_and_the_sum_is_what_was_asked_for():
+    model, x = net(), correlated(300, 8)
+    model[2].weight.data[:, 4:] *= 1e-3
+    even, divided, told = copy.deepcopy(model), copy.deepcopy(model), copy.deepcopy(model)
+    lost = []
+    for cut, options in ((even, {"scope": "layer"}), (divided, {})):
+        report = bp.prune_one_shot(cut, [x], sparsity=0.5, **options)
+        assert report.removable.sparsity == pytest.approx(0.5, abs=0.01)
+        lost.append(float((cut(x).softmax(1) - model(x).softmax(1)).detach().square().mean()))
+    assert [row.kept / row.total for row in bp.prune_one_shot(even, [x], sparsity=0.5, scope="layer").rows] == [0.5] * 3
+    shares = {row.name: 1 - row.kept / row.total for row in report.rows}
+    print(shares, lost)
+    assert shares["2.weight"] > 0.65
+    assert lost[1] < lost[0]
+    distance = lambda its: float((its(x) - model(x))[:, 0].square().mean())  # noqa: E731
+    of_loss = {row.name: row.kept for row in bp.prune_one_shot(told, [x], sparsity=0.5, loss=distance).rows}
+    assert of_loss != {row.name: row.kept for row in report.rows}
+
+
+def test_refuses_a_loss_that_is_no_number_and_leaves_the_model_as_it_was():
+    model, x = net(), correlated(50, 8)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="not a number"):
+        bp.prune_one_shot(model, [x], sparsity=0.5, loss=lambda _: float("nan"))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_what_is_gone_stays_gone_and_training_goes_on():
     model, x = net(), correlated(200, 8)
     bp.prune_weights(model, sparsity=0.3, score=magnitude)
@@ -158,6 +185,7 @@ def test_what_fails_leaves_the_model_as_it_was():
         ({"sparsity": 0.5, "pattern": "2:4"}, "exactly one of"),
         ({"sparsity": 1.5}, "expected a fraction from 0 to 1"),
         ({"sparsity": {"7": 0.5}}, "sparsity names '7'"),
+        ({"sparsity": 0.5, "scope": "all"}, 'expected "global" or "layer"'),
         ({"sparsity": 0.5, "num_batches": 0}, "data has no batch"),
     ],
 )
