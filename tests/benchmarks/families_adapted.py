@@ -38,6 +38,13 @@ ADAPTED: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "topk_method": "greedy"},
     "decision_transformer": {"n_positions": 64},
     "donut-swin": {"num_heads": [2, 2, 4, 4], "image_size": 64, "patch_size": 2},
+    "dory": {
+        "num_hidden_layers": 3,
+        "n_input_layers": 1,
+        "n_recurrent_layers": 1,
+        "n_output_layers": 1,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    },
     "dpt": {"neck_hidden_sizes": [8, 16, 16, 32], "num_hidden_layers": 4, "backbone_out_indices": [1, 2, 3, 4]},
     "efficientnet": EFFICIENTNET,
     "encodec": {"num_filters": 4},
