@@ -32,13 +32,14 @@ def everything_seen() -> Iterator[None]:
         del CheckpointFunction.apply
 
 
-def _in_the_open(kind: type[Function], *args: Any) -> Any:
+def _in_the_open(kind: type[Function], *args: Any, **kwargs: Any) -> Any:
     """What a function of autograd gives; one that is given modules or functions runs them as if it were none."""
-    if not any(isinstance(arg, nn.Module) or callable(arg) for arg in args):
-        return _APPLY.__get__(None, kind)(*args)
+    given = [part for arg in (*args, *kwargs.values()) for part in (arg if isinstance(arg, (list, tuple)) else [arg])]
+    if not any(map(callable, given)):
+        return _APPLY.__get__(None, kind)(*args, **kwargs)
     if kind.setup_context is not Function.setup_context:
-        return kind.forward(*args)
-    return kind.forward(_Context(), *args)
+        return kind.forward(*args, **kwargs)
+    return kind.forward(_Context(), *args, **kwargs)
 
 
 class _Context(SimpleNamespace):

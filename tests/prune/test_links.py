@@ -284,10 +284,14 @@ class Rounded(torch.autograd.Function):
         without_gradients,
         torch.no_grad()(lambda layer, x: layer(x)),
         lambda layer, x: Reversible.apply(x, nn.ModuleList([layer])),
+        lambda layer, x: Reversible.apply(x, [layer]),
         lambda layer, x: Newer.apply(layer, x),
         lambda layer, x: Rounded.apply(layer(x)),
     ],
-    ids=["reentrant", "checkpoint", "detach", "data", "both", "no_grad", "decorator", "reversible", "newer", "rounded"],
+    ids=[
+        *("reentrant", "checkpoint", "detach", "data", "both", "no_grad", "decorator"),
+        *("reversible", "list", "newer", "rounded"),
+    ],
 )
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_stopped_gradients_hide_nothing(run):
