@@ -19,6 +19,8 @@ ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 QWEN_VISION = {"embed_dim": 32, "num_heads": 4, "mlp_ratio": 2, "hidden_size": 32, "depth": 2}
 QWEN_VL = {"text_config": {"rope_parameters": MROPE}, "vision_config": QWEN_VISION}
 EFFICIENTNET = {"width_coefficient": 0.25, "hidden_dim": 320, "depthwise_padding": []}
+# As the one at 48 kHz; the weights of the one at 24 kHz are parametrized, which `to_variational` refuses.
+ENCODEC = {"num_filters": 4, "norm_type": "time_group_norm", "use_causal_conv": False, "normalize": True}
 MINICPM = {"vision_config": {"hidden_size": 12}}  # as in the real ones, no multiple of the text's width
 INKLING = {"text_config": {"unpadded_vocab_size": 96, "rel_extent": 16, "sliding_window_size": 16}}
 FORECAST = {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2], "num_time_features": 1}
@@ -50,7 +52,7 @@ ADAPTED: dict[str, dict[str, Any]] = {
     },
     "dpt": {"neck_hidden_sizes": [8, 16, 16, 32], "num_hidden_layers": 4, "backbone_out_indices": [1, 2, 3, 4]},
     "efficientnet": EFFICIENTNET,
-    "encodec": {"num_filters": 4, "norm_type": "time_group_norm", "use_causal_conv": False, "normalize": True},
+    "encodec": ENCODEC,
     "encoder-decoder": {"decoder_start_token_id": 0},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "recurrent_gemma": {"num_hidden_layers": 3},
