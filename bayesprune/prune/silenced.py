@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesprune.macs import run_forward
-from bayesprune.prune.cuts import cut_parameters, num_stacked
+from bayesprune.prune.cuts import cut_parameters, num_blocks, num_stacked
 from bayesprune.prune.removal import SHAPE_ERRORS, Selection, remove, snapshot
 from bayesprune.prune.steady import steady
 from bayesprune.prune.structure import ChannelGroup
@@ -97,6 +97,9 @@ def silence(group: ChannelGroup, units: Any) -> None:
         silent, stacked = torch.zeros(member.size, dtype=torch.bool, device=weight.device), num_stacked(layer)
         silent[positions] = True
         shape = [size if d < stacked or d == dim else 1 for d, size in enumerate(weight.shape)]
+        if (blocks := num_blocks(member)) > 1:  # of a grouped convolution, whose weight counts the inputs of one block
+            silent = silent.view(blocks, -1).repeat_interleave(len(weight) // blocks, dim=0)
+            shape[0] = len(weight)
         values = weight.data.masked_fill(silent.view(shape), 0)
         layer._parameters[name] = nn.Parameter(values, requires_grad=weight.requires_grad)
 
