@@ -12,28 +12,10 @@ from torch import nn
 
 from bayesprune.prune.channels import prune_channels
 from bayesprune.prune.groups import find_groups
-from bayesprune.prune.removal import remove
-from bayesprune.prune.silenced import silence
+from tests.prune.nets import assert_removing_is_silencing, units
 
 IMAGE = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 MAGNITUDE = tp.importance.MagnitudeImportance(normalizer=None)
-
-
-def units(net: nn.Module, x: Any) -> dict[str, int]:
-    return {group.name: len(group.units) for group in find_groups(net, x).groups}
-
-
-def assert_removing_is_silencing(net: nn.Module, x: Any) -> None:
-    """Every second channel of every group, which no norm counts."""
-    selection = [(group, group.units[::2]) for group in find_groups(net, x).groups]
-    net.eval()
-    undo = remove(net, selection)
-    found = net(x)
-    undo()
-    for group, gone in selection:
-        silence(group, gone)
-    torch.testing.assert_close(found, net(x), rtol=1e-4, atol=1e-5)
-    assert found.abs().max() > 1e-3
 
 
 class FrozenNorm(nn.Module):
@@ -331,34 +313,3 @@ def test_halves_stay_halves():
     report = prune_channels(net, IMAGE, target={"macs": 0.4}, importance=MAGNITUDE)
     assert report.left_whole.keys() == {"head"}
     assert net.cv1.out_channels == 2 * net.blocks[0][0].in_channels < 16
-
-
-class Kernels(nn.Module):
-    """Paths side by side, each with an attention of its own: selective kernels, or the splits of ResNeSt."""
-
-    def __init__(self, *, grouped: bool):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 6, 1)
-        kernels = [(6, 20, 3, 1, 1, 1, 2)] if grouped else [(6, 10, 1), (6, 10, 3, 1, 1)]
-        self.paths = nn.ModuleList(nn.Conv2d(*kernel) for kernel in kernels)
-        self.reduce, self.select, self.head = nn.Conv2d(10, 4, 1), nn.Conv2d(4, 20, 1), nn.Conv2d(10, 2, 1)
-
-    def forward(self, x):
-        x = torch.relu(self.stem(x))
-        found = [torch.relu(path(x)) for path in self.paths]
-        x = torch.stack(found, 1) if len(found) == 2 else found[0].reshape(len(x), 2, -1, *x.shape[2:])
-        attention = self.select(torch.relu(self.reduce(x.sum(1).mean((2, 3), keepdim=True))))
-        attention = attention.view(len(x), 2, attention.shape[1] // 2, 1, 1).softmax(1)
-        return self.head((x * attention).sum(1))
-
-
-@pytest.mark.parametrize("grouped", [False, True])
-def test_a_channel_leaves_all_paths_that_are_weighed_against_each_other(grouped):
-    torch.manual_seed(0)
-    net = Kernels(grouped=grouped)
-    found = find_groups(net, IMAGE)
-    assert {len(group.units) for group in found.groups} == {6 - 3 * grouped, 4, 10}
-    assert found.left_whole.keys() == {"head"}
-    assert_removing_is_silencing(net, IMAGE)
-    prune_channels(net, IMAGE, target={"macs": 0.5}, importance=MAGNITUDE)
-    assert net.select.out_channels == 2 * net.head.in_channels == 2 * net.reduce.in_channels < 20
