@@ -110,8 +110,9 @@ def _outputs_behind(model: nn.Module, selection: Selection, example_inputs: Any)
     def keep(_: nn.Module, __: Any, output: Any) -> None:
         outputs.append(output)
 
-    layers = [m.layer for group, _ in selection for m in group.members if m.axis[1] == "in"]
-    handles = [layer.register_forward_hook(keep) for layer in layers if isinstance(layer, nn.Module)]
+    members = [member for group, _ in selection for member in group.members if isinstance(member.layer, nn.Module)]
+    cut = {m.layer for m in members if m.axis[1] == "out" and not num_stacked(m.layer)}  # these put out less
+    handles = [m.layer.register_forward_hook(keep) for m in members if m.axis[1] == "in" and m.layer not in cut]
     try:
         with steady(model):
             run_forward(model, example_inputs)
