@@ -13,6 +13,7 @@ from torch import nn
 from torch_pruning import ops
 from torch_pruning.dependency import Group
 
+from bayesprune.calls import layers_called
 from bayesprune.conversion import FROZEN
 from bayesprune.prune.attention import Attention, find_attention
 from bayesprune.prune.channel_report import shown
@@ -81,6 +82,13 @@ def find_groups(
         UnsupportedModelError: torch-pruning cannot trace the model.
         ValueError: a layer to ignore is not in the model.
     """
+    with layers_called(model):
+        return _find_groups(model, example_inputs, granularity, ignored_layers)
+
+
+def _find_groups(
+    model: nn.Module, example_inputs: Any, granularity: Collection[str], ignored_layers: Layers
+) -> ChannelStructure:
     ignored_layers = [model.get_submodule(name) for name in layer_names(model, ignored_layers)]
     heads = experts = ChannelStructure((), {})
     if "heads" in granularity:

@@ -19,10 +19,10 @@ from torch_pruning.dependency import Dependency, Node
 from torch_pruning.dependency.index_mapping import (
     _ConcatIndexMapping,
     _FlattenIndexMapping,
+    _SliceIndexMapping,
     _SplitIndexMapping,
     update_expand_index_mapping,
     update_reshape_index_mapping,
-    update_slice_index_mapping,
     update_unbind_index_mapping,
 )
 from torch_pruning.dependency.shape_infer import infer_in_channels_recursively, infer_out_channels_recursively
@@ -35,7 +35,6 @@ _GUESSES: dict[Any, Callable[[Any, Any], None]] = {
     ops.OPTYPE.RESHAPE: update_reshape_index_mapping,
     ops.OPTYPE.UNBIND: update_unbind_index_mapping,
     ops.OPTYPE.EXPAND: update_expand_index_mapping,
-    ops.OPTYPE.SLICE: update_slice_index_mapping,
 }
 
 
@@ -78,6 +77,8 @@ def map_parts(graph: Graph) -> None:
             _map_concatenation(graph, node)
         elif node.type == ops.OPTYPE.RESHAPE:
             _map_reshape(graph, node)
+        elif node.type == ops.OPTYPE.SLICE:
+            _map_slice(graph, node)
 
 
 def signed(dim: int, num_dims: int) -> int:
@@ -163,6 +164,25 @@ def _map_split(graph: Graph, node: Node) -> None:
         for number, one, other in zip(numbers, forth, back, strict=True):
             _set(one, 0, _SplitIndexMapping(parts[number]))
             _set(other, 0, _SplitIndexMapping(parts[number], reverse=True))
+
+
+def _map_slice(graph: Graph, node: Node) -> None:
+    """A slice of rows or columns takes no channels away, whatever dimension they are in."""
+    grad_fn: Any = node.grad_fn
+    if not hasattr(grad_fn, "_saved_self_sym_sizes"):
+        return
+    shape = grad_fn._saved_self_sym_sizes
+    dim, size = signed(grad_fn._saved_dim, len(shape)), grad_fn._input_metadata[0].shape
+    channels = next((infer_out_channels_recursively(graph, n, [0]) for n in node.inputs), None)
+    if not _counts_channels(shape, dim, channels):
+        return
+    start, step = signed(grad_fn._saved_start, shape[dim]), grad_fn._saved_step
+    end = start + size[dim] * step
+    for before in node.inputs:
+        for source, target in ((before, node), (node, before)):
+            for dependency in source.dependencies:
+                if dependency.target is target:
+                    _set(dependency, 0, _SliceIndexMapping(dim, start, step, end, reverse=source is node))
 
 
 def _split(node: Node) -> tuple[Any, int, list[_Part]]:

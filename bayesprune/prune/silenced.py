@@ -110,9 +110,9 @@ def _outputs_behind(model: nn.Module, selection: Selection, example_inputs: Any)
     def keep(_: nn.Module, __: Any, output: Any) -> None:
         outputs.append(output)
 
-    members = [member for group, _ in selection for member in group.members if isinstance(member.layer, nn.Module)]
-    cut = {m.layer for m in members if m.axis[1] == "out" and not num_stacked(m.layer)}  # these put out less
-    handles = [m.layer.register_forward_hook(keep) for m in members if m.axis[1] == "in" and m.layer not in cut]
+    axes = [(m.layer, m.axis[1]) for group, _ in selection for m in group.members if isinstance(m.layer, nn.Module)]
+    cut = {layer for layer, side in axes if side == "out" and not num_stacked(layer)}  # these put out less
+    handles = [layer.register_forward_hook(keep) for layer, side in axes if side == "in" and layer not in cut]
     try:
         with steady(model):
             run_forward(model, example_inputs)

@@ -30,6 +30,8 @@ _LOGGER = logging.getLogger(__name__)
 _ERRORS = (AssertionError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 HEAD_ATTRIBUTES = ("num_heads", "num_attention_heads", "num_key_value_groups", "n_heads", "n_head", "heads")
+# What puts tokens elsewhere and leaves their channels alone, where the last dimension has the size that the layer gave.
+_MOVING_TOKENS = ("View", "UnsafeView", "Permute", "Roll", "Slice")
 # What may stand between an attention module's last layer and its output; a reshape means that heads come out.
 PASS_THROUGH = ("Add", "Mul", "Clone", "ToCopy", "NativeBatchNorm", "NativeLayerNorm", "NativeDropout")
 
@@ -247,7 +249,7 @@ def last_layers(output: Tensor, layer_of: dict[Any, nn.Module], inside: Collecti
     """Layers inside a module whose units are its output's units, as the projection behind the heads."""
     found = [layer for layer in reached(output.grad_fn, layer_of, PASS_THROUGH) if layer in inside]
     if not found:  # tokens may be put back into rows and columns, while the size of the last dimension stays
-        behind = reached(output.grad_fn, layer_of, (*PASS_THROUGH, "View", "UnsafeView"))
+        behind = reached(output.grad_fn, layer_of, (*PASS_THROUGH, *_MOVING_TOKENS))
         linear = [layer for layer in behind if layer in inside and is_linear(layer)]
         found = [layer for layer in linear if linear_sizes(layer)[1] == output.shape[-1]]
     return found

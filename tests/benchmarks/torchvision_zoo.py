@@ -190,7 +190,7 @@ def equal(model: Any, inputs: Any) -> str:
     model.double()
     inputs = inputs.double() if isinstance(inputs, torch.Tensor) else ([image.double() for image in inputs[0]],)
     dense = outputs(model, inputs)
-    alone = [group for group in alone if runs_without(model, [(group, group.units[::2])], inputs)]
+    alone = removable(model, alone, inputs)
     selection = [(group, group.units[::2]) for group in alone]
     undo = remove(model, selection)
     found = outputs(model, inputs)
@@ -209,18 +209,21 @@ def equal(model: Any, inputs: Any) -> str:
     return f"{OK}, {len(alone)} of {len(groups)}" if changed else "nothing changed"
 
 
-def runs_without(model: Any, selection: Any, inputs: Any) -> bool:
-    """Whether a model runs after a cut; `prune_channels` leaves whole what fails, as where sizes of parts are fixed."""
+def removable(model: Any, groups: list[Any], inputs: Any) -> list[Any]:
+    """The groups that a model runs without every second channel of; `prune_channels` leaves whole what fails."""
     from bayesprune.prune.removal import SHAPE_ERRORS, remove
 
-    undo = remove(model, selection)
+    undo = remove(model, [(group, group.units[::2]) for group in groups])
     try:
         outputs(model, inputs)
     except SHAPE_ERRORS:
-        return False
+        half = len(groups) // 2
+        parts = (groups[:half], groups[half:]) if half else ()
+    else:
+        return groups
     finally:
         undo()
-    return True
+    return [group for part in parts for group in removable(model, part, inputs)]
 
 
 def run_model(name: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a reshape or a transposition does to channels: paths side by side, a token made of one pixel."""
+"""What reshapes and slices do to channels: paths side by side, a token made of one pixel, rows that are taken apart."""
 
 import pytest
 import torch
@@ -6,7 +6,10 @@ import torch_pruning as tp
 from torch import nn
 
 from bayesprune.prune.channels import prune_channels
+from bayesprune.prune.cuts import side
 from bayesprune.prune.groups import find_groups
+from bayesprune.prune.trace import trace
+from bayesprune.prune.walk import largest_axis, walk
 from tests.prune.nets import assert_removing_is_silencing, units
 
 IMAGE = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -55,3 +58,36 @@ def test_a_map_of_one_pixel_is_turned_into_a_token():
 
     assert units(Token(), IMAGE) == {"stem": 8, "fc": 5}
     assert_removing_is_silencing(Token(), IMAGE)
+
+
+class Merged(nn.Module):
+    """Every second row and column side by side, with the channels last, as in the Swin of torchvision."""
+
+    def __init__(self, *, halves: bool):
+        super().__init__()
+        self.stem, self.reduce, self.head = nn.Linear(3, 8), nn.Linear(16 if halves else 32, 6), nn.Linear(6, 2)
+        self.halves = halves
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x.permute(0, 2, 3, 1)))
+        parts = [x[:, row::2, column::2, :] for row in (0, 1) for column in (0, 1)]
+        if self.halves:
+            half = x.shape[-1] // 2
+            parts = [
+                part[..., start:end] for part, start, end in zip(parts, (0, -half) * 2, (half, None) * 2, strict=True)
+            ]
+        return self.head(torch.relu(self.reduce(torch.cat(parts, -1))).mean((1, 2)))
+
+
+@pytest.mark.parametrize("halves", [False, True])
+def test_slices_of_rows_take_no_channels_away(halves):
+    torch.manual_seed(0)
+    net = Merged(halves=halves)
+    graph = trace(net, IMAGE).graph
+    places = {side(item.dep): item for item in walk(graph, net.stem, bound=largest_axis(graph)).group}["in"]
+    expected = [[c, c + 8] if halves else [c, c + 8, c + 16, c + 24] for c in range(8)]
+    for channel, positions in enumerate(expected):
+        found = [p for p, root in zip(places.idxs, places.root_idxs, strict=True) if root == channel]
+        assert sorted(found) == positions
+    if not halves:
+        assert_removing_is_silencing(net, IMAGE)

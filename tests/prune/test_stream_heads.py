@@ -33,6 +33,19 @@ class Attention(nn.Module):
         return self.proj(found.reshape(n, t, width))
 
 
+class Shifted(Attention):
+    """Tokens in rows and columns, rolled meanwhile, and layers that are not called, as the Swin of torchvision."""
+
+    def forward(self, x):
+        n, t, width = x.shape
+        x = torch.roll(x.view(n, 2, t // 2, width), (-1, -1), (1, 2)).view(n, t, width)
+        qkv = F.linear(x, self.qkv.weight, self.qkv.bias)
+        q, k, v = qkv.reshape(n, t, 3, self.num_heads, width // self.num_heads).permute(2, 0, 3, 1, 4)
+        found = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, width)
+        found = F.linear(found, self.proj.weight, self.proj.bias)
+        return torch.roll(found.view(n, 2, t // 2, width), (1, 1), (1, 2)).view(n, t, width)
+
+
 class Reduced(nn.Module):
     """Keys and values of fewer tokens, whose convolution keeps the width as in Twins."""
 
@@ -68,6 +81,7 @@ class Blocks(nn.Module):
 CASES = {
     "side by side": lambda norm: Blocks(24, Attention(24, 4), Attention(24, 4), norm=norm),
     "interleaved": lambda norm: Blocks(24, Attention(24, 4, interleaved=True), norm=norm),
+    "shifted": lambda norm: Blocks(24, Shifted(24, 4), norm=norm),
     "reduced": lambda norm: Blocks(24, Reduced(24, 4), Attention(24, 4), norm=norm),
 }
 
