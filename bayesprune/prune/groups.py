@@ -31,6 +31,7 @@ from bayesprune.prune.cuts import (
 )
 from bayesprune.prune.experts import find_experts
 from bayesprune.prune.heads import HEADS_STAY, find_heads
+from bayesprune.prune.held_sizes import with_sizes
 from bayesprune.prune.links import moving
 from bayesprune.prune.roots import Layers, is_frozen, is_root, layer_names
 from bayesprune.prune.state_space import find_mixers
@@ -108,7 +109,7 @@ def _find_groups(
         if set(granularity) >= {"heads", "width"}:
             attention = _attention_left(model, example_inputs, heads, ignored_layers)
             found = with_heads(model, example_inputs, found, attention, finder.members_of)
-        groups |= {group.name: group for group in found}
+        groups |= {group.name: group for group in with_sizes(model, example_inputs, found)}
         left_whole |= {n: reason for n, reason in heads.left_whole.items() if left_whole.get(n) in _OF_HEADS}
     left_whole |= experts.left_whole
     for group, reason in unverified(model, list(groups.values()), example_inputs).items():

@@ -29,7 +29,7 @@ from bayesprune.prune.silenced import disagreement
 from bayesprune.prune.structure import ChannelGroup, ChannelStructure, written_down
 
 # Attributes of attention modules by what they count; which are there, and hold that number, follow the heads.
-_COUNTS = (
+COUNTS = (
     *("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "num_q_heads"),
     *("num_key_value_heads", "num_kv_heads", "n_kv_heads", "num_key_value_groups", "n_rep"),
 )
@@ -282,11 +282,11 @@ def _group(place: list[Attention], members: list[Member], layout: Layout) -> Cha
 def _attributes(attention: Attention, module: nn.Module, layout: Layout) -> Iterator[str]:
     q, kv, units = attention.num_heads, attention.num_kv_heads, attention.num_units
     counts = {q} | ({kv} if kv == units else set())
-    for name in (*_COUNTS, *_SIZES, *(_WIDTHS if layout.with_width else ())):
+    for name in (*COUNTS, *_SIZES, *(_WIDTHS if layout.with_width else ())):
         value = vars(module).get(name)
         if type(value) is not int:
             continue
-        if name not in _COUNTS:
+        if name not in COUNTS:
             if value == q * attention.head_dim:
                 yield name
         elif value in counts and not (name in ("num_key_value_groups", "n_rep") and units == kv):

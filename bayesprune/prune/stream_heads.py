@@ -9,18 +9,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch_pruning.dependency import Group
 
-from bayesprune.macs import run_forward
 from bayesprune.prune.attention import Attention
 from bayesprune.prune.cuts import Member
 from bayesprune.prune.heads import in_every_layout
-from bayesprune.prune.removal import SHAPE_ERRORS, remove, snapshot
 from bayesprune.prune.roots import is_root
-from bayesprune.prune.silenced import disagreement
-from bayesprune.prune.steady import steady
 from bayesprune.prune.structure import ChannelGroup
+from bayesprune.prune.trials import is_right, missed
 
 
 def with_heads(
@@ -55,7 +52,7 @@ def _with_heads(
     place = [a for a in attention if names[a.behind] in written and a.num_heads * a.head_dim == width]
     if not place or stream.unit_size > 1 or len({a.num_units for a in place}) > 1:
         return None
-    if _runs(model, stream, example_inputs):
+    if not missed(model, [stream], example_inputs):
         return None
     for heads in in_every_layout(model, place):
         members = {member.axis: member for member in (*stream.members, *heads.members)}
@@ -67,7 +64,7 @@ def _with_heads(
             group=_joined([stream.group, heads.group]),
             members=tuple(members.values()),
         )
-        if _is_right(model, group, example_inputs):
+        if is_right(model, group, example_inputs):
             return group
     return None
 
@@ -85,37 +82,6 @@ def _inside(
             found = members_of(layer)
             if found and all(set(member.positions) == set(range(width)) for member in found):
                 yield from found
-
-
-def _runs(model: nn.Module, group: ChannelGroup, example_inputs: Any) -> bool:
-    """Whether the model runs without a unit."""
-    undo = snapshot(model)
-    try:
-        remove(model, [(group, group.units[:1])])
-        with steady(model):
-            run_forward(model, example_inputs)
-    except SHAPE_ERRORS:
-        return False
-    finally:
-        undo()
-    return True
-
-
-def _is_right(model: nn.Module, group: ChannelGroup, example_inputs: Any) -> bool:
-    """Whether the model without a unit is the model that ignores it, but for norms, which count the channels."""
-    undo = snapshot(model)
-    try:
-        for member in group.members:
-            if isinstance(member.layer, (nn.LayerNorm, nn.GroupNorm)):
-                vars(member.layer)["forward"] = _as_it_is
-        ends = (group.units[0], group.units[-1])
-        return all(disagreement(model, [(group, [unit])], example_inputs) is None for unit in ends)
-    finally:
-        undo()
-
-
-def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _joined(parts: Iterable[Group]) -> Group:
