@@ -31,7 +31,7 @@ _ERRORS = (AssertionError, ArithmeticError, AttributeError, LookupError, Runtime
 
 HEAD_ATTRIBUTES = ("num_heads", "num_attention_heads", "num_key_value_groups", "n_heads", "n_head", "heads")
 # What puts tokens elsewhere and leaves their channels alone, where the last dimension has the size that the layer gave.
-_MOVING_TOKENS = ("View", "UnsafeView", "Permute", "Roll", "Slice")
+_MOVING_TOKENS = ("View", "UnsafeView", "Permute", "Roll", "Slice", "Alias")
 # What may stand between an attention module's last layer and its output; a reshape means that heads come out.
 PASS_THROUGH = ("Add", "Mul", "Clone", "ToCopy", "NativeBatchNorm", "NativeLayerNorm", "NativeDropout")
 
@@ -113,7 +113,14 @@ def _trace(model: nn.Module, example_inputs: Any, buffers: dict[nn.Parameter, st
     handles = [m.register_forward_hook(saw_layer) for m in model.modules() if is_root(m)]
     handles += [m.register_forward_hook(saw_attention) for m in model.modules() if has_heads(m)]
     try:
-        with torch.enable_grad(), eval_mode(model), requires_grad(model, True), without_cache(model), quiet():
+        with (
+            torch.enable_grad(),
+            eval_mode(model),
+            requires_grad(model, True),
+            without_cache(model),
+            _out_of_place(model),
+            quiet(),
+        ):
             graph = Graph()
             unwrapped: Any = [UnwrappedParameters(buffer, _last_dim(buffer)) for buffer in buffers]
             graph.build_dependency(
@@ -207,6 +214,19 @@ def without_cache(model: nn.Module) -> Iterator[None]:
     finally:
         for config, was in reversed(before):
             config.use_cache = was
+
+
+@contextmanager
+def _out_of_place(model: nn.Module) -> Iterator[None]:
+    """Inside, activations write into no output of a layer: autograd forgets the layer where that is a view."""
+    writing: list[Any] = [module for module in model.modules() if getattr(module, "inplace", None) is True]
+    try:
+        for module in writing:
+            module.inplace = False
+        yield
+    finally:
+        for module in writing:
+            module.inplace = True
 
 
 @contextmanager

@@ -91,3 +91,11 @@ def test_slices_of_rows_take_no_channels_away(halves):
         assert sorted(found) == positions
     if not halves:
         assert_removing_is_silencing(net, IMAGE)
+
+
+def test_an_activation_that_writes_into_what_a_layer_put_out_hides_nothing():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=True), nn.Linear(8, 7), nn.ReLU(inplace=True), nn.Linear(7, 2))
+    assert units(net, IMAGE) == {"0": 8, "2": 7}
+    assert_removing_is_silencing(net, IMAGE)
+    assert net[1].inplace

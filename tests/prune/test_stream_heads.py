@@ -43,7 +43,7 @@ class Shifted(Attention):
         q, k, v = qkv.reshape(n, t, 3, self.num_heads, width // self.num_heads).permute(2, 0, 3, 1, 4)
         found = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, width)
         found = F.linear(found, self.proj.weight, self.proj.bias)
-        return torch.roll(found.view(n, 2, t // 2, width), (1, 1), (1, 2)).view(n, t, width)
+        return torch.roll(found.view(n, 2, t // 2, width), (1, 1), (1, 2)).view(n, t, width)[:, :t].contiguous()
 
 
 class Reduced(nn.Module):
