@@ -23,7 +23,7 @@ class ChannelRow:
     """Output channels of one layer before and after, and the layers that lose the same channels with it.
 
     Of heads, the channels are those of its keys, the layer is the attention module, and `heads` and `kept_heads` count
-    its query heads; both are 0 where the row is not about heads.
+    its query heads; both are 0 where the row is not about heads. Where heads leave with the width, it is about both.
     """
 
     layer: str

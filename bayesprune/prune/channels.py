@@ -157,7 +157,7 @@ def prune_channels(
         params_after=_num_parameters(model),
         target={what: value},
         left_whole=left_whole,
-        removed={g.name: tuple(sorted(c for unit in u for c in unit)) for g, u in selection if u and not g.attention},
+        removed={g.name: tuple(sorted(c for unit in u for c in unit)) for g, u in selection if u and not g.is_heads},
         removed_heads={name: _heads(g, units) for g, units in selection if units for name in g.attention},
         dry_run=dry_run,
         holdings=holdings(model, costs.parts("macs", counts), sum(macs.values()), costs.layers, left_whole),
