@@ -21,7 +21,7 @@ from bayesprune.prune import (
     signal_to_noise,
 )
 from bayesprune.storage import load, save
-from bayesprune.train import attach, kl_divergence
+from bayesprune.train import attach, distillation, kl_divergence
 
 if _find_spec("timm"):
     from bayesprune.hosts import timm as _timm  # noqa: F401  (makes `timm.create_model("local-dir:...")` know us)
@@ -43,6 +43,7 @@ __all__ = [
     "condition_on_channels",
     "condition_on_zeros",
     "conversion_table",
+    "distillation",
     "evi",
     "evidence",
     "fit_kronecker",
