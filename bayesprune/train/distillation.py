@@ -95,8 +95,11 @@ class Distillation:
         """
         if task_loss is None and self.weight < 1:
             raise ValueError(f"the teacher has {self.weight:g} of the loss; expected task_loss for the rest of it.")
-        divergences = self.divergences(outputs, batch)
-        term = self.weight * divergences.sum() / max(1, divergences.numel())
+        return self.mixed(self.divergences(outputs, batch), task_loss)
+
+    def mixed(self, divergences: Tensor, task_loss: Tensor | None, num_terms: Tensor | float | None = None) -> Tensor:
+        """The loss of these divergences, whose sum is divided by `num_terms`; None is how many there are."""
+        term = self.weight * divergences.sum() / (max(1, divergences.numel()) if num_terms is None else num_terms)
         return term if task_loss is None or self.weight == 1 else term + (1 - self.weight) * task_loss
 
     def divergences(self, outputs: Any, batch: Any) -> Tensor:
