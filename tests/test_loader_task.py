@@ -123,7 +123,7 @@ def test_the_teacher_is_in_the_loss_and_stays_as_it_was(tmp_path):
         wrong = task(8)
         images, labels = wrong.data.train.dataset.tensors
         wrong.data.train.dataset.tensors = (images, (labels + 1) % 3)
-        running = Running(checkpoints, 0, Interval(steps=4), (), True)
+        running = Running(checkpoints, 0, Interval(steps=6), wrong.generators, True)
         wrong.train(model, Until(num_steps), num_epochs=9, lr=0.05, distill=distill, checkpoint=running)
         return model
 
@@ -132,7 +132,7 @@ def test_the_teacher_is_in_the_loss_and_stays_as_it_was(tmp_path):
     assert (model(images).argmax(1) == distill.teacher(images).argmax(1)).float().mean() > 0.9
     assert (model(images).argmax(1) == labels).float().mean() > 0.8
     with pytest.raises(Killed):
-        student(6, tmp_path / "parts.pt")
+        student(7, tmp_path / "parts.pt")
     resumed = student(10**6, tmp_path / "parts.pt")
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in model.state_dict().items())
     assert all(torch.equal(value, state[name]) for name, value in distill.teacher.state_dict().items())
