@@ -6,6 +6,8 @@ alike, and leaves accumulation, clipping, scaling and the average over processes
 beginning of a training to its end, and works in training mode alone, so that evaluations have the loss on the labels.
 """
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -103,7 +105,9 @@ class DistillationCallback(TrainerCallback):
         mixed, task, divergence, count = map(float, self._sums)
         if "loss" not in event["logs"] or not count:
             return
-        added = {"nll": event["logs"]["loss"] * task / mixed, "distillation": divergence / count}
+        added = {"distillation": divergence / count}
+        if mixed and not math.isnan(task):
+            added["nll"] = event["logs"]["loss"] * task / mixed
         event["logs"].update(added)
         if state.log_history:
             state.log_history[-1].update(added)
@@ -125,6 +129,11 @@ class DistillationCallback(TrainerCallback):
         if not (model.training and torch.is_grad_enabled()):
             return None
         inputs = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}
+        if not isinstance(output, Mapping):
+            raise TypeError(
+                f"{type(model).__name__} returned {type(output).__name__}; expected an output with loss and logits by "
+                "name: leave return_dict=False out."
+            )
         task = output.get("loss")
         if task is None and self.distill.weight < 1:
             raise ValueError(f"{type(model).__name__} was called without labels, and gives no loss. {_OWN_LOSS}")
@@ -139,7 +148,7 @@ class DistillationCallback(TrainerCallback):
         if self._is_used is None:
             self._is_used = False
             loss.register_hook(self._arrived)
-        parts = (loss, loss if task is None else task, divergences.sum(), divergences.numel())
+        parts = (loss, math.nan if task is None else task, divergences.sum(), divergences.numel())
         self._sums = [total + torch.as_tensor(part).detach() for total, part in zip(self._sums, parts, strict=True)]
         return output
 
