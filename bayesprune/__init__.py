@@ -22,7 +22,7 @@ from bayesprune.prune import (
     signal_to_noise,
 )
 from bayesprune.storage import load, save
-from bayesprune.train import attach, kl_divergence
+from bayesprune.train import attach, distillation, kl_divergence
 
 if _find_spec("timm"):
     from bayesprune.hosts import timm as _timm  # noqa: F401  (makes `timm.create_model("local-dir:...")` know us)
@@ -46,6 +46,7 @@ __all__ = [
     "condition_on_channels",
     "condition_on_zeros",
     "conversion_table",
+    "distillation",
     "evi",
     "evidence",
     "fit_kronecker",
