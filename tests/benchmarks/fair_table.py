@@ -1,0 +1,7 @@
+"""The results of the fair comparison as Markdown."""
+
+from typing import Any
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    return ""
