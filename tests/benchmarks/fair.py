@@ -12,6 +12,7 @@ skipped when the program runs again; several processes may work on one results f
 """
 
 import fcntl
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -62,13 +63,13 @@ class Benchmark:
         """All rows that are finished, those of other processes too."""
         return read(self.out, SETTINGS)
 
-    def without_training(self, scores: list[str], seeds: list[int]) -> None:
-        """Chooses, tests what was chosen, then every allocation and compensation with the chosen option."""
+    def without_training(self, scores: list[str], seeds: list[int], *, has_grid: bool) -> None:
+        """Chooses, tests what was chosen, then, for the grid, its option with every allocation and compensation."""
         name, scores = self.task.name, [score for score in scores if not SCORES[score].phase]
         for level in LEVELS[name]:
             for score in scores:
                 self.choose_cut("none", score, level)
-        for is_grid in (False, True):
+        for is_grid in (False, True)[: 1 + has_grid]:
             for seed in seeds:
                 for score in scores:
                     for level in LEVELS[name]:
@@ -177,11 +178,14 @@ def accuracy_of(rows: list[Row], way: Way) -> float:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Inside, no other process is."""
+    """Inside, no other process is with a file of the same folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(folder)
 
 
 def main() -> None:
@@ -190,6 +194,7 @@ def main() -> None:
     options.add_argument("--task", choices=LEVELS, default="resnet20")
     options.add_argument("--regime", choices=("none", "short", "long"), default="none")
     options.add_argument("--only", choices=SCORES, nargs="+", default=list(SCORES), help="these scores")
+    options.add_argument("--grid", action="store_true", help="every allocation and compensation, without training")
     options.add_argument("--without-distillation", action="store_true", help="test with cross-entropy alone")
     args = options.parse_args()
     torch.set_num_threads(1)
@@ -200,7 +205,7 @@ def main() -> None:
         raise SystemExit("--data-dir or BAYESPRUNE_DATA is needed: the folder with cifar10, photos10 and weights.")
     benchmark = Benchmark(Path(args.data_dir), args.out, args.task)
     if args.regime == "none":
-        benchmark.without_training(args.only, args.seeds)
+        benchmark.without_training(args.only, args.seeds, has_grid=args.grid)
     else:
         is_distilled = not args.without_distillation
         benchmark.with_training(args.regime, args.only, args.seeds, is_distilled=is_distilled)

@@ -3,7 +3,7 @@
 import base64
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -102,10 +102,10 @@ def chosen(rows: Sequence[Row], regime: str, task: str, score: str, level: float
     last = LEVELS[task][-1]
     found = best(matching(rows, task=task, regime=regime, score=score, level=last, part="validation", at=AT_END))
     when, lr = (found["run"]["when"], found["run"]["lr"]) if found else (whens(score)[0], LRS[task][0])
-    return Way(**asdict(way) | {"when": when, "lr": lr, "distilled": True})
+    return replace(way, when=when, lr=lr, distilled=True)
 
 
 def other_compensations(way: Way) -> list[Way]:
     """The same with each of the others."""
     names = [name for name in COMPENSATIONS if name != way.compensation]
-    return [Way(**asdict(way) | {"compensation": name}) for name in names]
+    return [replace(way, compensation=name) for name in names]
