@@ -1,7 +1,9 @@
 """The program behind the fair tables: choices by validation images alone, paired standard errors, equal budgets."""
 
+import itertools
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,3 +100,43 @@ def test_the_page_sets_rows_against_the_best_control():
     page = markdown(rows)
     assert "| **Laplace SNR** | **75.0** (1) | +25.0 ± 25.0 | measured |" in page
     assert "| *magnitude* | 50.0 (1) |  | measured |" in page
+
+
+def test_a_second_start_finds_every_row_and_the_page_has_them(monkeypatch, tmp_path):
+    """With networks that are numbers: the program's order, its keys and its page."""
+    import fair
+    from fair_table import markdown
+
+    numbers = itertools.count()
+    net = SimpleNamespace(allocated=lambda *way: None, cut=lambda *way: next(numbers))
+    network = SimpleNamespace(name="resnet20", dense=next(numbers), steps={"none": 0, "short": 350}.get)
+    monkeypatch.setattr(fair, "task", lambda name, data_dir: network)
+    monkeypatch.setattr(fair, "trained", lambda *way: net)
+    monkeypatch.setattr(fair, "fine_tuned", lambda *way: (next(numbers), next(numbers)))
+
+    def measured(self, model, part):
+        right = torch.rand(40, generator=torch.Generator().manual_seed(model)) < 0.5
+        return {"accuracy": float(right.double().mean()), "images": 40, "right": fair.packed(right)}
+
+    monkeypatch.setattr(fair.Benchmark, "measured", measured)
+    made = []
+    for _ in range(2):
+        benchmark = fair.Benchmark(tmp_path, tmp_path / "fair.json", "resnet20")
+        benchmark.without_training(["magnitude", "Laplace SNR"], [0, 1], has_grid=True)
+        for is_distilled in (True, False):
+            benchmark.with_training("short", ["magnitude", "README's way"], [0], is_distilled=is_distilled)
+        made.append((next(numbers), len(benchmark.rows)))
+    (before, rows), (after, again) = made
+    assert after == before + 1, "nothing ran twice"
+    assert rows == again
+    ends = [row["run"] for row in benchmark.rows if row.get("run", {}).get("at") == "end"]
+    assert sum(run["part"] == "validation" for run in ends) == 2 * 4
+    assert sum(run["part"] == "test" for run in ends) == 2 * 2 * 2
+    page = markdown(benchmark.rows)
+    for heading in (
+        "No training\n",
+        "0.4 of the MACs, every allocation",
+        "Short, distilled",
+        "Short, cross-entropy alone",
+    ):
+        assert f"### {heading}" in page or f"### No training, {heading}" in page

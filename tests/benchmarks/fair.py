@@ -28,6 +28,7 @@ from fair_choice import (
     Row,
     chosen,
     chosen_cut,
+    cut_rows,
     cut_tries,
     matching,
     other_compensations,
@@ -73,7 +74,7 @@ class Benchmark:
             for seed in seeds:
                 for score in scores:
                     for level in LEVELS[name]:
-                        way = chosen_cut(self.rows, name, score, level)
+                        way = chosen_cut(self.rows, "none", name, score, level)
                         assert way is not None, "it was chosen above"
                         for other in every_cut(way) if is_grid else [way]:
                             self.measure("none", other, level, seed, "test", AT_CUT)
@@ -83,7 +84,7 @@ class Benchmark:
         name = self.task.name
         for score in scores:
             for level in LEVELS[name]:
-                self.choose_cut(regime if SCORES[score].phase else "none", score, level)
+                self.choose_cut(regime, score, level)
         for score in scores:
             self.choose_spending(regime, score)
         for seed in seeds:
@@ -95,10 +96,11 @@ class Benchmark:
 
     def choose_cut(self, regime: str, score: str, level: float) -> None:
         """Tries options and allocations, then the other compensations with the best of them."""
+        regime = regime if SCORES[score].phase else "none"
         tried = cut_tries(score, self.task.name)
         for way in tried:
             self.measure(regime, way, level, 0, "validation", AT_CUT)
-        rows = matching(self.rows, task=self.task.name, score=score, level=level, part="validation", at=AT_CUT)
+        rows = cut_rows(self.rows, regime, self.task.name, score, level)
         best = max(tried, key=lambda way: accuracy_of(rows, way))
         for way in other_compensations(best):
             self.measure(regime, way, level, 0, "validation", AT_CUT)
@@ -106,7 +108,7 @@ class Benchmark:
     def choose_spending(self, regime: str, score: str) -> None:
         """Tries when to cut, then the other learning rates at the best moment."""
         name, level = self.task.name, LEVELS[self.task.name][-1]
-        way = chosen_cut(self.rows, name, score, level)
+        way = chosen_cut(self.rows, regime, name, score, level)
         assert way is not None, "it was chosen before"
         for when in whens(score):
             self.measure(
@@ -151,14 +153,21 @@ class Benchmark:
 
     def row(self, key: Row, make: Callable[[], Row]) -> None:
         """Makes a row that is not there, and adds it to what other processes have written meanwhile."""
-        if any(key.items() <= row.items() for row in self.rows):
+        if has_row(self.rows, key):
             return
         start = time.perf_counter()
         made = key | make() | {"seconds": round(time.perf_counter() - start)}
         with locked(self.out):
-            write(self.out, SETTINGS, [*self.rows, made])
+            rows = self.rows
+            if not has_row(rows, key):
+                write(self.out, SETTINGS, [*rows, made])
         shown = {name: value for name, value in made.items() if name not in ("right", "images", "params")}
         print(time.strftime("%H:%M:%S"), shown, flush=True)
+
+
+def has_row(rows: list[Row], key: Row) -> bool:
+    """Whether one of the rows holds all of the key."""
+    return any(key.items() <= row.items() for row in rows)
 
 
 def every_cut(way: Way) -> list[Way]:

@@ -83,9 +83,15 @@ def cut_tries(score: str, task: str) -> list[Way]:
     ]
 
 
-def chosen_cut(rows: Iterable[Row], task: str, score: str, level: float) -> Way | None:
+def cut_rows(rows: Iterable[Row], regime: str, task: str, score: str, level: float) -> list[Row]:
+    """What was tried of a score right after the cut; without a training before it, it is the same in all regimes."""
+    regime = regime if SCORES[score].phase else "none"
+    return matching(rows, regime=regime, task=task, score=score, level=level, part="validation", at=AT_CUT)
+
+
+def chosen_cut(rows: Iterable[Row], regime: str, task: str, score: str, level: float) -> Way | None:
     """The best option, allocation and compensation of a score on validation images, right after the cut."""
-    found = best(matching(rows, task=task, score=score, level=level, part="validation", at=AT_CUT))
+    found = best(cut_rows(rows, regime, task, score, level))
     return way_of(found) if found else None
 
 
@@ -96,7 +102,7 @@ def whens(score: str) -> tuple[str, ...]:
 
 def chosen(rows: Sequence[Row], regime: str, task: str, score: str, level: float) -> Way | None:
     """The way of a score that is shown; the moment and learning rate are those that were best at the last level."""
-    way = chosen_cut(rows, task, score, level)
+    way = chosen_cut(rows, regime, task, score, level)
     if way is None or regime == "none":
         return way
     last = LEVELS[task][-1]

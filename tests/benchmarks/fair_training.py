@@ -83,7 +83,9 @@ def distillation(teacher: nn.Module, *, weight: float = 0.9, temperature: float 
     return loss
 
 
-def train(task: Task, model: nn.Module, batches: Iterator[Batch], steps: range, total: int, way: Way, **attach: Any):
+def train(
+    task: Task, model: nn.Module, batches: Iterator[Batch], steps: range, total: int, way: Way, **attach: Any
+) -> None:
     """These of `total` steps, learning rate by cosine to 0; with noise and KL where there are options of `attach`."""
     loss = distillation(task.dense) if way.distilled else cross_entropy
     means = [parameter for name, parameter in model.named_parameters() if not name.endswith("log_std")]
