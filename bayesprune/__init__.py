@@ -18,6 +18,7 @@ from bayesprune.prune import (
     compress,
     evidence,
     prune_channels,
+    prune_one_shot,
     prune_weights,
     signal_to_noise,
 )
@@ -59,6 +60,7 @@ __all__ = [
     "predict",
     "priors",
     "prune_channels",
+    "prune_one_shot",
     "prune_weights",
     "register_layer",
     "report",
