@@ -18,14 +18,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from bayesprune.laplace.inputs import damped
 from bayesprune.laplace.kronecker import (
     KroneckerFactors,
     KroneckerPosterior,
     layer_matrix,
     variational_layer,
 )
-from bayesprune.laplace.matrices import from_matrix, removed_columns, to_matrix
+from bayesprune.laplace.matrices import damped, from_matrix, removed_columns, to_matrix
 from bayesprune.layers import VariationalLayer
 
 _RESIDUAL = 1e-4  # of conjugate gradients, relative to the start; the loss is then within 1e-6 of its minimum
@@ -91,7 +90,7 @@ def condition_on_zeros(model: nn.Module, posterior: KroneckerPosterior, *, dampi
         layer = variational_layer(model, name)
         mask = layer.mask("weight", whole=True)
         if mask is not None:
-            _condition(name, layer, factors, to_matrix(layer, mask).cpu(), damping)
+            _condition(model, name, factors, to_matrix(layer, mask).cpu(), damping)
     return model
 
 
@@ -128,14 +127,12 @@ def condition_on_channels(
             keep = ~removed_columns(layer, list(channels))[:, None].expand(-1, factors.mean.shape[1], -1)
             mask = layer.mask("weight", whole=True)
             keep = keep if mask is None else keep & to_matrix(layer, mask).cpu()
-            _condition(name, layer, factors, keep, damping)
+            _condition(model, name, factors, keep, damping)
     return model
 
 
-def _condition(
-    name: str, layer: VariationalLayer, factors: KroneckerFactors, keep: Tensor, damping: float | None
-) -> None:
-    num_columns = keep.shape[2]
+def _condition(model: nn.Module, name: str, factors: KroneckerFactors, keep: Tensor, damping: float | None) -> None:
+    layer, num_columns = variational_layer(model, name), keep.shape[2]
     has_bias = factors.mean.shape[2] > num_columns
     if has_bias:
         keep = torch.cat([keep, keep.new_ones(*keep.shape[:2], 1)], dim=2)
@@ -148,6 +145,11 @@ def _condition(
             moved[group, :, columns] = conditional_mean(
                 factors.mean[group][:, columns], precision, keep[group][:, columns]
             ).to(moved)
+    if factors.norm is not None and factors.centre is not None:
+        shift = ((moved.double() - factors.mean.double()) * factors.centre[:, None]).sum(2).flatten()
+        norm = model.get_submodule(factors.norm)
+        before = norm.get_buffer("running_mean")
+        norm._buffers["running_mean"] = before + shift.to(before)
     factors.mean = moved
     layer.get_parameter("weight").copy_(from_matrix(layer, moved[..., :num_columns]))
     if has_bias:

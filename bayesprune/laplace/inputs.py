@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bayesprune.batches import device_of, on_device, split
 from bayesprune.errors import UnsupportedModelError
 from bayesprune.laplace.calibration import check_examples
-from bayesprune.laplace.matrices import input_rows
+from bayesprune.laplace.matrices import damped, input_rows
 from bayesprune.layers import VariationalLayer
 from bayesprune.macs import eval_mode
 
@@ -42,12 +42,6 @@ class InputMoments(NamedTuple):
         """
         precision = damped(self.second, damping)
         return mean + torch.linalg.solve(precision, mean @ (self.cross - self.second), left=False), precision
-
-
-def damped(block: Tensor, damping: float) -> Tensor:
-    """A block with a fraction of its mean diagonal added to its diagonal, (G, b, b)."""
-    size = block.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    return block + damping * size * torch.eye(block.shape[-1], dtype=block.dtype)
 
 
 def moves_bias(layer: VariationalLayer) -> bool:

@@ -30,6 +30,8 @@ _LOGGER = logging.getLogger(__name__)
 _ERRORS = (AssertionError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 HEAD_ATTRIBUTES = ("num_heads", "num_attention_heads", "num_key_value_groups", "n_heads", "n_head", "heads")
+# What puts tokens elsewhere and leaves their channels alone, where the last dimension has the size that the layer gave.
+_MOVING_TOKENS = ("View", "UnsafeView", "Permute", "Roll", "Slice", "Alias")
 # What may stand between an attention module's last layer and its output; a reshape means that heads come out.
 PASS_THROUGH = ("Add", "Mul", "Clone", "ToCopy", "NativeBatchNorm", "NativeLayerNorm", "NativeDropout")
 
@@ -67,12 +69,13 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
         UnsupportedModelError: torch-pruning fails on the model.
     """
     try:
+        several = _of_several_outputs(model, example_inputs)  # by a forward of its own, which no graph is to hold
         try:
             with everything_seen(), buffers_as_parameters(model) as buffers:
-                return _trace(model, example_inputs, buffers)
+                return _trace(model, example_inputs, buffers, several)
         except _ERRORS as error:  # a forward that writes into buffers, or relies on detached tensors
             _LOGGER.debug("traced again, as autograd sees the model: %s", error)
-            return _trace(model, example_inputs, {})
+            return _trace(model, example_inputs, {}, several)
     except _ERRORS as error:
         raise UnsupportedModelError(
             f"torch-pruning {version('torch-pruning')} cannot trace {type(model).__name__} ({type(error).__name__}: "
@@ -81,7 +84,9 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
         ) from error
 
 
-def _trace(model: nn.Module, example_inputs: Any, buffers: dict[nn.Parameter, str]) -> Trace:
+def _trace(
+    model: nn.Module, example_inputs: Any, buffers: dict[nn.Parameter, str], ignored_layers: list[nn.Module]
+) -> Trace:
     layer_of: dict[Any, nn.Module] = {}
     made: list[tuple[nn.Module, Tensor]] = []
     attention: list[tuple[nn.Module, Tensor]] = []
@@ -111,7 +116,14 @@ def _trace(model: nn.Module, example_inputs: Any, buffers: dict[nn.Parameter, st
     handles = [m.register_forward_hook(saw_layer) for m in model.modules() if is_root(m)]
     handles += [m.register_forward_hook(saw_attention) for m in model.modules() if has_heads(m)]
     try:
-        with torch.enable_grad(), eval_mode(model), requires_grad(model, True), without_cache(model), quiet():
+        with (
+            torch.enable_grad(),
+            eval_mode(model),
+            requires_grad(model, True),
+            without_cache(model),
+            _out_of_place(model),
+            quiet(),
+        ):
             graph = Graph()
             unwrapped: Any = [UnwrappedParameters(buffer, _last_dim(buffer)) for buffer in buffers]
             graph.build_dependency(
@@ -121,7 +133,7 @@ def _trace(model: nn.Module, example_inputs: Any, buffers: dict[nn.Parameter, st
                 customized_pruners={type(m): TRANSPOSED_LINEAR for m in model.modules() if is_transposed_linear(m)},
                 output_transform=outputs_with_history,
                 unwrapped_parameters=unwrapped,
-                ignored_layers=_of_several_outputs(model, example_inputs),
+                ignored_layers=ignored_layers,
                 verbose=False,
             )
             map_parts(graph)
@@ -163,7 +175,7 @@ def _of_several_outputs(model: nn.Module, example_inputs: Any) -> list[nn.Module
     handles = [module.register_forward_hook(see) for module in own]
     try:
         if own:
-            with torch.no_grad():
+            with torch.no_grad(), eval_mode(model):
                 run_forward(model, example_inputs)
     finally:
         for handle in handles:
@@ -208,6 +220,19 @@ def without_cache(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def _out_of_place(model: nn.Module) -> Iterator[None]:
+    """Inside, activations write into no output of a layer: autograd forgets the layer where that is a view."""
+    writing: list[Any] = [module for module in model.modules() if getattr(module, "inplace", None) is True]
+    try:
+        for module in writing:
+            module.inplace = False
+        yield
+    finally:
+        for module in writing:
+            module.inplace = True
+
+
+@contextmanager
 def quiet() -> Iterator[None]:
     """Inside, warnings of torch-pruning are not shown; what they warn of is in the report, by layer."""
     with warnings.catch_warnings():
@@ -247,7 +272,7 @@ def last_layers(output: Tensor, layer_of: dict[Any, nn.Module], inside: Collecti
     """Layers inside a module whose units are its output's units, as the projection behind the heads."""
     found = [layer for layer in reached(output.grad_fn, layer_of, PASS_THROUGH) if layer in inside]
     if not found:  # tokens may be put back into rows and columns, while the size of the last dimension stays
-        behind = reached(output.grad_fn, layer_of, (*PASS_THROUGH, "View", "UnsafeView"))
+        behind = reached(output.grad_fn, layer_of, (*PASS_THROUGH, *_MOVING_TOKENS))
         linear = [layer for layer in behind if layer in inside and is_linear(layer)]
         found = [layer for layer in linear if linear_sizes(layer)[1] == output.shape[-1]]
     return found

@@ -12,28 +12,10 @@ from torch import nn
 
 from bayesprune.prune.channels import prune_channels
 from bayesprune.prune.groups import find_groups
-from bayesprune.prune.removal import remove
-from bayesprune.prune.silenced import silence
+from tests.prune.nets import assert_removing_is_silencing, units
 
 IMAGE = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 MAGNITUDE = tp.importance.MagnitudeImportance(normalizer=None)
-
-
-def units(net: nn.Module, x: Any) -> dict[str, int]:
-    return {group.name: len(group.units) for group in find_groups(net, x).groups}
-
-
-def assert_removing_is_silencing(net: nn.Module, x: Any) -> None:
-    """Every second channel of every group, which no norm counts."""
-    selection = [(group, group.units[::2]) for group in find_groups(net, x).groups]
-    net.eval()
-    undo = remove(net, selection)
-    found = net(x)
-    undo()
-    for group, gone in selection:
-        silence(group, gone)
-    torch.testing.assert_close(found, net(x), rtol=1e-4, atol=1e-5)
-    assert found.abs().max() > 1e-3
 
 
 class FrozenNorm(nn.Module):
@@ -243,6 +225,36 @@ def without_gradients(layer, x):
         return layer(x)
 
 
+class Reversible(torch.autograd.Function):
+    """As the blocks of Reformer and RevNets: layers run inside, and run again in the backward."""
+
+    @staticmethod
+    def forward(ctx, x, layers):
+        ctx.layers = layers
+        ctx.save_for_backward(x)
+        return layers[0](x)
+
+
+class Newer(torch.autograd.Function):
+    """The same in torch's later form."""
+
+    @staticmethod
+    def forward(layer, x):
+        return layer(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[1:])
+
+
+class Rounded(torch.autograd.Function):
+    """A function of tensors alone."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.round(decimals=2)
+
+
 @pytest.mark.parametrize(
     "run",
     [
@@ -253,16 +265,24 @@ def without_gradients(layer, x):
         lambda layer, x: layer(x) + x.detach().mean(1, keepdim=True),
         without_gradients,
         torch.no_grad()(lambda layer, x: layer(x)),
+        lambda layer, x: Reversible.apply(x, nn.ModuleList([layer])),
+        lambda layer, x: Reversible.apply(x, [layer]),
+        lambda layer, x: Newer.apply(layer, x),
+        lambda layer, x: Rounded.apply(layer(x)),
     ],
-    ids=["reentrant", "checkpoint", "detach", "data", "both", "no_grad", "decorator"],
+    ids=[
+        *("reentrant", "checkpoint", "detach", "data", "both", "no_grad", "decorator"),
+        *("reversible", "list", "newer", "rounded"),
+    ],
 )
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_stopped_gradients_hide_nothing(run):
     torch.manual_seed(0)
     net, x = Stopped(run), torch.randn(3, 4)
     net.a.bias.requires_grad_(False)
-    checkpoint = torch.utils.checkpoint.CheckpointFunction.apply
+    checkpoint, apply = torch.utils.checkpoint.CheckpointFunction.apply, Rounded.apply
     assert units(net, x) == {"a": 12, "b": 10}
+    assert Rounded.apply == apply
     assert torch.utils.checkpoint.CheckpointFunction.apply == checkpoint
     report = prune_channels(net, x, target={"macs": 0.5}, importance=MAGNITUDE)
     assert report.achieved["macs"] <= 0.5
