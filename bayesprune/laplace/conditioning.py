@@ -36,8 +36,8 @@ def conditional_mean(mean: Tensor, precision: Tensor, keep: Tensor) -> Tensor:
 
     Rows that lose the same columns share a Cholesky factorisation, k^3 / 3 multiplications where they keep k. Where
     nearly every row loses columns of its own and C is above 700 or so, preconditioned conjugate gradients on all rows
-    at once cost less, R C^2 a step and ten to thirty steps; their residual is brought to 1e-4 of what it was at `mean`
-    with the removed entries set to zero, and a row that does not get there is factorised after all.
+    at once cost less, R C^2 a step and ten to a hundred steps; their residual is brought to 1e-4 of what it was at
+    `mean` with zeros put in, and a row that does not get there is factorised after all.
 
     Args:
         mean: Means, (R, C).
@@ -64,8 +64,7 @@ def condition_on_zeros(model: nn.Module, posterior: KroneckerPosterior, *, dampi
     Any mask will do: a sparsity, an SNR threshold, an N:M pattern. Biases of the layers move too. The posterior's means
     move along; stds stay as they are.
 
-    Cost: as `conditional_mean` says, for each block of `fit_kronecker`'s `block_size` inputs: a layer of 4,096 x 4,096
-    in one block at half of its weights takes COST.
+    Cost: as `conditional_mean` says, for each block of `fit_kronecker`'s `block_size` inputs.
 
     Args:
         model: A variational model of which weights were removed after `fit_kronecker`.

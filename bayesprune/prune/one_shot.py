@@ -63,9 +63,9 @@ def prune_one_shot(
     removed before stays removed and counts, so that it can be called again, in training as well. Batch norm is measured
     anew at the end.
 
-    Cost: two forwards over the data as far as each layer, and for a layer of R outputs and C inputs (times taps) about
-    40 R C^2 + 3 C^3 multiplications: COST for 4,096 x 4,096 on two cores. With a sparsity and the scope "global"
-    all that three times, and two forwards more for each layer. Memory: a copy of the model, and for the largest layer
+    Cost: two forwards over the data as far as each layer, and for a layer of R outputs and C inputs (times taps) some
+    20 R C^2 + 3 C^3 multiplications and what `conditional_mean` takes. With a sparsity and the scope "global" all that
+    three times, and two forwards more for each layer. Memory: a copy of the model, and for the largest layer
     50 C^2 + 30 R C bytes.
 
     Args:
