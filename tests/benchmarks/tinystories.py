@@ -368,8 +368,7 @@ GENERATION = """Greedy, 40 tokens, with the cache. The cut models were saved by 
 """
 
 SHOWS = """Cut at once by `bp.prune_one_shot`, half of the weights, or 2:4, cost least, without training and with all
-steps
-after the cut. Fitting the layers to the outputs of the dense model brings most of it, whatever chooses the masks;
+steps after it. Fitting the layers to the outputs of the dense model brings most of it, whatever chooses the masks;
 dividing the sparsity between layers the next part; the masks the last. With all steps after the cut, and a learning
 rate of 3e-3, plain magnitude is ahead of everything that is cut gradually at 1e-3: those rows are handicapped.
 
