@@ -7,21 +7,23 @@ from bayesprune.compiling import compile_moments
 from bayesprune.conversion import conversion_table
 from bayesprune.convert import to_deterministic, to_variational
 from bayesprune.evaluate import report
-from bayesprune.laplace import condition_on_channels, condition_on_zeros, fit_kronecker, fit_laplace
+from bayesprune.laplace import compensate, condition_on_channels, condition_on_zeros, fit_kronecker, fit_laplace
 from bayesprune.layers import VariationalLayer, register_layer
 from bayesprune.predictive import Prediction, predict, sampling
 from bayesprune.prune import (
     EvidenceImportance,
     InclusionImportance,
     SNRImportance,
+    UnitSNRImportance,
     compress,
     evidence,
     prune_channels,
+    prune_one_shot,
     prune_weights,
     signal_to_noise,
 )
 from bayesprune.storage import load, save
-from bayesprune.train import attach, kl_divergence
+from bayesprune.train import attach, distillation, kl_divergence
 
 if _find_spec("timm"):
     from bayesprune.hosts import timm as _timm  # noqa: F401  (makes `timm.create_model("local-dir:...")` know us)
@@ -36,13 +38,16 @@ __all__ = [
     "InclusionImportance",
     "Prediction",
     "SNRImportance",
+    "UnitSNRImportance",
     "VariationalLayer",
     "attach",
+    "compensate",
     "compile_moments",
     "compress",
     "condition_on_channels",
     "condition_on_zeros",
     "conversion_table",
+    "distillation",
     "evi",
     "evidence",
     "fit_kronecker",
@@ -55,6 +60,7 @@ __all__ = [
     "predict",
     "priors",
     "prune_channels",
+    "prune_one_shot",
     "prune_weights",
     "register_layer",
     "report",

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from bayesprune.batches import given
+from bayesprune.calls import layers_called
 
 COUNTER = "torch.utils.flop_counter, FLOPs / 2"
 
@@ -43,6 +44,7 @@ def macs_by_module(model: nn.Module, example_inputs: Any) -> dict[str, int]:
         eval_mode(model),
         requires_grad(model, False),
         sdpa_kernel(SDPBackend.MATH),
+        layers_called(model),
         FlopCounterMode(display=False, custom_mapping=_grouped_products()) as counter,
     ):
         try:

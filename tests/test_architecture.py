@@ -14,7 +14,7 @@ FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*
 
 # From the bottom to the top: a unit (a module or a folder of bayesprune) imports its own row and the rows above it.
 ROWS = (
-    ("batches", "errors", "noise", "priors", "states", "tables"),
+    ("batches", "calls", "errors", "noise", "priors", "states", "tables"),
     ("moments",),
     ("estimators",),
     ("layers",),

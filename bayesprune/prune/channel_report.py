@@ -23,7 +23,7 @@ class ChannelRow:
     """Output channels of one layer before and after, and the layers that lose the same channels with it.
 
     Of heads, the channels are those of its keys, the layer is the attention module, and `heads` and `kept_heads` count
-    its query heads; both are 0 where the row is not about heads.
+    its query heads; both are 0 where the row is not about heads. Where heads leave with the width, it is about both.
     """
 
     layer: str
@@ -72,6 +72,7 @@ class ChannelReport:
         dry_run: Whether the model was left as it was.
         counter: What counted the MACs.
         holdings: Which modules hold the MACs that stay, by reason, the most first.
+        how: What ranked the channels, divided the budget and made up for what went, in one line.
     """
 
     rows: tuple[ChannelRow, ...]
@@ -87,6 +88,7 @@ class ChannelReport:
     dry_run: bool = False
     counter: str = COUNTER
     holdings: tuple[Holding, ...] = ()
+    how: str = ""
 
     @property
     def achieved(self) -> dict[str, float]:
@@ -116,6 +118,7 @@ class ChannelReport:
         if self.config:
             fields = ", ".join(f"{name}={value}" for name, value in self.config.items())
             notes.insert(0, f"the config says so: {fields}")
+        notes = [self.how, *notes] if self.how else notes
         return as_text(title, table, *notes)
 
 

@@ -88,7 +88,7 @@ def _heads(group: ChannelGroup, count: int) -> Iterator[tuple[int, int]]:
 
 def _channels(group: ChannelGroup, count: int) -> Iterator[tuple[int, int]]:
     units = len(group.units)
-    for factor in {group.unit_size, 1} if not group.attention else ():  # a gate and its values are one fused layer
+    for factor in {group.unit_size, 1} if not group.is_heads else ():  # a gate and its values are one fused layer
         yield units * factor, (units - count) * factor
 
 

@@ -29,13 +29,14 @@ from bayesprune.prune.silenced import disagreement
 from bayesprune.prune.structure import ChannelGroup, ChannelStructure, written_down
 
 # Attributes of attention modules by what they count; which are there, and hold that number, follow the heads.
-_COUNTS = (
+COUNTS = (
     *("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "num_q_heads"),
     *("num_key_value_heads", "num_kv_heads", "n_kv_heads", "num_key_value_groups", "n_rep"),
 )
 _SIZES = ("all_head_size", "all_head_dim", "attn_dim", "attention_dim", "inner_dim", "split_size")
 # These name the hidden width in some modules and the size of all heads in others.
 _WIDTHS = ("embed_dim", "hidden_size", "dim", "d_model", "hidden_dim")
+HEADS_STAY = "its heads stay whole"
 _ONE_FOR_ALL = "what it puts out serves all heads of its module"
 
 
@@ -48,14 +49,17 @@ class Layout:
             otherwise all heads of one part.
         with_width: Whether attributes named after the hidden width hold the size of all heads.
         outside: Whether embeddings outside the modules have a column for each head.
+        interleaved: Whether the layer behind reads the first entries of all heads, then the second ones, as in NesT.
     """
 
     by_head: bool = False
     with_width: bool = False
     outside: bool = False
+    interleaved: bool = False
 
 
 _LAYOUTS = tuple(Layout(by_head, with_width) for with_width, by_head in product((False, True), repeat=2))
+_LAYOUTS = (*_LAYOUTS, Layout(interleaved=True))
 _OUTSIDE = Layout(outside=True)
 
 
@@ -79,6 +83,13 @@ def find_heads(model: nn.Module, example_inputs: Any, *, ignored_layers: Iterabl
     for attention in found:  # of multi-query attention, whose queries leave by themselves
         left_whole |= {layer: _ONE_FOR_ALL for layer in attention.layers if layer not in cut | left_whole.keys()}
     return ChannelStructure(tuple(groups), left_whole)
+
+
+def in_every_layout(model: nn.Module, place: list[Attention]) -> Iterator[ChannelGroup]:
+    """The heads of all these modules as one group, in each layout that may be theirs; nothing is checked."""
+    finder = _Finder(model, None)
+    for layout in _layouts(place):
+        yield _group(place, finder.members(place, layout), layout)
 
 
 class _Finder:
@@ -111,7 +122,7 @@ class _Finder:
             solved = {name for group in found for name in group.attention}
             rest = [attention for attention in some if attention.name not in solved]
             problem = self.disagreement(self.separate(rest[:1], _LAYOUTS[0]), shift=0) if rest else None
-            reason = f"its heads stay whole: {problem or 'the heads of several modules hang together'}"
+            reason = f"{HEADS_STAY}: {problem or 'the heads of several modules hang together'}"
             reasons |= {layer: reason for attention in rest for layer in attention.layers}
         return groups, reasons
 
@@ -157,8 +168,11 @@ class _Finder:
     def _members(self, attention: Attention, layout: Layout) -> Iterator[Member]:
         """What has an entry for each head, the layer behind the heads first."""
         behind = self.names[id(attention.behind)]
-        parts = [(attention.num_heads, attention.head_dim)]
-        yield _linear(attention, behind, attention.behind, "in", _positions(attention, parts))
+        positions = _positions(attention, [(attention.num_heads, attention.head_dim)])
+        if layout.interleaved:
+            units, dim = attention.num_units, attention.head_dim
+            positions = {root: [root % dim * units + root // dim] for root in positions}
+        yield _linear(attention, behind, attention.behind, "in", positions)
         for path, module in attention.module.named_modules():
             name = f"{attention.name}.{path}".strip(".")
             if module is attention.behind:
@@ -178,12 +192,14 @@ class _Finder:
 def _layouts(place: Iterable[Attention]) -> list[Layout]:
     """The layouts that differ for these modules."""
     fused = named = False
+    alike = all(attention.num_heads == attention.num_units for attention in place)
     for attention in place:
         q, whole = attention.num_heads, attention.num_heads * attention.head_dim
         sizes = {linear_sizes(layer)[1] for layer in attention.module.modules() if is_linear(layer)}
         fused |= not sizes <= {q, whole, attention.num_kv_heads * attention.head_dim}
         named |= any(vars(attention.module).get(name) == whole for name in _WIDTHS)
-    return [x for x in _LAYOUTS if (fused or not x.by_head) and (named or not x.with_width)]
+    fits = (x for x in _LAYOUTS if (fused or not x.by_head) and (named or not x.with_width))
+    return [x for x in fits if alike or not x.interleaved]
 
 
 def _axis(attention: Attention, size: int, layout: Layout) -> dict[int, list[int]]:
@@ -266,11 +282,11 @@ def _group(place: list[Attention], members: list[Member], layout: Layout) -> Cha
 def _attributes(attention: Attention, module: nn.Module, layout: Layout) -> Iterator[str]:
     q, kv, units = attention.num_heads, attention.num_kv_heads, attention.num_units
     counts = {q} | ({kv} if kv == units else set())
-    for name in (*_COUNTS, *_SIZES, *(_WIDTHS if layout.with_width else ())):
+    for name in (*COUNTS, *_SIZES, *(_WIDTHS if layout.with_width else ())):
         value = vars(module).get(name)
         if type(value) is not int:
             continue
-        if name not in _COUNTS:
+        if name not in COUNTS:
             if value == q * attention.head_dim:
                 yield name
         elif value in counts and not (name in ("num_key_value_groups", "n_rep") and units == kv):

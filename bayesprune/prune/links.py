@@ -69,7 +69,9 @@ def _broadcast(graph: tp.DependencyGraph, node: Node, node_of: dict[Any, Node]) 
         if shape is None or len(shape) > len(out):
             continue
         aligned = (1,) * (len(out) - len(shape)) + tuple(shape)
-        if aligned != tuple(out) and (channels[before] == 1 or (places and all(aligned[dim] == 1 for dim in places))):
+        fits = all(size in (1, whole) for size, whole in zip(aligned, out, strict=True))  # a transpose does not
+        apart = channels[before] == 1 or (fits and places and all(aligned[dim] == 1 for dim in places))
+        if apart and aligned != tuple(out):
             yield before
 
 

@@ -7,20 +7,22 @@ a flatten where it guesses other numbers of channels before and behind it.
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from math import prod
 from typing import Any
 
 import torch_pruning as tp
 from torch_pruning import ops
+from torch_pruning._helpers import _HybridIndex
 from torch_pruning.dependency import Dependency, Node
 from torch_pruning.dependency.index_mapping import (
     _ConcatIndexMapping,
     _FlattenIndexMapping,
+    _SliceIndexMapping,
     _SplitIndexMapping,
     update_expand_index_mapping,
     update_reshape_index_mapping,
-    update_slice_index_mapping,
     update_unbind_index_mapping,
 )
 from torch_pruning.dependency.shape_infer import infer_in_channels_recursively, infer_out_channels_recursively
@@ -33,7 +35,6 @@ _GUESSES: dict[Any, Callable[[Any, Any], None]] = {
     ops.OPTYPE.RESHAPE: update_reshape_index_mapping,
     ops.OPTYPE.UNBIND: update_unbind_index_mapping,
     ops.OPTYPE.EXPAND: update_expand_index_mapping,
-    ops.OPTYPE.SLICE: update_slice_index_mapping,
 }
 
 
@@ -76,11 +77,34 @@ def map_parts(graph: Graph) -> None:
             _map_concatenation(graph, node)
         elif node.type == ops.OPTYPE.RESHAPE:
             _map_reshape(graph, node)
+        elif node.type == ops.OPTYPE.SLICE:
+            _map_slice(graph, node)
 
 
 def signed(dim: int, num_dims: int) -> int:
     """A dimension that autograd saved, mostly without its sign, counted from 0."""
     return (dim - 2**64 if dim >= num_dims else dim) % num_dims
+
+
+@dataclass(frozen=True)
+class _Paths:
+    """Channels of several paths, one path behind the other: each path has a channel where the others have one.
+
+    Attributes:
+        size: Channels of a path.
+        num_paths: How many there are.
+        reverse: Whether it leads to the channels of all paths.
+    """
+
+    size: int
+    num_paths: int
+    reverse: bool = False
+
+    def __call__(self, indices: list[_HybridIndex]) -> list[_HybridIndex]:
+        if not self.reverse:
+            return list(dict.fromkeys(_HybridIndex(i.idx % self.size, i.root_idx) for i in indices))
+        starts = range(0, self.size * self.num_paths, self.size)
+        return [_HybridIndex(i.idx + start, i.root_idx) for i in indices for start in starts]
 
 
 def _map_reshape(graph: tp.DependencyGraph, node: Node) -> None:
@@ -94,7 +118,13 @@ def _map_reshape(graph: tp.DependencyGraph, node: Node) -> None:
     pairs = [pair for other in around for pair in ((node, other), (other, node))]
     edges = [(source, d) for source, target in pairs for d in source.dependencies if d.target is target]
     flattened = [d for _, d in edges if isinstance(d.index_mapping[0], _FlattenIndexMapping)]
-    if min(len(new), len(old)) > 1 and (new[-1] == old[-1] or new[1] == old[1]):  # the channels stay what they were
+    if _is_cut_into_paths(graph, node, old, new):
+        for dependency in flattened:
+            _set(dependency, 0, None)
+        for source, dependency in edges:
+            if (dependency.target if source is node else source) in node.inputs:
+                _set(dependency, 0, _Paths(new[2], new[1], reverse=source is node))
+    elif min(len(new), len(old)) > 1 and (new[-1] == old[-1] or new[1] == old[1]):  # the channels stay what they were
         for dependency in flattened:
             _set(dependency, 0, None)
     elif not flattened and len(old) > 2 and tuple(new) == (old[0], prod(old[1:])):  # there is no guess behind an index
@@ -106,6 +136,16 @@ def _map_reshape(graph: tp.DependencyGraph, node: Node) -> None:
             other = dependency.target if source is node else source
             if other in node.inputs:
                 _set(dependency, 0, _FlattenIndexMapping(stride, reverse=source is node))
+
+
+def _is_cut_into_paths(graph: tp.DependencyGraph, node: Node, old: Any, new: Any) -> bool:
+    """Whether (N, paths * C, ...) becomes (N, paths, C, ...), and what follows has C channels, as selective kernels."""
+    if len(old) < 3 or len(new) != len(old) + 1 or new[1] == 1 or new[2] == 1:
+        return False
+    if (old[0], old[1], *old[2:]) != (new[0], new[1] * new[2], *new[3:]):
+        return False
+    before = next((infer_out_channels_recursively(graph, n, [0]) for n in node.inputs), None)
+    return before == old[1] and infer_in_channels_recursively(graph, node, [0]) == new[2]
 
 
 def _map_split(graph: Graph, node: Node) -> None:
@@ -124,6 +164,25 @@ def _map_split(graph: Graph, node: Node) -> None:
         for number, one, other in zip(numbers, forth, back, strict=True):
             _set(one, 0, _SplitIndexMapping(parts[number]))
             _set(other, 0, _SplitIndexMapping(parts[number], reverse=True))
+
+
+def _map_slice(graph: Graph, node: Node) -> None:
+    """A slice of rows or columns takes no channels away, whatever dimension they are in."""
+    grad_fn: Any = node.grad_fn
+    if not hasattr(grad_fn, "_saved_self_sym_sizes"):
+        return
+    shape = grad_fn._saved_self_sym_sizes
+    dim, size = signed(grad_fn._saved_dim, len(shape)), grad_fn._input_metadata[0].shape
+    channels = next((infer_out_channels_recursively(graph, n, [0]) for n in node.inputs), None)
+    if not _counts_channels(shape, dim, channels):
+        return
+    start, step = signed(grad_fn._saved_start, shape[dim]), grad_fn._saved_step
+    end = start + size[dim] * step
+    for before in node.inputs:
+        for source, target in ((before, node), (node, before)):
+            for dependency in source.dependencies:
+                if dependency.target is target:
+                    _set(dependency, 0, _SliceIndexMapping(dim, start, step, end, reverse=source is node))
 
 
 def _split(node: Node) -> tuple[Any, int, list[_Part]]:

@@ -6,16 +6,20 @@ Every weight, bias and table that has entries by head is random meanwhile, so th
 much, however alike the trained heads are. Nothing is left of that afterwards.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from bayesprune.macs import run_forward
 from bayesprune.prune.cuts import cut_parameters, num_stacked
 from bayesprune.prune.removal import SHAPE_ERRORS, Selection, remove, snapshot
 from bayesprune.prune.steady import steady
 from bayesprune.prune.structure import ChannelGroup
+from bayesprune.prune.trace import tensors_in
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 """Largest difference of what the layers behind put out, relative to the largest value; 0.1 in lower precision."""
@@ -24,10 +28,13 @@ _PERIOD = 65521  # of the random numbers; a prime, so that no two rows repeat ea
 
 
 @torch.no_grad()
-def disagreement(model: nn.Module, selection: Selection, example_inputs: Any) -> str | None:
+def disagreement(
+    model: nn.Module, selection: Selection, example_inputs: Any, *, to_the_end: bool = False
+) -> str | None:
     """How the model without these heads differs from the one that ignores them; None where it does not.
 
-    The model is as before afterwards. The first member of each group is the input side of the layer behind its heads.
+    The model is as before afterwards. What the layers behind the heads put out is compared, and the outputs of the
+    model where it is asked for.
     """
     undo = snapshot(model)
     try:
@@ -37,11 +44,11 @@ def disagreement(model: nn.Module, selection: Selection, example_inputs: Any) ->
         uncut = snapshot(model)
         for group, units in selection:
             silence(group, units)
-        expected = _outputs_behind(model, selection, example_inputs)
+        expected = _outputs_behind(model, selection, example_inputs, to_the_end)
         uncut()
         try:
             remove(model, selection)
-            found = _outputs_behind(model, selection, example_inputs)
+            found = _outputs_behind(model, selection, example_inputs, to_the_end)
         except SHAPE_ERRORS as error:
             return f"the model does not run without one ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
     finally:
@@ -87,35 +94,41 @@ def _replace(module: nn.Module, name: str, scale: float, generator: torch.Genera
 def silence(group: ChannelGroup, units: Any) -> None:
     """Zeroes what the layers behind read of these units, in place, by new parameters: as good as their removal."""
     for member in group.members:
-        if member.axis[1] != "in":
-            continue
-        layer = member.layer
-        assert isinstance(layer, nn.Module), "the layer behind the heads is linear"
-        name, dim = cut_parameters(layer, "in")[0]
-        positions = [p for unit in units for root in unit for p in member.positions.get(root, ())]
-        weight = layer.get_parameter(name)
-        silent, stacked = torch.zeros(member.size, dtype=torch.bool, device=weight.device), num_stacked(layer)
-        silent[positions] = True
-        shape = [size if d < stacked or d == dim else 1 for d, size in enumerate(weight.shape)]
-        values = weight.data.masked_fill(silent.view(shape), 0)
-        layer._parameters[name] = nn.Parameter(values, requires_grad=weight.requires_grad)
+        if member.axis[1] == "in":
+            assert isinstance(member.layer, nn.Module), "the layer behind the heads is linear"
+            silence_inputs(member.layer, [p for unit in units for root in unit for p in member.positions.get(root, ())])
 
 
-def _outputs_behind(model: nn.Module, selection: Selection, example_inputs: Any) -> list[Tensor]:
+def silence_inputs(layer: nn.Module, positions: Sequence[int]) -> None:
+    """Zeroes what a layer reads at these positions of its inputs, in place, by a new parameter."""
+    name, dim = cut_parameters(layer, "in")[0]
+    weight, stacked = layer.get_parameter(name), num_stacked(layer)
+    groups = layer.groups if isinstance(layer, _ConvNd) and not layer.transposed else 1
+    values = weight.data.unflatten(0, (groups, -1)) if groups > 1 else weight.data
+    own = {0, 2} if groups > 1 else {*range(stacked), dim}  # dimensions that number inputs
+    shape = [size if d in own else 1 for d, size in enumerate(values.shape)]
+    silent = torch.zeros(math.prod(shape), dtype=torch.bool, device=weight.device)
+    silent[list(positions)] = True
+    values = values.masked_fill(silent.view(shape), 0).view_as(weight)
+    layer._parameters[name] = nn.Parameter(values, requires_grad=weight.requires_grad)
+
+
+def _outputs_behind(model: nn.Module, selection: Selection, example_inputs: Any, to_the_end: bool) -> list[Tensor]:
     outputs: list[Tensor] = []
 
     def keep(_: nn.Module, __: Any, output: Any) -> None:
         outputs.append(output)
 
-    layers = [m.layer for group, _ in selection for m in group.members if m.axis[1] == "in"]
-    handles = [layer.register_forward_hook(keep) for layer in layers if isinstance(layer, nn.Module)]
+    axes = [(m.layer, m.axis[1]) for group, _ in selection for m in group.members if isinstance(m.layer, nn.Module)]
+    cut = {layer for layer, side in axes if side == "out" and not num_stacked(layer)}  # these put out less
+    handles = [layer.register_forward_hook(keep) for layer, side in axes if side == "in" and layer not in cut]
     try:
         with steady(model):
-            run_forward(model, example_inputs)
+            given = tensors_in(run_forward(model, example_inputs))
     finally:
         for handle in handles:
             handle.remove()
-    return outputs
+    return [*outputs, *(tensor for tensor in given if to_the_end and tensor.is_floating_point())]
 
 
 def _close(one: Tensor, other: Tensor) -> bool:

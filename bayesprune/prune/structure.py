@@ -54,6 +54,11 @@ class ChannelGroup:
         return len(self.units) * self.unit_size
 
     @property
+    def is_heads(self) -> bool:
+        """Whether heads alone leave; otherwise the channels of the root layer leave, with heads or without."""
+        return self.name in self.attention
+
+    @property
     def layers(self) -> list[str]:
         """Layers with weights whose output channels leave, the root first."""
         found = [m.axis[0] for m in self.members if m.axis[1] == "out" and has_outputs(m.layer)]

@@ -30,6 +30,8 @@ _LOGGER = logging.getLogger(__name__)
 _ERRORS = (AssertionError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 HEAD_ATTRIBUTES = ("num_heads", "num_attention_heads", "num_key_value_groups", "n_heads", "n_head", "heads")
+# What puts tokens elsewhere and leaves their channels alone, where the last dimension has the size that the layer gave.
+_MOVING_TOKENS = ("View", "UnsafeView", "Permute", "Roll", "Slice", "Alias")
 # What may stand between an attention module's last layer and its output; a reshape means that heads come out.
 PASS_THROUGH = ("Add", "Mul", "Clone", "ToCopy", "NativeBatchNorm", "NativeLayerNorm", "NativeDropout")
 
@@ -114,7 +116,14 @@ def _trace(
     handles = [m.register_forward_hook(saw_layer) for m in model.modules() if is_root(m)]
     handles += [m.register_forward_hook(saw_attention) for m in model.modules() if has_heads(m)]
     try:
-        with torch.enable_grad(), eval_mode(model), requires_grad(model, True), without_cache(model), quiet():
+        with (
+            torch.enable_grad(),
+            eval_mode(model),
+            requires_grad(model, True),
+            without_cache(model),
+            _out_of_place(model),
+            quiet(),
+        ):
             graph = Graph()
             unwrapped: Any = [UnwrappedParameters(buffer, _last_dim(buffer)) for buffer in buffers]
             graph.build_dependency(
@@ -211,6 +220,19 @@ def without_cache(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def _out_of_place(model: nn.Module) -> Iterator[None]:
+    """Inside, activations write into no output of a layer: autograd forgets the layer where that is a view."""
+    writing: list[Any] = [module for module in model.modules() if getattr(module, "inplace", None) is True]
+    try:
+        for module in writing:
+            module.inplace = False
+        yield
+    finally:
+        for module in writing:
+            module.inplace = True
+
+
+@contextmanager
 def quiet() -> Iterator[None]:
     """Inside, warnings of torch-pruning are not shown; what they warn of is in the report, by layer."""
     with warnings.catch_warnings():
@@ -250,7 +272,7 @@ def last_layers(output: Tensor, layer_of: dict[Any, nn.Module], inside: Collecti
     """Layers inside a module whose units are its output's units, as the projection behind the heads."""
     found = [layer for layer in reached(output.grad_fn, layer_of, PASS_THROUGH) if layer in inside]
     if not found:  # tokens may be put back into rows and columns, while the size of the last dimension stays
-        behind = reached(output.grad_fn, layer_of, (*PASS_THROUGH, "View", "UnsafeView"))
+        behind = reached(output.grad_fn, layer_of, (*PASS_THROUGH, *_MOVING_TOKENS))
         linear = [layer for layer in behind if layer in inside and is_linear(layer)]
         found = [layer for layer in linear if linear_sizes(layer)[1] == output.shape[-1]]
     return found

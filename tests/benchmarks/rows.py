@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -133,11 +134,16 @@ def as_far_as_it_goes(model: Any, inputs: Any, levels: Collection[float] = HALF_
     from bayesprune.errors import InfeasibleTargetError
 
     limit = ""
+    least = 0.0
     for kept in levels:
+        if kept < least:
+            continue
         try:
             return bp.prune_channels(model, inputs, target={"macs": kept}), limit
         except InfeasibleTargetError as error:
             last, limit = error, limit or str(error)
+            if found := re.search(r"at least ([\d.]+) of the macs stay", str(error)):
+                least = float(found[1])
     raise last
 
 

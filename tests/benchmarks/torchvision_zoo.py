@@ -63,6 +63,8 @@ _RPN = {"rpn_post_nms_top_n_test": 20, "rpn_post_nms_top_n_train": 20, "box_scor
 _SMALL = {"min_size": 96, "max_size": 96}
 _ONE_STAGE = {**_SMALL, "score_thresh": 0.0, "topk_candidates": 50, "detections_per_img": 20}
 _SSD = {"score_thresh": 0.0, "topk_candidates": 50, "detections_per_img": 20}
+_MAXVIT = {"input_size": (64, 64), "stem_channels": 64, "partition_size": 2, "head_dim": 32}
+_MAXVIT |= {"block_channels": [64, 128, 256, 512], "block_layers": [2, 2, 5, 2], "stochastic_depth_prob": 0.2}
 MODELS = {
     "alexnet": Case("classification"),
     "convnext_tiny": Case("classification"),
@@ -71,7 +73,7 @@ MODELS = {
     "efficientnet_v2_s": Case("classification"),
     "googlenet": Case("classification", options={"aux_logits": False, "init_weights": False}),
     "inception_v3": Case("classification", 80, {"aux_logits": False, "init_weights": False}),
-    "maxvit_t": Case("classification", 64, {"input_size": (64, 64), "partition_size": 2}),
+    "maxvit_t": Case("classification", 64, _MAXVIT),
     "mnasnet0_5": Case("classification"),
     "mobilenet_v2": Case("classification"),
     "mobilenet_v3_small": Case("classification"),
@@ -114,6 +116,10 @@ def build(name: str) -> Any:
         from ultralytics.nn.tasks import DetectionModel  # type: ignore[import-not-found]
 
         model = DetectionModel(f"{name}.yaml", nc=NUM_CLASSES, verbose=False)
+    elif name == "maxvit_t":  # whose function takes images of 224 pixels and no smaller ones
+        from torchvision.models import MaxVit
+
+        model = MaxVit(num_classes=NUM_CLASSES, **case.options)
     else:
         from torchvision.models import get_model
 
@@ -184,7 +190,7 @@ def equal(model: Any, inputs: Any) -> str:
     model.double()
     inputs = inputs.double() if isinstance(inputs, torch.Tensor) else ([image.double() for image in inputs[0]],)
     dense = outputs(model, inputs)
-    alone = [group for group in alone if runs_without(model, [(group, group.units[::2])], inputs)]
+    alone = removable(model, alone, inputs)
     selection = [(group, group.units[::2]) for group in alone]
     undo = remove(model, selection)
     found = outputs(model, inputs)
@@ -203,18 +209,21 @@ def equal(model: Any, inputs: Any) -> str:
     return f"{OK}, {len(alone)} of {len(groups)}" if changed else "nothing changed"
 
 
-def runs_without(model: Any, selection: Any, inputs: Any) -> bool:
-    """Whether a model runs after a cut; `prune_channels` leaves whole what fails, as where sizes of parts are fixed."""
+def removable(model: Any, groups: list[Any], inputs: Any) -> list[Any]:
+    """The groups that a model runs without every second channel of; `prune_channels` leaves whole what fails."""
     from bayesprune.prune.removal import SHAPE_ERRORS, remove
 
-    undo = remove(model, selection)
+    undo = remove(model, [(group, group.units[::2]) for group in groups])
     try:
         outputs(model, inputs)
     except SHAPE_ERRORS:
-        return False
+        half = len(groups) // 2
+        parts = (groups[:half], groups[half:]) if half else ()
+    else:
+        return groups
     finally:
         undo()
-    return True
+    return [group for part in parts for group in removable(model, part, inputs)]
 
 
 def run_model(name: str) -> dict[str, Any]:

@@ -4,7 +4,8 @@
 
 Models have random weights and the smallest images they take; no network is needed. Each has a process of its own with
 bounded memory, so that a crash costs one row, and another one that never saw it loads what was saved. Rows that
-docs/benchmarks/zoo.json holds already are kept; delete the file, or name models with `--only`, to run them again.
+docs/benchmarks/zoo.json holds already are kept; delete the file, or name models with `--only`, to run them again, and
+say `--keep-peer` where what it says of torch-pruning alone, the slowest column, is to stay as it was.
 """
 
 import argparse
@@ -83,7 +84,7 @@ def loss(images: Any, model: Any) -> Any:
     return F.cross_entropy(logits, torch.arange(len(logits)) % NUM_CLASSES)
 
 
-def run_model(name: str, directory: Path) -> dict[str, Any]:
+def run_model(name: str, directory: Path, peer: str | None) -> dict[str, Any]:
     """The row of one model, all checks but that of the process that loads what is saved to the directory here."""
     import torch
 
@@ -119,7 +120,7 @@ def run_model(name: str, directory: Path) -> dict[str, Any]:
     fresh, _ = build(name)
     fresh.load_state_dict(dense)
     attempt(row, "back", lambda: back(bp.to_variational(fresh), stock, keys, images))
-    attempt(row, "torch_pruning", lambda: within(HOST_TIME, lambda: torch_pruning_alone(fresh, images)))
+    attempt(row, "torch_pruning", lambda: peer or within(HOST_TIME, lambda: torch_pruning_alone(fresh, images)))
     return row
 
 
@@ -193,11 +194,16 @@ def load(directory: Path, shape: list[int]) -> dict[str, str]:
     return {"loaded": "; ".join(wrong) or OK}
 
 
-def run_row(name: str) -> dict[str, Any]:
-    """The row of one model, from a process that makes and saves it, and another one that loads it."""
+def run_row(name: str, peer: str | None = None) -> dict[str, Any]:
+    """The row of one model, from a process that makes and saves it, and another one that loads it.
+
+    Args:
+        name: Of the model.
+        peer: What an earlier run found of torch-pruning alone; None runs it.
+    """
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "cut"
-        row = in_process(run_model, name, directory)
+        row = in_process(run_model, name, directory, peer)
         saved = row.pop("saved", None)
         if saved == OK:
             found = in_process(load, directory, row["shape"])
@@ -209,6 +215,7 @@ def run_row(name: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=MODELS)
+    parser.add_argument("--keep-peer", action="store_true", help="keep what the rows say of torch-pruning alone")
     parser.add_argument("--out", type=Path, default=DOCS / "zoo")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -221,10 +228,13 @@ def main() -> None:
     torch.set_num_threads(1)
     results = args.out.with_suffix(".json")
     done = json.loads(results.read_text()) if results.is_file() else {"rows": {}}
+    if args.keep_peer:
+        done.setdefault("peer_versions", done["versions"])
     done["versions"] = {package: version(package) for package in ("torch", "timm", "torch-pruning")}
     for name in args.only or [name for name in MODELS if name not in done["rows"]]:
         start = time.perf_counter()
-        done["rows"][name] = row = run_row(name)
+        peer = done["rows"].get(name, {}).get("torch_pruning") if args.keep_peer else None
+        done["rows"][name] = row = run_row(name, peer)
         done["rows"] = {name: done["rows"][name] for name in MODELS if name in done["rows"]}
         results.write_text(json.dumps(done, indent=1) + "\n")
         args.out.with_suffix(".md").write_text(page(done))

@@ -6,6 +6,7 @@ from typing import Any
 
 from rows import CUT, OK
 
+OVERFLOW = "a layer has fewer channels than the graph leads to it: an operation in between"
 CHECKS = {
     "exact": "eval output unchanged by conversion",
     "step": "one training step with `attach`",
@@ -125,8 +126,10 @@ MODELS = {
 
 def page(done: dict[str, Any]) -> str:
     """The page of the documentation."""
-    versions = ", ".join(f"{name} {number}" for name, number in done["versions"].items())
+    versions = _shown_versions(done["versions"])
     rows = done["rows"]
+    peer = done.get("peer_versions")
+    kept = [f"That column is kept from a run with {_shown_versions(peer)}."] if peer else []
     works = {check: [name for name, row in rows.items() if _works(row, check)] for check in CHECKS}
     half = [name for name in works["cut"] if rows[name]["kept"] <= CUT + 0.005]
     header = "| " + " | ".join(check.replace("_", " ") for check in CHECKS) + " |"
@@ -138,6 +141,7 @@ def page(done: dict[str, Any]) -> str:
         "'yes' after loading means that the outputs are equal to the last bit by both routes. Beside it stands what",
         "torch-pruning alone makes of it, told the output layer and the heads of attention as in its own examples; it",
         "is stopped where it does not end. deepseek_vit_412m is built with two blocks, to fit into memory.",
+        *kept,
         "",
         *(f"- **{name.replace('_', ' ')}**: {what}" for name, what in CHECKS.items()),
         "",
@@ -183,6 +187,10 @@ def page(done: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _shown_versions(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in versions.items())
+
+
 def _shown(row: dict[str, Any]) -> str:
     reasons = sorted(row["left_whole"].items(), key=lambda item: -item[1])
     return "; ".join(f"{reason} ({layers} layers)" for reason, layers in reasons[:5])
@@ -190,7 +198,12 @@ def _shown(row: dict[str, Any]) -> str:
 
 def _without_names(reason: str) -> str:
     """The reason without what differs from model to model."""
-    reason = re.sub(r" \((\w*Error: .*)\)$", "", reason)
+    reason = re.sub(r" \((\w*Error: .*)\)(?=$|: )", "", reason)
+    reason = re.sub(r"(another order) \S+ does", r"\1 a layer does", reason)
+    reason = re.sub(r"about it: .+ in between", "about it: an operation in between", reason)
+    reason = re.sub(r"^\S+ has \d+ channels and the graph leads \d+ to it: .+ in between", OVERFLOW, reason)
+    reason = re.sub(r"; do that behind \S+,", "; do that behind it,", reason)
+    reason = re.sub(r"^\S+ \(\w+\) or another module", "its own or another module", reason)
     reason = re.sub(r"(graph gives|know|weight of|cut) \S+", r"\1 a layer", reason)
     return re.sub(r"^\S+(?= (normalises|works|would|\())", "a layer", reason)
 

@@ -2,12 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from bayesprune.layers import variational_layers
+from bayesprune.prune.groups import find_groups
+from bayesprune.prune.removal import remove
+from bayesprune.prune.silenced import silence
 
 
 @dataclass(frozen=True)
@@ -116,3 +120,21 @@ def assert_stds_follow(model: nn.Module) -> None:
             else:
                 assert torch.equal(mask, mean != 0), f"{name}.{key}"
                 assert torch.equal(mean[mask], log_std[mask]), f"{name}.{key}"
+
+
+def units(net: nn.Module, x: Any) -> dict[str, int]:
+    """How many units each group has."""
+    return {group.name: len(group.units) for group in find_groups(net, x).groups}
+
+
+def assert_removing_is_silencing(net: nn.Module, x: Any) -> None:
+    """Every second channel of every group, which no norm counts."""
+    selection = [(group, group.units[::2]) for group in find_groups(net, x).groups]
+    net.eval()
+    undo = remove(net, selection)
+    found = net(x)
+    undo()
+    for group, gone in selection:
+        silence(group, gone)
+    torch.testing.assert_close(found, net(x), rtol=1e-4, atol=1e-5)
+    assert found.abs().max() > 1e-3

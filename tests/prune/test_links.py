@@ -12,28 +12,10 @@ from torch import nn
 
 from bayesprune.prune.channels import prune_channels
 from bayesprune.prune.groups import find_groups
-from bayesprune.prune.removal import remove
-from bayesprune.prune.silenced import silence
+from tests.prune.nets import assert_removing_is_silencing, units
 
 IMAGE = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 MAGNITUDE = tp.importance.MagnitudeImportance(normalizer=None)
-
-
-def units(net: nn.Module, x: Any) -> dict[str, int]:
-    return {group.name: len(group.units) for group in find_groups(net, x).groups}
-
-
-def assert_removing_is_silencing(net: nn.Module, x: Any) -> None:
-    """Every second channel of every group, which no norm counts."""
-    selection = [(group, group.units[::2]) for group in find_groups(net, x).groups]
-    net.eval()
-    undo = remove(net, selection)
-    found = net(x)
-    undo()
-    for group, gone in selection:
-        silence(group, gone)
-    torch.testing.assert_close(found, net(x), rtol=1e-4, atol=1e-5)
-    assert found.abs().max() > 1e-3
 
 
 class FrozenNorm(nn.Module):

@@ -55,7 +55,7 @@ CASES = {
         "count as outputs of the model",
     ),
     "used by another": (
-        Net(lambda net, x: F.linear(x, net.side.weight), side=nn.Linear(8, 8)),
+        Net(lambda net, x: F.linear(x, net.side.weight * 2), side=nn.Linear(8, 8)),
         "side",
         "(Net) or another module uses its weight without calling it",
         "no graph shows its channels",
