@@ -7,13 +7,14 @@ from bayesprune.compiling import compile_moments
 from bayesprune.conversion import conversion_table
 from bayesprune.convert import to_deterministic, to_variational
 from bayesprune.evaluate import report
-from bayesprune.laplace import condition_on_channels, condition_on_zeros, fit_kronecker, fit_laplace
+from bayesprune.laplace import compensate, condition_on_channels, condition_on_zeros, fit_kronecker, fit_laplace
 from bayesprune.layers import VariationalLayer, register_layer
 from bayesprune.predictive import Prediction, predict, sampling
 from bayesprune.prune import (
     EvidenceImportance,
     InclusionImportance,
     SNRImportance,
+    UnitSNRImportance,
     compress,
     evidence,
     prune_channels,
@@ -36,8 +37,10 @@ __all__ = [
     "InclusionImportance",
     "Prediction",
     "SNRImportance",
+    "UnitSNRImportance",
     "VariationalLayer",
     "attach",
+    "compensate",
     "compile_moments",
     "compress",
     "condition_on_channels",

@@ -1,6 +1,7 @@
 """Posteriors around trained weights without training (Laplace), and removal as conditioning on zero."""
 
-from bayesprune.laplace.calibration import cross_entropy, sampled_cross_entropy
+from bayesprune.laplace.calibration import cross_entropy, output_metric, sampled_cross_entropy
+from bayesprune.laplace.compensation import compensate
 from bayesprune.laplace.conditioning import condition_on_channels, condition_on_zeros, conditional_mean
 from bayesprune.laplace.diagonal import adam_laplace, fit_laplace
 from bayesprune.laplace.kronecker import KroneckerFactors, KroneckerPosterior, fit_kronecker, set_marginal_stds
@@ -14,6 +15,7 @@ __all__ = [
     "RunningLaplace",
     "adam_laplace",
     "collapse",
+    "compensate",
     "condition_on_channels",
     "condition_on_zeros",
     "conditional_mean",
@@ -21,6 +23,7 @@ __all__ = [
     "fit_kronecker",
     "fit_laplace",
     "online_newton_posterior",
+    "output_metric",
     "sampled_cross_entropy",
     "set_marginal_stds",
 ]

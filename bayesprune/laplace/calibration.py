@@ -68,15 +68,54 @@ def sampled_cross_entropy(model: nn.Module, batch: Any) -> Tensor:
     """The same with labels drawn from the model's own predictions, by torch's global generator.
 
     With it the Fisher information is the true one in expectation, equal to the Gauss-Newton matrix of the
-    cross-entropy (Kunstner et al., 2019), and needs no labels: those of the batch are ignored.
+    cross-entropy (Kunstner et al., 2019), and needs no labels: those of the batch are ignored. Of a model that gives
+    every token a prediction it is the sum over the tokens of an example that its attention mask does not hide.
 
     Raises:
-        ValueError: the model does not give one label an example.
+        ValueError: the model gives neither one vector of logits for an example nor one for each of its tokens.
     """
-    logits = _logits(model, split(model, batch))
+    found = split(model, batch)
+    logits = predictions(model, found)
     with torch.no_grad():
         labels = torch.distributions.Categorical(logits=logits.detach().float()).sample()
-    return F.cross_entropy(logits, labels)
+    return F.cross_entropy(logits, labels, reduction="sum") / found.num_examples
+
+
+def output_metric(model: nn.Module, batch: Any) -> Tensor:
+    """Sum of a model's logits under random signs, by torch's global generator; the mean over the batch's examples.
+
+    Its squared gradients are, in expectation, those of all logits added up: the Gauss-Newton matrix of half the squared
+    change of the logits. So it says how much a weight moves what the model puts out, and does not fade where the model
+    is sure of its predictions, as the Fisher information does.
+
+    Raises:
+        ValueError: the model's logits have neither the shape (examples, classes) nor (examples, tokens, classes).
+    """
+    found = split(model, batch)
+    logits = predictions(model, found)
+    signs = torch.randint(0, 2, logits.shape, device=logits.device).to(logits) * 2 - 1
+    return (signs * logits).sum() / found.num_examples
+
+
+def predictions(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits (predictions, classes) of a batch: one for each example, or for each token that is not masked.
+
+    Raises:
+        ValueError: the model's logits are of another shape.
+    """
+    logits = logits_of(batch.run(model))
+    if logits.dim() == 3:
+        mask = batch.kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.shape == logits.shape[:2]:
+            return logits[mask.bool()]
+        return logits.flatten(0, 1)
+    if logits.dim() != 2:
+        raise ValueError(
+            f"the model gives {tuple(logits.shape)} logits; expected (examples, classes) or (examples, tokens, "
+            "classes). Pass loss=, a function of model and batch that gives the mean over examples of the sum of each "
+            "one's label losses."
+        )
+    return logits
 
 
 def record(

@@ -92,7 +92,7 @@ def condition_on_zeros(model: nn.Module, posterior: KroneckerPosterior, *, dampi
         layer = variational_layer(model, name)
         mask = layer.mask("weight", whole=True)
         if mask is not None:
-            _condition(name, layer, factors, to_matrix(layer, mask).cpu(), damping)
+            _condition(model, name, factors, to_matrix(layer, mask).cpu(), damping)
     return model
 
 
@@ -129,19 +129,17 @@ def condition_on_channels(
             keep = ~removed_columns(layer, list(channels))[:, None].expand(-1, factors.mean.shape[1], -1)
             mask = layer.mask("weight", whole=True)
             keep = keep if mask is None else keep & to_matrix(layer, mask).cpu()
-            _condition(name, layer, factors, keep, damping)
+            _condition(model, name, factors, keep, damping)
     return model
 
 
-def _condition(
-    name: str, layer: VariationalLayer, factors: KroneckerFactors, keep: Tensor, damping: float | None
-) -> None:
-    num_columns = keep.shape[2]
+def _condition(model: nn.Module, name: str, factors: KroneckerFactors, keep: Tensor, damping: float | None) -> None:
+    layer, num_columns = variational_layer(model, name), keep.shape[2]
     has_bias = factors.mean.shape[2] > num_columns
     if has_bias:
         keep = torch.cat([keep, keep.new_ones(*keep.shape[:2], 1)], dim=2)
     _check_means(name, layer, factors, keep, has_bias=has_bias)
-    blocks = factors.input_precision() if damping is None else [_damped(block, damping) for block in factors.inputs]
+    blocks = factors.input_precision() if damping is None else [damped(block, damping) for block in factors.inputs]
     moved, start = torch.empty_like(factors.mean), 0
     for block in blocks:
         columns = slice(start, start := start + block.shape[-1])
@@ -149,6 +147,11 @@ def _condition(
             moved[group, :, columns] = conditional_mean(
                 factors.mean[group][:, columns], precision, keep[group][:, columns]
             ).to(moved)
+    if factors.norm is not None and factors.centre is not None:
+        shift = ((moved.double() - factors.mean.double()) * factors.centre[:, None]).sum(2).flatten()
+        norm = model.get_submodule(factors.norm)
+        before = norm.get_buffer("running_mean")
+        norm._buffers["running_mean"] = before + shift.to(before)
     factors.mean = moved
     layer.get_parameter("weight").copy_(from_matrix(layer, moved[..., :num_columns]))
     if has_bias:
@@ -168,7 +171,8 @@ def _check_means(
         )
 
 
-def _damped(block: Tensor, damping: float) -> Tensor:
-    """A block with a fraction of its mean diagonal added to its diagonal, (G, b, b)."""
-    size = block.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    return block + damping * size * torch.eye(block.shape[-1], dtype=block.dtype)
+def damped(matrix: Tensor, damping: float) -> Tensor:
+    """Matrices (..., C, C) with a fraction of their mean diagonal added to it; the identity where that is zero."""
+    mean = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)
+    size = torch.where(mean > 0, damping * mean, float(damping > 0))[..., None, None]
+    return matrix + size * torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)

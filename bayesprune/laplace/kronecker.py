@@ -8,19 +8,23 @@ matrix normal with the means M and the precision
     (sqrt(n) G + sqrt(tau) / p I)  (x)  (sqrt(n) A + p sqrt(tau) I),    p^2 = mean diagonal of A / mean diagonal of G,
 
 the factored form of n G (x) A + tau I (Martens & Grosse, section 6.3). Groups of a grouped convolution have factors of
-their own. A bias is one more column of W, whose input is always 1.
+own. A bias is one more column of W, whose input is always 1. Where a batch norm alone reads a layer without a bias, the
+norm takes up a shift by its running mean, and A is the covariance of the inputs.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bayesprune.batches import device_of, on_device
 from bayesprune.errors import UnsupportedModelError
 from bayesprune.laplace.calibration import Call, Loss, record
+from bayesprune.laplace.flow import layer_calls
 from bayesprune.laplace.matrices import from_matrix, input_rows, is_matrix_product, output_rows, to_matrix
 from bayesprune.laplace.stds import prior_precisions, set_precision
 from bayesprune.layers import VariationalLayer, named_posteriors
@@ -37,6 +41,8 @@ class KroneckerFactors:
         outputs: Blocks along the diagonal of G, each (G, b, b), float64.
         num_data: How many examples the posterior stands for.
         prior_precision: 1 / variance of the prior of single weights.
+        norm: The batch norm that takes up a shift of the layer's outputs, by name.
+        centre: Means of the inputs, (G, C), float64, about which A is taken where there is such a norm.
     """
 
     mean: Tensor
@@ -44,6 +50,8 @@ class KroneckerFactors:
     outputs: tuple[Tensor, ...]
     num_data: float
     prior_precision: float
+    norm: str | None = None
+    centre: Tensor | None = None
 
     def input_precision(self) -> list[Tensor]:
         """Blocks of sqrt(n) A + p sqrt(tau) I, each (G, b, b)."""
@@ -113,11 +121,15 @@ def fit_kronecker(
         raise ValueError(f"block_size is {block_size!r}; expected 1 or more, 1024 say.")
     precisions = {posterior.name: value for posterior, value in prior_precisions(model, prior).items()}
     holders = _holders(model)
+    batches = iter(loader)
+    first = list(islice(batches, 1))
+    norms = _shifted_norms(model, holders, first)
     inputs: dict[int, list[Tensor]] = {}
     outputs: dict[int, list[Tensor]] = {}
+    totals: dict[int, Tensor] = {}
     positions: dict[int, int] = defaultdict(int)
     seen = 0
-    for batch in record(model, loader, loss=loss, num_batches=num_batches):
+    for batch in record(model, chain(first, batches), loss=loss, num_batches=num_batches):
         seen += batch.num_examples
         for call in (call for calls in batch.calls.values() for call in calls):
             if not is_matrix_product(call.layer):
@@ -125,6 +137,8 @@ def fit_kronecker(
             key = id(call.layer.weight)
             rows, gradients = _rows(call, batch.num_examples, with_bias=holders[key].has_bias)
             positions[key] += rows.shape[0] * rows.shape[1]
+            if key in norms:
+                totals[key] = totals.get(key, 0) + rows.sum((0, 1), dtype=torch.double)
             _accumulate(inputs, key, rows, block_size)
             _accumulate(outputs, key, gradients, block_size)
     if not inputs:
@@ -134,10 +148,12 @@ def fit_kronecker(
     return {
         holder.name: KroneckerFactors(
             mean=layer_matrix(holder.layer, with_bias=holder.has_bias).clone(),
-            inputs=tuple((block / positions[key]).cpu() for block in inputs[key]),
+            inputs=_blocks_of_inputs(inputs[key], totals.get(key), positions[key]),
             outputs=tuple((block / seen).cpu() for block in outputs[key]),
             num_data=float(seen if num_data is None else num_data),
             prior_precision=precisions[holder.weight],
+            norm=norms.get(key),
+            centre=None if key not in norms else (totals[key] / positions[key]).cpu(),
         )
         for key, holder in holders.items()
         if key in inputs
@@ -208,6 +224,34 @@ def _holders(model: nn.Module) -> dict[int, _Holder]:
             name = posterior.name.removesuffix("weight").removesuffix(".")
             found[id(posterior.mean)] = _Holder(name, layer, posterior.name, has_bias)
     return found
+
+
+def _shifted_norms(model: nn.Module, holders: dict[int, _Holder], first: list[Any]) -> dict[int, str]:
+    """The batch norm that takes the outputs of a layer without a bias, and of that layer alone, by its weight."""
+    layers = {holder.name: holder.layer for holder in holders.values() if is_matrix_product(holder.layer)}
+    names = {id(module): name for name, module in model.named_modules()}
+    calls = [call for batch in first for call in layer_calls(model, on_device(batch, device_of(model)), layers)]
+    runs = Counter(call.name for call in calls)
+    return {
+        id(call.layer.weight): names[id(call.norm)]
+        for call in calls
+        if call.norm is not None and runs[call.name] == 1 and call.layer._parameters.get("bias") is None
+    }
+
+
+def about(second_moment: Tensor, mean: Tensor) -> Tensor:
+    """E[(a - m)(a - m)^T], (G, C, C), of E[a a^T] and m = E[a], (G, C), kept above the rounding of single precision."""
+    least = 1e-6 * mean.shape[1] ** 0.5 * second_moment.diagonal(dim1=1, dim2=2).mean(1)[:, None]
+    return second_moment - mean[:, :, None] * mean[:, None] + torch.diag_embed(least.expand_as(mean))
+
+
+def _blocks_of_inputs(blocks: list[Tensor], total: Tensor | None, number: int) -> tuple[Tensor, ...]:
+    """Means of the products of inputs, about their mean where the sums of the inputs, (G, C), are given."""
+    products = [block / number for block in blocks]
+    if total is not None:
+        means = (total / number).split([block.shape[-1] for block in blocks], dim=1)
+        products = [about(product, mean) for product, mean in zip(products, means, strict=True)]
+    return tuple(product.cpu() for product in products)
 
 
 def _rows(call: Call, num_examples: int, *, with_bias: bool) -> tuple[Tensor, Tensor]:

@@ -35,10 +35,18 @@ def from_matrix(layer: VariationalLayer, matrix: Tensor) -> Tensor:
     return matrix.reshape(weight.shape)
 
 
-def input_rows(layer: VariationalLayer, inputs: Tensor, num_examples: int) -> Tensor:
-    """The rows that the weight meets, (N, T, G, C), of inputs (B, ..., I) or (B, I, *spatial)."""
+def input_rows(layer: VariationalLayer, inputs: Tensor, num_examples: int, chosen: Tensor | None = None) -> Tensor:
+    """The rows that the weight meets, (N, T, G, C), of inputs (B, ..., I) or (B, I, *spatial).
+
+    Args:
+        layer: A linear layer or a convolution.
+        inputs: What goes into it.
+        num_examples: N, of which B is a multiple.
+        chosen: Which of an example's positions are taken; None takes all.
+    """
     if not isinstance(layer, _ConvNd):
-        return inputs.reshape(num_examples, -1, 1, inputs.shape[-1])
+        rows = inputs.reshape(num_examples, -1, 1, inputs.shape[-1])
+        return rows if chosen is None else rows[:, chosen]
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     patches = F.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode)
     num_dims = len(layer.kernel_size)
@@ -48,14 +56,19 @@ def input_rows(layer: VariationalLayer, inputs: Tensor, num_examples: int) -> Te
         patches = patches.unfold(2 + dim, span, layer.stride[dim])[..., ::step]
     patches = patches.movedim(1, 1 + num_dims)  # (B, *positions, I, *taps)
     columns = patches.shape[1 + num_dims :].numel() // layer.groups
-    return patches.reshape(num_examples, -1, layer.groups, columns)
+    if chosen is not None and len(patches) == num_examples:  # without a copy of all patches
+        patches = patches[(slice(None), *torch.unravel_index(chosen, patches.shape[1 : 1 + num_dims]))]
+        chosen = None
+    rows = patches.reshape(num_examples, -1, layer.groups, columns)
+    return rows if chosen is None else rows[:, chosen]
 
 
-def output_rows(layer: VariationalLayer, outputs: Tensor, num_examples: int) -> Tensor:
-    """Outputs, or gradients at them, as (N, T, G, R)."""
+def output_rows(layer: VariationalLayer, outputs: Tensor, num_examples: int, chosen: Tensor | None = None) -> Tensor:
+    """Outputs, or gradients at them, as (N, T, G, R); of the chosen positions T where they are given."""
     groups = layer.groups if isinstance(layer, _ConvNd) else 1
     outputs = outputs.movedim(layer.feature_dim, -1)
-    return outputs.reshape(num_examples, -1, groups, outputs.shape[-1] // groups)
+    rows = outputs.reshape(num_examples, -1, groups, outputs.shape[-1] // groups)
+    return rows if chosen is None else rows[:, chosen]
 
 
 def removed_columns(layer: VariationalLayer, channels: list[int]) -> Tensor:

@@ -12,6 +12,7 @@ from bayesprune.prune.recalibrate import recalibrate_batch_norm
 from bayesprune.prune.schedule import PruneSchedule, sparsities
 from bayesprune.prune.scores import SNRScore, signal_to_noise
 from bayesprune.prune.search import compress
+from bayesprune.prune.unit_snr import UnitSNRImportance
 from bayesprune.prune.weights import WeightReport, prune_weights
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "SNRImportance",
     "SNRScore",
     "Trial",
+    "UnitSNRImportance",
     "WeightReport",
     "compress",
     "dependency_groups",

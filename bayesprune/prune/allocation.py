@@ -110,6 +110,10 @@ class MeasuredImportance(tp.importance.Importance):
                     saved = costs.cost("macs", [0] * len(one)) - costs.cost("macs", one)
                 self._scores[group.name] = _unit_costs(model, *scored, loss, base, levels) / saved
 
+    def of_group(self, group: ChannelGroup) -> Tensor | None:
+        """Scores (C,) of the root channels of a group, of the model or of a copy; None where it was not measured."""
+        return self._scores.get(group.name)
+
     def __call__(self, group: Group) -> Tensor | None:  # type: ignore[override]
         """Scores (C,) of the root channels of a group; None where it was not measured."""
         scores = self._scores.get(self._names.get(id(group[0].dep.layer), ""))

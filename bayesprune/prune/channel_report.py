@@ -72,6 +72,7 @@ class ChannelReport:
         dry_run: Whether the model was left as it was.
         counter: What counted the MACs.
         holdings: Which modules hold the MACs that stay, by reason, the most first.
+        how: What ranked the channels, divided the budget and made up for what went, in one line.
     """
 
     rows: tuple[ChannelRow, ...]
@@ -87,6 +88,7 @@ class ChannelReport:
     dry_run: bool = False
     counter: str = COUNTER
     holdings: tuple[Holding, ...] = ()
+    how: str = ""
 
     @property
     def achieved(self) -> dict[str, float]:
@@ -116,6 +118,7 @@ class ChannelReport:
         if self.config:
             fields = ", ".join(f"{name}={value}" for name, value in self.config.items())
             notes.insert(0, f"the config says so: {fields}")
+        notes = [self.how, *notes] if self.how else notes
         return as_text(title, table, *notes)
 
 

@@ -6,19 +6,20 @@ checks caps only between steps, and does not say what it skipped.
 """
 
 import logging
-from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from bayesprune.errors import InfeasibleTargetError, UnsupportedModelError
-from bayesprune.layers import drop_gates, passing_gates
+from bayesprune.laplace.compensation import compensate
+from bayesprune.layers import drop_gates, passing_gates, variational_layers
 from bayesprune.macs import macs_by_module
 from bayesprune.prune import plan
+from bayesprune.prune.calibrated import Calibration, recalibrate_if_better, tilted, unit_costs
 from bayesprune.prune.channel_report import ChannelReport, ChannelRow, holdings
 from bayesprune.prune.checks import check_model, checked_target
 from bayesprune.prune.config import follow_config
@@ -37,9 +38,10 @@ from bayesprune.prune.importance import (
 )
 from bayesprune.prune.inclusion import BeforeCut, InclusionImportance, folding
 from bayesprune.prune.recalibrate import recalibrate_batch_norm
-from bayesprune.prune.removal import SHAPE_ERRORS, Selection, remove, snapshot
+from bayesprune.prune.removal import SHAPE_ERRORS, Selection, lost_inputs, remove, restore_point
 from bayesprune.prune.roots import Layers
 from bayesprune.prune.structure import GRANULARITY, ChannelGroup
+from bayesprune.prune.unit_snr import UnitSNRImportance
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -48,8 +50,8 @@ _LOGGER = logging.getLogger(__name__)
 def prune_channels(
     model: nn.Module,
     example_inputs: Any,
+    target: Mapping[str, float] | str,
     *,
-    target: Mapping[str, float],
     importance: Importance | None = None,
     granularity: Collection[str] = GRANULARITY,
     uniform: bool = False,
@@ -57,7 +59,7 @@ def prune_channels(
     dry_run: bool = False,
     data: Iterable[Any] | None = None,
     ignored_layers: Layers = (),
-    before_cut: BeforeCut | None = None,
+    before_cut: BeforeCut | Literal["compensate"] | None = "compensate",
 ) -> ChannelReport:
     """Removes the channels and heads that are worth least until the target is met, in place; returns what was done.
 
@@ -69,15 +71,21 @@ def prune_channels(
     Every group keeps at least a tenth of its channels and `round_to`. Channels that can only leave together, those of
     a head or those that a grouped convolution ties, are ranked by their mean score.
 
+    With `data` and no importance, a target of MACs or parameters is met by what its examples say: channels are ranked
+    by `UnitSNRImportance` on a Kronecker-factored posterior fitted here, the budget is divided between layers by trial
+    of the whole cut model against the dense one, and `laplace.compensate` moves the weights that stay. That takes
+    seconds for a small network, minutes for a large one, trains nothing and reads no labels. Without `data` channels
+    are ranked by `SNRImportance` over all layers, and nothing makes up for them.
+
     Args:
         model: With variational layers, or any model when `importance` is given. On any device, not wrapped.
         example_inputs: A tensor, a tuple of positional arguments, or a mapping of keyword arguments.
-        target: {"macs": f} or {"params": f}, the fraction of the model as it is now that is kept; {"snr": t}: remove
-            the channels whose root mean square SNR, over all weights that leave with them, is below t;
-            {"evidence": t}: remove those without which the log evidence is larger by more than t nats, 0 say; or
+        target: {"macs": f} or {"params": f}, or "macs=0.5", the fraction of the model as it is now that is kept;
+            {"snr": t}: remove the channels whose root mean square SNR, over all weights that leave with them, is
+            below t; {"evidence": t}: remove those without which the log evidence is larger by more than t nats, 0 say;
             {"inclusion": p}: those whose gates are open with a probability below p, 0.5 say. Gates end with the cut;
             what is behind closed ones and stays, by a floor or another target, gets zero weights.
-        importance: A torch-pruning importance; None is `SNRImportance()`. A target of "snr" takes none, "evidence" an
+        importance: A torch-pruning importance; None is the default above. A target of "snr" takes none, "evidence" an
             `EvidenceImportance`, "inclusion" an `InclusionImportance`.
         granularity: What may go: "heads" of attention (where queries share keys and values, with all that share them),
             "mlp", the channels inside residual blocks, and "width", the channels that blocks read from and add to, and
@@ -86,10 +94,12 @@ def prune_channels(
             transformers then follows, where it can say the new sizes.
         round_to: Kept channels are a multiple of this, where the size of the layer allows.
         dry_run: Only report; the model is as before afterwards.
-        data: Batches, with labels or without, for recalibrating batch norm, forward passes only.
+        data: Batches, with labels or without, of which up to 1,024 examples are kept in memory. They rank, compensate
+            and recalibrate batch norm where that brings the outputs closer to the dense model's.
         ignored_layers: Layers, or their names, with everything inside them, whose output channels all stay.
         before_cut: Called once the selection stands, right before the cut, with the input channels that each layer
             loses; it may move weights in place, as `condition_on_channels` does. A dry run does not call it.
+            "compensate" is `laplace.compensate` where there is `data`; None moves nothing.
 
     Raises:
         InfeasibleTargetError: the target cannot be reached; nothing was changed.
@@ -99,27 +109,41 @@ def prune_channels(
     """
     what, value = checked_target(target, importance, granularity, uniform, round_to)
     check_model(model, importance, what)
+    calibration = None if data is None else Calibration(model, data)
+    is_calibrated = (
+        calibration is not None and calibration.has_predictions and importance is None and what in ("macs", "params")
+    )
+    compensates = before_cut == "compensate" and calibration is not None and any(variational_layers(model))
+    if before_cut == "compensate":
+        before_cut = partial(compensate, model, calibration.batches) if calibration and compensates else None
     before_cut = folding(model, before_cut)
     macs = macs_by_module(model, example_inputs)
     structure = find_groups(model, example_inputs, granularity=granularity, ignored_layers=ignored_layers)
     left_whole = dict(structure.left_whole)
     default = {"evidence": EvidenceImportance, "inclusion": InclusionImportance}.get(what, SNRImportance)
     score = _rms_snr if what == "snr" else partial(unit_scores, importance or default())
-    found = {group: score(group) for group in structure.groups}
-    scores = {scored.group: scored.scores for scored in found.values() if scored is not None}
+    if calibration is not None and is_calibrated:
+        found = unit_costs(model, structure.groups, calibration)
+    else:
+        found = {group: score(group) for group in structure.groups}
+    ranked = {scored.group: scored for scored in found.values() if scored is not None}
     unscored = _no_score(model, importance, what)
     left_whole |= {layer: unscored for group, scored in found.items() if scored is None for layer in group.layers}
     params = _num_parameters(model)
     while True:
-        groups = tuple(scores)
+        groups = tuple(ranked)
         costs = plan.cost_model(model, groups, macs)
-        counts = _choose(model, costs, list(scores.values()), what, value, uniform, round_to, left_whole)
-        selection = [(g, lowest(g, scores[g], count)) for g, count in zip(groups, counts, strict=True)]
+        choose = partial(_choose, model, costs, what, value, uniform, round_to, left_whole)
+        scores, tilt = [scored.scores for scored in ranked.values()], None
+        if calibration is not None and is_calibrated and not uniform:
+            scores, tilt = tilted(model, list(ranked.values()), costs.saved(what), choose, calibration)
+        counts = choose(scores)
+        selection = [(g, lowest(g, its, count)) for g, its, count in zip(groups, scores, counts, strict=True)]
         failures, undo, macs_after = _attempt(model, selection, example_inputs)
         if not failures:
             break
         left_whole |= {layer: failures[group] for group in failures for layer in group.layers}
-        scores = {group: values for group, values in scores.items() if group not in failures}
+        ranked = {group: scored for group, scored in ranked.items() if group not in failures}
     if macs_after != costs.cost("macs", counts):
         _LOGGER.info("counted %d MACs after the cut, planned %d", macs_after, costs.cost("macs", counts))
     if before_cut is not None and not dry_run:
@@ -131,19 +155,23 @@ def prune_channels(
         macs_after=macs_after,
         params_before=params,
         params_after=_num_parameters(model),
-        target=dict(target),
+        target={what: value},
         left_whole=left_whole,
         removed={g.name: tuple(sorted(c for unit in u for c in unit)) for g, u in selection if u and not g.is_heads},
         removed_heads={name: _heads(g, units) for g, units in selection if units for name in g.attention},
         dry_run=dry_run,
         holdings=holdings(model, costs.parts("macs", counts), sum(macs.values()), costs.layers, left_whole),
+        how=_how(importance, calibration, tilt, is_calibrated=is_calibrated, uniform=uniform, compensates=compensates),
     )
     if dry_run:
         undo()
         return report
-    if data is not None:
+    if calibration is not None:
         try:
-            recalibrate_batch_norm(model, data)
+            if compensates and calibration.has_predictions:
+                recalibrate_if_better(model, calibration)
+            else:
+                recalibrate_batch_norm(model, calibration.batches)
         except BaseException:
             undo()
             raise
@@ -151,6 +179,32 @@ def prune_channels(
     if uniform:
         report = replace(report, config=follow_config(model, [(g, len(units)) for g, units in selection]))
     return report
+
+
+def _how(
+    importance: Importance | None,
+    calibration: Calibration | None,
+    tilt: float | None,
+    *,
+    is_calibrated: bool,
+    uniform: bool,
+    compensates: bool,
+) -> str:
+    """One line on what decided and what made up for it."""
+    default = UnitSNRImportance if is_calibrated else SNRImportance
+    name = default.__name__ if importance is None else type(importance).__name__
+    parts = [f"channels ranked by {name}"]
+    if uniform:
+        parts.append("the same share from every group")
+    elif tilt is not None:
+        parts.append(f"the budget divided by trial of the whole cut model (costs times exp({tilt:g} depth))")
+    else:
+        parts.append("the budget divided by the scores themselves")
+    if compensates and calibration is not None:
+        parts.append(f"weights fitted to the dense model on {calibration.num_examples:,} examples")
+    elif calibration is None:
+        parts.append("nothing compensated, since there is no data")
+    return "; ".join(parts)
 
 
 def _no_score(model: nn.Module, importance: Importance | None, what: str) -> str:
@@ -192,12 +246,12 @@ def _rms_snr(group: ChannelGroup) -> Scored | None:
 def _choose(
     model: nn.Module,
     costs: plan.CostModel,
-    scores: list[list[float]],
     what: str,
     value: float,
     uniform: bool,
     round_to: int,
     left_whole: dict[str, str],
+    scores: list[list[float]],
 ) -> list[int]:
     """Units that leave each group; none is an answer where the target is a threshold."""
     if what in ("snr", "evidence", "inclusion"):
@@ -251,29 +305,14 @@ def _cut_and_count(model: nn.Module, selection: Selection, example_inputs: Any) 
 
 def _cut_after(before_cut: BeforeCut, model: nn.Module, selection: Selection) -> Callable[[], None]:
     """Cuts once `before_cut` has moved the weights; what it returns undoes both."""
-    undo_cut, values = snapshot(model), [(parameter, parameter.detach().clone()) for parameter in model.parameters()]
-
-    def undo() -> None:
-        undo_cut()
-        for parameter, value in values:
-            parameter.data.copy_(value)
-
+    undo = restore_point(model)
     try:
-        before_cut(_lost_inputs(selection))
+        before_cut(lost_inputs(selection))
         remove(model, selection)
     except BaseException:
         undo()
         raise
     return undo
-
-
-def _lost_inputs(selection: Selection) -> dict[str, list[int]]:
-    """Positions of the inputs that each layer loses."""
-    lost: dict[str, set[int]] = defaultdict(set)
-    for group, units in selection:
-        for member in (m for m in group.members if m.axis[1] == "in"):
-            lost[member.axis[0]].update(p for unit in units for root in unit for p in member.positions.get(root, ()))
-    return {name: sorted(positions) for name, positions in lost.items() if positions}
 
 
 def _first_line(error: Exception) -> str:

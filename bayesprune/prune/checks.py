@@ -14,7 +14,7 @@ from bayesprune.prune.structure import GRANULARITY
 
 
 def checked_target(
-    target: Mapping[str, float], importance: Any, granularity: Collection[str], uniform: bool, round_to: int
+    target: Mapping[str, float] | str, importance: Any, granularity: Collection[str], uniform: bool, round_to: int
 ) -> tuple[str, float]:
     """The target's name and value.
 
@@ -23,15 +23,16 @@ def checked_target(
     """
     if isinstance(granularity, str) or not granularity or not set(granularity) <= set(GRANULARITY):
         raise ValueError(f"granularity is {granularity!r}; expected some of {GRANULARITY}, in a tuple.")
-    what = next(iter(target), None) if isinstance(target, Mapping) and len(target) == 1 else None
+    given = as_mapping(target)
+    what = next(iter(given), None) if len(given) == 1 else None
     if what not in ("macs", "params", "snr", "evidence", "inclusion"):
         raise ValueError(
             f'target is {target!r}; expected one of {{"macs": f}}, {{"params": f}}, {{"snr": t}}, {{"evidence": t}}, '
-            '{"inclusion": p}, such as {"macs": 0.5}, which keeps half of the MACs.'
+            '{"inclusion": p}, such as {"macs": 0.5} or "macs=0.5", which keeps half of the MACs.'
         )
-    if isinstance(target[what], str) or not hasattr(target[what], "__float__"):
-        raise ValueError(f'target {what} is {target[what]!r}; expected a number, as in {{"{what}": 0.5}}.')
-    value = float(target[what])
+    if isinstance(given[what], str) or not hasattr(given[what], "__float__"):
+        raise ValueError(f'target {what} is {given[what]!r}; expected a number, as in {{"{what}": 0.5}}.')
+    value = float(given[what])
     if what == "snr":
         if not 0 < value < float("inf"):
             raise ValueError(f"target snr is {value!r}; expected a positive number, 1.0 say.")
@@ -58,6 +59,17 @@ def checked_target(
     if round_to < 1:
         raise ValueError(f"round_to is {round_to!r}; expected 1 or more.")
     return what, value
+
+
+def as_mapping(target: Any) -> dict[str, Any]:
+    """A target as a mapping of its name to its value: of "macs=0.5" too, and empty where it is neither."""
+    if isinstance(target, str):
+        name, _, value = target.partition("=")
+        try:
+            return {name.strip(): float(value)}
+        except ValueError:
+            return {}
+    return dict(target) if isinstance(target, Mapping) else {}
 
 
 def check_model(model: nn.Module, importance: Any, what: str) -> None:

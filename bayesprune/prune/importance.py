@@ -185,7 +185,8 @@ def unit_scores(importance: Importance, group: ChannelGroup) -> Scored | None:
     name = type(importance).__name__
     try:
         with quiet():
-            scores = importance(group.group)
+            of_group = getattr(importance, "of_group", None)
+            scores = importance(group.group) if of_group is None else of_group(group)
     except (AttributeError, LookupError, TypeError) as error:
         if has_gradients(member.layer for member in group.members):
             raise

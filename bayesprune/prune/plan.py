@@ -54,6 +54,12 @@ class CostModel:
         """The cost after these numbers of units were removed."""
         return sum(self.parts(what, removed).values())
 
+    def saved(self, what: str) -> list[int]:
+        """What one unit of each group saves, while all others are there."""
+        none = [0] * len(self.groups)
+        dense = self.cost(what, none)
+        return [dense - self.cost(what, [int(other == group) for other in self.groups]) for group in self.groups]
+
     def parts(self, what: str, removed: Counts) -> dict[str, int]:
         """The cost by layer after these numbers of units were removed."""
         sizes: dict[Axis, int] = {}

@@ -74,6 +74,27 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
     return undo
 
 
+def restore_point(model: nn.Module) -> Callable[[], None]:
+    """Remembers the model with the values of its parameters; what it returns puts both back."""
+    undo, values = snapshot(model), [(parameter, parameter.detach().clone()) for parameter in model.parameters()]
+
+    def restore() -> None:
+        undo()
+        for parameter, value in values:
+            parameter.data.copy_(value)
+
+    return restore
+
+
+def lost_inputs(selection: Selection) -> dict[str, list[int]]:
+    """Positions of the inputs that each layer loses."""
+    lost: dict[str, set[int]] = defaultdict(set)
+    for group, units in selection:
+        for member in (m for m in group.members if m.axis[1] == "in"):
+            lost[member.axis[0]].update(p for unit in units for root in unit for p in member.positions.get(root, ()))
+    return {name: sorted(positions) for name, positions in lost.items() if positions}
+
+
 def _positions(selection: Selection) -> Iterable[tuple[Member, list[int]]]:
     members: dict[Axis, Member] = {}
     positions: dict[Axis, set[int]] = defaultdict(set)

@@ -6,13 +6,16 @@ Every weight, bias and table that has entries by head is random meanwhile, so th
 much, however alike the trained heads are. Nothing is left of that afterwards.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from bayesprune.macs import run_forward
-from bayesprune.prune.cuts import cut_parameters, num_blocks, num_stacked
+from bayesprune.prune.cuts import cut_parameters, num_stacked
 from bayesprune.prune.removal import SHAPE_ERRORS, Selection, remove, snapshot
 from bayesprune.prune.steady import steady
 from bayesprune.prune.structure import ChannelGroup
@@ -91,21 +94,23 @@ def _replace(module: nn.Module, name: str, scale: float, generator: torch.Genera
 def silence(group: ChannelGroup, units: Any) -> None:
     """Zeroes what the layers behind read of these units, in place, by new parameters: as good as their removal."""
     for member in group.members:
-        if member.axis[1] != "in":
-            continue
-        layer = member.layer
-        assert isinstance(layer, nn.Module), "the layer behind the heads is linear"
-        name, dim = cut_parameters(layer, "in")[0]
-        positions = [p for unit in units for root in unit for p in member.positions.get(root, ())]
-        weight = layer.get_parameter(name)
-        silent, stacked = torch.zeros(member.size, dtype=torch.bool, device=weight.device), num_stacked(layer)
-        silent[positions] = True
-        shape = [size if d < stacked or d == dim else 1 for d, size in enumerate(weight.shape)]
-        if (blocks := num_blocks(member)) > 1:  # of a grouped convolution, whose weight counts the inputs of one block
-            silent = silent.view(blocks, -1).repeat_interleave(len(weight) // blocks, dim=0)
-            shape[0] = len(weight)
-        values = weight.data.masked_fill(silent.view(shape), 0)
-        layer._parameters[name] = nn.Parameter(values, requires_grad=weight.requires_grad)
+        if member.axis[1] == "in":
+            assert isinstance(member.layer, nn.Module), "the layer behind the heads is linear"
+            silence_inputs(member.layer, [p for unit in units for root in unit for p in member.positions.get(root, ())])
+
+
+def silence_inputs(layer: nn.Module, positions: Sequence[int]) -> None:
+    """Zeroes what a layer reads at these positions of its inputs, in place, by a new parameter."""
+    name, dim = cut_parameters(layer, "in")[0]
+    weight, stacked = layer.get_parameter(name), num_stacked(layer)
+    groups = layer.groups if isinstance(layer, _ConvNd) and not layer.transposed else 1
+    values = weight.data.unflatten(0, (groups, -1)) if groups > 1 else weight.data
+    own = {0, 2} if groups > 1 else {*range(stacked), dim}  # dimensions that number inputs
+    shape = [size if d in own else 1 for d, size in enumerate(values.shape)]
+    silent = torch.zeros(math.prod(shape), dtype=torch.bool, device=weight.device)
+    silent[list(positions)] = True
+    values = values.masked_fill(silent.view(shape), 0).view_as(weight)
+    layer._parameters[name] = nn.Parameter(values, requires_grad=weight.requires_grad)
 
 
 def _outputs_behind(model: nn.Module, selection: Selection, example_inputs: Any, to_the_end: bool) -> list[Tensor]:

@@ -211,7 +211,7 @@ def test_dry_run_reports_the_same_and_changes_nothing():
     before = state(net)
     dry = prune_channels(net, case.input(), target={"macs": 0.5}, dry_run=True, data=[case.input()])
     assert_same_state(before, state(net))
-    done = prune_channels(net, case.input(), target={"macs": 0.5})
+    done = prune_channels(net, case.input(), target={"macs": 0.5}, data=[case.input()])
     assert dry.dry_run
     assert not done.dry_run
     for name in ("rows", "macs_after", "params_after", "left_whole", "removed"):
@@ -350,8 +350,9 @@ def test_batch_norm_is_recalibrated_and_nothing_else():
     case = NETS[0]
     with_data, without = bp.to_variational(case.net()), bp.to_variational(case.net())
     data = [(torch.randn(case.shape), torch.zeros(2)) for _ in range(3)]
-    prune_channels(without, case.input(), target={"macs": 0.5})
-    prune_channels(with_data, case.input(), target={"macs": 0.5}, data=iter(data))
+    options = {"target": {"macs": 0.5}, "importance": bp.SNRImportance(), "before_cut": None}
+    prune_channels(without, case.input(), **options)
+    prune_channels(with_data, case.input(), data=iter(data), **options)
     statistics = ("running_mean", "running_var", "num_batches_tracked")
     for name, tensor in with_data.state_dict().items():
         assert torch.equal(tensor, without.state_dict()[name]) != name.endswith(statistics), name

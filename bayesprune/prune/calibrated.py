@@ -1,0 +1,171 @@
+"""What a cut does with calibration data: it divides the budget between groups, makes up for what goes, and checks.
+
+Costs of units in different groups compare by the second-order loss only as long as little goes (`unit_snr`). What a
+group costs in the end depends on how many layers behind it can still make up for it. So the costs of the groups are
+multiplied by exp(t d), d being a group's depth from 0 to 1, and t is the one with which the whole model, cut and
+compensated, is closest to the dense one. That is the search over coefficients of SPDY (Frantar & Alistarh, 2022), along
+the one direction that matters here.
+"""
+
+import copy
+import logging
+import math
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from bayesprune.batches import device_of, on_device, split
+from bayesprune.laplace.calibration import output_metric, predictions
+from bayesprune.laplace.compensation import compensate
+from bayesprune.laplace.kronecker import fit_kronecker
+from bayesprune.macs import eval_mode
+from bayesprune.prune.importance import Scored, SNRImportance, lowest, unit_scores
+from bayesprune.prune.recalibrate import recalibrate_batch_norm
+from bayesprune.prune.removal import lost_inputs
+from bayesprune.prune.silenced import silence_inputs
+from bayesprune.prune.structure import ChannelGroup
+from bayesprune.prune.unit_snr import UnitSNRImportance
+
+TILTS = (0.0, 1.0, 2.0, 3.0)
+MAX_EXAMPLES = 1024
+_SEARCH_EXAMPLES = 256  # to compensate in the search; as many others judge
+_MAX_BATCHES = 50
+_MAX_LOGITS = 2**21  # of a batch that are kept
+
+_LOGGER = logging.getLogger(__name__)
+
+
+class Calibration:
+    """Batches for one cut of a model, and what the dense model makes of them.
+
+    Attributes:
+        batches: On the model's device, of up to 1,024 examples.
+        num_examples: How many they are.
+
+    Raises:
+        ValueError: there is no batch.
+    """
+
+    def __init__(self, model: nn.Module, data: Iterable[Any]) -> None:
+        self.batches: list[Any] = []
+        self.num_examples = 0
+        device = device_of(model)
+        for batch in islice(data, _MAX_BATCHES):
+            self.batches.append(on_device(batch, device))
+            self.num_examples += split(model, self.batches[-1]).num_examples
+            if self.num_examples >= MAX_EXAMPLES:
+                break
+        if not self.batches:
+            raise ValueError("data has no batch; expected an iterable of input batches.")
+        self._dense = [_log_probabilities(model, batch) for batch in self.batches]
+
+    @property
+    def has_predictions(self) -> bool:
+        """Whether the model puts out a vector for each example or token, so that divergences are known."""
+        return all(dense is not None for dense in self._dense)
+
+    def divergence(self, model: nn.Module, batches: slice = slice(None)) -> float:
+        """KL(dense || model) of predicted classes in nats, or half the squared error of a single output; the mean.
+
+        NaN where the model makes no predictions.
+        """
+        total, number = 0.0, 0
+        for batch, dense in zip(self.batches[batches], self._dense[batches], strict=True):
+            now = _log_probabilities(model, batch)
+            if dense is None or now is None:
+                return math.nan
+            if dense.shape[1] == 1:
+                total += 0.5 * float((now - dense).square().sum())
+            else:
+                total += float(F.kl_div(now, dense, log_target=True, reduction="sum"))
+            number += len(dense)
+        return total / number
+
+    def parts(self) -> tuple[slice, slice]:
+        """Batches that compensate in a search, and others that judge; both are all of them where there is but one."""
+        number = math.ceil(_SEARCH_EXAMPLES * len(self.batches) / self.num_examples)
+        number = min(number, len(self.batches) // 2)
+        return (slice(number), slice(number, 2 * number)) if number else (slice(None), slice(None))
+
+
+def unit_costs(
+    model: nn.Module, groups: Sequence[ChannelGroup], calibration: Calibration
+) -> dict[ChannelGroup, Scored | None]:
+    """Each group's units with what they cost: the unit SNR, or `SNRImportance` where no reader is a matrix product."""
+    importance = UnitSNRImportance(model, fit_kronecker(model, calibration.batches, loss=output_metric))
+    return {group: unit_scores(importance, group) or unit_scores(SNRImportance(), group) for group in groups}
+
+
+Choose = Callable[[list[list[float]]], list[int]]
+"""How many units leave each group, for scores of each group's units."""
+
+
+def tilted(
+    model: nn.Module,
+    scored: Sequence[Scored],
+    saved: Sequence[int],
+    choose: Choose,
+    calibration: Calibration,
+) -> tuple[list[list[float]], float]:
+    """Scores that divide a budget between groups best, and the tilt that does; the model is as before afterwards.
+
+    Cost: a compensation with 256 examples for each tilt.
+
+    Args:
+        model: The dense model.
+        scored: Groups in the model's order, and the costs of their units.
+        saved: What a unit of each group saves, in the unit of the budget.
+        choose: What the scores decide.
+        calibration: Data, of which one part compensates and another judges.
+    """
+    fits, judges = calibration.parts()
+    best: tuple[float, float, list[list[float]]] | None = None
+    bar = tqdm(TILTS, desc="Divide between layers", unit="try", disable=None, leave=False)
+    for tilt in bar:
+        factors = [math.exp(tilt * depth / max(1, len(scored) - 1)) for depth in range(len(scored))]
+        scores = [
+            [cost * factor / max(each, 1.0) for cost in its.scores]
+            for its, factor, each in zip(scored, factors, saved, strict=True)
+        ]
+        counts = choose(scores)
+        selection = [(its.group, lowest(its.group, its.scores, n)) for its, n in zip(scored, counts, strict=True)]
+        trial, lost = copy.deepcopy(model), lost_inputs(selection)
+        for name, positions in lost.items():
+            silence_inputs(trial.get_submodule(name), positions)
+        compensate(trial, calibration.batches[fits], lost, dense=model)
+        divergence = calibration.divergence(trial, judges)
+        _LOGGER.info("tilt %g: divergence %.4f nats", tilt, divergence)
+        if best is None or divergence < best[0]:
+            best = divergence, tilt, scores
+    assert best is not None, "there are tilts to try"
+    return best[2], best[1]
+
+
+def recalibrate_if_better(model: nn.Module, calibration: Calibration) -> bool:
+    """Measures batch norm anew where the outputs are closer to the dense ones then; whether it did."""
+    before = calibration.divergence(model)
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    recalibrate_batch_norm(model, calibration.batches)
+    if calibration.divergence(model) < before:
+        return True
+    for buffer, value in buffers:
+        buffer.copy_(value)
+    return False
+
+
+def _log_probabilities(model: nn.Module, batch: Any) -> Tensor | None:
+    """Log probabilities (predictions, classes) of as many predictions as fit, or single outputs; None without any."""
+    with torch.no_grad(), eval_mode(model):
+        try:
+            logits = predictions(model, split(model, batch))
+        except (TypeError, ValueError):
+            return None
+    if not logits.is_floating_point() or not logits.numel():
+        return None
+    logits = logits[:: math.ceil(logits.numel() / _MAX_LOGITS)].float()
+    return logits if logits.shape[1] == 1 else logits.log_softmax(1)

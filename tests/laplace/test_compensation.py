@@ -1,0 +1,266 @@
+"""Compensation layer by layer: exact where it can be, in the right order, and nothing touched that should not be."""
+
+import copy
+import itertools
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torch_pruning as tp
+from torch import nn
+
+import bayesprune as bp
+from bayesprune.laplace import compensate
+from bayesprune.laplace.flow import layer_calls
+from bayesprune.layers import variational_layers
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Residual(nn.Module):
+    """A stem, and two blocks whose outputs are added to the stream by way of a batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1, bias=False)
+        self.first = nn.ModuleList([nn.Conv2d(6, 8, 3, padding=1, bias=False) for _ in range(2)])
+        self.norms = nn.ModuleList([nn.BatchNorm2d(8) for _ in range(2)])
+        self.second = nn.ModuleList([nn.Conv2d(8, 6, 3, padding=1, bias=False) for _ in range(2)])
+        self.outer = nn.ModuleList([nn.BatchNorm2d(6) for _ in range(2)])
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.stem(x))
+        for first, norm, second, outer in zip(self.first, self.norms, self.second, self.outer, strict=True):
+            x = F.relu(x + outer(second(F.relu(norm(first(x))))))
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.fixture
+def residual() -> nn.Module:
+    torch.manual_seed(0)
+    model = Residual()
+    model.train()(normal(64, 3, 6, 6, seed=1))  # statistics of batch norm
+    with torch.no_grad():
+        for norm in model.outer:
+            norm.weight.copy_(torch.rand(6) + 0.5)
+    return bp.to_variational(model.eval())
+
+
+def mlp(*sizes: int, bias: bool = True) -> nn.Module:
+    torch.manual_seed(0)
+    layers = [layer for i, o in itertools.pairwise(sizes) for layer in (nn.Linear(i, o, bias=bias), nn.ReLU())]
+    return bp.to_variational(nn.Sequential(*layers[:-1]).eval())
+
+
+def test_a_twin_is_made_up_for_exactly():
+    model = mlp(5, 4, 3)
+    with torch.no_grad():
+        model[0].weight[1], model[0].bias[1] = model[0].weight[0] * 2, model[0].bias[0] * 2
+    x = normal(64, 5)
+    expected = model(x)
+    compensate(model, [x], {"2": [0]})
+    assert not model[2].weight[:, 0].any()
+    assert torch.allclose(model(x), expected, atol=1e-3)
+
+
+def test_a_constant_input_goes_into_the_bias():
+    model = mlp(5, 4, 3)
+    with torch.no_grad():
+        model[0].weight[2] = 0
+        model[0].bias[2] = 1.5
+    x = normal(64, 5)
+    expected = model(x)
+    compensate(model, [x], {"2": [2]})
+    assert torch.allclose(model(x), expected, atol=1e-5)
+
+
+def test_a_constant_input_goes_into_the_mean_of_a_batch_norm():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 4, 1), nn.ReLU(), nn.Conv2d(4, 3, 1, bias=False), nn.BatchNorm2d(3))
+    model = bp.to_variational(net.eval())
+    with torch.no_grad():
+        model[0].weight[2] = 0
+        model[0].bias[2] = 1.5
+    x = normal(32, 2, 3, 3)
+    expected, mean = model(x), model[3].running_mean
+    compensate(model, [x], {"2": [2]})
+    assert torch.allclose(model(x), expected, atol=1e-4)
+    assert model[3].running_mean is not mean, "an undo puts the old buffer back"
+
+
+def test_equals_least_squares_with_next_to_no_damping(monkeypatch):
+    monkeypatch.setattr("bayesprune.laplace.compensation._DAMPINGS", (1e-9,))
+    model = mlp(6, 8, 3)
+    x = normal(200, 6)
+    target = model(x).detach()
+    compensate(model, [x], {"2": [1, 4, 5]})
+    kept = [0, 2, 3, 6, 7]
+    inputs = torch.cat([F.relu(model[0](x))[:, kept], torch.ones(200, 1)], dim=1).double()
+    best = torch.linalg.lstsq(inputs, target.double()).solution
+    assert torch.allclose(model[2].weight[:, kept].double(), best[:-1].T, atol=1e-4)
+    assert torch.allclose(model[2].bias.double(), best[-1], atol=1e-4)
+
+
+@torch.no_grad()
+def error(model: nn.Module, dense: nn.Module, x: torch.Tensor) -> float:
+    return float((model(x) - dense(x)).square().mean())
+
+
+def test_layers_behind_and_the_stream_make_up_for_more(residual):
+    x = normal(128, 3, 6, 6, seed=2)
+    removed = {"second.0": [0, 3, 5], "second.1": [1, 2]}
+    dense, conditioned, fitted = residual, copy.deepcopy(residual), copy.deepcopy(residual)
+    posterior = bp.fit_kronecker(conditioned, [x])
+    bp.condition_on_channels(conditioned, posterior, removed)
+    compensate(fitted, [x], removed)
+    assert error(fitted, dense, x) < 0.7 * error(conditioned, dense, x)
+    assert error(fitted, dense, normal(64, 3, 6, 6, seed=3)) < error(conditioned, dense, normal(64, 3, 6, 6, seed=3))
+
+
+def test_streams_and_norms_are_seen(residual):
+    layers = dict(variational_layers(residual))
+    calls = {call.name: call for call in layer_calls(residual, normal(2, 3, 6, 6), layers)}
+    assert [name for name, call in calls.items() if call.addend is not None] == ["second.0", "second.1"]
+    assert calls["second.0"].norm is residual.outer[0]
+    assert calls["first.1"].norm is residual.norms[1]
+    gain = residual.outer[0].weight / (residual.outer[0].running_var + residual.outer[0].eps).sqrt()
+    assert torch.allclose(calls["second.0"].gain.flatten(), gain)
+    assert calls["stem"].norm is None
+    assert calls["head"].norm is None
+
+
+def test_a_norm_takes_no_shift_of_what_is_read_elsewhere_too():
+    class Fork(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(2, 3, 1, bias=False), nn.BatchNorm2d(3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.conv(x)
+            return self.norm(y) + y.tanh()
+
+    model = bp.to_variational(Fork().eval())
+    (call,) = layer_calls(model, normal(2, 2, 3, 3), {"conv": model.conv})
+    assert call.norm is None
+
+
+def test_a_forward_ends_with_the_last_layer_and_its_sum(residual):
+    ran = []
+    residual.first[1].register_forward_hook(lambda *_: ran.append("first.1"))
+    layers = {"second.0": residual.second[0]}
+    calls = layer_calls(residual, normal(2, 3, 6, 6), layers, num_calls=1, num_sums=1)
+    assert calls[0].addend is not None
+    assert not ran
+
+
+def test_frozen_tied_and_earlier_layers_stay_as_they_are():
+    model = mlp(5, 4, 4, 4, 3)
+    model[6].weight.requires_grad_(False)
+    before = copy.deepcopy(model)
+    compensate(model, [normal(64, 5)], {"4": [0], "6": [1]})
+    assert torch.equal(model[0].weight, before[0].weight)
+    assert torch.equal(model[2].weight, before[2].weight)
+    assert not torch.equal(model[4].weight, before[4].weight)
+    frozen = before[6].weight.clone()
+    frozen[:, 1] = 0
+    assert torch.equal(model[6].weight, frozen)
+
+
+def test_weights_that_a_mask_removed_stay_zero():
+    model = mlp(5, 8, 3)
+    bp.prune_weights(model, sparsity=0.5)
+    mask = model[2].mask("weight").clone()
+    compensate(model, [normal(64, 5)], {"2": [0]})
+    assert not model[2].weight[~mask].any()
+    assert not model[2].weight[:, 0].any()
+    assert torch.equal(model[2].mask("weight"), mask)
+
+
+def test_grouped_convolutions_are_fitted_by_group():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 6, 3, groups=2))
+    model = bp.to_variational(net.eval())
+    with torch.no_grad():
+        for one, other in ((0, 1), (4, 5)):  # a twin in each group
+            model[0].weight[one], model[0].bias[one] = model[0].weight[other], model[0].bias[other]
+    x = normal(32, 3, 5, 5)
+    expected = model(x)
+    compensate(model, [x], {"2": [0, 4]})
+    assert torch.allclose(model(x), expected, atol=1e-3)
+
+
+def test_without_a_batch_it_says_so():
+    with pytest.raises(ValueError, match="no batch"):
+        compensate(mlp(5, 4, 3), [], {"2": [0]})
+
+
+def test_a_layer_whose_rows_differ_from_the_dense_ones_is_left():
+    class Routed(nn.Module):
+        """The rows that reach an expert depend on what comes before."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.expert = nn.Linear(4, 6), nn.Linear(6, 4), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.second(F.relu(self.first(x)))
+            chosen = x[:, 0] > 0
+            return x.index_put((chosen.nonzero()[:, 0],), self.expert(x[chosen]))
+
+    torch.manual_seed(0)
+    model = bp.to_variational(Routed().eval())
+    expert = model.expert.weight.detach().clone()
+    compensate(model, [normal(64, 4)], {"second": [0, 1, 2, 3]})
+    assert torch.equal(model.expert.weight, expert)
+
+
+def test_prune_channels_compensates_with_any_importance():
+    x = normal(128, 6)
+    dense = mlp(6, 16, 16, 3)
+    errors = []
+    for before_cut in (None, "compensate"):
+        model = copy.deepcopy(dense)
+        importance = tp.importance.MagnitudeImportance()
+        bp.prune_channels(model, x[:1], "macs=0.4", importance=importance, data=[x], before_cut=before_cut)
+        errors.append(error(model, dense, x))
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_a_failure_leaves_the_model_as_it_was(residual):
+    x = normal(16, 3, 6, 6)
+    before = copy.deepcopy(residual.state_dict())
+
+    def fail(removed: dict[str, list[int]]) -> None:
+        compensate(residual, [x], removed)
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        bp.prune_channels(residual, x[:1], "macs=0.6", before_cut=fail)
+    after = residual.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_half_precision_is_fitted_in_higher(residual):
+    model = residual.to(torch.bfloat16)
+    compensate(model, [normal(32, 3, 6, 6).to(torch.bfloat16)], {"second.0": [0]})
+    assert model.second[0].weight.dtype == torch.bfloat16
+    assert model.second[0].weight.isfinite().all()
+
+
+def test_arguments_by_name_and_progress(capsys):
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return self.second(F.relu(self.first(input=inputs)))
+
+    model = bp.to_variational(Named().eval())
+    partial(compensate, progress=True)(model, [{"inputs": normal(8, 4)}], {"second": [0]})
+    assert "Compensate" in capsys.readouterr().err
