@@ -18,11 +18,12 @@ from bayesprune.prune import (
     compress,
     evidence,
     prune_channels,
+    prune_one_shot,
     prune_weights,
     signal_to_noise,
 )
 from bayesprune.storage import load, save
-from bayesprune.train import attach, kl_divergence
+from bayesprune.train import attach, distillation, kl_divergence
 
 if _find_spec("timm"):
     from bayesprune.hosts import timm as _timm  # noqa: F401  (makes `timm.create_model("local-dir:...")` know us)
@@ -46,6 +47,7 @@ __all__ = [
     "condition_on_channels",
     "condition_on_zeros",
     "conversion_table",
+    "distillation",
     "evi",
     "evidence",
     "fit_kronecker",
@@ -58,6 +60,7 @@ __all__ = [
     "predict",
     "priors",
     "prune_channels",
+    "prune_one_shot",
     "prune_weights",
     "register_layer",
     "report",

@@ -13,7 +13,7 @@ What is meant is read off the signature of the model's forward.
 import inspect
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +32,7 @@ class Batch(NamedTuple):
     kwargs: dict[str, Any]
     labels: Any
 
-    def run(self, model: nn.Module) -> Any:
+    def run(self, model: Callable[..., Any]) -> Any:
         """The model's output."""
         return model(*self.args, **self.kwargs)
 
@@ -51,8 +51,8 @@ class Batch(NamedTuple):
         return found
 
 
-def split(model: nn.Module, batch: Any) -> Batch:
-    """What the model's forward takes of a batch, and the labels.
+def split(model: Callable[..., Any], batch: Any) -> Batch:
+    """What the model's forward takes of a batch, and the labels; a function takes what a forward like it would.
 
     Of a tuple the last item is the target, unless the forward cannot do without it; items that it has no room for are
     left out. A mapping is taken by its keys. Where the forward knows none of them, the only tensor beside the labels is
@@ -138,11 +138,11 @@ class _Forward:
         most: Positional arguments that it has room for.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Callable[..., Any]) -> None:
         model = getattr(model, "_orig_mod", model)
         self.model = model
         try:
-            parameters = list(inspect.signature(model.forward).parameters.values())
+            parameters = list(inspect.signature(getattr(model, "forward", model)).parameters.values())
         except (TypeError, ValueError):  # of a scripted model
             parameters = []
         kinds = {parameter.kind for parameter in parameters}

@@ -21,7 +21,7 @@ from bayesprune.hosts.task import Checkpoint, Progress, Split, Task, check_finit
 from bayesprune.layers.sharding import sharded_as, values_sharded_as, whole
 from bayesprune.prune import PruneSchedule
 from bayesprune.states import load_values
-from bayesprune.train import attach
+from bayesprune.train import Distillation, attach
 
 
 class LoaderTask(Task):
@@ -52,6 +52,7 @@ class LoaderTask(Task):
         lr: float,
         learn_stds: bool = False,
         sparsity: float | None = None,
+        distill: Distillation | None = None,
         checkpoint: Checkpoint | None = None,
     ) -> None:
         """Minimises the cross-entropy; removes weights in ten steps after a fifth of the training, for half of it."""
@@ -76,7 +77,8 @@ class LoaderTask(Task):
                 stepper.zero_grad()
                 with self.accelerator.autocast():
                     outputs = wrapped(images.to(device))
-                loss = F.cross_entropy(outputs.float(), labels.to(device))
+                    loss = F.cross_entropy(outputs.float(), labels.to(device))
+                    loss = loss if distill is None else distill(outputs, images, loss)
                 number = check_finite(float(loss.detach()), lr)
                 self.accelerator.backward(loss)
                 stepper.step()

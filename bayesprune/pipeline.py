@@ -22,6 +22,7 @@ from bayesprune.prune import compress, prune_channels, signal_to_noise
 from bayesprune.prune.checks import checked_target
 from bayesprune.storage import save
 from bayesprune.storage.base import describe
+from bayesprune.train import Distillation, distillation
 
 NUM_STAGES = 5
 _SMALL_CUT = {"macs": 0.95}  # a search needs one at least
@@ -44,6 +45,7 @@ class Recipe:
         granularity: What may go, as for `prune_channels`.
         uniform: Whether the same fraction of every group goes, so that a config can say the sizes.
         relative_std: Initial std as a fraction of the root mean square of the layer's weights.
+        distill: Whether the smaller model learns from the dense one, too, in each training after a removal.
         what: What the search removes, channels and heads or single weights; a target says it itself.
     """
 
@@ -57,6 +59,7 @@ class Recipe:
     granularity: tuple[str, ...]
     uniform: bool = False
     relative_std: float = 0.1
+    distill: bool = True
     what: Literal["channels", "weights"] = "channels"
 
     def __post_init__(self) -> None:
@@ -121,6 +124,7 @@ def run(
     if not is_trained:
         task.train(model, progress, num_epochs=recipe.num_epochs, lr=recipe.train_lr)
     dense = copy.deepcopy(model).eval()
+    distill = distillation(dense) if recipe.distill else None
     reference = validate(dense, "dense")
 
     progress.stage("Learn how certain each weight is")
@@ -132,7 +136,7 @@ def run(
 
     progress.stage(recipe.removal)
     if recipe.target is None:
-        model = _smallest(model, task, recipe, progress, reference, validate)
+        model = _smallest(model, task, recipe, progress, reference, validate, distill)
     elif recipe.sparsity is not None:
         task.train(
             model, progress, num_epochs=recipe.num_epochs, lr=recipe.lr, learn_stds=True, sparsity=recipe.sparsity
@@ -153,9 +157,9 @@ def run(
     progress.stage("Fine-tune the smaller model")
     if not recipe.removes_weights:
         to_deterministic(model)
-        task.train(model, progress, num_epochs=recipe.num_epochs, lr=recipe.lr)
+        task.train(model, progress, num_epochs=recipe.num_epochs, lr=recipe.lr, distill=distill)
     else:
-        _fine_tune(model, task, recipe.num_epochs, recipe.lr, progress)  # its masks keep the zeros
+        _fine_tune(model, task, recipe.num_epochs, recipe.lr, progress, distill)  # its masks keep the zeros
         to_deterministic(model)
     validate(model, "fine-tuned")
 
@@ -212,6 +216,7 @@ def _smallest(
     progress: Progress,
     reference: float,
     validate: Callable[[nn.Module, str], float],
+    distill: Distillation | None,
 ) -> nn.Module:
     """The smallest model whose metric is within the tolerance of the reference, the dense model's."""
     assert recipe.tolerance is not None, "a recipe has a target or a tolerance"
@@ -225,7 +230,9 @@ def _smallest(
         _example(model, task),
         evaluate=lambda candidate: sign * validate(candidate, next(labels)),
         tolerance=tolerance,
-        fine_tune=lambda candidate: _fine_tune(candidate, task, max(1, recipe.num_epochs // 2), recipe.lr, progress),
+        fine_tune=lambda candidate: _fine_tune(
+            candidate, task, max(1, recipe.num_epochs // 2), recipe.lr, progress, distill
+        ),
         reference=sign * reference,
         what=recipe.what,
         data=task.calibration,
@@ -235,12 +242,14 @@ def _smallest(
     return found.model
 
 
-def _fine_tune(model: nn.Module, task: Task, num_epochs: int, lr: float, progress: Progress) -> None:
+def _fine_tune(
+    model: nn.Module, task: Task, num_epochs: int, lr: float, progress: Progress, distill: Distillation | None
+) -> None:
     stds = [part for p in named_posteriors(model) for part in p.log_std_parts if part.requires_grad]
     for part in stds:
         part.requires_grad_(False)  # DDP waits for the gradient of whatever may have one
     with sampling(model, "mean"):  # as it will be used; the stds stay as they were learned
-        task.train(model, progress, num_epochs=num_epochs, lr=lr)
+        task.train(model, progress, num_epochs=num_epochs, lr=lr, distill=distill)
     for part in stds:
         part.requires_grad_(True)
 

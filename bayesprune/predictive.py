@@ -27,13 +27,14 @@ class Prediction(NamedTuple):
     variance: Tensor
     samples: Tensor | None = None
 
-    def classify(self, *, num_draws: int = 256) -> "Classification":
+    def classify(self, *, num_draws: int = 256, temperature: float = 1.0) -> "Classification":
         """What the logits (N, ..., C) say of the classes: by the samples, or by draws from independent Gaussians.
 
         Args:
             num_draws: Number of draws where there are no samples; they are the same at every call.
+            temperature: What each draw is divided by; above 1 the classes come closer to each other.
         """
-        return classify(self._draws(num_draws))
+        return classify(draw / temperature for draw in self._draws(num_draws))
 
     def _draws(self, num_draws: int) -> Iterator[Tensor]:
         if self.samples is not None:

@@ -1,5 +1,6 @@
 """Two processes, each with half of every batch, train the model of one process, and hold the same at the end."""
 
+import copy
 import os
 import socket
 import warnings
@@ -104,3 +105,34 @@ def test_two_processes_train_the_model_of_one(kind, tmp_path):
         torch.testing.assert_close(first["model"][name], value, rtol=1e-5, atol=1e-6)
         assert torch.equal(first["resumed"][name], first["model"][name]), name
     assert int(sum((~mask).sum() for name, mask in expected.state_dict().items() if name.endswith("mask"))) > 20
+
+
+@pytest.mark.usefixtures("plain_accelerate")
+def test_the_teacher_is_in_the_loss_and_stays_as_it_was(tmp_path):
+    """A student of labels that are all wrong ends at its teacher's, and a training that was killed at the same."""
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    whole = task(8)
+    whole.train(teacher, Until(10**6), num_epochs=9, lr=0.05)
+    distill = bp.distillation(teacher, weight=0.9)
+    state = copy.deepcopy(distill.teacher.state_dict())
+
+    def student(num_steps, checkpoints):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+        wrong = task(8)
+        images, labels = wrong.data.train.dataset.tensors
+        wrong.data.train.dataset.tensors = (images, (labels + 1) % 3)
+        running = Running(checkpoints, 0, Interval(steps=6), wrong.generators, True)
+        wrong.train(model, Until(num_steps), num_epochs=9, lr=0.05, distill=distill, checkpoint=running)
+        return model
+
+    model = student(10**6, tmp_path / "whole.pt")
+    images, labels = whole.data.train.dataset.tensors
+    assert (model(images).argmax(1) == distill.teacher(images).argmax(1)).float().mean() > 0.9
+    assert (model(images).argmax(1) == labels).float().mean() > 0.8
+    with pytest.raises(Killed):
+        student(7, tmp_path / "parts.pt")
+    resumed = student(10**6, tmp_path / "parts.pt")
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(value, state[name]) for name, value in distill.teacher.state_dict().items())

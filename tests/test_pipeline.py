@@ -36,9 +36,11 @@ class BySize:
 
     def __init__(self, metric, score):
         self.metric, self.of_size, self.example_inputs, self.trained = metric, score, torch.randn(1, 8), []
+        self.teachers = []
 
-    def train(self, model, progress, *, num_epochs, lr, learn_stds=False, sparsity=None, checkpoint=None):
+    def train(self, model, progress, *, num_epochs, lr, learn_stds=False, sparsity=None, distill=None, checkpoint=None):
         self.trained.append((num_epochs, learn_stds, sparsity))
+        self.teachers.append(None if distill is None else distill.teacher)
         model.eval()
 
     def score(self, model, split):
@@ -52,7 +54,7 @@ class BySize:
         return "load"
 
 
-def smallest(metric, score, tolerance, out, monkeypatch, what="channels"):
+def smallest(metric, score, tolerance, out, monkeypatch, what="channels", **options):
     monkeypatch.setattr(sys.modules["bayesprune.evaluate.measure"], "_SECONDS_PER_REPEAT", 0.0)
     model = nn.Sequential(nn.Linear(8, 40), nn.ReLU(), nn.Linear(40, 4))
     recipe = Recipe(
@@ -65,6 +67,7 @@ def smallest(metric, score, tolerance, out, monkeypatch, what="channels"):
         estimator="auto",
         granularity=("width",),
         what=what,
+        **options,
     )
     task, progress = BySize(metric, score), Silent()
     report = run(model, task, recipe, out, progress, name="two layers", is_trained=True)
@@ -100,3 +103,18 @@ def test_single_weights_go_where_the_search_is_for_them(tmp_path, monkeypatch):
     (curve,) = (text for text in said if "of the weights kept (tolerance 0.1)" in text)
     assert "smallest" in curve
     assert task.trained[-1] == (2, False, None)
+
+
+@pytest.mark.parametrize("what", ["channels", "weights"])
+def test_the_dense_model_teaches_in_each_training_after_a_removal(what, tmp_path, monkeypatch):
+    options = {"what": what, "relative_std": 0.1}
+    _, task, _ = smallest(ACCURACY, lambda kept: 0.4 + kept / 2, 0.1, tmp_path / "taught", monkeypatch, **options)
+    first, *others = task.teachers
+    assert first is None, "the posteriors are learned without it"
+    assert len(others) > 2
+    assert all(teacher is others[0] for teacher in others)
+    assert others[0][0].weight.shape == (40, 8)
+    _, task, _ = smallest(
+        ACCURACY, lambda kept: 0.4 + kept / 2, 0.1, tmp_path / "alone", monkeypatch, distill=False, **options
+    )
+    assert task.teachers == [None] * len(task.teachers)

@@ -83,6 +83,10 @@ def compress(
     uniform: Annotated[
         bool, Option("--uniform", help="The same share everywhere: the config of an hf model can say the sizes.")
     ] = False,
+    distill: Annotated[
+        bool,
+        Option(help="Let the smaller model learn from the dense one's outputs as it recovers, not from labels alone."),
+    ] = True,
     epochs: Annotated[
         int | None, Option(min=1, help="Epochs of each training stage.", show_default="8; with hf: 3")
     ] = None,
@@ -121,6 +125,7 @@ def compress(
         estimator=estimator,
         granularity=default.granularity if granularity is None else tuple(granularity.split(",")),
         uniform=uniform,
+        distill=distill,
         what=what,
     )
     request = Request(

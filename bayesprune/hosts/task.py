@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from bayesprune.evaluate import Metric
+from bayesprune.train import Distillation
 
 Split = Literal["validation", "test"]
 
@@ -73,6 +74,7 @@ class Task(Protocol):
         lr: float,
         learn_stds: bool = False,
         sparsity: float | None = None,
+        distill: Distillation | None = None,
         checkpoint: Checkpoint | None = None,
     ) -> None:
         """Trains the model in place and leaves it in evaluation mode.
@@ -84,6 +86,7 @@ class Task(Protocol):
             lr: The highest learning rate.
             learn_stds: Attach the KL, so that the stds of a variational model are learned.
             sparsity: Fraction of single weights to remove on the way, gradually, leaving time to recover.
+            distill: What the model learns from beside the labels.
             checkpoint: Where a loop that can go on in the middle keeps its state, and finds it after a kill.
 
         Raises:

@@ -271,6 +271,6 @@ class VariationalConv2dSame(VariationalConv2d, Conv2dSame):
     operation = VariationalLayer.operation
 
 
-register_host(Host("timm", timm_base, build, files, takes_buffers=True))
+register_host(Host("timm", timm_base, build, files))
 if not is_model(ARCHITECTURE):
     register_model(bayesprune_pruned)

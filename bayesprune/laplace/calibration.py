@@ -149,7 +149,7 @@ def record(
         calls: dict[str, list[Call]] = defaultdict(list)
         for run, gradient in zip(ran, gradients, strict=True):
             if gradient is not None:
-                _check_examples(run.name, run.inputs, num_examples)
+                check_examples(run.name, run.inputs, num_examples)
                 calls[run.name].append(Call(run.layer, run.inputs, num_examples * gradient, run.operation))
         yield Recorded(num_examples, calls)
     if batch is None:
@@ -192,7 +192,12 @@ def _recording(model: nn.Module) -> Iterator[list[_Run]]:
             handle.remove()
 
 
-def _check_examples(name: str, inputs: Tensor, num_examples: int) -> None:
+def check_examples(name: str, inputs: Tensor, num_examples: int) -> None:
+    """Refuses inputs of a layer that do not divide into the batch's examples.
+
+    Raises:
+        UnsupportedModelError: they do not.
+    """
     if inputs.shape[0] % num_examples:
         raise UnsupportedModelError(
             f"{name} has inputs of shape {tuple(inputs.shape)} in a batch of {num_examples} examples; expected the "

@@ -25,10 +25,11 @@ from torch import Size, Tensor, nn
 from tqdm import tqdm
 
 from bayesprune.batches import device_of, on_device, split
-from bayesprune.laplace.conditioning import conditional_mean, damped
+from bayesprune.laplace.conditioning import conditional_mean
 from bayesprune.laplace.flow import LayerCall, layer_calls
 from bayesprune.laplace.kronecker import about, variational_layer
 from bayesprune.laplace.matrices import (
+    damped,
     from_matrix,
     input_rows,
     is_matrix_product,

@@ -24,14 +24,20 @@ from bayesprune.laplace.kronecker import (
     layer_matrix,
     variational_layer,
 )
-from bayesprune.laplace.matrices import from_matrix, removed_columns, to_matrix
+from bayesprune.laplace.matrices import damped, from_matrix, removed_columns, to_matrix
 from bayesprune.layers import VariationalLayer
+
+_RESIDUAL = 1e-4  # of conjugate gradients, relative to the start; the loss is then within 1e-6 of its minimum
+_EXPECTED_STEPS, _MOST_STEPS = 20, 100
 
 
 def conditional_mean(mean: Tensor, precision: Tensor, keep: Tensor) -> Tensor:
     """Means of the rows of a matrix normal given their zeros, (R, C) float64.
 
-    Cost: one Cholesky factorisation, k^3 / 3 multiplications, for each distinct row of `keep` with k ones.
+    Rows that lose the same columns share a Cholesky factorisation, k^3 / 3 multiplications where they keep k. Where
+    nearly every row loses columns of its own and C is above 700 or so, preconditioned conjugate gradients on all rows
+    at once cost less, R C^2 a step and ten to thirty steps; their residual is brought to 1e-4 of what it was at `mean`
+    with the removed entries set to zero, and a row that does not get there is factorised after all.
 
     Args:
         mean: Means, (R, C).
@@ -45,17 +51,10 @@ def conditional_mean(mean: Tensor, precision: Tensor, keep: Tensor) -> Tensor:
         tensor([[1.5000, 0.0000]], dtype=torch.float64)
     """
     mean, precision = mean.double(), precision.double()
-    result = torch.where(keep, mean, 0.0)
-    patterns, which = keep.unique(dim=0, return_inverse=True)
-    for index, kept in enumerate(patterns):
-        removed = ~kept
-        rows = (which == index).nonzero()[:, 0]
-        if not removed.any() or not kept.any() or not mean[rows][:, removed].any():
-            continue
-        push = precision[kept][:, removed] @ mean[rows][:, removed].T
-        move = torch.cholesky_solve(push, torch.linalg.cholesky(precision[kept][:, kept]))
-        result[rows[:, None], kept.nonzero()[:, 0]] += move.T
-    return result
+    num_kept = keep.unique(dim=0).sum(1).double()
+    if float(num_kept.pow(3).sum()) / 3 > _EXPECTED_STEPS * mean.numel() * mean.shape[1]:
+        return _by_conjugate_gradients(mean, precision, keep)
+    return _by_factorisation(mean, precision, keep)
 
 
 @torch.no_grad()
@@ -65,9 +64,8 @@ def condition_on_zeros(model: nn.Module, posterior: KroneckerPosterior, *, dampi
     Any mask will do: a sparsity, an SNR threshold, an N:M pattern. Biases of the layers move too. The posterior's means
     move along; stds stay as they are.
 
-    Cost: a factorisation for each output of each layer, k^3 / 3 multiplications with k the weights that the output (or
-    a block of it) keeps: 3e9 for the outputs of a layer of 4,096 x 4,096 at half its weights, for each block of 1,024
-    inputs 45e6 an output.
+    Cost: as `conditional_mean` says, for each block of `fit_kronecker`'s `block_size` inputs: a layer of 4,096 x 4,096
+    in one block at half of its weights takes COST.
 
     Args:
         model: A variational model of which weights were removed after `fit_kronecker`.
@@ -171,8 +169,38 @@ def _check_means(
         )
 
 
-def damped(matrix: Tensor, damping: float) -> Tensor:
-    """Matrices (..., C, C) with a fraction of their mean diagonal added to it; the identity where that is zero."""
-    mean = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)
-    size = torch.where(mean > 0, damping * mean, float(damping > 0))[..., None, None]
-    return matrix + size * torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+def _by_factorisation(mean: Tensor, precision: Tensor, keep: Tensor) -> Tensor:
+    result = torch.where(keep, mean, 0.0)
+    patterns, which = keep.unique(dim=0, return_inverse=True)
+    for index, kept in enumerate(patterns):
+        removed = ~kept
+        rows = (which == index).nonzero()[:, 0]
+        if not removed.any() or not kept.any() or not mean[rows][:, removed].any():
+            continue
+        push = precision[kept][:, removed] @ mean[rows][:, removed].T
+        move = torch.cholesky_solve(push, torch.linalg.cholesky(precision[kept][:, kept]))
+        result[rows[:, None], kept.nonzero()[:, 0]] += move.T
+    return result
+
+
+def _by_conjugate_gradients(mean: Tensor, precision: Tensor, keep: Tensor) -> Tensor:
+    """All rows at once, each in the subspace of its kept columns, preconditioned by the diagonal."""
+    diagonal, tiny = precision.diagonal(), torch.finfo(precision.dtype).tiny
+    result = torch.where(keep, mean, 0.0)
+    residual = ((mean - result) @ precision).masked_fill_(~keep, 0.0)
+    direction = residual / diagonal
+    size = (residual * direction).sum(1, keepdim=True)
+    enough = _RESIDUAL**2 * size
+    for _ in range(_MOST_STEPS):
+        if (size <= enough).all():
+            break
+        along = (direction @ precision).masked_fill_(~keep, 0.0)
+        length = size / (direction * along).sum(1, keepdim=True).clamp_min(tiny)
+        result.addcmul_(length, direction)
+        residual.addcmul_(length, along, value=-1)
+        before, size = size, (residual.square() / diagonal).sum(1, keepdim=True)
+        direction = (size / before.clamp_min(tiny) * direction).addcdiv_(residual, diagonal)
+    late = ~(size <= enough).flatten()
+    if late.any():
+        result[late] = _by_factorisation(mean[late], precision, keep[late])
+    return result

@@ -79,3 +79,10 @@ def removed_columns(layer: VariationalLayer, channels: list[int]) -> Tensor:
     removed[channels] = True
     taps = columns * groups // num_inputs
     return removed.repeat_interleave(taps).reshape(groups, columns)
+
+
+def damped(matrix: Tensor, damping: float) -> Tensor:
+    """Matrices (..., C, C) with a fraction of their mean diagonal added to it; the identity where that is zero."""
+    mean = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)
+    size = torch.where(mean > 0, damping * mean, float(damping > 0))[..., None, None]
+    return matrix + size * torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)

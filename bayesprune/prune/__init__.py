@@ -8,6 +8,7 @@ from bayesprune.prune.discovery import discover_mask
 from bayesprune.prune.evidence import EvidenceImportance, evidence
 from bayesprune.prune.importance import SNRImportance
 from bayesprune.prune.inclusion import InclusionImportance
+from bayesprune.prune.one_shot import prune_one_shot
 from bayesprune.prune.recalibrate import recalibrate_batch_norm
 from bayesprune.prune.schedule import PruneSchedule, sparsities
 from bayesprune.prune.scores import SNRScore, signal_to_noise
@@ -33,6 +34,7 @@ __all__ = [
     "evidence",
     "layer_sparsities",
     "prune_channels",
+    "prune_one_shot",
     "prune_weights",
     "recalibrate_batch_norm",
     "signal_to_noise",

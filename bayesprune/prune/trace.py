@@ -69,12 +69,13 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
         UnsupportedModelError: torch-pruning fails on the model.
     """
     try:
+        several = _of_several_outputs(model, example_inputs)  # by a forward of its own, which no graph is to hold
         try:
             with everything_seen(), buffers_as_parameters(model) as buffers:
-                return _trace(model, example_inputs, buffers)
+                return _trace(model, example_inputs, buffers, several)
         except _ERRORS as error:  # a forward that writes into buffers, or relies on detached tensors
             _LOGGER.debug("traced again, as autograd sees the model: %s", error)
-            return _trace(model, example_inputs, {})
+            return _trace(model, example_inputs, {}, several)
     except _ERRORS as error:
         raise UnsupportedModelError(
             f"torch-pruning {version('torch-pruning')} cannot trace {type(model).__name__} ({type(error).__name__}: "
@@ -83,7 +84,9 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
         ) from error
 
 
-def _trace(model: nn.Module, example_inputs: Any, buffers: dict[nn.Parameter, str]) -> Trace:
+def _trace(
+    model: nn.Module, example_inputs: Any, buffers: dict[nn.Parameter, str], ignored_layers: list[nn.Module]
+) -> Trace:
     layer_of: dict[Any, nn.Module] = {}
     made: list[tuple[nn.Module, Tensor]] = []
     attention: list[tuple[nn.Module, Tensor]] = []
@@ -130,7 +133,7 @@ def _trace(model: nn.Module, example_inputs: Any, buffers: dict[nn.Parameter, st
                 customized_pruners={type(m): TRANSPOSED_LINEAR for m in model.modules() if is_transposed_linear(m)},
                 output_transform=outputs_with_history,
                 unwrapped_parameters=unwrapped,
-                ignored_layers=_of_several_outputs(model, example_inputs),
+                ignored_layers=ignored_layers,
                 verbose=False,
             )
             map_parts(graph)
@@ -172,7 +175,7 @@ def _of_several_outputs(model: nn.Module, example_inputs: Any) -> list[nn.Module
     handles = [module.register_forward_hook(see) for module in own]
     try:
         if own:
-            with torch.no_grad():
+            with torch.no_grad(), eval_mode(model):
                 run_forward(model, example_inputs)
     finally:
         for handle in handles:

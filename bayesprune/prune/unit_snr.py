@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from torch_pruning.dependency import Group
 
 from bayesprune.laplace import KroneckerFactors, KroneckerPosterior
-from bayesprune.laplace.conditioning import damped
-from bayesprune.laplace.matrices import removed_columns
+from bayesprune.laplace.matrices import damped, removed_columns
 from bayesprune.layers import VariationalLayer
 from bayesprune.prune.structure import ChannelGroup
 

@@ -7,7 +7,7 @@ make the model faster on ordinary hardware (removed channels do, see `prune_chan
 import logging
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,37 +135,47 @@ def prune_weights(
             with none that trains.
     """
     posteriors = removable_weights(model)
-    _check(sparsity, snr_below, pattern, scope, min_kept)
+    check_target("prune_weights", sparsity=sparsity, snr_below=snr_below, pattern=pattern)
+    if scope not in ("global", "layer"):
+        raise ValueError(f'scope is {scope!r}; expected "global" or "layer".')
+    check_min_kept(min_kept)
     floors = [min(floor_of(p.mean.numel(), min_kept), int((~_removed(p)).sum())) for p in posteriors]
     if snr_below is not None:
         keeps, is_floored = _keep_above(posteriors, snr_below, floors)
     elif pattern is not None:
-        keeps = [_keep_pattern(posterior, pattern, score) for posterior in posteriors]
+        keeps = [keep_pattern(posterior, pattern, score) for posterior in posteriors]
         is_floored = [False] * len(keeps)
     elif scope == "layer" or isinstance(sparsity, Mapping):
-        keeps, is_floored = _keep_shares(posteriors, _fractions(posteriors, sparsity), score, floors)
+        keeps, is_floored = _keep_shares(posteriors, fractions(posteriors, sparsity), score, floors)
     else:
         assert sparsity is not None, "exactly one target"
         scores = [_scores(posterior, score) for posterior in posteriors]
         keeps, is_floored = keep_best(scores, round(sparsity * sum(s.numel() for s in scores)), floors)
-    rows = []
-    holders = _holders(model)
+    notes = [f"held at min_kept={min_kept:g}" if floored else "" for floored in is_floored]
+    if pattern is not None:
+        notes = [whole_note(posterior, pattern) for posterior in posteriors]
+    report = set_masks(model, posteriors, keeps, notes)
+    if data is not None:
+        recalibrate_batch_norm(model, data)
+    _LOGGER.info("prune_weights: %s", report.summary())
+    return report
+
+
+def set_masks(
+    model: nn.Module, posteriors: Sequence[Posterior], keeps: Sequence[Tensor | None], notes: Sequence[str]
+) -> WeightReport:
+    """Removes what is not kept of each posterior, in place, in all layers that hold it; None leaves one as it is."""
+    rows, holders = [], holders_of(model)
     if is_attached(model) and not any(layer.masked_names() for _, layer in variational_layers(model)):
         _warn_of_averages(model)
-    for posterior, keep, floored in zip(posteriors, keeps, is_floored, strict=True):
-        total, note = posterior.mean.numel(), f"held at min_kept={min_kept:g}" if floored else ""
-        if keep is None:
-            note = f"{_inputs(posterior)[1]} inputs are not a multiple of {_parse(pattern)[1]}"
-        else:
+    for posterior, keep, note in zip(posteriors, keeps, notes, strict=True):
+        total = posterior.mean.numel()
+        if keep is not None:
             keep = keep & ~_removed(posterior)
             for layer, name in holders[id(posterior.mean)]:
                 layer.set_mask(name, keep)
         rows.append(WeightRow(posterior.name, total, total - int(_removed(posterior).sum()), note))
-    if data is not None:
-        recalibrate_batch_norm(model, data)
-    report = WeightReport(tuple(rows), _untouched(model, posteriors))
-    _LOGGER.info("prune_weights: %s", report.summary())
-    return report
+    return WeightReport(tuple(rows), _untouched(model, posteriors))
 
 
 def removable_weights(model: nn.Module) -> list[Posterior]:
@@ -187,7 +197,7 @@ def removable_weights(model: nn.Module) -> list[Posterior]:
     return found
 
 
-def _untouched(model: nn.Module, removable: list[Posterior]) -> tuple[WeightRow, ...]:
+def _untouched(model: nn.Module, removable: Sequence[Posterior]) -> tuple[WeightRow, ...]:
     """The weights that could not go, with the reason."""
     posteriors = {id(posterior.mean): posterior for posterior in named_posteriors(model)}
     others = {id(posterior.mean) for posterior in removable}
@@ -210,11 +220,11 @@ def _warn_of_averages(model: nn.Module) -> None:
             f"{kind} holds a copy of this model from before it had masks, and copies tensors by their position; its "
             "next update fails or mixes the wrong ones. Make it again, after prune_weights(model, sparsity=0.0), which "
             "makes the masks and removes nothing.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
-def _fractions(posteriors: list[Posterior], sparsity: float | Mapping[str, float] | None) -> list[float]:
+def fractions(posteriors: list[Posterior], sparsity: float | Mapping[str, float] | None) -> list[float]:
     """The sparsity of each tensor: that of its own name, of its layer's, or none."""
     if not isinstance(sparsity, Mapping):
         return [float(sparsity or 0)] * len(posteriors)
@@ -236,11 +246,14 @@ def _keep_shares(
     sizes = [posterior.mean.numel() for posterior in posteriors]
     counts = [round(fraction * size) for fraction, size in zip(fractions, sizes, strict=True)]
     caps = [size - floor for size, floor in zip(sizes, floors, strict=True)]
-    keeps = [
-        keep_best([_scores(posterior, score)], count, [0])[0][0]
-        for posterior, count in zip(posteriors, within_caps(counts, caps), strict=True)
-    ]
+    capped = within_caps(counts, caps)
+    keeps = [keep_count(posterior, count, score) for posterior, count in zip(posteriors, capped, strict=True)]
     return keeps, [count > cap for count, cap in zip(counts, caps, strict=True)]
+
+
+def keep_count(posterior: Posterior, count: int, score: Score) -> Tensor:
+    """What stays of a tensor when its lowest `count` go."""
+    return keep_best([_scores(posterior, score)], count, [0])[0][0]
 
 
 def _keep_above(posteriors: list[Posterior], threshold: float, floors: list[int]) -> tuple[list[Tensor], list[bool]]:
@@ -251,13 +264,13 @@ def _keep_above(posteriors: list[Posterior], threshold: float, floors: list[int]
         keep = scores >= threshold
         is_floored.append(int(keep.sum()) < floor)
         if is_floored[-1]:
-            keep, _ = keep_best([scores], scores.numel() - floor, [0])
-            keep = keep[0]
+            keep = keep_best([scores], scores.numel() - floor, [0])[0][0]
         keeps.append(keep)
     return keeps, is_floored
 
 
-def _keep_pattern(posterior: Posterior, pattern: str | None, score: Score) -> Tensor | None:
+def keep_pattern(posterior: Posterior, pattern: str | None, score: Score) -> Tensor | None:
+    """The best N of every M consecutive inputs; None where the number of inputs is not a multiple of M."""
     n, m = _parse(pattern)
     dim, num_inputs = _inputs(posterior)
     if num_inputs % m:
@@ -269,6 +282,12 @@ def _keep_pattern(posterior: Posterior, pattern: str | None, score: Score) -> Te
     return keep.view(scores.shape).movedim(-1, dim).contiguous()
 
 
+def whole_note(posterior: Posterior, pattern: str) -> str:
+    """Why a pattern leaves a tensor as it is, or nothing."""
+    num_inputs, multiple = _inputs(posterior)[1], _parse(pattern)[1]
+    return f"{num_inputs} inputs are not a multiple of {multiple}" if num_inputs % multiple else ""
+
+
 def _inputs(posterior: Posterior) -> tuple[int, int]:
     """The dimension of the weight that numbers inputs, and how many of them each output has."""
     dim = posterior.layer.input_dims[-1]
@@ -276,7 +295,7 @@ def _inputs(posterior: Posterior) -> tuple[int, int]:
     return dim, posterior.mean.shape[dim] // groups
 
 
-def _holders(model: nn.Module) -> dict[int, list[tuple[VariationalLayer, str]]]:
+def holders_of(model: nn.Module) -> dict[int, list[tuple[VariationalLayer, str]]]:
     """The layers that hold each posterior mean, several where it is tied, by the mean's id."""
     holders: dict[int, list[tuple[VariationalLayer, str]]] = defaultdict(list)
     for _, layer in variational_layers(model):
@@ -301,35 +320,31 @@ def _removed(posterior: Posterior) -> Tensor:
     return torch.zeros(mean.shape, dtype=torch.bool, device=mean.device) if mask is None else ~mask
 
 
-def _parse(pattern: str | None) -> tuple[int, int]:
+def _parse(pattern: object) -> tuple[int, int]:
     parts = str(pattern).split(":")
     if len(parts) == 2 and all(part.isdigit() for part in parts) and 0 < int(parts[0]) < int(parts[1]):
         return int(parts[0]), int(parts[1])
     raise ValueError(f'pattern is {pattern!r}; expected "N:M" with 0 < N < M, such as "2:4".')
 
 
-def _check(
-    sparsity: float | Mapping[str, float] | None,
-    snr_below: float | None,
-    pattern: str | None,
-    scope: str,
-    min_kept: float,
-) -> None:
-    given = {"sparsity": sparsity, "snr_below": snr_below, "pattern": pattern}
+def check_target(caller: str, **given: float | Mapping[str, float] | str | None) -> None:
+    """Refuses what is not exactly one target: a sparsity, an `snr_below` or a pattern, in its range.
+
+    Raises:
+        ValueError: it is another.
+    """
     named = [name for name, value in given.items() if value is not None]
     if len(named) != 1:
-        raise ValueError(f"prune_weights got {named or 'no target'}; expected exactly one of {', '.join(given)}.")
-    for value in sparsity.values() if isinstance(sparsity, Mapping) else [0.0 if sparsity is None else sparsity]:
-        if isinstance(value, str) or not hasattr(value, "__float__"):
+        raise ValueError(f"{caller} got {named or 'no target'}; expected exactly one of {', '.join(given)}.")
+    name, value = named[0], given[named[0]]
+    if name == "pattern":
+        _parse(value)
+    elif name == "snr_below" and not value >= 0:  # type: ignore[operator]
+        raise ValueError(f"snr_below is {value!r}; expected a ratio of 0 or more.")
+    for share in () if name != "sparsity" else value.values() if isinstance(value, Mapping) else [value]:
+        if isinstance(share, str) or not hasattr(share, "__float__"):
             raise ValueError(
-                f"sparsity is {value!r}; expected a number, the fraction of weights to remove, such as 0.5."
+                f"sparsity is {share!r}; expected a number, the fraction of weights to remove, such as 0.5."
             )
-        if not 0 <= value <= 1:
-            raise ValueError(f"sparsity is {value!r}; expected a fraction from 0 to 1.")
-    if snr_below is not None and not snr_below >= 0:
-        raise ValueError(f"snr_below is {snr_below!r}; expected a ratio of 0 or more.")
-    if pattern is not None:
-        _parse(pattern)
-    if scope not in ("global", "layer"):
-        raise ValueError(f'scope is {scope!r}; expected "global" or "layer".')
-    check_min_kept(min_kept)
+        if not 0 <= share <= 1:  # type: ignore[operator]
+            raise ValueError(f"sparsity is {share!r}; expected a fraction from 0 to 1.")

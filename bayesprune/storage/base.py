@@ -61,14 +61,12 @@ class Host:
             `model_args` are constructor arguments that the model does not show, from `save`.
         build: `build(base)` is the dense model, on the CPU, at any weights.
         files: `files(base, spec, save_id)` are the library's own JSON files by name, for its stock loading call.
-        takes_buffers: Whether its loading takes values for buffers outside the state dict.
     """
 
     library: str
     describe: Callable[[nn.Module, dict[str, Any] | None], Base | None]
     build: Callable[[Base], nn.Module]
     files: Callable[[Base, dict[str, Any], str], dict[str, Any]]
-    takes_buffers: bool = False
 
 
 _HOSTS: dict[str, Host] = {}

@@ -21,7 +21,7 @@ from bayesprune.storage.digests import json_digest, sealed
 from bayesprune.storage.files import json_writer, num_bytes, shard_writers, write_together
 from bayesprune.storage.reading import FORMAT_VERSION, RECORD
 from bayesprune.storage.rebuild import difference, rebuild
-from bayesprune.storage.spec import Spec, describe_model, state_tensors, unsaved_buffers
+from bayesprune.storage.spec import Spec, computed_buffers, describe_model, state_tensors, unsaved_buffers
 from bayesprune.storage.unsaved import doubtful, lost, outputs_differ
 
 _LOGGER = logging.getLogger(__name__)
@@ -108,10 +108,9 @@ def _spec_against(model: nn.Module, base: Base, example_inputs: Any) -> Spec:
         skeleton = bases.build(base)
         spec = describe_model(model, skeleton)
         rebuild(skeleton, spec)
-        computed = _computed_buffers(model, skeleton)
-        if computed and not bases.host_of(base).takes_buffers:
-            raise StorageError(difference("buffers", "that are not in the state dict and differ", list(computed)))
-        spec = replace(spec, computed=computed)
+        if other := sorted(unsaved_buffers(model).keys() - unsaved_buffers(skeleton).keys()):
+            raise StorageError(difference("buffers", "that are not in the state dict and that it has not", other))
+        spec = replace(spec, computed=computed_buffers(model, skeleton))
         if other := lost(model, skeleton):
             raise StorageError(difference("classes and functions", "that no file can say", other))
     except StorageError as error:
@@ -142,25 +141,12 @@ def _check_outputs(model: nn.Module, rebuilt: nn.Module, spec: Spec, example_inp
         )
 
 
-def _computed_buffers(model: nn.Module, rebuilt: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shapes of the buffers outside the state dict that are not those of the rebuilt model."""
-    found, own = unsaved_buffers(rebuilt), unsaved_buffers(model)
-    if other := [name for name in own if name not in found]:
-        raise StorageError(difference("buffers", "that are not in the state dict and that it has not", other))
-    return {
-        name: tuple(buffer.shape)
-        for name, buffer in own.items()
-        if not torch.equal(found[name].to(buffer.dtype), buffer.cpu())
-    }
-
-
 def _tensors_to_write(model: nn.Module, spec: Spec) -> dict[str, Tensor]:
     """One contiguous CPU tensor for every name but the tied ones and every computed buffer, no two in one storage."""
     tensors: dict[str, Tensor] = {}
     storages: set[int] = set()
-    computed = {name: buffer for name, buffer in unsaved_buffers(model).items() if name in spec.computed}
-    for name, tensor in (*state_tensors(model).items(), *computed.items()):
-        if name in spec.tied:
+    for name, tensor in (*state_tensors(model).items(), *unsaved_buffers(model).items()):
+        if name in spec.tied or (name not in spec.shapes and name not in spec.computed):
             continue
         value = tensor.detach().cpu().contiguous()
         if value.untyped_storage().data_ptr() in storages:

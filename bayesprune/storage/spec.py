@@ -163,6 +163,19 @@ def unsaved_buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: b for name, b in model.named_buffers(remove_duplicate=False) if name not in state}
 
 
+def computed_buffers(model: nn.Module, dense: nn.Module) -> dict[str, Shape]:
+    """Shapes of the buffers outside the state dict that are others in a dense model; see `Spec.computed`.
+
+    Where the dense model is on the meta device, buffers of the same shape count as the same.
+    """
+    dense_ones = unsaved_buffers(dense)
+    return {
+        name: tuple(buffer.shape)
+        for name, buffer in unsaved_buffers(model).items()
+        if name in dense_ones and not _is_same_buffer(dense_ones[name], buffer)
+    }
+
+
 def module_classes(model: nn.Module) -> dict[str, str]:
     """Class name of every module without children; see `Spec.classes`."""
     leaves = {name: m for name, m in model.named_modules(remove_duplicate=False) if not _has_children(m)}
@@ -233,6 +246,12 @@ def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
 def _class_name(module: nn.Module) -> str:
     name = stock_class(module).__name__
     return "Identity" if "Drop" in name else name
+
+
+def _is_same_buffer(dense: Tensor, buffer: Tensor) -> bool:
+    if dense.is_meta:
+        return dense.shape == buffer.shape
+    return torch.equal(dense.to(buffer.dtype), buffer.cpu())
 
 
 def _has_children(module: nn.Module) -> bool:

@@ -70,7 +70,7 @@ def run_family(model_type: str, folder: Path) -> dict[str, Any]:
     except Exception as error:  # noqa: BLE001 (why it is not tried)
         row["not_built"] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
         return row
-    plain = {name: value for name, value in inputs.items() if name not in ("labels", "return_loss")}
+    plain = without_labels(inputs)
     if "decoder_input_ids" not in plain and "labels" in inputs and model.config.is_encoder_decoder:
         plain["decoder_input_ids"] = inputs["labels"]
     row["inputs"] = sorted(inputs)
@@ -114,6 +114,10 @@ def run_family(model_type: str, folder: Path) -> dict[str, Any]:
     return row
 
 
+def without_labels(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in inputs.items() if not name.endswith("labels") and name != "return_loss"}
+
+
 def moments(model: Any, inputs: dict[str, Any]) -> str:
     """Whether one pass gives means and variances that are finite, and some variance."""
     import torch
@@ -151,13 +155,27 @@ def load(folder: Path, auto_name: str, is_cut: bool) -> dict[str, str]:
         wrong = [f"{route}: {said}" for route, said in result.items() if not said.startswith(OK)]
         found[column] = "; ".join(wrong) or max(result.values(), key=len)
     if is_cut and auto_name in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM") and "input_ids" in inputs:
-        attempt(found, "generate", lambda: generate(bp.load(folder / "cut"), inputs["input_ids"]))
+        attempt(found, "generate", lambda: generate(folder, without_labels(inputs)))
     return found
 
 
-def generate(model: Any, tokens: Any) -> str:
-    found = [model.generate(tokens, max_new_tokens=4, do_sample=False, use_cache=cache) for cache in (True, False)]
-    return OK if is_equal(found[:1], found[1:]) else "other tokens with a cache than without"
+def generate(folder: Path, inputs: dict[str, Any]) -> str:
+    """Whether the cut model generates the same tokens with a cache as without; where not, how the uncut one does."""
+    differ = "other tokens with a cache than without"
+    if not caches_alter(folder / "cut", inputs):
+        return OK
+    return f"{differ}, before the cut as well" if caches_alter(folder / "masked", inputs) else differ
+
+
+def caches_alter(directory: Path, inputs: dict[str, Any]) -> bool:
+    import bayesprune as bp
+
+    options = {"max_new_tokens": 4, "do_sample": False}
+    if "input_features" in inputs:  # a token for each stretch of the sound, and none behind its end
+        inputs = {**inputs, "input_ids": inputs["input_ids"][:, :4]}
+    model = bp.load(directory)
+    found = [model.generate(**inputs, **options, use_cache=use_cache) for use_cache in (True, False)]
+    return not is_equal(found[:1], found[1:])
 
 
 def run_row(model_type: str) -> dict[str, Any]:

@@ -19,6 +19,10 @@ ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 QWEN_VISION = {"embed_dim": 32, "num_heads": 4, "mlp_ratio": 2, "hidden_size": 32, "depth": 2}
 QWEN_VL = {"text_config": {"rope_parameters": MROPE}, "vision_config": QWEN_VISION}
 EFFICIENTNET = {"width_coefficient": 0.25, "hidden_dim": 320, "depthwise_padding": []}
+# As the one at 48 kHz; the weights of the one at 24 kHz are parametrized, which `to_variational` refuses.
+ENCODEC = {"num_filters": 4, "norm_type": "time_group_norm", "use_causal_conv": False, "normalize": True}
+MINICPM = {"vision_config": {"hidden_size": 12}}  # as in the real ones, no multiple of the text's width
+INKLING = {"text_config": {"unpadded_vocab_size": 96, "rel_extent": 16, "sliding_window_size": 16}}
 FORECAST = {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2], "num_time_features": 1}
 
 ADAPTED: dict[str, dict[str, Any]] = {
@@ -36,11 +40,20 @@ ADAPTED: dict[str, dict[str, Any]] = {
     "deformable_detr": {"backbone_config": BACKBONES, "num_feature_levels": 3},
     "detr": {"backbone_config": BACKBONE},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "topk_method": "greedy"},
+    "deepseek_v4": {"o_groups": 2, "o_lora_rank": 8},
     "decision_transformer": {"n_positions": 64},
     "donut-swin": {"num_heads": [2, 2, 4, 4], "image_size": 64, "patch_size": 2},
+    "dory": {
+        "num_hidden_layers": 3,
+        "n_input_layers": 1,
+        "n_recurrent_layers": 1,
+        "n_output_layers": 1,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    },
     "dpt": {"neck_hidden_sizes": [8, 16, 16, 32], "num_hidden_layers": 4, "backbone_out_indices": [1, 2, 3, 4]},
     "efficientnet": EFFICIENTNET,
-    "encodec": {"num_filters": 4},
+    "encodec": ENCODEC,
+    "encoder-decoder": {"decoder_start_token_id": 0},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "swin": {"embed_dim": 16, "num_heads": [2, 2, 4, 4], "image_size": 64, "patch_size": 2},
@@ -50,6 +63,15 @@ ADAPTED: dict[str, dict[str, Any]] = {
         "backbone_config": {"sub_config_class": "vitpose_backbone", "image_size": [32, 32], "patch_size": [8, 8]}
     },
     "vitpose_backbone": {"image_size": [32, 32], "patch_size": [8, 8]},
+    "wavtokenizer": {
+        "num_filters": 2,
+        "hidden_size": 32,
+        "codebook_dim": 32,
+        "decoder_hidden_size": 48,
+        "decoder_intermediate_size": 144,
+        "decoder_num_layers": 12,
+        "decoder_attention_num_groups": 8,
+    },
     "wav2vec2-bert": {"feature_projection_input_dim": 16},
     "wav2vec2": {"mask_time_length": 2, "mask_feature_length": 2},
     "xlstm": {"num_heads": 4},
@@ -71,15 +93,23 @@ ADAPTED: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
     "informer": FORECAST,
+    "inkling2": INKLING,
+    "inkling2_loop": INKLING,
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "layoutlmv3": {"coordinate_size": 6, "shape_size": 4, "input_size": 32},
+    "led": {"attention_window": 16},
     "lilt": {"hidden_size": 48},
+    "longformer": {"attention_window": 16},
     "longt5": {"decoder_start_token_id": 0},
     "luke": {"entity_vocab_size": 96},
     "mamba2": {"num_heads": 4, "head_dim": 16},
     "mask2former": {"backbone_config": SWINS},
     "maskformer": {"backbone_config": SWINS},
+    "mgp-str": {"num_bpe_labels": 96, "num_wordpiece_labels": 96},
     "mimi": {"upsample_groups": 8},
+    "minicpm_ocr": MINICPM,
+    "minicpmv4_6": MINICPM,
+    "minicpmv4_7": MINICPM,
     "ministral": {"head_dim": 8},
     "mm-grounding-dino": {"backbone_config": SWINS},
     "mobilenet_v1": {"depth_multiplier": 0.125},
@@ -91,14 +121,16 @@ ADAPTED: dict[str, dict[str, Any]] = {
     "omdet-turbo": {"backbone_config": SWINS},
     "opt": {"word_embed_proj_dim": 32},
     "paddleocr_vl": {"text_config": {"rope_parameters": MROPE}},
+    "pegasus_x": {"block_size": 16, "num_global_tokens": 2},
     "qwen2_5_vl": QWEN_VL,
     "qwen2_vl": QWEN_VL,
     "qwen3_vl": {"text_config": {"rope_parameters": MROPE}},
     "qwen3_vl_moe": {"text_config": {"rope_parameters": MROPE}},
     "colqwen2": {"vlm_config": {"sub_config_class": "qwen2_vl", **QWEN_VL}},
-    "reformer": {"axial_pos_shape": [2, 4]},
+    "reformer": {"axial_pos_shape": [2, 4], "feed_forward_size": 64},
     "rt_detr": {"backbone_config": BACKBONES, "num_denoising": 0},
     "rt_detr_v2": {"backbone_config": BACKBONES, "num_denoising": 0},
+    "switch_transformers": {"decoder_start_token_id": 0},
     "t5": {"decoder_start_token_id": 0},
     "table-transformer": {"backbone_config": BACKBONE},
     "time_series_transformer": FORECAST,

@@ -148,7 +148,18 @@ def find_inputs(model: Any) -> dict[str, Any]:
 
 def with_labels(model: Any, accepted: Any) -> list[dict[str, Any]]:
     found = [{"labels": label} for label in labels(type(model).__name__, model.config)] if "labels" in accepted else []
+    found += [spoken(model.config)] if "spectrogram_labels" in accepted else []
     return [*found, *([{"return_loss": True}] if "return_loss" in accepted else [])]
+
+
+def spoken(config: Any) -> dict[str, Any]:
+    """What FastSpeech2 is to say: two frames for every token, with pitch and energy."""
+    return {
+        "spectrogram_labels": randn(BATCH, 2 * TOKENS, config.num_mel_bins),
+        "duration_labels": randint(2, 3, BATCH, TOKENS),
+        "pitch_labels": randn(BATCH, TOKENS, 1),
+        "energy_labels": randn(BATCH, TOKENS, 1),
+    }
 
 
 def answer(model: Any, inputs: dict[str, Any]) -> str | None:

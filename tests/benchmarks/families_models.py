@@ -1,7 +1,8 @@
 """Tiny models of the families of transformers, made from their configs by names of sizes, with an input for each.
 
 A family is a folder of `transformers.models`. Its config is the default one with every size made small, its sub-configs
-alike; `ADAPTED` holds what has to differ from that for a family to build or to run.
+alike; `ADAPTED` holds what has to differ from that for a family to build, to run, or to have the proportions of a real
+model where one part would hold nearly all the MACs.
 """
 
 import inspect

@@ -55,15 +55,19 @@ def gives_what_was_saved(load: Callable[[Path], Any], directory: Path, inputs: A
     """Whether the loaded model gives what the saved one gave: to the last bit, or but for rounding.
 
     A process that reads weights in place may find them at other addresses, and products of matrices round otherwise.
+    Copied, they stand where torch puts them, and the last bit is right again.
     """
     from safetensors.torch import load_file
 
     expected = [tensor for _, tensor in sorted(load_file(directory / "expected").items())]
-    found = outputs(load(directory), inputs)
-    if is_equal(found, expected):
+    model = load(directory)
+    if is_equal(found := outputs(model, inputs), expected):
         return OK
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+    is_rounding = is_equal(outputs(model, inputs), expected)
     difference = farthest(found, expected)
-    return ROUNDED if difference <= ROUNDING else f"other outputs than before, by {difference:.1e}"
+    return ROUNDED if is_rounding or difference <= ROUNDING else f"other outputs than before, by {difference:.1e}"
 
 
 def farthest(found: list[Any], expected: list[Any]) -> float:

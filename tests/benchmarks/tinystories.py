@@ -1,9 +1,9 @@
 """A trained Llama of 656,000 parameters: perplexity with few weights, through the stock Trainer, and generation.
 
 The callback's posteriors beside magnitude and random removal with the same batches, learning rates and number of
-gradient evaluations; beside them, weights cut once without training, and half of the heads and neurons removed. The
-first 80 % of the text trains, the next 10 % chooses settings (one seed), the last 10 % is only reported. Each finished
-run is written at once and skipped when the program runs again.
+gradient evaluations; weights cut at once from calibration stories, without training and with all steps after the cut;
+half of the heads and neurons removed. The first 80 % of the text trains, the next 10 % chooses settings (one seed), the
+last 10 % is only reported. Each finished run is written at once and skipped when the program runs again.
 
     python tests/benchmarks/tinystories.py --data-dir DATA --out docs/benchmarks/tinystories.json
     python tests/benchmarks/tinystories.py --table
@@ -28,6 +28,7 @@ from typing import Any
 import common
 import torch
 import transformers
+from cuts import Cut, Target, control, ours
 from sst2_methods import Method, callback, halve, signal, train
 from torch import nn
 from transformers import (
@@ -62,6 +63,7 @@ class Settings:
     tokens: int = 256
     steps: int = 60
     num_updates: int = 20
+    calibration: int = 128
 
 
 LEARNING_RATES = (3e-4, 1e-3)
@@ -73,6 +75,12 @@ CANDIDATES = (
     Method("ours", temperature=1.0),
     Method("ours", power=1.0),
 )
+CUT_RATES = (3e-3, 1e-3)
+OUR_CUT = Cut("ours", fitted=True, divided=True)
+PUBLISHED = tuple(Cut(mask) for mask in ("sparsegpt", "magnitude", "wanda"))
+FITTED = tuple(replace(its, fitted=True) for its in PUBLISHED)
+DIVIDED = tuple(replace(its, divided=True) for its in FITTED)
+TARGETS = {"50%": Target(sparsity=0.5), "2:4": Target(pattern="2:4")}
 STRUCTURES = tuple(Method("ours", std=s, power=p) for s in ("per_weight", "rank_one") for p in (1.0, 2.0))
 
 
@@ -116,6 +124,58 @@ class Benchmark:
                     self.once("learned, then cut", method, sparsity, lr, seed)
             for kind in ("ours", "magnitude", "random"):
                 self.structure("structure", Method(**chosen(self.runs, kind, "choice of structure")), lr, seed)
+
+        self.cuts(seeds)
+
+    def cuts(self, seeds: list[int]) -> None:
+        """Weights cut at once: with no training, and with all steps after the cut, the learning rate by validation."""
+        trained = (OUR_CUT, *PUBLISHED, DIVIDED[1])
+        for how in trained:
+            for lr in CUT_RATES:
+                self.cut_once("cut, then trained", how, "50%", 0, lr)
+        for target in TARGETS:
+            alike = target == "2:4"  # every layer loses half, however it is divided
+            for seed in seeds:
+                for how in (
+                    OUR_CUT,
+                    *PUBLISHED,
+                    *FITTED,
+                    *(() if alike else (replace(OUR_CUT, divided=False), *DIVIDED)),
+                ):
+                    self.cut_once("cut, no training", how, target, seed)
+                for how in (OUR_CUT, *PUBLISHED, FITTED[1] if alike else DIVIDED[1]):
+                    self.cut_once("cut, then trained", how, target, seed, rate(self.runs, how))
+
+    def cut_once(self, section: str, how: Cut, target: str, seed: int, lr: float | None = None) -> dict[str, Any]:
+        def run() -> tuple[nn.Module, dict[str, Any]]:
+            model, _ = self.cut_model(how, target, seed)
+            if lr:
+                self.fine_tune(model, lr, seed)
+            return model, {}
+
+        key = {"section": section, "cut": asdict(how), "target": target, "seed": seed}
+        return self.measure(key | ({"lr": lr} if lr else {}), run)
+
+    def cut_model(self, how: Cut, target: str, seed: int) -> tuple[Any, dict[str, float]]:
+        """The model with zeros, and what share of each layer they are."""
+        model, shares = self._cut_model(how, target, seed)
+        return copy.deepcopy(model), shares
+
+    @lru_cache(maxsize=4)  # noqa: B019 (lives as long as the program)
+    def _cut_model(self, how: Cut, target: str, seed: int) -> tuple[Any, dict[str, float]]:
+        model = bp.to_variational(self.dense(), filter_fn=in_layers, estimator="mean").eval()
+        batches = self.calibration(seed)
+        if how.mask == "ours":
+            return model, ours(model, batches, TARGETS[target], divided=how.divided)
+        shares = self.cut_model(OUR_CUT, target, seed)[1] if how.divided else {}
+        control(model, batches, how, TARGETS[target], shares)
+        return model, shares
+
+    def calibration(self, seed: int) -> list[Any]:
+        """Stories of the training text in batches, those of like length together."""
+        stories = random.Random(seed).sample(self.train, self.settings.calibration)
+        stories.sort(key=lambda story: len(story["input_ids"]))
+        return [self.collate(stories[start : start + 16]) for start in range(0, len(stories), 16)]
 
     def select(self) -> float:
         """Runs what the choices are made from, with seed 0, and returns the learning rate."""
@@ -229,7 +289,7 @@ class Benchmark:
                 return finished
         start = time.perf_counter()
         model, row = run()
-        if key["section"].startswith(("choice", "dense")):
+        if key["section"].startswith(("choice", "dense", "cut")):
             row["validation"] = self.perplexity(model, self.validation)
         if not key["section"].startswith("choice"):
             row["test"] = self.perplexity(model, self.test)
@@ -249,6 +309,14 @@ def in_place(model: nn.Module) -> nn.Module:
     if not any(isinstance(module, bp.VariationalLayer) for module in model.modules()):
         bp.to_variational(model, filter_fn=in_layers)
     return model
+
+
+def rate(runs: list[dict[str, Any]], how: Cut) -> float:
+    """The learning rate after this cut with the lowest perplexity on the validation text, at half of the weights."""
+    how = replace(how, divided=how.fitted)
+    section = [row for row in runs if row["section"] == "cut, then trained" and row["cut"] == asdict(how)]
+    rows = [row for row in section if row["target"] == "50%" and row["seed"] == 0]
+    return min(rows, key=lambda row: row["validation"])["lr"]
 
 
 def chosen(runs: list[dict[str, Any]], kind: str, section: str = "choice") -> dict[str, Any]:

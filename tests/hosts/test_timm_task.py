@@ -21,7 +21,12 @@ from tests.train.reference import NUM_DATA, assert_same_parameters, batches, net
 timm = pytest.importorskip("timm", minversion="1.0.27")
 from timm.loss import BinaryCrossEntropy  # noqa: E402
 from timm.optim import create_optimizer_v2  # noqa: E402
-from timm.task import ClassificationTask, FeatureDistillationTask, resume_task_checkpoint  # noqa: E402
+from timm.task import (  # noqa: E402
+    ClassificationTask,
+    FeatureDistillationTask,
+    LogitDistillationTask,
+    resume_task_checkpoint,
+)
 from timm.utils import CheckpointSaver, NativeScaler  # noqa: E402
 
 from bayesprune.hosts.timm import BayesPruneTask  # noqa: E402
@@ -200,6 +205,26 @@ def test_the_student_of_a_distillation_learns_posteriors(tmp_path):
     checkpoint = torch.load(tmp_path / "last.pth.tar", weights_only=True)
     assert checkpoint["task_state"].keys() == {"projection", "bayesprune"}
     assert checkpoint["state_dict"].keys() == student.state_dict().keys()
+
+
+@pytest.mark.parametrize("with_posteriors", [False, True])
+def test_a_model_that_was_cut_is_the_student_of_timms_own_task(with_posteriors):
+    """Its loss is the one of `bp.distillation`: two programs of the same formula."""
+    dense = timm.create_model("test_resnet", num_classes=3)
+    student = bp.to_variational(copy.deepcopy(dense))
+    x, y = torch.randn(4, 3, 160, 160), torch.tensor([0, 1, 2, 0])
+    bp.prune_channels(student, x[:1], target={"macs": 0.7})
+    distill = bp.distillation(dense, temperature=4.0, weight=0.9)
+    options = {"task_loss_weight": 0.1, "temperature": 4.0, "verbose": False}
+    if not with_posteriors:
+        bp.to_deterministic(student)
+    task = LogitDistillationTask(student, dense, nn.CrossEntropyLoss(), **options)
+    if with_posteriors:
+        task = BayesPruneTask(task)
+        task.attach(create_optimizer_v2(student, "adamw", lr=1e-3, weight_decay=0.0), num_updates=10, num_data=4)
+    found = task.train()(x, y)
+    expected = distill(found["output"], x, nn.functional.cross_entropy(found["output"], y))
+    torch.testing.assert_close(found["loss"], expected)
 
 
 def test_the_average_has_the_zeros_of_the_model_at_once():

@@ -88,7 +88,7 @@ def test_a_constant_input_goes_into_the_mean_of_a_batch_norm():
     x = normal(32, 2, 3, 3)
     expected, mean = model(x), model[3].running_mean
     compensate(model, [x], {"2": [2]})
-    assert torch.allclose(model(x), expected, atol=1e-4)
+    assert torch.allclose(model(x), expected, atol=1e-3)
     assert model[3].running_mean is not mean, "an undo puts the old buffer back"
 
 

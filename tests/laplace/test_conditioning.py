@@ -55,6 +55,24 @@ def test_conditioning_step_by_step_is_conditioning_on_all():
     torch.testing.assert_close(steps, conditional_mean(mean, precision, first & second), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("smallest", [1e-2, 1e-9], ids=["conditioned well", "badly"])
+def test_wide_layers_whose_rows_lose_their_own_weights_are_solved_as_exactly(smallest):
+    torch.manual_seed(2)
+    size = 640
+    axes, _ = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64))
+    precision = axes * torch.logspace(0, torch.tensor(smallest).log10().item(), size, dtype=torch.float64) @ axes.T
+    mean, keep = torch.randn(12, size, dtype=torch.float64), torch.rand(12, size) > 0.4
+    found = conditional_mean(mean, precision, keep)
+    assert not found[~keep].any()
+    for row, kept in enumerate(keep):
+        exact = mean[row, kept] + torch.linalg.solve(
+            precision[kept][:, kept], precision[kept][:, ~kept] @ mean[row, ~kept]
+        )
+        gone, best = mean[row] - found[row], mean[row].clone()
+        best[kept] -= exact
+        assert gone @ precision @ gone <= (1 + 1e-6) * (best @ precision @ best)
+
+
 def test_extremes():
     mean, precision = torch.randn(2, 3, dtype=torch.float64), positive(3)
     assert torch.equal(conditional_mean(mean, precision, torch.ones(2, 3, dtype=torch.bool)), mean)

@@ -225,6 +225,36 @@ def without_gradients(layer, x):
         return layer(x)
 
 
+class Reversible(torch.autograd.Function):
+    """As the blocks of Reformer and RevNets: layers run inside, and run again in the backward."""
+
+    @staticmethod
+    def forward(ctx, x, layers):
+        ctx.layers = layers
+        ctx.save_for_backward(x)
+        return layers[0](x)
+
+
+class Newer(torch.autograd.Function):
+    """The same in torch's later form."""
+
+    @staticmethod
+    def forward(layer, x):
+        return layer(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[1:])
+
+
+class Rounded(torch.autograd.Function):
+    """A function of tensors alone."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.round(decimals=2)
+
+
 @pytest.mark.parametrize(
     "run",
     [
@@ -235,16 +265,24 @@ def without_gradients(layer, x):
         lambda layer, x: layer(x) + x.detach().mean(1, keepdim=True),
         without_gradients,
         torch.no_grad()(lambda layer, x: layer(x)),
+        lambda layer, x: Reversible.apply(x, nn.ModuleList([layer])),
+        lambda layer, x: Reversible.apply(x, [layer]),
+        lambda layer, x: Newer.apply(layer, x),
+        lambda layer, x: Rounded.apply(layer(x)),
     ],
-    ids=["reentrant", "checkpoint", "detach", "data", "both", "no_grad", "decorator"],
+    ids=[
+        *("reentrant", "checkpoint", "detach", "data", "both", "no_grad", "decorator"),
+        *("reversible", "list", "newer", "rounded"),
+    ],
 )
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_stopped_gradients_hide_nothing(run):
     torch.manual_seed(0)
     net, x = Stopped(run), torch.randn(3, 4)
     net.a.bias.requires_grad_(False)
-    checkpoint = torch.utils.checkpoint.CheckpointFunction.apply
+    checkpoint, apply = torch.utils.checkpoint.CheckpointFunction.apply, Rounded.apply
     assert units(net, x) == {"a": 12, "b": 10}
+    assert Rounded.apply == apply
     assert torch.utils.checkpoint.CheckpointFunction.apply == checkpoint
     report = prune_channels(net, x, target={"macs": 0.5}, importance=MAGNITUDE)
     assert report.achieved["macs"] <= 0.5

@@ -33,6 +33,13 @@ def sorted_by(net, x):
     return x * (net.side(x).argmax(1, keepdim=True) + 1)
 
 
+class Doubled(nn.Linear):
+    """A layer of one's own that is a linear layer."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
 CASES = {
     "not called": (Net(lambda net, x: x, side=nn.Linear(5, 8)), "side", "not called with example_inputs", "delete it"),
     "under inference mode": (
@@ -59,6 +66,14 @@ CASES = {
 def reason_for(net: nn.Module, layer: str, x=None) -> str:
     torch.manual_seed(0)
     return find_groups(net, torch.randn(3, 4) if x is None else x).left_whole[layer]
+
+
+def test_a_layer_of_ones_own_holds_nothing_back():
+    """Whether it puts out several tensors is seen by a forward that is no part of the graph."""
+    parts = {"mid": nn.Linear(8, 5), "few": nn.Parameter(torch.rand(5)), "own": Doubled(5, 8)}
+    net = Net(lambda net, x: net.own(net.mid(x) * net.few) * net.many, **parts, many=nn.Parameter(torch.rand(8)))
+    torch.manual_seed(0)
+    assert find_groups(net, torch.randn(3, 4)).left_whole == {"head": "it is an output of the model"}
 
 
 @pytest.mark.parametrize("name", ["not called", "under inference mode", "turned into integers", "used by another"])

@@ -7,11 +7,13 @@ from bayesprune.hosts.transformers.reload import follow_saves
 
 if TYPE_CHECKING:
     from bayesprune.hosts.transformers.callback import BayesPruneCallback
+    from bayesprune.hosts.transformers.distillation import DistillationCallback
     from bayesprune.hosts.transformers.tolerance import Tolerance
     from bayesprune.prune.schedule import PruneSchedule
 
 __all__ = [
     "BayesPruneCallback",
+    "DistillationCallback",
     "PruneSchedule",
     "Tolerance",
     "follow_saves",
@@ -24,6 +26,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from bayesprune.hosts.transformers import callback  # the Trainer takes seconds to import
+    from bayesprune.hosts.transformers import callback, distillation  # the Trainer takes seconds to import
 
-    return getattr(callback, name)
+    return getattr(distillation if name == "DistillationCallback" else callback, name)

@@ -6,13 +6,11 @@ accumulation and its average over processes stay the Trainer's own.
 """
 
 import logging
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
-from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -21,7 +19,7 @@ from bayesprune.hosts.transformers import checkpoint
 from bayesprune.hosts.transformers.adapters import warn_of_pruning
 from bayesprune.hosts.transformers.counting import count_terms
 from bayesprune.hosts.transformers.fsdp import Frozen, check_dtypes, freeze_stds, thaw
-from bayesprune.hosts.transformers.guards import LossScaleProbe, check_parallelism, check_shapes, shapes
+from bayesprune.hosts.transformers.guards import LossScaleProbe, check_parallelism, check_shapes, probe_of, shapes
 from bayesprune.hosts.transformers.order import stand_before_loggers
 from bayesprune.hosts.transformers.summary import summarize
 from bayesprune.hosts.transformers.tolerance import Tolerance, evaluation_prefix
@@ -172,15 +170,7 @@ class BayesPruneCallback(TrainerCallback):
         _LOGGER.info("the KL weighs temperature %g / num_data %d", self._temperature, num_data)
         self._shapes = shapes(model)
         self._within_tolerance = self._copy(model)
-        num_batches = min(args.gradient_accumulation_steps, len(loader) if hasattr(loader, "__len__") else sys.maxsize)
-        if num_batches * args.world_size > 1:
-            compiler = AcceleratorState().dynamo_plugin
-            self._probe = LossScaleProbe(
-                model,
-                num_batches=num_batches,
-                num_processes=args.world_size,
-                is_compiled=compiler is not None and compiler.backend != DynamoBackend.NO,
-            )
+        self._probe = probe_of(model, args, loader)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any
@@ -227,7 +217,12 @@ class BayesPruneCallback(TrainerCallback):
             with torch.no_grad():
                 kl = float(whole(self._attachment.kl_divergence()))
             temperature = self._attachment.temperature
-            added = {"nll": logs["loss"], "kl_nats": kl, "temperature": temperature, **summarize(model)}
+            added = {
+                "nll": logs.get("nll", logs["loss"]),
+                "kl_nats": kl,
+                "temperature": temperature,
+                **summarize(model),
+            }
         else:
             added = self._evaluated(logs, state, model)
         logs.update(added)

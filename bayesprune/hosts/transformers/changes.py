@@ -27,6 +27,7 @@ def changes(spec: Mapping[str, Any], skeleton: nn.Module) -> dict[str, Any] | No
         "shapes": {name: shape for name, shape in spec["shapes"].items() if dense.get(name) != tuple(shape)},
         "attributes": spec["attributes"],
         "variational": spec["variational"],
+        **({"computed": spec["computed"]} if spec.get("computed") else {}),
     }
     if not any(found.values()) and spec["tied"] == tied_names(skeleton):
         return None
@@ -39,24 +40,27 @@ def spec_of(changed: Mapping[str, Any], model: PreTrainedModel, where: str) -> S
     Raises:
         StorageError: the values are not as `changes` writes them; `where` says in which file.
     """
-    for field in FIELDS:
-        if not isinstance(changed.get(field), dict):
+    for field in (*FIELDS, "computed"):
+        if not isinstance(changed.get(field, {} if field == "computed" else None), dict):
             raise StorageError(f"{where}: quantization_config holds no object {field!r}. The file is damaged.")
     modules = dict(model.named_modules(remove_duplicate=False))
     rename = Renaming(modules, model.base_model_prefix)
     shapes = {name: list(shape) for name, shape in shapes_of(model).items()}
     shapes |= {new: shape for name, shape in changed["shapes"].items() if (new := rename.tensor(name))}
     tied = {rename.tensor(alias): rename.tensor(first) for alias, first in changed["tied"].items()}
+    buffers = unsaved_buffers(model)
+    computed = {rename.tensor(name): shape for name, shape in changed.get("computed", {}).items()}
     value = {
         "shapes": shapes,
         "attributes": {new: v for name, v in changed["attributes"].items() if (new := rename.module(name)) is not None},
         "classes": module_classes(model),
         "constants": module_constants(model),
-        "buffers": {name: str(b.dtype).removeprefix("torch.") for name, b in unsaved_buffers(model).items()},
+        "buffers": {name: str(b.dtype).removeprefix("torch.") for name, b in buffers.items()},
         "tied": {alias: first for alias, first in tied.items() if alias in shapes and first in shapes},
         "variational": {
             new: v for name, v in changed["variational"].items() if (new := rename.module(name)) is not None
         },
+        "computed": {name: shape for name, shape in computed.items() if name in buffers},
     }
     return Spec.from_json(value, where)
 

@@ -1,12 +1,16 @@
 """What would train a wrong posterior without a word, said at the start with the line that mends it."""
 
+import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from transformers import TrainingArguments
 
 from bayesprune.errors import UnsupportedModelError
 from bayesprune.layers import named_posteriors
@@ -68,6 +72,20 @@ def check_shapes(model: nn.Module, expected: Mapping[str, tuple[torch.Size, ...]
             f"{name} was {tuple(expected[name][0])} when training began and is {now} ({len(changed)} such): optimizer, "
             "checkpoints and wrappers still hold the old one. Remove channels after trainer.train(), not inside it."
         )
+
+
+def probe_of(model: nn.Module, args: TrainingArguments, loader: Any) -> "LossScaleProbe | None":
+    """The probe of a training that begins; None where one optimizer step sees one batch in one process."""
+    num_batches = min(args.gradient_accumulation_steps, len(loader) if hasattr(loader, "__len__") else sys.maxsize)
+    if num_batches * args.world_size <= 1:
+        return None
+    compiler = AcceleratorState().dynamo_plugin
+    return LossScaleProbe(
+        model,
+        num_batches=num_batches,
+        num_processes=args.world_size,
+        is_compiled=compiler is not None and compiler.backend != DynamoBackend.NO,
+    )
 
 
 class LossScaleProbe:
@@ -146,6 +164,9 @@ class LossScaleProbe:
         number = kwargs.get("num_items_in_batch")
         if number is None or kwargs.get("labels") is None or not module.training or torch.compiler.is_compiling():
             return None  # without labels the Trainer computes the loss, and divides it
+        if isinstance(number, Tensor) and number.requires_grad:
+            self._number = number  # another probe's
+            return None
         self._number = torch.as_tensor(number, dtype=torch.float32).detach().clone().requires_grad_()
         return args, {**kwargs, "num_items_in_batch": self._number}
 

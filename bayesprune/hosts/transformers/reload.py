@@ -12,6 +12,7 @@ transformers renames them for some architectures on the way to the disk, which t
 import os
 import uuid
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from bayesprune.storage.digests import KEY, check_json, check_seal, json_digest,
 from bayesprune.storage.load import check_same_save
 from bayesprune.storage.reading import FORMAT_VERSION, READABLE_VERSIONS, read_header, read_json, read_tensors
 from bayesprune.storage.rebuild import difference, rebuild, shape_differences
-from bayesprune.storage.spec import Spec, describe_model, tied_names
+from bayesprune.storage.spec import Spec, computed_buffers, describe_model, tied_names, unsaved_buffers
 from bayesprune.storage.unsaved import lost
 
 METHOD = "bayesprune"
@@ -106,7 +107,7 @@ class BayespruneQuantizer(HfQuantizer):
         tensors = {new: meta for name, meta in found.items() if (new := rename.tensor(name))}
         spec, fresh = self._spec(model, tensors, Path(where))
         tensors = {spec.tied.get(name, name) if name in spec.shapes else name: meta for name, meta in tensors.items()}
-        recorded = {name: shape for name, shape in spec.shapes.items() if name not in spec.tied}
+        recorded = {name: shape for name, shape in spec.shapes.items() if name not in spec.tied} | spec.computed
         if fresh is not None:  # what the saved model had and this one has not is left out
             tensors = {name: meta for name, meta in tensors.items() if name in recorded and name not in fresh}
             state = model.state_dict()
@@ -124,6 +125,8 @@ class BayespruneQuantizer(HfQuantizer):
         # transformers would fill them with anything, and masks are applied as soon as they are there.
         for layer, key, _ in _tied_buffers(model, spec):
             layer._buffers[key] = None
+        for layer, key in _computed_buffers(model, spec):
+            layer._non_persistent_buffers_set.discard(key)  # so that transformers reads them
         parameters = dict(model.named_parameters(remove_duplicate=False))
         model.all_tied_weights_keys = {alias: first for alias, first in spec.tied.items() if alias in parameters}
         self.spec = spec
@@ -171,6 +174,8 @@ class BayespruneQuantizer(HfQuantizer):
         assert self.spec is not None, "the model was prepared before"
         for layer, key, first in _tied_buffers(model, self.spec):
             layer._buffers[key] = model.get_buffer(first)
+        for layer, key in _computed_buffers(model, self.spec):
+            layer._non_persistent_buffers_set.add(key)
         vars(model).pop("quantization_method", None)
         vars(model)["is_quantized"] = False
         for module in model.modules():
@@ -197,7 +202,8 @@ class BayespruneQuantizer(HfQuantizer):
                 difference("classes and functions", "that no file can say", other)
                 + "\nUse bayesprune.save(model, directory, plain=True), and load with bayesprune.load(..., model=...)."
             )
-        spec = describe_model(model, dense).to_json()
+        computed = computed_buffers(model, dense)
+        spec = replace(describe_model(model, dense), computed=computed).to_json()
         values = quantization_config(base, spec, save_id)
         vars(model).pop("_weight_conversions", None)
         vars(model.config).pop("quantization_config", None)
@@ -208,6 +214,7 @@ class BayespruneQuantizer(HfQuantizer):
         model.config.quantization_config = self.quantization_config
         vars(model)["_weight_conversions"] = []  # the names in memory, as in the spec
         tensors = {k: v for k, v in model.state_dict().items() if k not in spec["tied"]}
+        tensors |= {k: v for k, v in unsaved_buffers(model).items() if k in computed}
         return tensors, {"save_id": save_id, **tensor_header(tensors)}
 
     def is_serializable(self) -> bool:  # type: ignore[override]
@@ -236,6 +243,13 @@ def _tied_buffers(model: nn.Module, spec: Spec) -> Iterator[tuple[nn.Module, str
         owner, _, key = alias.rpartition(".")
         if key in (module := model.get_submodule(owner))._buffers:
             yield module, key, first
+
+
+def _computed_buffers(model: nn.Module, spec: Spec) -> Iterator[tuple[nn.Module, str]]:
+    """Module and key of every buffer outside the state dict whose values are in the files."""
+    for name in spec.computed:
+        owner, _, key = name.rpartition(".")
+        yield model.get_submodule(owner), key
 
 
 def follow_saves(model: PreTrainedModel) -> PreTrainedModel:

@@ -17,6 +17,7 @@ from bayesprune.hosts.transformers.pretrained import (
     AUTO_CLASSES,
 )
 from bayesprune.hosts.transformers.training import TrainingData, train
+from bayesprune.train import Distillation
 
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
@@ -82,15 +83,25 @@ class TrainerTask:
         lr: float,
         learn_stds: bool = False,
         sparsity: float | None = None,
+        distill: Distillation | None = None,
         checkpoint: Checkpoint | None = None,
     ) -> None:
-        """By the stock Trainer, with `BayesPruneCallback` where stds are learned or weights removed.
+        """By the stock Trainer, with `BayesPruneCallback` where stds are learned or weights removed, and distillation.
 
         A training that was killed begins again: the Trainer reads no checkpoint of a model whose names on disk differ.
         """
         assert isinstance(model, PreTrainedModel), "the task came with such a model"
         data = TrainingData(self.splits["train"], self.collate, self.options.batch_size, self.options.seed)
-        train(model, data, progress, num_epochs=num_epochs, lr=lr, learn_stds=learn_stds, sparsity=sparsity)
+        train(
+            model,
+            data,
+            progress,
+            num_epochs=num_epochs,
+            lr=lr,
+            learn_stds=learn_stds,
+            sparsity=sparsity,
+            distill=distill,
+        )
 
     def score(self, model: nn.Module, split: Split) -> float:
         """Accuracy, or perplexity of a language model."""

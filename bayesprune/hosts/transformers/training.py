@@ -10,7 +10,9 @@ from transformers.modeling_utils import PreTrainedModel
 
 from bayesprune.hosts.task import Progress, check_finite
 from bayesprune.hosts.transformers.callback import BayesPruneCallback
+from bayesprune.hosts.transformers.distillation import DistillationCallback
 from bayesprune.prune.schedule import PruneSchedule
+from bayesprune.train import Distillation
 
 _WARMUP = 0.2  # share of the training over which the KL's weight rises
 _LOGS_PER_EPOCH = 20
@@ -35,6 +37,7 @@ def train(
     lr: float,
     learn_stds: bool = False,
     sparsity: float | None = None,
+    distill: Distillation | None = None,
 ) -> None:
     """As `Task.train` says: AdamW without weight decay, a tenth of the steps to warm up, then linearly to zero.
 
@@ -65,6 +68,8 @@ def train(
         if learn_stds:
             prune = None if sparsity is None else PruneSchedule(sparsity, begin=0.1, end=0.7)
             callbacks.append(BayesPruneCallback(warmup=_WARMUP, prune=prune))
+        if distill is not None:
+            callbacks.append(DistillationCallback(distill))
         with progress.training(num_epochs, steps_per_epoch) as advance:
             callbacks.append(_Steps(advance, lr))
             trainer = Trainer(

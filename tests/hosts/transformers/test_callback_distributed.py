@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
 import bayesprune as bp
-from bayesprune.hosts.transformers import BayesPruneCallback, PruneSchedule, Tolerance
+from bayesprune.hosts.transformers import BayesPruneCallback, DistillationCallback, PruneSchedule, Tolerance
 from bayesprune.train.kl import bind_prior
 from tests.hosts.transformers import tiny
 from tests.hosts.transformers.test_callback import Recorder, largest_difference
@@ -187,6 +187,23 @@ def evaluate(rank: int, port: int, folder: str, kind: str) -> None:
     distributed.destroy_process_group()
 
 
+def distil(rank: int, port: int, folder: str, kind: str) -> None:
+    """What one process learns from whole batches, two learn from halves, whose label tokens differ in number."""
+    start_process(rank, port)
+    model, teacher = tiny.llama().double(), tiny.llama().double()
+    with torch.no_grad():
+        teacher.lm_head.weight.mul_(30)
+    callback = DistillationCallback(bp.distillation(teacher, temperature=2.0, weight=0.8))
+    made = trainer(kind, model, folder, callback, max_steps=6, logging_steps=1, gradient_accumulation_steps=2)
+    recorder = Recorder(made.model)
+    made.train()
+    state = {key: whole(value) for key, value in made.model.state_dict().items()}
+    if rank == 0:
+        torch.save((state, [entry["loss"] for entry in made.state.log_history if "nll" in entry]), f"{folder}/end.pt")
+    torch.save([batch for batch, _ in recorder.batches], f"{folder}/batches-{rank}.pt")
+    distributed.destroy_process_group()
+
+
 def spawn(function, *args) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -209,3 +226,32 @@ def test_two_processes_resume(kind, tmp_path):
 
 def test_an_earlier_model_comes_back(tmp_path):
     spawn(evaluate, str(tmp_path), "fsdp2")
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_distil_as_one(kind, tmp_path):
+    spawn(distil, str(tmp_path), kind)
+    state, losses = torch.load(tmp_path / "end.pt", weights_only=True)
+    halves = [torch.load(tmp_path / f"batches-{rank}.pt", weights_only=True) for rank in range(NUM_PROCESSES)]
+    model, teacher = tiny.llama().double(), tiny.llama().double()
+    with torch.no_grad():
+        teacher.lm_head.weight.mul_(30)
+    distill = bp.distillation(teacher, temperature=2.0, weight=0.8)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0)
+    for step in range(6):
+        terms, task = [], []
+        for batch in (half[2 * step + part] for half in halves for part in range(2)):
+            outputs = model.train()(input_ids=batch["input_ids"])
+            terms.append(distill.divergences(outputs, batch))
+            labels = batch["labels"][:, 1:].flatten()
+            each = nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels, reduction="none")
+            task.append(each[labels != -100])
+        assert len({len(term) for term in terms}) > 1
+        loss = 0.8 * torch.cat(terms).mean() + 0.2 * torch.cat(task).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.param_groups[0]["lr"] = LR * (1 - step / 6)
+        optimizer.step()
+        assert losses[step] == pytest.approx(float(loss.detach()), rel=1e-4)
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(state[key], value, rtol=1e-4, atol=1e-5, msg=key)

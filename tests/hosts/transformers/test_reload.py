@@ -226,6 +226,17 @@ def test_save_pretrained_writes_the_model_as_it_is(tmp_path):
     assert "quantization_config" not in config(tmp_path / "2")
 
 
+def test_buffers_outside_the_state_dict_come_back_with_other_values(tmp_path):
+    model = cut(bert())
+    model.bert.embeddings.token_type_ids = torch.ones_like(model.bert.embeddings.token_type_ids)
+    expected = outputs(model)
+    assert not torch.equal(outputs(cut(bert())), expected)
+    bp.save(model, tmp_path)
+    for loaded in (bp.load(tmp_path), CLASSIFIER.from_pretrained(tmp_path)):
+        assert torch.equal(outputs(loaded), expected)
+        assert same_state(loaded, model)
+
+
 def test_tied_layers_have_tied_stds(tmp_path):
     """As in a model whose two layers were made one."""
     model = bert()

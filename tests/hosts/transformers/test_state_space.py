@@ -71,6 +71,47 @@ def test_heads_leave_equally_from_every_group_that_shares_a_state(groups, tmp_pa
         assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
 
 
+def falcon_h1() -> Any:
+    torch.manual_seed(0)
+    config = transformers.FalconH1Config(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        mamba_d_ssm=HEADS * DIM,
+        mamba_n_heads=HEADS,
+        mamba_d_head=DIM,
+        mamba_n_groups=1,
+        mamba_d_state=STATES,
+        mamba_chunk_size=4,
+        ssm_multipliers=[0.5, 0.75, 1.25, 1.5, 2.0],
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return transformers.FalconH1ForCausalLM(config).eval()
+
+
+def test_a_buffer_outside_the_state_dict_that_was_cut_is_saved(tmp_path):
+    """Falcon-H1 multiplies what its mixers read by a vector that only its config gives."""
+    model = bp.to_variational(falcon_h1())
+    report = bp.prune_channels(model, TOKENS, target={"macs": 0.8}, granularity=("heads",))
+    mixer = next(name for name in report.removed_heads if name.endswith("mamba"))
+    cut, dense = (found.get_submodule(mixer).mup_vector for found in (model, falcon_h1()))
+    assert cut.shape[-1] < dense.shape[-1]
+    bp.save(model, tmp_path / "0")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "0")
+    theirs.save_pretrained(tmp_path / "1")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "1")
+    for loaded in (bp.load(tmp_path / "0"), theirs, again):
+        assert torch.equal(loaded.get_submodule(mixer).mup_vector, cut)
+        assert loaded.state_dict().keys() == model.state_dict().keys()
+        assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
+
+
 def test_a_uniform_cut_is_the_stock_model_of_fewer_heads():
     model = bp.to_variational(mamba(), std="rank_one")
     bp.prune_channels(model, TOKENS, target={"macs": 0.6}, granularity=("heads",), uniform=True)

@@ -1,0 +1,187 @@
+"""Distillation: a smaller model recovers by the outputs of the larger one that it was cut from.
+
+Hinton, Vinyals and Dean, 2015, arXiv:1503.02531. Two things differ. What an output stands for may be independent labels
+or values as well as classes. And the teacher may be a posterior: then the student learns from the predictive
+distribution, as in Bayesian dark knowledge (Balan et al., 2015, arXiv:1506.04416).
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bayesprune.batches import Batch, logits_of, on_device, split
+from bayesprune.predictive import Classification, Prediction
+
+Likelihood = Literal["categorical", "bernoulli", "gaussian"]
+_IGNORED = -100  # the label that torch's and transformers' losses leave out
+_MAPS = 4  # dimensions of (N, C, H, W)
+
+
+def distillation(
+    teacher: nn.Module | Callable[..., Any],
+    *,
+    temperature: float = 4.0,
+    weight: float = 0.9,
+    likelihood: Likelihood = "categorical",
+) -> "Distillation":
+    """A loss that makes one model learn from another: `loss = distill(model(x), x, task_loss)`.
+
+    Args:
+        teacher: The model as it was before anything was removed. It is copied as it is now, and the copy stays frozen
+            and in evaluation mode, so that the model itself may be cut afterwards; it is a part of no state dict. Or a
+            function: it is called as it is, without gradients, with what the model's forward takes of a batch, and
+            gives logits or an output with `.logits` (the logarithms of probabilities are logits), or what a posterior
+            predicts, `bp.predict(...)` or its `.classify()`: of classes the student then gets the predictive
+            distribution, of labels and values the mean.
+        temperature: What the logits of both are divided by, above 0. A high one shows more of how the teacher ranks
+            the classes that it thinks wrong.
+        weight: Share of the loss that the teacher has, above 0; the task's loss has the rest. At 1 no labels are
+            needed.
+        likelihood: What an output stands for. "categorical": classes, along the second dimension of maps (N, C, H, W)
+            and the last of everything else. "bernoulli": labels that are independent of each other, by sigmoids.
+            "gaussian": values, as of a regression; its term is the mean squared error, which no temperature changes.
+
+    Raises:
+        TypeError: the teacher cannot be called.
+        ValueError: a number is out of range, or the likelihood is none of those named.
+    """
+    if not callable(teacher):
+        kind = type(teacher).__name__
+        raise TypeError(f"distillation got a {kind} as teacher; expected a model, or a function that gives logits.")
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature!r}; expected what logits are divided by, above 0.")
+    if not 0 < weight <= 1:
+        raise ValueError(f"weight is {weight!r}; expected the teacher's share of the loss, above 0 and at most 1.")
+    if likelihood not in _DIVERGENCES:
+        raise ValueError(f"likelihood is {likelihood!r}; expected one of {', '.join(_DIVERGENCES)}.")
+    if isinstance(teacher, nn.Module):
+        model: nn.Module = getattr(teacher, "_orig_mod", teacher)
+        model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        teacher = copy.deepcopy(model).eval().requires_grad_(False)
+        teacher.zero_grad(set_to_none=True)
+    return Distillation(teacher, temperature, weight, likelihood)
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """The loss of a student; made by `distillation`, whose arguments its attributes are."""
+
+    teacher: Callable[..., Any]
+    temperature: float
+    weight: float
+    likelihood: Likelihood
+
+    def __call__(self, outputs: Any, batch: Any, task_loss: Tensor | None = None) -> Tensor:
+        """weight * T^2 * KL(teacher || student) + (1 - weight) * task loss, a scalar in nats.
+
+        The divergence is a mean over positions: over examples, over tokens, over pixels. Positions that the batch
+        labels with -100 or masks by `attention_mask` do not count. Where the outputs are those of a causal language
+        model, a position counts by the label of the token after it, which it predicts.
+
+        Args:
+            outputs: What the student gave for this batch: logits, or an output with `.logits`.
+            batch: The inputs, with labels beside them or without, in any form that `bayesprune.batches` names. It is
+                moved to the device of the outputs, and so is a teacher that is a model.
+            task_loss: The loss on the labels, a mean; not needed where the weight is 1.
+
+        Raises:
+            ValueError: student and teacher give outputs of different shapes, the outputs have a single class, or the
+                task's loss is missing.
+        """
+        if task_loss is None and self.weight < 1:
+            raise ValueError(f"the teacher has {self.weight:g} of the loss; expected task_loss for the rest of it.")
+        return self.mixed(self.divergences(outputs, batch), task_loss)
+
+    def mixed(self, divergences: Tensor, task_loss: Tensor | None, num_terms: Tensor | float | None = None) -> Tensor:
+        """The loss of these divergences, whose sum is divided by `num_terms`; None is how many there are."""
+        term = self.weight * divergences.sum() / (max(1, divergences.numel()) if num_terms is None else num_terms)
+        return term if task_loss is None or self.weight == 1 else term + (1 - self.weight) * task_loss
+
+    def divergences(self, outputs: Any, batch: Any) -> Tensor:
+        """T^2 * KL(teacher || student) at the P positions that count, (P,), with the student's gradient alone.
+
+        Raises:
+            ValueError: as for the loss.
+        """
+        logits = logits_of(outputs)
+        dim = 1 if logits.dim() == _MAPS and self.likelihood == "categorical" else logits.dim() - 1
+        with torch.no_grad():
+            if isinstance(self.teacher, nn.Module):
+                self.teacher.to(logits.device)
+            inputs = split(self.teacher, on_device(batch, logits.device))
+            target = self._logits(inputs.run(self.teacher), dim)
+        logits = logits.movedim(dim, -1).to(target.dtype)
+        if logits.shape != target.shape:
+            raise ValueError(
+                f"the student gives outputs of shape {tuple(logits.shape)} and the teacher {tuple(target.shape)}, "
+                "classes last; expected the same: a student whose last layer was not cut, and the same inputs for both."
+            )
+        if self.likelihood == "categorical" and logits.shape[-1] == 1:
+            raise ValueError(
+                f"the outputs {tuple(logits.shape)} have one class, of which there is one distribution; pass "
+                'distillation(..., likelihood="gaussian") for values, or "bernoulli" for yes or no.'
+            )
+        counted = _counted(outputs, inputs, logits.shape[:-1])
+        if counted is not None:
+            logits, target = logits[counted], target[counted]
+        return _DIVERGENCES[self.likelihood](logits, target, self.temperature).flatten()
+
+    def _logits(self, answer: Any, dim: int) -> Tensor:
+        """The teacher's answer as logits, classes last."""
+        if isinstance(answer, Classification):
+            return answer.probabilities.log()
+        if isinstance(answer, Prediction) and self.likelihood == "categorical":
+            samples = None if answer.samples is None else answer.samples.movedim(dim + 1, -1)
+            draws = Prediction(answer.mean.movedim(dim, -1), answer.variance.movedim(dim, -1), samples)
+            return self.temperature * draws.classify(temperature=self.temperature).probabilities.log()
+        logits = answer.mean if isinstance(answer, Prediction) else logits_of(answer)
+        return logits.movedim(dim, -1).to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _counted(outputs: Any, batch: Batch, positions: torch.Size) -> Tensor | None:
+    """Which positions count, a mask of their shape; None where nothing in the batch says that one does not."""
+    labels = batch.labels
+    if "shift_labels" in batch.kwargs:
+        labels = batch.kwargs["shift_labels"]
+    elif isinstance(labels, Tensor) and labels.dim() > 1 and "CausalLM" in type(outputs).__name__:
+        labels = F.pad(labels[..., 1:], (0, 1), value=_IGNORED)
+    has_encoder = hasattr(outputs, "encoder_last_hidden_state")
+    attended = batch.kwargs.get("decoder_attention_mask" if has_encoder else "attention_mask")
+    masks = []
+    if isinstance(labels, Tensor) and labels.dtype.is_signed and not labels.is_floating_point():
+        masks.append(labels != _IGNORED)
+    if isinstance(attended, Tensor):
+        masks.append(attended != 0)
+    masks = [mask for mask in masks if mask.shape == positions]
+    return torch.stack(masks).all(0) if masks else None
+
+
+def _of_classes(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T^2 * KL of softmaxes: (..., C) to (...)."""
+    expected = (teacher / temperature).softmax(-1)
+    return temperature**2 * F.kl_div((logits / temperature).log_softmax(-1), expected, reduction="none").sum(-1)
+
+
+def _of_labels(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T^2 * KL of sigmoids, a mean over the labels, as of their loss: (..., C) to (...)."""
+    expected = (teacher / temperature).sigmoid()
+    entropy = torch.special.entr(expected) + torch.special.entr(1 - expected)
+    losses = F.binary_cross_entropy_with_logits(logits / temperature, expected, reduction="none")
+    return temperature**2 * (losses - entropy).mean(-1)
+
+
+def _of_values(values: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Squared errors, a mean over the values, as of their loss: (..., C) to (...)."""
+    return (values - teacher).square().mean(-1)
+
+
+_DIVERGENCES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "categorical": _of_classes,
+    "bernoulli": _of_labels,
+    "gaussian": _of_values,
+}

@@ -1,0 +1,254 @@
+"""The axes of the fair comparison: scores, allocations between layers, compensations.
+
+Each is a table from a name to a function at the end of its part; a new one is one line there.
+"""
+
+import copy
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torch_pruning as tp
+from fair_tasks import Task, mean_loss
+from torch import Tensor, nn
+from torch_pruning.dependency import Group
+
+import bayesprune as bp
+from bayesprune.laplace import KroneckerPosterior
+from bayesprune.prune import MeasuredImportance, recalibrate_batch_norm
+from bayesprune.prune.groups import find_groups
+from bayesprune.prune.importance import Importance
+from bayesprune.prune.structure import ChannelGroup
+
+MEASURED_IMAGES = 256
+Scores = dict[str, Tensor]
+"""Of the channels of each group, by its name; the lowest go first."""
+
+
+class Net:
+    """A network before the cut, and what one seed's calibration images say of it."""
+
+    def __init__(self, task: Task, model: nn.Module, seed: int) -> None:
+        self.task, self.model, self.seed = task, model, seed
+        self.batches = task.calibration(seed)
+        self.loss = partial(mean_loss, self.batches[: MEASURED_IMAGES // task.batch_size])
+        self._made: dict[Hashable, Any] = {}
+
+    def made(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` gives, made once."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def groups(self) -> tuple[ChannelGroup, ...]:
+        """Its groups of channels."""
+        return self.made("groups", lambda: find_groups(self.model, self.task.example).groups)
+
+    def posterior(self) -> KroneckerPosterior:
+        """A copy of its Kronecker-factored posterior."""
+        fit = partial(bp.fit_kronecker, self.model, self.batches, num_data=self.task.num_data)
+        return {name: copy.copy(factors) for name, factors in self.made("kronecker", fit).items()}
+
+    def scores(self, score: str, option: str) -> Scores:
+        """Scores of its channels."""
+
+        def make() -> Scores:
+            torch.manual_seed(self.seed)
+            model = copy.deepcopy(self.model)
+            importance = SCORES[score].make(self, model, option)
+            return by_name(importance, find_groups(model, self.task.example).groups)
+
+        return self.made((score, option), make)
+
+    def allocated(self, score: str, option: str, allocation: str, compensation: str, level: float) -> Scores:
+        """The scores as an allocation makes them comparable between groups."""
+        make = partial(ALLOCATIONS[allocation], self, self.scores(score, option), compensation, level)
+        is_searched = allocation in SEARCHED
+        return self.made((score, option, allocation, (compensation, level) if is_searched else None), make)
+
+    def cut(self, scores: Scores, compensation: str, level: float) -> nn.Module:
+        """A copy at this fraction of its MACs, the lowest scores gone, batch norm recalibrated."""
+        model = copy.deepcopy(self.model)
+        before_cut = COMPENSATIONS[compensation](self, model)
+        importance = ByName(model, scores)
+        bp.prune_channels(
+            model, self.task.example, target={"macs": level}, importance=importance, before_cut=before_cut
+        )
+        return recalibrate_batch_norm(model, self.batches)
+
+
+class ByName(tp.importance.Importance):
+    """An importance that looks scores up."""
+
+    def __init__(self, model: nn.Module, scores: Scores) -> None:
+        self.scores = scores
+        self.names = {id(module): name for name, module in model.named_modules()}
+
+    def __call__(self, group: Group) -> Tensor | None:  # type: ignore[override]
+        scores = self.scores.get(self.names.get(id(group[0].dep.layer), ""))
+        return None if scores is None else scores[torch.as_tensor(group[0].root_idxs)]
+
+
+def by_name(importance: Importance, groups: tuple[ChannelGroup, ...]) -> Scores:
+    """Scores that an importance gives these groups."""
+    found = {group.name: importance(group.group) for group in groups}
+    return {name: scores.detach().double().cpu() for name, scores in found.items() if scores is not None}
+
+
+# Scores: make(net, model, option) gives an importance for the groups of the model, a copy that it may change.
+
+
+@dataclass(frozen=True)
+class Score:
+    """What ranks channels.
+
+    Attributes:
+        make: make(net, model, option).
+        options: What is chosen from on validation data; as many for each score.
+        needs: Passes with gradients over the calibration images, each paid for once.
+        phase: The training before the cut that it reads; "" is none.
+        is_control: Whether no posterior stands behind it.
+    """
+
+    make: Callable[[Net, nn.Module, str], Importance]
+    options: tuple[str, ...] = ("",)
+    needs: frozenset[str] = frozenset()
+    phase: str = ""
+    is_control: bool = True
+
+
+def magnitude(net: Net, model: nn.Module, option: str) -> Importance:
+    return tp.importance.MagnitudeImportance(normalizer=_normalizer(option))
+
+
+def lamp(net: Net, model: nn.Module, option: str) -> Importance:
+    return tp.importance.LAMPImportance(p=int(option[-1]))
+
+
+def random(net: Net, model: nn.Module, option: str) -> Importance:
+    return tp.importance.RandomImportance()
+
+
+def snr(net: Net, model: nn.Module, option: str) -> Importance:
+    """By the stds that the model has, mu^2 / (s^min(1, 2 - power) sigma^power)."""
+    return bp.SNRImportance(float(option.removeprefix("power ")))
+
+
+def without_stds(net: Net, model: nn.Module, option: str) -> Importance:
+    """Mean^2 / s, summed over the weights of a channel or averaged."""
+    return bp.SNRImportance(0, reduction="mean" if option == "mean" else "sum")
+
+
+def laplace(net: Net, model: nn.Module, option: str) -> Importance:
+    bp.fit_laplace(model, net.batches, num_data=net.task.num_data)
+    return snr(net, model, option)
+
+
+def taylor(net: Net, model: nn.Module, option: str) -> Importance:
+    for images, labels in net.batches:
+        F.cross_entropy(model(images), labels).backward()
+    return tp.importance.TaylorImportance(normalizer=_normalizer(option))
+
+
+def hessian(net: Net, model: nn.Module, option: str) -> Importance:
+    """With the squares of all images; torch-pruning's own sum keeps the last image alone."""
+    parameters = list(model.parameters())
+    squares: dict[nn.Parameter, Tensor] = {}
+    for image, label in ((i[None], y[None]) for images, labels in net.batches for i, y in zip(images, labels)):  # noqa: B905
+        gradients = torch.autograd.grad(F.cross_entropy(model(image), label), parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                squares.setdefault(parameter, torch.zeros_like(parameter)).addcmul_(gradient, gradient)
+    for parameter, square in squares.items():
+        parameter.grad = square
+    return tp.importance.HessianImportance(normalizer=_normalizer(option))
+
+
+def _normalizer(option: str) -> Any:
+    return None if option == "as it is" else "mean"
+
+
+GRADIENTS, KRONECKER = frozenset({"gradients"}), frozenset({"kronecker"})
+NORMALISERS, REDUCTIONS, POWERS = ("as it is", "mean"), ("sum", "mean"), ("power 2", "power 1")
+SCORES = {
+    "magnitude": Score(magnitude, NORMALISERS),
+    "mean^2 / s": Score(without_stds, REDUCTIONS),
+    "LAMP": Score(lamp, ("p = 2", "p = 1")),
+    "Taylor": Score(taylor, NORMALISERS, GRADIENTS),
+    "torch-pruning Hessian": Score(hessian, NORMALISERS, GRADIENTS),
+    "random": Score(random),
+    "Laplace SNR": Score(laplace, POWERS, GRADIENTS, is_control=False),
+    "README's way": Score(snr, POWERS, phase="per_channel", is_control=False),
+    "README's training, without its stds": Score(without_stds, REDUCTIONS, phase="per_channel"),
+    "SNR at temperature 10": Score(snr, POWERS, phase="temperature 10", is_control=False),
+    "temperature 10, without its stds": Score(without_stds, REDUCTIONS, phase="temperature 10"),
+}
+
+
+# Allocations: allocate(net, scores, compensation, level) gives scores that compare between groups.
+
+
+def own_scale(net: Net, scores: Scores, compensation: str, level: float) -> Scores:
+    return scores
+
+
+def inside(net: Net, scores: Scores, compensation: str, level: float) -> Scores:
+    """The same share of every group."""
+    return shares(scores, {name: name for name in scores})
+
+
+def isomorphic(net: Net, scores: Scores, compensation: str, level: float) -> Scores:
+    """The same share of every class of groups with equal layers and sizes (Fang et al., 2024, arXiv:2407.04616)."""
+    classes = {
+        group.name: (len(group.units), *((type(m.layer).__name__, m.axis[1], m.size) for m in group.members))
+        for group in net.groups()
+    }
+    return shares(scores, classes)
+
+
+def measured(net: Net, scores: Scores, compensation: str, level: float) -> Scores:
+    """By what cutting each group alone adds to the loss; equal orders inside groups are measured once."""
+
+    def make() -> Scores:
+        importance = ByName(net.model, scores)
+        return by_name(MeasuredImportance(net.model, net.task.example, net.loss, importance=importance), net.groups())
+
+    return net.made(("measured", *(tuple(values.argsort().tolist()) for values in scores.values())), make)
+
+
+def shares(scores: Scores, classes: Mapping[str, Hashable]) -> Scores:
+    """The fraction of a channel's class that ranks below it, so that cutting at a threshold cuts classes alike."""
+    found: Scores = {}
+    for its in set(classes.values()):
+        names = [name for name in scores if classes[name] == its]
+        flat = torch.cat([scores[name] for name in names])
+        ranks = (flat.argsort(stable=True).argsort().double() + 0.5) / len(flat)
+        found |= dict(zip(names, ranks.split([len(scores[name]) for name in names]), strict=True))
+    return found
+
+
+ALLOCATIONS: dict[str, Callable[[Net, Scores, str, float], Scores]] = {
+    "own scale": own_scale,
+    "inside layers": inside,
+    "isomorphic": isomorphic,
+    "measured": measured,
+}
+SEARCHED: tuple[str, ...] = ()
+"""Allocations that differ with the level and the compensation."""
+
+
+# Compensations: compensate(net, model) gives the `before_cut` of a copy of the net's model.
+
+
+def conditioned(net: Net, model: nn.Module) -> Callable[..., Any]:
+    return partial(bp.condition_on_channels, model, net.posterior())
+
+
+COMPENSATIONS: dict[str, Callable[[Net, nn.Module], Callable[..., Any] | None]] = {
+    "none": lambda net, model: None,
+    "conditioned": conditioned,
+}
+COMPENSATION_NEEDS = {"none": frozenset[str](), "conditioned": KRONECKER}

@@ -1,0 +1,179 @@
+"""The results of the fair comparison as Markdown."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from statistics import mean
+
+from fair_choice import AT_CUT, AT_END, Difference, Row, chosen, cut_tries, matching, paired, unpacked, whens
+from fair_methods import ALLOCATIONS, COMPENSATIONS, SCORES
+from fair_tasks import CALIBRATION_IMAGES, EPOCHS, LEVELS, LRS, STEPS
+from fair_training import Way
+
+INTRODUCTION = """# Channels, fairly
+
+    python tests/benchmarks/fair.py --data-dir DATA --task TASK --regime REGIME
+    python tests/benchmarks/fair.py --table
+
+The last command writes this page from fair.json, which also holds every single run; tasks are {tasks}, regimes
+none, short and long. Trained networks lose channels. **In each table every row has the same number of gradient
+evaluations and spends them in the way that suits it best**: it cuts at once and trains for all of them, or cuts in
+stages, or trains first. Every score has the same allocations between layers, the same compensation and the same
+distillation from the dense network (logits, temperature 4, weight 0.9) to choose from.
+
+- **Regimes**: none has {images:,} training images for scores and statistics and trains nothing; short is {short}; long
+  is {epochs} epochs. What a score or a compensation takes gradients of, {images:,} images each and at each cut, is
+  taken off its training. Forward passes are not counted: a measured allocation takes some hundred batches of them.
+- **Allocation**: the scores' own scale over the whole network; the same share inside layers; the same share of every
+  isomorphic class, that is of groups with equal layers and sizes; measured (`MeasuredImportance`).
+- **Compensation**: none; conditioned (`fit_kronecker` and `condition_on_channels`).
+- **Choice**, on validation images with seed 0: {cut} settings of option and allocation for each score and level, by the
+  accuracy right after the cut, then with and without compensation; where there is training, then {spending} settings
+  of when to cut and the learning rate, at the smallest level, by the accuracy after it. The published weights of the
+  CIFAR networks have seen these validation images, no fine-tuning here has.
+- Batch norm is recalibrated in every row alike. Channels of blocks alone can go from the CIFAR networks.
+- **Accuracy** on test images in %, mean over the seeds (how many, where it is not three). Beside it the difference to
+  the best control of the column and its standard error, paired by seeds and images, both of which count as samples.
+  Controls are the scores without a posterior behind them, *in italics*.
+"""
+TITLES = {"resnet20": "ResNet-20, CIFAR-10", "resnet56": "ResNet-56, CIFAR-10"}
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The whole page."""
+    lines = [introduction()]
+    for task in LEVELS:
+        dense = next((row for row in rows if row.get("dense") == task), None)
+        if dense is None:
+            continue
+        lines += [f"## {TITLES.get(task, f'{task}, photographs')}", ""]
+        lines += [f"Dense: {dense['accuracy']:.1%} of {dense['images']:,} test images.", ""]
+        lines += section(rows, "none", task, "No training", is_distilled=False)
+        lines += grids(rows, task)
+        for regime in ("short", "long"):
+            for is_distilled in (True, False):
+                title = f"{regime.capitalize()}, {'distilled' if is_distilled else 'cross-entropy alone'}"
+                lines += section(rows, regime, task, title, is_distilled=is_distilled)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def introduction() -> str:
+    """What was done, in words."""
+    short = ", ".join(f"{steps} batches for {name}" for name, steps in STEPS.items())
+    cut = len(cut_tries("magnitude", "resnet20"))
+    spending = len(whens("magnitude")) + len(LRS["resnet20"]) - 1
+    return INTRODUCTION.format(
+        tasks=", ".join(LEVELS), images=CALIBRATION_IMAGES, short=short, epochs=EPOCHS, cut=cut, spending=spending
+    )
+
+
+def section(rows: Sequence[Row], regime: str, task: str, title: str, *, is_distilled: bool) -> list[str]:
+    """Every score in its chosen way."""
+    levels = LEVELS[task]
+    found = {
+        (score, level): chosen_rows(rows, regime, task, score, level, is_distilled=is_distilled)
+        for score in SCORES
+        for level in levels
+    }
+    found = {key: its for key, its in found.items() if its}
+    if not found:
+        return []
+    controls = {level: best_control(found, level) for level in levels}
+    means = {key: accuracy(its) for key, its in found.items()}
+    highest = {level: max((means[key] for key in means if key[1] == level), default=0.0) for level in levels}
+    scores = {score for score, _ in found}
+    order = sorted(scores, key=lambda score: [-means.get((score, level), 0.0) for level in reversed(levels)])
+    has_training = regime != "none"
+    heads = [f"{level:g} of the MACs | to the best control | way" for level in levels]
+    heads = [head.replace(" | to", " | at once | to") if has_training else head for head in heads]
+    lines = [f"### {title}", "", f"| | {' | '.join(heads)} |", "|---" * (1 + (3 + has_training) * len(levels)) + "|"]
+    for score in order:
+        cells = [f"*{score}*" if SCORES[score].is_control else f"**{score}**"]
+        for level in levels:
+            its = found.get((score, level), [])
+            cells.append(shown(its, is_best=means.get((score, level)) == highest[level]))
+            if has_training:
+                cells.append(f"{100 * mean(row['at_once'] for row in its):.1f}" if its else "")
+            control = controls[level]
+            cells.append(against(its, found[control, level]) if its and control and score != control else "")
+            cells.append(described(its) if its else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def chosen_rows(
+    rows: Sequence[Row], regime: str, task: str, score: str, level: float, *, is_distilled: bool
+) -> list[Row]:
+    """The test rows of a score's chosen way, by seed."""
+    way = chosen(rows, regime, task, score, level)
+    if way is None or (regime == "none" and SCORES[score].phase):
+        return []
+    way = way if regime == "none" else replace(way, distilled=is_distilled)
+    at = AT_CUT if regime == "none" else AT_END
+    its = matching(rows, task=task, regime=regime, level=level, part="test", at=at, **asdict(way))
+    return sorted(its, key=lambda row: row["run"]["seed"])
+
+
+def best_control(found: dict[tuple[str, float], list[Row]], level: float) -> str | None:
+    """The control with the highest mean at a level; None where none was run."""
+    controls = [score for score, its in found if its == level and SCORES[score].is_control]
+    return max(controls, key=lambda score: accuracy(found[score, level]), default=None)
+
+
+def accuracy(rows: Sequence[Row]) -> float:
+    """The mean, in %."""
+    return 100 * mean(row["accuracy"] for row in rows)
+
+
+def difference(rows: Sequence[Row], control: Sequence[Row]) -> Difference | None:
+    """To the control, on the seeds that both have."""
+    ours, theirs = ({row["run"]["seed"]: row for row in its} for its in (rows, control))
+    seeds = sorted(ours.keys() & theirs.keys())
+    if not seeds:
+        return None
+    return paired(*([unpacked(its[seed]["right"], its[seed]["images"]) for seed in seeds] for its in (ours, theirs)))
+
+
+def against(rows: Sequence[Row], control: Sequence[Row]) -> str:
+    found = difference(rows, control)
+    return "" if found is None else f"{found.points:+.1f} ± {found.standard_error:.1f}"
+
+
+def shown(rows: Sequence[Row], *, is_best: bool) -> str:
+    """A cell with an accuracy."""
+    if not rows:
+        return ""
+    text = f"**{accuracy(rows):.1f}**" if is_best else f"{accuracy(rows):.1f}"
+    return text if len(rows) == 3 else f"{text} ({len(rows)})"
+
+
+def described(rows: Sequence[Row]) -> str:
+    """A way in words."""
+    run = rows[0]["run"]
+    parts = [run["option"], run["allocation"], *([run["compensation"]] if run["compensation"] != "none" else [])]
+    parts += [run["when"], f"{run['lr']:g}"] if run["at"] == AT_END else []
+    return ", ".join(filter(None, parts))
+
+
+def grids(rows: Sequence[Row], task: str) -> list[str]:
+    """Every allocation with every compensation, without training: scores under equal conditions."""
+    lines: list[str] = []
+    columns = [(allocation, compensation) for allocation in ALLOCATIONS for compensation in COMPENSATIONS]
+    for level in LEVELS[task]:
+        test = matching(rows, task=task, regime="none", level=level, part="test", at=AT_CUT)
+        body = []
+        for score in SCORES:
+            way = chosen(rows, "none", task, score, level)
+            cells = [grid_cell(test, way, *column) for column in columns] if way else []
+            if any(cells):
+                body.append(f"| {score} | {' | '.join(cells)} |")
+        if body:
+            heads = [f"{allocation}, {compensation}" for allocation, compensation in columns]
+            lines += [f"### No training, {level:g} of the MACs, every allocation and compensation", ""]
+            lines += ["With the option that was chosen.", ""]
+            lines += [f"| | {' | '.join(heads)} |", "|---" * (1 + len(columns)) + "|", *body, ""]
+    return lines
+
+
+def grid_cell(test: Sequence[Row], way: Way, allocation: str, compensation: str) -> str:
+    found = matching(test, **asdict(replace(way, allocation=allocation, compensation=compensation)))
+    return shown(found, is_best=False)

@@ -1,0 +1,137 @@
+"""How the fair comparison spends gradient evaluations: training before the cut, cuts in stages, fine-tuning after."""
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from fair_methods import COMPENSATION_NEEDS, SCORES, Net
+from fair_tasks import CALIBRATION_IMAGES, Batch, Task
+from torch import Tensor, nn
+
+import bayesprune as bp
+from bayesprune.prune import recalibrate_batch_norm
+
+RECALIBRATION_BATCHES = 20
+Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class When:
+    """The share of the gradient evaluations that is spent on training before the cut, and the number of cuts."""
+
+    before: float = 0.0
+    num_cuts: int = 1
+
+
+WHENS = {
+    "at once": When(),
+    "in 3 stages": When(num_cuts=3),
+    "after a fifth": When(0.2),
+    "after two fifths": When(0.4),
+    "after three fifths": When(0.6),
+}
+STAGE = 0.15
+"""Of the steps, between one cut and the next."""
+PHASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "per_channel": ({"std": "per_channel"}, {}),
+    "temperature 10": (
+        {"std": "rank_one", "relative_std": 0.3},
+        {"temperature": 10.0, "std_lr": 0.05, "max_noise_cost": None},
+    ),
+}
+"""Options of `to_variational` and `attach`; other phases are plain training."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to spend the gradient evaluations."""
+
+    score: str
+    option: str
+    allocation: str
+    compensation: str
+    when: str = "at once"
+    lr: float = 0.0
+    distilled: bool = False
+
+    @property
+    def evaluations(self) -> int:
+        """Calibration images that score and compensation pass with gradients."""
+        needs = SCORES[self.score].needs | COMPENSATION_NEEDS[self.compensation]
+        return WHENS[self.when].num_cuts * len(needs) * CALIBRATION_IMAGES
+
+
+def cross_entropy(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(model(images), labels)
+
+
+def distillation(teacher: nn.Module, *, weight: float = 0.9, temperature: float = 4.0) -> Loss:
+    """Cross-entropy beside the divergence from the teacher's softened predictions (Hinton et al., 2015)."""
+
+    def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        logits = model(images)
+        with torch.no_grad():
+            target = F.log_softmax(teacher.eval()(images) / temperature, dim=1)
+        soft = F.kl_div(F.log_softmax(logits / temperature, dim=1), target, reduction="batchmean", log_target=True)
+        return weight * temperature**2 * soft + (1 - weight) * F.cross_entropy(logits, labels)
+
+    return loss
+
+
+def train(
+    task: Task, model: nn.Module, batches: Iterator[Batch], steps: range, total: int, way: Way, **attach: Any
+) -> None:
+    """These of `total` steps, learning rate by cosine to 0; with noise and KL where there are options of `attach`."""
+    loss = distillation(task.dense) if way.distilled else cross_entropy
+    means = [parameter for name, parameter in model.named_parameters() if not name.endswith("log_std")]
+    optimizer = task.optimizer(means, lr=way.lr)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * (steps.start + step) / total)
+    )
+    if attach:
+        bp.attach(optimizer, model, **attach)
+    model.train()
+    for images, labels in islice(batches, len(steps)):
+        optimizer.zero_grad()
+        loss(model, images, labels).backward()
+        optimizer.step()
+        schedule.step()
+    model.eval()
+
+
+def trained(task: Task, way: Way, steps: int, seed: int) -> Net:
+    """The network after the training before the cut."""
+    if not steps:
+        return Net(task, task.dense, seed)
+    torch.manual_seed(seed)
+    model, attach = copy.deepcopy(task.dense), {}
+    if SCORES[way.score].phase:
+        convert, options = PHASES[SCORES[way.score].phase]
+        attach = {"num_data": task.num_data, **options}
+        model = bp.to_variational(bp.to_deterministic(model), **convert)
+    train(task, model, task.draw(steps, seed, True), range(steps), steps, way, **attach)
+    return Net(task, recalibrate_batch_norm(model, task.calibration(seed)), seed)
+
+
+def fine_tuned(net: Net, way: Way, level: float, steps: int) -> tuple[nn.Module, nn.Module]:
+    """The network after its last cut, and the same after these gradient evaluations, less what score and cuts take."""
+    task, when = net.task, WHENS[way.when]
+    total = steps - way.evaluations // task.batch_size
+    batches = task.draw(total, net.seed + 1_000, True)
+    model = at_once = net.model
+    for number in range(1, when.num_cuts + 1):
+        if number > 1:
+            net = Net(task, bp.to_variational(model, estimator="mean"), net.seed)
+        kept = level ** (number / when.num_cuts) * task.macs(task.dense) / task.macs(net.model)
+        scores = net.allocated(way.score, way.option, way.allocation, way.compensation, kept)
+        model = bp.to_deterministic(net.cut(scores, way.compensation, kept))
+        at_once = copy.deepcopy(model)
+        ends = [round(STAGE * cut * total) for cut in range(when.num_cuts)] + [total]
+        train(task, model, batches, range(ends[number - 1], ends[number]), total, way)
+        recalibrate_batch_norm(model, task.draw(RECALIBRATION_BATCHES, net.seed + 100, True))
+    return at_once, model
