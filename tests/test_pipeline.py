@@ -31,7 +31,7 @@ class BySize:
     """Nothing is learned; the metric follows from the number of weights that are not zero."""
 
     description = "nothing"
-    calibration = ()
+    calibration = ((torch.linspace(-1, 1, 64).view(8, 8), torch.arange(8) % 4),)
     is_main = True
 
     def __init__(self, metric, score):

@@ -147,11 +147,11 @@ def tilted(
 
 
 def recalibrate_if_better(model: nn.Module, calibration: Calibration) -> bool:
-    """Measures batch norm anew where the outputs are closer to the dense ones then; whether it did."""
+    """Measures batch norm anew unless the outputs are closer to the dense ones without; whether it did."""
     before = calibration.divergence(model)
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     recalibrate_batch_norm(model, calibration.batches)
-    if calibration.divergence(model) < before:
+    if not calibration.divergence(model) > before:
         return True
     for buffer, value in buffers:
         buffer.copy_(value)

@@ -37,7 +37,6 @@ from bayesprune.prune.importance import (
     weight_scores,
 )
 from bayesprune.prune.inclusion import BeforeCut, InclusionImportance, folding
-from bayesprune.prune.recalibrate import recalibrate_batch_norm
 from bayesprune.prune.removal import SHAPE_ERRORS, Selection, lost_inputs, remove, restore_point
 from bayesprune.prune.roots import Layers
 from bayesprune.prune.structure import GRANULARITY, ChannelGroup
@@ -168,10 +167,7 @@ def prune_channels(
         return report
     if calibration is not None:
         try:
-            if compensates and calibration.has_predictions:
-                recalibrate_if_better(model, calibration)
-            else:
-                recalibrate_batch_norm(model, calibration.batches)
+            recalibrate_if_better(model, calibration)
         except BaseException:
             undo()
             raise

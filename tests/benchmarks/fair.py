@@ -30,8 +30,8 @@ from fair_choice import (
     chosen_cut,
     cut_rows,
     cut_tries,
+    further_tries,
     matching,
-    other_compensations,
     packed,
     whens,
 )
@@ -95,14 +95,14 @@ class Benchmark:
                     self.measure(regime, replace(way, distilled=is_distilled), level, seed, "test", AT_END)
 
     def choose_cut(self, regime: str, score: str, level: float) -> None:
-        """Tries options and allocations, then the other compensations with the best of them."""
+        """Tries options and allocations, then the other compensations with the best option."""
         regime = regime if SCORES[score].phase else "none"
         tried = cut_tries(score, self.task.name)
         for way in tried:
             self.measure(regime, way, level, 0, "validation", AT_CUT)
         rows = cut_rows(self.rows, regime, self.task.name, score, level)
         best = max(tried, key=lambda way: accuracy_of(rows, way))
-        for way in other_compensations(best):
+        for way in further_tries(best):
             self.measure(regime, way, level, 0, "validation", AT_CUT)
 
     def choose_spending(self, regime: str, score: str) -> None:

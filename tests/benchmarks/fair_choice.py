@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from fair_methods import ALLOCATIONS, COMPENSATIONS, SCORES
+from fair_methods import ALLOCATIONS, SCORES, SEARCHED
 from fair_tasks import LEVELS, LRS
 from fair_training import Way
 from torch import Tensor
@@ -72,7 +72,7 @@ def best(rows: Iterable[Row]) -> Row | None:
 
 
 def cut_tries(score: str, task: str) -> list[Way]:
-    """Options and allocations to try; the best of them is then tried with each compensation."""
+    """Options and allocations to try first, with the compensation that takes seconds."""
     phase: dict[str, Any] = {}
     if SCORES[score].phase:
         phase = {"when": PHASED_WHENS[0], "lr": LRS[task][0], "distilled": True}
@@ -80,6 +80,7 @@ def cut_tries(score: str, task: str) -> list[Way]:
         Way(score, option, allocation, GATHERED, **phase)
         for option in SCORES[score].options
         for allocation in ALLOCATIONS
+        if allocation not in SEARCHED
     ]
 
 
@@ -111,7 +112,9 @@ def chosen(rows: Sequence[Row], regime: str, task: str, score: str, level: float
     return replace(way, when=when, lr=lr, distilled=True)
 
 
-def other_compensations(way: Way) -> list[Way]:
-    """The same with each of the others."""
-    names = [name for name in COMPENSATIONS if name != way.compensation]
-    return [replace(way, compensation=name) for name in names]
+def further_tries(way: Way) -> list[Way]:
+    """The best of the first without compensation, and with that layer by layer, which the searched allocations see."""
+    return [
+        replace(way, compensation="none"),
+        *(replace(way, allocation=name, compensation="layer by layer") for name in (way.allocation, *SEARCHED)),
+    ]

@@ -4,6 +4,7 @@ Each is a table from a name to a function at the end of its part; a new one is o
 """
 
 import copy
+import math
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 from torch_pruning.dependency import Group
 
 import bayesprune as bp
-from bayesprune.laplace import KroneckerPosterior
-from bayesprune.prune import MeasuredImportance, recalibrate_batch_norm
+from bayesprune.laplace import KroneckerPosterior, output_metric, sampled_cross_entropy
+from bayesprune.macs import macs_by_module
+from bayesprune.prune import MeasuredImportance, plan
+from bayesprune.prune.calibrated import TILTS
 from bayesprune.prune.groups import find_groups
 from bayesprune.prune.importance import Importance
 from bayesprune.prune.structure import ChannelGroup
@@ -69,15 +72,26 @@ class Net:
         is_searched = allocation in SEARCHED
         return self.made((score, option, allocation, (compensation, level) if is_searched else None), make)
 
-    def cut(self, scores: Scores, compensation: str, level: float) -> nn.Module:
-        """A copy at this fraction of its MACs, the lowest scores gone, batch norm recalibrated."""
+    def cut(self, scores: Scores, compensation: str, level: float, *, num_images: int | None = None) -> nn.Module:
+        """A copy at this fraction of its MACs, the lowest scores gone, batch norm recalibrated where that helps.
+
+        Args:
+            scores: Of its channels.
+            compensation: What makes up for them.
+            level: The fraction of the MACs.
+            num_images: How many calibration images compensate and recalibrate; None is all.
+        """
         model = copy.deepcopy(self.model)
-        before_cut = COMPENSATIONS[compensation](self, model)
-        importance = ByName(model, scores)
+        batches = self.batches if num_images is None else self.batches[: num_images // self.task.batch_size]
         bp.prune_channels(
-            model, self.task.example, target={"macs": level}, importance=importance, before_cut=before_cut
+            model,
+            self.task.example,
+            {"macs": level},
+            importance=ByName(model, scores),
+            before_cut=COMPENSATIONS[compensation](self, model),
+            data=batches,
         )
-        return recalibrate_batch_norm(model, self.batches)
+        return model
 
 
 class ByName(tp.importance.Importance):
@@ -167,6 +181,12 @@ def hessian(net: Net, model: nn.Module, option: str) -> Importance:
     return tp.importance.HessianImportance(normalizer=_normalizer(option))
 
 
+def unit_snr(net: Net, model: nn.Module, option: str) -> Importance:
+    """The squared SNR of a channel as a vector, under a posterior whose metric is that of the option."""
+    loss = output_metric if option == "logit metric" else sampled_cross_entropy
+    return bp.UnitSNRImportance(model, bp.fit_kronecker(model, net.batches, num_data=net.task.num_data, loss=loss))
+
+
 def _normalizer(option: str) -> Any:
     return None if option == "as it is" else "mean"
 
@@ -180,6 +200,7 @@ SCORES = {
     "Taylor": Score(taylor, NORMALISERS, GRADIENTS),
     "torch-pruning Hessian": Score(hessian, NORMALISERS, GRADIENTS),
     "random": Score(random),
+    "unit SNR": Score(unit_snr, ("logit metric", "sampled labels"), KRONECKER, is_control=False),
     "Laplace SNR": Score(laplace, POWERS, GRADIENTS, is_control=False),
     "README's way": Score(snr, POWERS, phase="per_channel", is_control=False),
     "README's training, without its stds": Score(without_stds, REDUCTIONS, phase="per_channel"),
@@ -219,6 +240,33 @@ def measured(net: Net, scores: Scores, compensation: str, level: float) -> Score
     return net.made(("measured", *(tuple(values.argsort().tolist()) for values in scores.values())), make)
 
 
+def tilted(net: Net, scores: Scores, compensation: str, level: float) -> Scores:
+    """Scores for each MAC, times exp(t depth), t by the loss of the whole cut and compensated network."""
+    groups = net.groups()
+    costs = plan.cost_model(net.model, groups, macs_by_module(net.model, net.task.example))
+    saved = {group.name: each / group.unit_size for group, each in zip(groups, costs.saved("macs"), strict=True)}
+    return best_tilt(net, {name: scores[name] / saved[name] for name in scores}, compensation, level)
+
+
+def measured_and_tilted(net: Net, scores: Scores, compensation: str, level: float) -> Scores:
+    """The same of measured costs."""
+    return best_tilt(net, measured(net, scores, compensation, level), compensation, level)
+
+
+def best_tilt(net: Net, scores: Scores, compensation: str, level: float) -> Scores:
+    """Scores times exp(t depth), depth from 0 to 1 in the network's order, t of those that `prune_channels` tries."""
+    names = [group.name for group in net.groups() if group.name in scores]
+
+    def tilt(by: float) -> Scores:
+        return {name: scores[name] * math.exp(by * d / max(1, len(names) - 1)) for d, name in enumerate(names)}
+
+    def loss(found: Scores) -> float:
+        cut = net.cut(found, compensation, level, num_images=MEASURED_IMAGES)
+        return mean_loss(net.batches[MEASURED_IMAGES // net.task.batch_size :][:4], cut)
+
+    return min(map(tilt, TILTS), key=loss)
+
+
 def shares(scores: Scores, classes: Mapping[str, Hashable]) -> Scores:
     """The fraction of a channel's class that ranks below it, so that cutting at a threshold cuts classes alike."""
     found: Scores = {}
@@ -235,8 +283,10 @@ ALLOCATIONS: dict[str, Callable[[Net, Scores, str, float], Scores]] = {
     "inside layers": inside,
     "isomorphic": isomorphic,
     "measured": measured,
+    "tilted": tilted,
+    "measured, tilted": measured_and_tilted,
 }
-SEARCHED: tuple[str, ...] = ()
+SEARCHED = ("tilted", "measured, tilted")
 """Allocations that differ with the level and the compensation."""
 
 
@@ -247,8 +297,9 @@ def conditioned(net: Net, model: nn.Module) -> Callable[..., Any]:
     return partial(bp.condition_on_channels, model, net.posterior())
 
 
-COMPENSATIONS: dict[str, Callable[[Net, nn.Module], Callable[..., Any] | None]] = {
+COMPENSATIONS: dict[str, Callable[[Net, nn.Module], Callable[..., Any] | str | None]] = {
     "none": lambda net, model: None,
     "conditioned": conditioned,
+    "layer by layer": lambda net, model: "compensate",
 }
-COMPENSATION_NEEDS = {"none": frozenset[str](), "conditioned": KRONECKER}
+COMPENSATION_NEEDS = {"none": frozenset[str](), "conditioned": KRONECKER, "layer by layer": frozenset[str]()}

@@ -12,8 +12,10 @@ import bayesprune as bp
 from bayesprune.errors import BayespruneError, InfeasibleTargetError, UnsupportedModelError
 from bayesprune.layers import VariationalLayer, variational_layers
 from bayesprune.macs import macs_by_module
+from bayesprune.prune.calibrated import Calibration, recalibrate_if_better
 from bayesprune.prune.channels import prune_channels
 from bayesprune.prune.importance import SNRImportance
+from bayesprune.prune.recalibrate import recalibrate_batch_norm
 from tests.cases import structures
 from tests.prune.nets import NETS, assert_stds_follow, nets, tie_means_to_stds
 
@@ -346,16 +348,24 @@ def test_attention_keeps_its_heads_while_the_width_goes():
     assert "blocks.0.attn.qkv" in str(report)
 
 
-def test_batch_norm_is_recalibrated_and_nothing_else():
+def test_batch_norm_is_recalibrated_where_that_helps_and_nothing_else():
     case = NETS[0]
-    with_data, without = bp.to_variational(case.net()), bp.to_variational(case.net())
-    data = [(torch.randn(case.shape), torch.zeros(2)) for _ in range(3)]
-    options = {"target": {"macs": 0.5}, "importance": bp.SNRImportance(), "before_cut": None}
-    prune_channels(without, case.input(), **options)
-    prune_channels(with_data, case.input(), data=iter(data), **options)
+    data = [(torch.randn(case.shape), torch.zeros(2)) for _ in range(8)]
+    dense = bp.to_variational(case.net())
+    recalibrate_batch_norm(dense, data)
+    cut, recalibrated = copy.deepcopy(dense), copy.deepcopy(dense)
+    options = {"target": {"macs": 0.3}, "importance": bp.SNRImportance(), "before_cut": None}
+    prune_channels(cut, case.input(), **options)
+    prune_channels(recalibrated, case.input(), data=iter(data), **options)
+    calibration = Calibration(dense, data)
+    assert calibration.divergence(recalibrated) < calibration.divergence(cut)
     statistics = ("running_mean", "running_var", "num_batches_tracked")
-    for name, tensor in with_data.state_dict().items():
-        assert torch.equal(tensor, without.state_dict()[name]) != name.endswith(statistics), name
+    changed = [n for n, tensor in recalibrated.state_dict().items() if not torch.equal(tensor, cut.state_dict()[n])]
+    assert changed
+    assert all(name.endswith(statistics) for name in changed)
+    before = copy.deepcopy(dense.state_dict())
+    assert not recalibrate_if_better(dense, Calibration(dense, data[:4]))
+    assert all(torch.equal(before[name], value) for name, value in dense.state_dict().items())
 
 
 def test_failing_data_leaves_the_model_as_it_was():
