@@ -15,7 +15,6 @@ from torch_pruning.dependency import Group
 
 from bayesprune.calls import layers_called
 from bayesprune.conversion import FROZEN
-from bayesprune.prune.attention import Attention, find_attention
 from bayesprune.prune.channel_report import shown
 from bayesprune.prune.cuts import (
     CUTTABLE,
@@ -30,12 +29,12 @@ from bayesprune.prune.cuts import (
     tied_parameters,
 )
 from bayesprune.prune.experts import find_experts
-from bayesprune.prune.heads import HEADS_STAY, find_heads
+from bayesprune.prune.heads import find_heads
 from bayesprune.prune.held_sizes import with_sizes
 from bayesprune.prune.links import moving
 from bayesprune.prune.roots import Layers, is_frozen, is_root, layer_names
 from bayesprune.prune.state_space import find_mixers
-from bayesprune.prune.stream_heads import with_heads
+from bayesprune.prune.stream_heads import attention_left, with_heads
 from bayesprune.prune.streams import Streams
 from bayesprune.prune.structure import GRANULARITY, ChannelGroup, ChannelStructure
 from bayesprune.prune.trace import Trace, quiet, trace
@@ -107,7 +106,7 @@ def _find_groups(
         finder = _Finder(model, example_inputs, trace(model, example_inputs), ignored_layers, heads.groups)
         found, left_whole = finder.find(granularity)
         if set(granularity) >= {"heads", "width"}:
-            attention = _attention_left(model, example_inputs, heads, ignored_layers)
+            attention = attention_left(model, example_inputs, heads, ignored_layers)
             found = with_heads(model, example_inputs, found, attention, finder.members_of)
         groups |= {group.name: group for group in with_sizes(model, example_inputs, found)}
         left_whole |= {n: reason for n, reason in heads.left_whole.items() if left_whole.get(n) in _OF_HEADS}
@@ -122,16 +121,6 @@ def _find_groups(
         tuple(sorted(groups.values(), key=lambda group: order[group.name])),
         {name: left_whole[name] for name in sorted(left_whole.keys() - covered, key=order.__getitem__)},
     )
-
-
-def _attention_left(
-    model: nn.Module, example_inputs: Any, heads: ChannelStructure, ignored_layers: Iterable[nn.Module]
-) -> list[Attention]:
-    """The attention modules whose heads were not found to leave by themselves."""
-    solved = {name for group in heads.groups for name in group.attention}
-    if not any(reason.startswith(HEADS_STAY) for reason in heads.left_whole.values()):
-        return []
-    return [a for a in find_attention(model, example_inputs, ignored_layers)[0] if a.name not in solved]
 
 
 def _without_frozen(found: ChannelStructure) -> ChannelStructure:

@@ -88,7 +88,7 @@ def signed(dim: int, num_dims: int) -> int:
 
 @dataclass(frozen=True)
 class _Paths:
-    """Channels of several paths, one path behind the other: each path has a channel where the others have one.
+    """Channels of several paths or positions, one behind the other: each has a channel where the others have one.
 
     Attributes:
         size: Channels of a path.
@@ -124,6 +124,12 @@ def _map_reshape(graph: tp.DependencyGraph, node: Node) -> None:
         for source, dependency in edges:
             if (dependency.target if source is node else source) in node.inputs:
                 _set(dependency, 0, _Paths(new[2], new[1], reverse=source is node))
+    elif (times := _side_by_side(graph, node, old, new)) > 1:
+        for dependency in flattened:
+            _set(dependency, 0, None)
+        for source, dependency in edges:
+            if (dependency.target if source is node else source) in node.inputs:
+                _set(dependency, 0, _Paths(old[-1], times, reverse=source is not node))
     elif min(len(new), len(old)) > 1 and (new[-1] == old[-1] or new[1] == old[1]):  # the channels stay what they were
         for dependency in flattened:
             _set(dependency, 0, None)
@@ -146,6 +152,14 @@ def _is_cut_into_paths(graph: tp.DependencyGraph, node: Node, old: Any, new: Any
         return False
     before = next((infer_out_channels_recursively(graph, n, [0]) for n in node.inputs), None)
     return before == old[1] and infer_in_channels_recursively(graph, node, [0]) == new[2]
+
+
+def _side_by_side(graph: tp.DependencyGraph, node: Node, old: Any, new: Any) -> int:
+    """How many positions with the channels last (..., C) become one (...): as patches are merged, or maps flattened."""
+    before = next((infer_out_channels_recursively(graph, n, [0]) for n in node.inputs), None)
+    if before != old[-1] or len(new) >= len(old) or tuple(new[:-1]) != tuple(old[: len(new) - 1]):
+        return 1
+    return new[-1] // old[-1] if infer_in_channels_recursively(graph, node, [0]) == new[-1] else 1
 
 
 def _map_split(graph: Graph, node: Node) -> None:

@@ -1,6 +1,6 @@
 """Checks channel groups by experiment: channels put in another order, everywhere, must change nothing but the order.
 
-A wrong index in the dependency graph, as after a flatten whose channels come last, often gives a model that still runs
+A wrong index in the dependency graph, as where channels are put in reverse, often gives a model that still runs
 once channels are gone, on the wrong ones. A permutation shows it at the cost of a few forwards.
 
 Compared is what every layer reads, and the outputs. So a small branch beside a large stream is judged by its own size,

@@ -130,6 +130,8 @@ def page(done: dict[str, Any]) -> str:
     rows = done["rows"]
     peer = done.get("peer_versions")
     kept = [f"That column is kept from a run with {_shown_versions(peer)}."] if peer else []
+    if older := [name for name, row in rows.items() if row.get("older")]:
+        kept += ["", f"Kept from a run before the dependency graph was checked at every layer: {', '.join(older)}."]
     works = {check: [name for name, row in rows.items() if _works(row, check)] for check in CHECKS}
     half = [name for name in works["cut"] if rows[name]["kept"] <= CUT + 0.005]
     header = "| " + " | ".join(check.replace("_", " ") for check in CHECKS) + " |"

@@ -457,17 +457,17 @@ def test_refuses_scores_that_cannot_be_ranked():
 
 
 def test_a_wrong_dependency_graph_cuts_nothing():
-    """torch-pruning takes the columns behind this flatten to be grouped by channel; they are grouped by position."""
+    """torch-pruning knows nothing of the reversal."""
 
-    class ChannelsLast(nn.Module):
+    class Reversed(nn.Module):
         def __init__(self):
             super().__init__()
             self.conv, self.fc1, self.fc2 = nn.Conv2d(3, 6, 1), nn.Linear(24, 20), nn.Linear(20, 2)
 
         def forward(self, x):
-            return self.fc2(torch.relu(self.fc1(torch.relu(self.conv(x)).permute(0, 2, 3, 1).flatten(1))))
+            return self.fc2(torch.relu(self.fc1(torch.relu(self.conv(x)).flip(1).flatten(1))))
 
-    net = bp.to_variational(ChannelsLast())
+    net = bp.to_variational(Reversed())
     report = prune_channels(net, torch.randn(2, 3, 2, 2), target={"macs": 0.5})
     assert net.conv.out_channels == 6
     assert report.removed.keys() == {"fc1"}

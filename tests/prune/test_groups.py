@@ -40,15 +40,15 @@ class Concatenated(nn.Module):
         return self.head(F.relu(self.top(F.relu(torch.cat([self.a(x), self.b(x)], 1)))))
 
 
-class ChannelsLast(nn.Module):
-    """Flattens with the channels last, where torch-pruning expects them first."""
+class Reversed(nn.Module):
+    """Puts the channels in reverse, of which torch-pruning knows nothing."""
 
     def __init__(self):
         super().__init__()
         self.conv, self.fc1, self.fc2 = nn.Conv2d(3, 4, 1), nn.Linear(36, 5), nn.Linear(5, 2)
 
     def forward(self, x):
-        x = F.relu(self.conv(x)).permute(0, 2, 3, 1).flatten(1)
+        x = F.relu(self.conv(x)).flip(1).flatten(1)
         return self.fc2(F.relu(self.fc1(x)))
 
 
@@ -181,7 +181,7 @@ def test_outputs_are_found_wherever_they_leave():
 
 
 def test_a_wrong_graph_is_found_out():
-    net, x = ChannelsLast().eval(), torch.randn(2, 3, 3, 3)
+    net, x = Reversed().eval(), torch.randn(2, 3, 3, 3)
     structure = find_groups(net, x)
     assert units(structure) == {"fc1": 5}
     assert structure.left_whole["conv"].startswith("with its channels in another order fc1 does not read the same")

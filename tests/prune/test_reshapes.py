@@ -93,6 +93,26 @@ def test_slices_of_rows_take_no_channels_away(halves):
         assert_removing_is_silencing(net, IMAGE)
 
 
+class Patches(nn.Module):
+    """Two by two positions side by side, as in timm's Swin, and a map that is flattened with its channels last."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.reduce, self.head = nn.Linear(3, 8), nn.Linear(32, 5), nn.Linear(45, 2)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x.permute(0, 2, 3, 1)))
+        n, h, w, c = x.shape
+        x = x.reshape(n, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 4, 2, 5).flatten(3)
+        return self.head(torch.relu(self.reduce(x)).flatten(1))
+
+
+def test_a_channel_leaves_every_position_that_is_put_beside_others():
+    torch.manual_seed(0)
+    assert units(Patches(), IMAGE) == {"stem": 8, "reduce": 5}
+    assert_removing_is_silencing(Patches(), IMAGE)
+
+
 def test_an_activation_that_writes_into_what_a_layer_put_out_hides_nothing():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=True), nn.Linear(8, 7), nn.ReLU(inplace=True), nn.Linear(7, 2))

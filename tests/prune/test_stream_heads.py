@@ -96,6 +96,23 @@ def test_a_head_leaves_with_its_share_of_the_width(case):
     assert_removing_is_silencing(net, TOKENS)
 
 
+class Squared(nn.Module):
+    """A gate of itself, which grows without bounds where nothing normalises its input."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm, self.fc1, self.fc2 = nn.LayerNorm(width), nn.Linear(width, 11), nn.Linear(11, width)
+
+    def forward(self, x):
+        return self.fc2(4 * self.fc1(self.norm(x)).square())
+
+
+def test_heads_of_a_deep_net_that_needs_its_norms_leave_too():
+    torch.manual_seed(0)
+    net = Blocks(24, *(layer for _ in range(6) for layer in (Attention(24, 4), Squared(24))), norm=True)
+    assert [len(group.units) for group in find_groups(net, TOKENS).groups if group.attention] == [4]
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_plan_is_what_the_cut_net_costs(case):
     torch.manual_seed(0)

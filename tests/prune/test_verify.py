@@ -13,8 +13,8 @@ from bayesprune.prune.groups import find_groups
 MAGNITUDE = tp.importance.MagnitudeImportance(normalizer=None)
 
 
-class ChannelsLast(nn.Module):
-    """Flattens with the channels last, where torch-pruning expects them first; `end` makes the output."""
+class Reversed(nn.Module):
+    """Puts the channels in reverse, of which torch-pruning knows nothing; `end` makes the output."""
 
     def __init__(self, end=lambda y: y):
         super().__init__()
@@ -22,14 +22,14 @@ class ChannelsLast(nn.Module):
         self.end = end
 
     def features(self, x):
-        return self.fc2(torch.relu(self.fc1(torch.relu(self.conv(x)).permute(0, 2, 3, 1).flatten(1))))
+        return self.fc2(torch.relu(self.fc1(torch.relu(self.conv(x)).flip(1).flatten(1))))
 
     def forward(self, x):
         return self.end(self.features(x))
 
 
-class SmallBranch(ChannelsLast):
-    """The wrong flatten stands in a branch that adds next to nothing to the stream."""
+class SmallBranch(Reversed):
+    """The reversal stands in a branch that adds next to nothing to the stream."""
 
     def __init__(self):
         super().__init__()
@@ -39,8 +39,8 @@ class SmallBranch(ChannelsLast):
         return self.head(self.stem(x.flatten(1)) + 1e-4 * self.features(x))
 
 
-class DeadBranch(ChannelsLast):
-    """No channel of the wrong flatten is ever above zero."""
+class DeadBranch(Reversed):
+    """No channel that is reversed is ever above zero."""
 
     def __init__(self):
         super().__init__()
@@ -58,12 +58,12 @@ def left_whole(net, x, *, target=0.9, **options) -> dict[str, str]:
 @pytest.mark.parametrize(
     "build",
     [
-        lambda: ChannelsLast(lambda y: y * 0),
-        lambda: ChannelsLast(lambda y: y[:0]),
-        lambda: ChannelsLast(lambda y: y / 0),
-        lambda: ChannelsLast(lambda y: {"class": y.argmax(1), "one": y.softmax(1).sum()}),
-        lambda: ChannelsLast(lambda y: y + 1e5),
-        lambda: ChannelsLast().bfloat16(),
+        lambda: Reversed(lambda y: y * 0),
+        lambda: Reversed(lambda y: y[:0]),
+        lambda: Reversed(lambda y: y / 0),
+        lambda: Reversed(lambda y: {"class": y.argmax(1), "one": y.softmax(1).sum()}),
+        lambda: Reversed(lambda y: y + 1e5),
+        lambda: Reversed().bfloat16(),
         SmallBranch,
         DeadBranch,
     ],
@@ -138,7 +138,7 @@ def test_noise_in_a_forward_makes_no_graph_wrong(draw):
 
 def test_a_wrong_index_is_seen_in_spite_of_noise():
     torch.manual_seed(0)
-    reasons = left_whole(ChannelsLast(lambda y: F.dropout(y, 0.5, training=True)), IMAGE)
+    reasons = left_whole(Reversed(lambda y: F.dropout(y, 0.5, training=True)), IMAGE)
     assert "fc1 does not read the same" in reasons["conv"]
 
 
@@ -182,7 +182,7 @@ def test_channels_that_no_layer_reads_are_judged_by_what_is_behind_them():
 
 @pytest.mark.parametrize("depth", [4, 12])
 def test_a_wrong_group_among_many_takes_few_forwards(depth):
-    class Deep(ChannelsLast):
+    class Deep(Reversed):
         def __init__(self):
             super().__init__()
             self.blocks = nn.ModuleList(
