@@ -135,7 +135,7 @@ def test_a_second_start_finds_every_row_and_the_page_has_them(monkeypatch, tmp_p
     page = markdown(benchmark.rows)
     for heading in (
         "No training\n",
-        "0.4 of the MACs, every allocation",
+        "0.4 of the MACs, under equal allocation",
         "Short, distilled",
         "Short, cross-entropy alone",
     ):

@@ -186,6 +186,7 @@ def _by_factorisation(mean: Tensor, precision: Tensor, keep: Tensor) -> Tensor:
 def _by_conjugate_gradients(mean: Tensor, precision: Tensor, keep: Tensor) -> Tensor:
     """All rows at once, each in the subspace of its kept columns, preconditioned by the diagonal."""
     diagonal, tiny = precision.diagonal(), torch.finfo(precision.dtype).tiny
+    single = precision.float()  # products of steps cost half, and the residual at the end is that of float64
     result = torch.where(keep, mean, 0.0)
     residual = ((mean - result) @ precision).masked_fill_(~keep, 0.0)
     direction = residual / diagonal
@@ -194,13 +195,14 @@ def _by_conjugate_gradients(mean: Tensor, precision: Tensor, keep: Tensor) -> Te
     for _ in range(_MOST_STEPS):
         if (size <= enough).all():
             break
-        along = (direction @ precision).masked_fill_(~keep, 0.0)
+        along = (direction.float() @ single).double().masked_fill_(~keep, 0.0)
         length = size / (direction * along).sum(1, keepdim=True).clamp_min(tiny)
         result.addcmul_(length, direction)
         residual.addcmul_(length, along, value=-1)
         before, size = size, (residual.square() / diagonal).sum(1, keepdim=True)
         direction = (size / before.clamp_min(tiny) * direction).addcdiv_(residual, diagonal)
-    late = ~(size <= enough).flatten()
+    left = ((mean - result) @ precision).masked_fill_(~keep, 0.0)
+    late = ~((left.square() / diagonal).sum(1, keepdim=True) <= 4 * enough).flatten()
     if late.any():
         result[late] = _by_factorisation(mean[late], precision, keep[late])
     return result

@@ -5,7 +5,8 @@ for pruned layers Boza, 2024, arXiv:2401.02938, and ALPS: Meng et al., 2024, arX
 weights are drawn together: X fits the layer's outputs, Z has the zeros that the rule gives. All rows share one
 factorisation.
 What differs here: the rule is whatever the caller selects by, and only the support is taken; what the weights on it
-should be is `conditional_mean`'s to say.
+should be is `conditional_mean`'s to say. It is a local search: it may keep two inputs of which either could stand in
+for the other.
 """
 
 from collections.abc import Callable
@@ -32,10 +33,10 @@ def best_support(mean: Tensor, precision: Tensor, select: Select, *, num_steps: 
 
     Example:
         >>> import torch
-        >>> precision = torch.tensor([[[1.0, 0.9, 0.0], [0.9, 1.0, 0.0], [0.0, 0.0, 1.0]]])
+        >>> precision = torch.diag(torch.tensor([1.0, 1.0, 0.1]))[None]
         >>> two = lambda scores, way: scores >= scores.topk(2).values[..., -1:]
-        >>> best_support(torch.tensor([[[1.0, 0.8, 0.6]]]), precision, two)
-        tensor([[[ True, False,  True]]])
+        >>> best_support(torch.tensor([[[1.0, 0.8, 0.9]]]), precision, two)
+        tensor([[[ True,  True, False]]])
     """
     mean, precision = mean.float(), precision.float()
     scale = precision.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(torch.float32).tiny).sqrt()

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 import bayesprune as bp
 from bayesprune.laplace import conditional_mean
-from bayesprune.laplace.inputs import damped, input_moments, stages
+from bayesprune.laplace.inputs import input_moments, stages
+from bayesprune.laplace.matrices import damped
 
 BLOCK, DAMPING = 128, 0.01
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -297,7 +297,7 @@ def conditioned(net: Net, model: nn.Module) -> Callable[..., Any]:
     return partial(bp.condition_on_channels, model, net.posterior())
 
 
-COMPENSATIONS: dict[str, Callable[[Net, nn.Module], Callable[..., Any] | str | None]] = {
+COMPENSATIONS: dict[str, Callable[[Net, nn.Module], Callable[..., Any] | Literal["compensate"] | None]] = {
     "none": lambda net, model: None,
     "conditioned": conditioned,
     "layer by layer": lambda net, model: "compensate",

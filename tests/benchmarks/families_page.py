@@ -79,7 +79,7 @@ def page(done: dict[str, Any]) -> str:
             f"| {removed} | {' | '.join(cells)} |"
         )
     lines += ["", "## What does not work, and why", "", *(notes or ["Nothing."])]
-    limits = {name: row["limit"] for name, row in rows.items() if name in whole and row.get("limit")}
+    limits = {name: row.get("limit", row["cut"]) for name, row in rows.items() if name in whole}
     lines += ["", f"## What limits those that keep more than {WHOLE} of their MACs", ""]
     lines += [f"- {name}: {escaped(limit)}" for name, limit in limits.items()] or ["Nothing."]
     found = Counter(reason for row in rows.values() for reason in row.get("left", ()))

@@ -36,8 +36,10 @@ SIZE, BATCH, BEFORE, AFTER, LR = 128, 32, 141, 47, 1e-4
 EXAMPLE = torch.zeros(1, 3, SIZE, SIZE)
 SETTINGS = {"size": SIZE, "batch": BATCH, "steps_before": BEFORE, "steps_after": AFTER, "lr": LR}
 PHASE, ORDINARY = "after the variational phase", "after as many steps of ordinary training"
-OURS = {"README's snippet": False, "README's snippet, uniform=True": True}
+PHASED = {"SNRImportance after it": False, "SNRImportance after it, uniform=True": True}
+SNIPPETS = {"README's snippet": True, "README's snippet, no teacher": False}
 CONTROLS = {"torch-pruning, magnitude, global": True, "torch-pruning, magnitude, uniform": False}
+COMPENSATED = "magnitude, uniform, compensated and with a teacher"
 
 
 def pretrained() -> nn.Module:
@@ -90,13 +92,22 @@ def _normalised(images: Tensor) -> Tensor:
     return (images / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
-def train(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], *, num_data: int | None = None) -> float | None:
-    """The README's loop, with its `attach` where the number of images is given; what the noise cost at the end."""
+def train(
+    model: nn.Module,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    *,
+    num_data: int | None = None,
+    teacher: Callable[..., Tensor] | None = None,
+) -> float | None:
+    """The README's loop, with `attach` where the number of images is given; what the noise cost at the end."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0)
     attachment = None if num_data is None else bp.attach(optimizer, model, num_data=num_data)
     model.train()
     for images, labels in batches:
-        loss = F.cross_entropy(model(images), labels)
+        logits = model(images)
+        loss = F.cross_entropy(logits, labels)
+        if teacher is not None:
+            loss = teacher(logits, images, loss)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -126,9 +137,15 @@ class Benchmark:
         self.row("dense", 0, lambda: self.measured(pretrained()))
         for seed in seeds:
             self.row(ORDINARY, seed, lambda seed=seed: self.ordinary(seed))
-            for name, is_uniform in OURS.items():
-                self.row(name, seed, lambda seed=seed, is_uniform=is_uniform: self.ours(seed, is_uniform=is_uniform))
+            for name, is_uniform in PHASED.items():
+                self.row(name, seed, lambda seed=seed, is_uniform=is_uniform: self.phased(seed, is_uniform=is_uniform))
             self.partial(seed).unlink(missing_ok=True)
+            for name, has_teacher in SNIPPETS.items():
+                self.row(name, seed, lambda seed=seed, has=has_teacher: self.at_once(seed, has_teacher=has))
+            options = {"importance": tp.importance.MagnitudeImportance(), "uniform": True}
+            self.row(
+                COMPENSATED, seed, lambda seed=seed, options=options: self.at_once(seed, has_teacher=True, **options)
+            )
             for name, is_global in CONTROLS.items():
                 self.row(name, seed, lambda seed=seed, is_global=is_global: self.control(seed, is_global=is_global))
 
@@ -158,13 +175,23 @@ class Benchmark:
     def partial(self, seed: int) -> Path:
         return self.out.with_name(f"{self.out.stem}_{seed}.partial.pt")
 
-    def ours(self, seed: int, *, is_uniform: bool) -> dict[str, Any]:
+    def phased(self, seed: int, *, is_uniform: bool) -> dict[str, Any]:
         model = self.variational(seed)
-        loader = list(self.train.random(20, seed + 100))
-        bp.prune_channels(model, EXAMPLE, target={"macs": 0.5}, uniform=is_uniform, data=loader)
+        options = {"importance": bp.SNRImportance(), "uniform": is_uniform, "before_cut": None}
+        bp.prune_channels(model, EXAMPLE, {"macs": 0.5}, data=list(self.train.random(20, seed + 100)), **options)
         at_once = accuracy(model, self.images)
         train(bp.to_deterministic(model), self.train.random(AFTER, seed + 1_000))
         return self.measured(model) | {"at_once": at_once}
+
+    def at_once(self, seed: int, *, has_teacher: bool, **options: Any) -> dict[str, Any]:
+        torch.manual_seed(seed)
+        model = bp.to_variational(pretrained())
+        teacher = bp.distillation(model) if has_teacher else None
+        start = time.perf_counter()
+        bp.prune_channels(model, EXAMPLE, "macs=0.5", data=list(self.train.random(32, seed + 100)), **options)
+        seconds, at_once = time.perf_counter() - start, accuracy(model, self.images)
+        train(bp.to_deterministic(model), self.train.random(BEFORE + AFTER, seed), teacher=teacher)
+        return self.measured(model) | {"at_once": at_once, "seconds_of_cut": round(seconds)}
 
     def control(self, seed: int, *, is_global: bool) -> dict[str, Any]:
         torch.manual_seed(seed)
@@ -202,14 +229,16 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "",
         "EfficientNet-Lite0, trained on ImageNet elsewhere, with the rows of its classifier for ten classes; 3,000",
         f"photographs of these to train with, 1,000 to test with, at {SIZE}x{SIZE}. The README's snippet is taken",
-        f'literally: `std="per_channel"`, AdamW at 1e-4, every default, {BEFORE} steps of {BATCH} images, then',
-        f'`prune_channels(target={{"macs": 0.5}})` and {AFTER} steps of ordinary fine-tuning. Controls cut at once and',
-        f"spend all {BEFORE + AFTER} steps after it. `at once` is after the cut and new batch-norm statistics.",
+        'literally: `prune_channels(model, x, "macs=0.5", data=...)` with 1,024 of the photographs, then',
+        f"{BEFORE + AFTER} steps of {BATCH} images with AdamW at 1e-4 and the dense network as teacher. Controls cut",
+        f"at once and spend all {BEFORE + AFTER} steps after it, too. Rows about a variational phase train {BEFORE}",
+        f'steps with `std="per_channel"` and the defaults of `attach`, cut, and fine-tune for {AFTER}. `at once` is',
+        "after the cut and new batch-norm statistics, before any training that follows.",
         "",
         "| | seeds | at once, % | accuracy, % | MACs left | parameters left |",
         "|---|---|---|---|---|---|",
     ]
-    for name in ("dense", ORDINARY, PHASE, *OURS, *CONTROLS):
+    for name in ("dense", *SNIPPETS, COMPENSATED, *CONTROLS, ORDINARY, PHASE, *PHASED):
         found = runs.get(name, [])
         if found:
             macs, params = (mean(row[key] / dense[key] for row in found) for key in ("macs", "params"))

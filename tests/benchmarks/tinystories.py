@@ -316,7 +316,7 @@ def rate(runs: list[dict[str, Any]], how: Cut) -> float:
     how = replace(how, divided=how.fitted)
     section = [row for row in runs if row["section"] == "cut, then trained" and row["cut"] == asdict(how)]
     rows = [row for row in section if row["target"] == "50%" and row["seed"] == 0]
-    return min(rows, key=lambda row: row["validation"])["lr"]
+    return min(rows, key=lambda row: row["validation"])["lr"] if rows else CUT_RATES[0]
 
 
 def chosen(runs: list[dict[str, Any]], kind: str, section: str = "choice") -> dict[str, Any]:
@@ -341,6 +341,19 @@ embeddings, which are also the head, are not cut.
 WEIGHTS = """Perplexity on the last 10 % of the text, mean ± standard deviation over {seeds} seeds; lower is better.
 "gradual" is removal during training ({num_updates} removals on a cubic ramp, from a quarter to three quarters of the
 steps): ours is `BayesPruneCallback`, the others are callbacks on the same schedule.
+"""
+
+CUT = """No weight is trained before the cut. Masks and weights come from {calibration} stories of the training text,
+drawn anew for each seed, forward passes only; then {steps} steps as above, which hold the zeros. Perplexity on the last
+10 % of the text, mean ± standard deviation over the seeds that have run (in brackets where they are not all).
+
+- ours is `bp.prune_one_shot`: layers in the order of the forward, each fitted to what it gave in the dense model
+  ("fitted"), masks by alternating directions, half of the weights divided between layers by what each costs
+  ("divided").
+- The controls stand as they were published: magnitude inside each layer, Wanda inside each output, SparseGPT with
+  blocks of 128 columns and 1 % of damping. "fitted" and "divided" give them what ours has beside its masks, with the
+  shares that ours found. In 2:4 every layer loses half.
+- The learning rate is {rates}, of two tried for every row, on the validation text, at half of the weights, seed 0.
 """
 
 STRUCTURE = """{steps} steps, removal by `bp.prune_channels(..., uniform=True)`, {steps} plain steps. Every layer keeps
@@ -387,6 +400,7 @@ def markdown(runs: list[dict[str, Any]], settings: dict[str, Any]) -> str:
             cells = [spread([row for row in rows if row["sparsity"] == level]) for level in levels]
             options = name(rows[0]["method"]) if rows and "method" in rows[0] else f"{kind}, no training"
             lines += [f"| {section}: {options} | {' | '.join(cells)} |"] if rows else []
+    lines += cut_table(runs, of, settings) if "cut, no training" in of else []
     if removed := of.get("structure"):
         sizes = {"heads": removed[0]["heads"][0], "neurons": removed[0]["neurons"][0]}
         config = ", ".join(f"`{field}` {value}" for field, value in removed[0]["config"].items())
@@ -418,6 +432,34 @@ def markdown(runs: list[dict[str, Any]], settings: dict[str, Any]) -> str:
         rate = "" if row["lr"] == lr else f", learning rate {row['lr']:g}"
         lines += [f"| {half}{name(row['method'])}{rate} | {row['validation']:.2f} |"]
     return "\n".join([*lines, ""])
+
+
+def cut_table(runs: list[dict[str, Any]], of: dict[str, list[dict[str, Any]]], settings: dict[str, Any]) -> list[str]:
+    """What is cut at once, with no training and with all steps after the cut."""
+    ways = (OUR_CUT, replace(OUR_CUT, divided=False), *DIVIDED, *FITTED, *PUBLISHED)
+    tuned = {how: rate(runs, how) for how in (OUR_CUT, *PUBLISHED)}
+    rates = ", ".join(f"{lr:g} after {how.mask}" for how, lr in tuned.items())
+    head = [f"{target}, {when}" for when in ("no training", "then trained") for target in TARGETS]
+    lines = ["", "## Weights cut at once", "", CUT.format(**settings, rates=rates)]
+    lines += ["| | " + " | ".join(head) + " |", "|---" * (1 + len(head)) + "|"]
+    for how in ways:
+        cells = []
+        for section in ("cut, no training", "cut, then trained"):
+            for target in TARGETS:
+                rows = [row for row in of.get(section, ()) if row["cut"] == asdict(how) and row["target"] == target]
+                if section == "cut, then trained" and rows:
+                    rows = [row for row in rows if row["lr"] == rate(runs, how)]
+                some = f" ({len(rows)})" if 0 < len(rows) < 3 else ""
+                cells.append(spread(rows) + some if rows else "")
+        lines += [f"| {', '.join(words(how))} | {' | '.join(cells)} |"]
+    return lines
+
+
+def words(how: Cut) -> list[str]:
+    """A way to cut in words."""
+    if how.mask == "ours":
+        return ["ours"] if how.divided else ["ours, the same share of each layer"]
+    return [how.mask, *(["fitted"] if how.fitted else []), *(["divided"] if how.divided else [])]
 
 
 def name(values: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ beginning of a training to its end, and works in training mode alone, so that ev
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
@@ -129,7 +129,7 @@ class DistillationCallback(TrainerCallback):
         if not (model.training and torch.is_grad_enabled()):
             return None
         inputs = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}
-        if not isinstance(output, Mapping):
+        if not isinstance(output, MutableMapping):
             raise TypeError(
                 f"{type(model).__name__} returned {type(output).__name__}; expected an output with loss and logits by "
                 "name: leave return_dict=False out."
