@@ -132,6 +132,8 @@ def build(name: str) -> Any:
         if isinstance(module, nn.BatchNorm2d):  # numbers of a trained net, not zeros and ones
             nn.init.uniform_(module.running_mean, -0.1, 0.1)
             nn.init.uniform_(module.bias, -0.1, 0.1)
+        elif isinstance(module, nn.Linear) and not module.weight.any():  # the head of a vision transformer
+            nn.init.normal_(module.weight, std=0.1)
     return model.eval()
 
 
