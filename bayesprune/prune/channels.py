@@ -143,8 +143,7 @@ def prune_channels(
             break
         left_whole |= {layer: failures[group] for group in failures for layer in group.layers}
         ranked = {group: scored for group, scored in ranked.items() if group not in failures}
-    if macs_after != costs.cost("macs", counts):
-        _LOGGER.info("counted %d MACs after the cut, planned %d", macs_after, costs.cost("macs", counts))
+    _compare(macs_after, costs.cost("macs", counts))
     if before_cut is not None and not dry_run:
         undo()
         undo = _cut_after(before_cut, model, selection)
@@ -201,6 +200,19 @@ def _how(
     elif calibration is None:
         parts.append("nothing compensated, since there is no data")
     return "; ".join(parts)
+
+
+def _compare(counted: int, planned: int) -> None:
+    """Says where a forward after the cut costs something else than planned."""
+    if counted > 1.01 * planned:
+        _LOGGER.warning(
+            "the forward after the cut runs %d MACs, and %d were planned: it does more than before, as detectors do, "
+            "whose number of boxes depends on the weights. The MACs of the report are those of that forward.",
+            counted,
+            planned,
+        )
+    elif counted != planned:
+        _LOGGER.info("counted %d MACs after the cut, planned %d", counted, planned)
 
 
 def _no_score(model: nn.Module, importance: Importance | None, what: str) -> str:

@@ -474,6 +474,22 @@ def test_a_wrong_dependency_graph_cuts_nothing():
     assert "the dependency graph is wrong about it" in report.left_whole["conv"]
 
 
+def test_a_forward_that_does_more_after_the_cut_is_warned_of(caplog):
+    class Boxes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.box, self.head = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            x = torch.relu(self.stem(x))
+            return self.head(sum(torch.relu(self.box(x)) for _ in range(1 if x.shape[1] == 8 else 5)))
+
+    options = {"importance": MAGNITUDE, "ignored_layers": ["box"]}
+    report = prune_channels(Boxes(), torch.randn(2, 4), target={"macs": 0.6}, **options)
+    assert "it does more than before" in caplog.text
+    assert report.achieved["macs"] > 0.6
+
+
 def test_report_prints():
     net, x = bp.to_variational(mlp(4, 8, 8, 2)), torch.randn(1, 4)
     text = str(prune_channels(net, x, target={"macs": 0.5}))
