@@ -8,6 +8,9 @@ INTRODUCTION = """# CIFAR-10, ResNet-20 at half its MACs
 
 Written by `python tests/benchmarks/cifar.py --table` from `cifar.json`, which also holds every single run.
 
+**The controls of this table are handicapped**: every row trains before the cut, which only a posterior needs.
+[The fair comparison](fair.md) replaces it; it stays as a record of what was run.
+
 A ResNet-20 trained elsewhere ({test:.2%} on the 10,000 test images, {macs:.1f} M MACs, {params:,} parameters) is
 fine-tuned for {before} steps of {batch} images (variational, or plain for the controls), loses channels until
 {kept:.0%} of the MACs are left, has its batch norm recalibrated, and is fine-tuned plainly up to {total} gradient

@@ -15,6 +15,9 @@ INTRODUCTION = """# CIFAR-10, the criterion beside its controls
 and the first three again with `--depth 56`. The last command writes this page from `criterion_weights.json` and
 `criterion_channels.json`, which also hold every single run.
 
+**The controls of the channel tables are handicapped**: every row trains before the cut, which only a posterior needs.
+[The fair comparison](fair.md) replaces them; they stay as a record of what was run.
+
 Two ResNets trained elsewhere lose single weights or channels. **All rows of a table have the same number of gradient
 evaluations**, each on the same 64 images in the same order, the same optimizer (SGD, momentum 0.9, learning rate by
 cosine to 0, bfloat16 products, or float32 where a heading says so), the same masks and selection, and batch norm
