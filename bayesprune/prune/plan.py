@@ -152,10 +152,17 @@ def blocks(
     return [levels[key] for key in sorted(levels)]
 
 
-def fewest(model: CostModel, levels: Sequence[list[Block]], what: str, budget: float) -> list[int]:
+def fewest(model: CostModel, levels: Sequence[list[Block]], what: str, budget: float, *, gives_back: bool) -> list[int]:
     """Units to remove from each group: the shortest prefix of the levels whose cost is within the budget.
 
     All levels where none is.
+
+    Args:
+        model: What removal saves.
+        levels: The order in which blocks leave.
+        what: The cost.
+        budget: What it may be.
+        gives_back: Whether blocks stay after all that the budget has room for, the last to leave first.
     """
     low, high = 0, len(levels)
     while low < high:
@@ -164,7 +171,19 @@ def fewest(model: CostModel, levels: Sequence[list[Block]], what: str, budget: f
             high = middle
         else:
             low = middle + 1
-    return totals(model.groups, levels[:low])
+    counts = totals(model.groups, levels[:low])
+    if not gives_back or model.cost(what, counts) > budget:
+        return counts
+    leaving: set[int] = set()
+    for block in (block for level in reversed(levels[:low]) for block in level):
+        if block.group not in leaving:
+            counts[block.group] -= block.units
+            if model.cost(what, counts) > budget:
+                counts[block.group] += block.units
+                leaving.add(block.group)
+        if len(leaving) == len(model.groups):
+            break
+    return counts
 
 
 def totals(groups: Sequence[ChannelGroup], levels: Iterable[list[Block]]) -> list[int]:

@@ -512,3 +512,21 @@ def test_no_warnings_reach_the_user():
         warnings.simplefilter("error")
         prune_channels(net, torch.randn(1, 3, 32, 32), target={"macs": 0.8}, importance=MAGNITUDE)
     assert not any(isinstance(module, VariationalLayer) for module in net.modules())
+
+
+def test_no_more_leaves_than_the_target_asks_for():
+    """The last channel to leave may save far more than was missing; what it pays for stays."""
+
+    class Interleaved(tp.importance.Importance):
+        def __call__(self, group):
+            return torch.arange(len(group[0].idxs)) / len(group[0].idxs)
+
+    def macs(first: int, second: int) -> int:
+        return 4 * first + first * second + 2 * second
+
+    net = mlp(4, 40, 200, 2)
+    for keep in (0.37, 0.41, 0.46, 0.5):
+        report = prune_channels(net, torch.randn(1, 4), {"macs": keep}, importance=Interleaved(), dry_run=True)
+        first, second = (row.kept for row in report.rows)
+        assert macs(first, second) == report.macs_after <= keep * macs(40, 200)
+        assert min(macs(first + 1, second), macs(first, second + 1)) > keep * macs(40, 200)
