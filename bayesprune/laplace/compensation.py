@@ -40,7 +40,7 @@ from bayesprune.laplace.matrices import (
 from bayesprune.layers import VariationalLayer, variational_layers
 from bayesprune.layers.drawn import DrawnLayer
 
-_DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+_DAMPINGS = (1e-3, 1e-2, 1e-1)
 """Tried, as fractions of the mean diagonal of E[x~ x~^T]."""
 
 _ROWS_PER_COLUMN = 128  # positions in all that a regression takes, for each of its columns
@@ -57,6 +57,7 @@ def compensate(
     removed: Mapping[str, Sequence[int]],
     *,
     dense: nn.Module | None = None,
+    damping: float | None = None,
     progress: bool = False,
 ) -> nn.Module:
     """Moves weights to make up for input channels that are about to go; in place, without training.
@@ -73,6 +74,8 @@ def compensate(
         data: Batches in any form that `bayesprune.batches` names; labels are not read. All are kept in memory.
         removed: Input channels (features) that go, by the layer that loses them.
         dense: The model whose outputs are fitted, of the same structure; None is the model as it is now.
+        damping: How far each fit is held at the dense weights, as a fraction of the mean diagonal of E[x~ x~^T]; None
+            chooses for each layer by a quarter of the examples.
         progress: Show a progress bar.
 
     Raises:
@@ -105,7 +108,7 @@ def compensate(
         moments = _moments(model, batches, step, targets)
         for site in step:
             if site.name in moments:
-                _fit(model, dense, site, moments[site.name], keeps.get(site.name))
+                _fit(model, dense, site, moments[site.name], keeps.get(site.name), damping)
     return model
 
 
@@ -282,7 +285,12 @@ def _stream_rows(call: LayerCall, num_examples: int, num_batches: int) -> Tensor
 
 
 def _fit(
-    model: nn.Module, dense: nn.Module, site: _Site, moments: tuple[_Moments, _Moments], keep: Tensor | None
+    model: nn.Module,
+    dense: nn.Module,
+    site: _Site,
+    moments: tuple[_Moments, _Moments],
+    keep: Tensor | None,
+    damping: float | None,
 ) -> None:
     layer, stock = variational_layer(model, site.name), variational_layer(dense, site.name)
     weight = layer.get_parameter("weight")
@@ -297,7 +305,8 @@ def _fit(
     fitted, check = moments
     if bias is not None and not takes_shift:
         fitted, check = (part.less(bias.detach().double().view(len(start), -1)) for part in moments)
-    damping = _best_damping(start, kept, fitted, check, about_mean=takes_shift) if check.number else 1e-2
+    if damping is None:
+        damping = _best_damping(start, kept, fitted, check, about_mean=takes_shift) if check.number else _DAMPINGS[1]
     total = fitted + check
     xx, yx = total.centred(about_mean=takes_shift)
     found = _ridge(start, kept, xx, yx, damping)
@@ -325,6 +334,11 @@ def _best_damping(start: Tensor, kept: Tensor, fitted: _Moments, check: _Moments
 def _ridge(start: Tensor, kept: Tensor, xx: Tensor, yx: Tensor, damping: float) -> Tensor:
     """Weights (G, R, C), zero where they are not kept, that fit best; damped towards `start`."""
     precision = damped(xx, damping)
-    pull = (precision - xx).diagonal(dim1=1, dim2=2)[:, None]
-    free = torch.cholesky_solve((yx + pull * start).mT, torch.linalg.cholesky(precision)).mT
-    return torch.stack([conditional_mean(*each) for each in zip(free, precision, kept, strict=True)])
+    push = yx + (precision - xx).diagonal(dim1=1, dim2=2)[:, None] * start
+    found = torch.zeros_like(start)
+    for group, own in enumerate(kept):
+        columns = own.any(0).nonzero()[:, 0]  # what no row keeps is zero in all, and needs no solution
+        among = precision[group][columns][:, columns]
+        free = torch.cholesky_solve(push[group][:, columns].mT, torch.linalg.cholesky(among)).mT
+        found[group][:, columns] = conditional_mean(free, among, own[:, columns])
+    return found
