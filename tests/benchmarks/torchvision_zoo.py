@@ -181,15 +181,13 @@ def loss(name: str, inputs: Any, model: Any) -> Any:
 def equal(model: Any, inputs: Any) -> str:
     """Whether removing channels is the same as reading zeros in their place."""
     import torch
-    from torch import nn
 
     from bayesprune.prune.groups import find_groups
     from bayesprune.prune.removal import remove, snapshot
     from bayesprune.prune.silenced import silence
 
     groups = find_groups(model, inputs).groups
-    counting = (nn.LayerNorm, nn.GroupNorm)
-    alone = [group for group in groups if not any(isinstance(m.layer, counting) for m in group.members)]
+    alone = [group for group in groups if not any(map(counts_channels, group.members))]
     model.double()
     inputs = inputs.double() if isinstance(inputs, torch.Tensor) else ([image.double() for image in inputs[0]],)
     dense = outputs(model, inputs)
@@ -210,6 +208,14 @@ def equal(model: Any, inputs: Any) -> str:
             return f"the outputs differ by {(one - other).abs().max():.3g}"
     changed = not is_equal(found, dense)
     return f"{OK}, {len(alone)} of {len(groups)}" if changed else "nothing changed"
+
+
+def counts_channels(member: Any) -> bool:
+    """Whether a norm over channels is among what loses them: it counts a channel that is there and not read."""
+    from torch import nn
+
+    is_scale = member.axis[0] == "backbone.scale_weight"  # of SSD, behind F.normalize
+    return is_scale or isinstance(member.layer, nn.LayerNorm | nn.GroupNorm)
 
 
 def removable(model: Any, groups: list[Any], inputs: Any) -> list[Any]:
