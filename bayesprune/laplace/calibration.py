@@ -104,18 +104,21 @@ def predictions(model: nn.Module, batch: Batch) -> Tensor:
         ValueError: the model's logits are of another shape.
     """
     logits = logits_of(batch.run(model))
-    if logits.dim() == 3:
-        mask = batch.kwargs.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.shape == logits.shape[:2]:
-            return logits[mask.bool()]
-        return logits.flatten(0, 1)
-    if logits.dim() != 2:
+    if logits.dim() not in (2, 3):
         raise ValueError(
             f"the model gives {tuple(logits.shape)} logits; expected (examples, classes) or (examples, tokens, "
             "classes). Pass loss=, a function of model and batch that gives the mean over examples of the sum of each "
             "one's label losses."
         )
-    return logits
+    return unmasked(logits, batch)
+
+
+def unmasked(logits: Tensor, batch: Batch) -> Tensor:
+    """Logits (..., classes) as (predictions, classes), without those that the batch's `attention_mask` hides."""
+    mask = batch.kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.shape == logits.shape[:-1]:
+        return logits[mask.bool()]
+    return logits.reshape(-1, logits.shape[-1])
 
 
 def record(

@@ -25,7 +25,7 @@ from bayesprune.laplace.compensation import compensate
 from bayesprune.laplace.kronecker import fit_kronecker
 from bayesprune.macs import eval_mode
 from bayesprune.prune.importance import Scored, SNRImportance, lowest, unit_scores
-from bayesprune.prune.recalibrate import recalibrate_batch_norm
+from bayesprune.prune.recalibrate import measured_norms, recalibrate_batch_norm
 from bayesprune.prune.removal import lost_inputs
 from bayesprune.prune.silenced import silence_inputs
 from bayesprune.prune.structure import ChannelGroup
@@ -112,10 +112,10 @@ def tilted(
     saved: Sequence[int],
     choose: Choose,
     calibration: Calibration,
-) -> tuple[list[list[float]], float]:
-    """Scores that divide a budget between groups best, and the tilt that does; the model is as before afterwards.
+) -> tuple[list[int], float]:
+    """How many units leave each group where the budget is divided best, and the tilt that does it.
 
-    Cost: a compensation with 256 examples for each tilt.
+    Cost: a compensation with 256 examples for each tilt that makes a difference. The model is as before afterwards.
 
     Args:
         model: The dense model.
@@ -125,15 +125,16 @@ def tilted(
         calibration: Data, of which one part compensates and another judges.
     """
     fits, judges = calibration.parts()
-    best: tuple[float, float, list[list[float]]] | None = None
-    bar = tqdm(TILTS, desc="Divide between layers", unit="try", disable=None, leave=False)
-    for tilt in bar:
-        factors = [math.exp(tilt * depth / max(1, len(scored) - 1)) for depth in range(len(scored))]
+    divisions: dict[tuple[int, ...], float] = {}
+    for tilt in TILTS:
         scores = [
             [cost * factor / max(each, 1.0) for cost in its.scores]
-            for its, factor, each in zip(scored, factors, saved, strict=True)
+            for its, factor, each in zip(scored, depth_factors(len(scored), tilt), saved, strict=True)
         ]
-        counts = choose(scores)
+        divisions.setdefault(tuple(choose(scores)), tilt)
+    best: tuple[float, float, list[int]] | None = None
+    bar = tqdm(divisions.items(), desc="Divide between layers", unit="try", disable=None, leave=False)
+    for counts, tilt in bar:
         selection = [(its.group, lowest(its.group, its.scores, n)) for its, n in zip(scored, counts, strict=True)]
         trial, lost = copy.deepcopy(model), lost_inputs(selection)
         for name, positions in lost.items():
@@ -142,15 +143,23 @@ def tilted(
         divergence = calibration.divergence(trial, judges)
         _LOGGER.info("tilt %g: divergence %.4f nats", tilt, divergence)
         if best is None or divergence < best[0]:
-            best = divergence, tilt, scores
+            best = divergence, tilt, list(counts)
     assert best is not None, "there are tilts to try"
     return best[2], best[1]
 
 
+def depth_factors(number: int, tilt: float) -> list[float]:
+    """exp(t d) of so many groups in the model's order, d being their depth from 0 to 1."""
+    return [math.exp(tilt * depth / max(1, number - 1)) for depth in range(number)]
+
+
 def recalibrate_if_better(model: nn.Module, calibration: Calibration) -> bool:
     """Measures batch norm anew unless the outputs are closer to the dense ones without; whether it did."""
+    norms = measured_norms(model)
+    if not norms:
+        return False
     before = calibration.divergence(model)
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    buffers = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
     recalibrate_batch_norm(model, calibration.batches)
     if not calibration.divergence(model) > before:
         return True

@@ -133,11 +133,12 @@ def prune_channels(
         groups = tuple(ranked)
         costs = plan.cost_model(model, groups, macs)
         choose = partial(_choose, model, costs, what, value, uniform, round_to, left_whole)
-        scores, tilt = [scored.scores for scored in ranked.values()], None
+        scored = list(ranked.values())
         if calibration is not None and is_calibrated and not uniform:
-            scores, tilt = tilted(model, list(ranked.values()), costs.saved(what), choose, calibration)
-        counts = choose(scores)
-        selection = [(g, lowest(g, its, count)) for g, its, count in zip(groups, scores, counts, strict=True)]
+            counts, tilt = tilted(model, scored, costs.saved(what), choose, calibration)
+        else:
+            counts, tilt = choose([its.scores for its in scored]), None
+        selection = [(its.group, lowest(*its, count)) for its, count in zip(scored, counts, strict=True)]
         failures, undo, macs_after = _attempt(model, selection, example_inputs)
         if not failures:
             break

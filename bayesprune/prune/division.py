@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bayesprune.batches import device_of, logits_of, on_device, split
+from bayesprune.laplace.calibration import unmasked
 from bayesprune.macs import eval_mode
 
 _STEP, _REACH = 0.1, 0.2  # from the mean: to the levels that are measured, and as far as a layer may go
@@ -92,8 +93,5 @@ def _log_probabilities(model: nn.Module, batch: Any) -> Tensor:
     with eval_mode(model):
         logits = logits_of(parts.run(model))
     logits = logits.movedim(1, -1) if logits.dim() > 3 else logits
-    mask = parts.kwargs.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.shape == logits.shape[:-1]:
-        logits = logits[mask.bool()]
-    logits = logits.reshape(-1, logits.shape[-1])
+    logits = unmasked(logits, parts)
     return logits[:: -(-len(logits) // _POSITIONS)].float().log_softmax(1)

@@ -139,7 +139,10 @@ class _Rule:
 
     def keep(self, scores: Tensor, way: float = 1.0) -> Tensor:
         """The best by scores of the weight's shape, once this much of the removal is done."""
-        score = lambda _: scores.to(self.posterior.mean.device)  # noqa: E731
+
+        def score(_: Posterior) -> Tensor:
+            return scores.to(self.posterior.mean.device)
+
         if self.pattern:
             found = keep_pattern(self.posterior, self.pattern, score)
             assert found is not None, "the number of inputs fits"

@@ -30,7 +30,7 @@ def recalibrate_batch_norm(model: nn.Module, data: Iterable[Any], *, max_batches
         ValueError: there was no batch.
         UnsupportedModelError: the model has no parameter to tell the device from.
     """
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    norms = measured_norms(model)
     if not norms:
         return model
     parameter = next(model.parameters(), None)
@@ -57,3 +57,8 @@ def recalibrate_batch_norm(model: nn.Module, data: Iterable[Any], *, max_batches
                 if isinstance(norm, VariationalLayer):
                     norm.estimator_override = override
     return model
+
+
+def measured_norms(model: nn.Module) -> list[_BatchNorm]:
+    """The batch norms that keep running statistics."""
+    return [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]

@@ -107,10 +107,10 @@ class _System:
         columns: Their columns, (U, s); where a unit has fewer, columns without weight fill up.
     """
 
-    def __init__(self, weights: Tensor, precision: Tensor, columns: list[Tensor]) -> None:
+    def __init__(self, gram: Tensor, precision: Tensor, columns: list[Tensor]) -> None:
         self.units = torch.tensor([unit for unit, own in enumerate(columns) if len(own)])
         size, width = precision.shape[0], max(map(len, columns))
-        self.gram = F.pad(weights.mT @ weights, (0, width, 0, width))
+        self.gram = F.pad(gram, (0, width, 0, width))
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(precision))
         self.inverse = torch.block_diag(inverse, torch.eye(width, dtype=inverse.dtype))
         filler = torch.arange(size, size + width)
@@ -173,12 +173,6 @@ def _systems(factors: KroneckerFactors, columns: list[Tensor]) -> Iterable[_Syst
             if any(map(len, own)):
                 weights = factors.mean[index, :, start:stop].double()
                 sides = weights.split([side.shape[-1] for side in factors.outputs])
-                metric = [_root(side[index]).mT @ part for side, part in zip(factors.outputs, sides, strict=True)]
-                yield _System(torch.cat(metric), damped(between, _DAMPING), own)
+                grams = [part.mT @ side[index] @ part for side, part in zip(factors.outputs, sides, strict=True)]
+                yield _System(torch.stack(grams).sum(0), damped(between, _DAMPING), own)
         start = stop
-
-
-def _root(matrix: Tensor) -> Tensor:
-    """A root L of a positive semi-definite matrix, L L^T."""
-    values, vectors = torch.linalg.eigh(matrix)
-    return vectors * values.clamp(min=0).sqrt()

@@ -4,7 +4,6 @@ Each is a table from a name to a function at the end of its part; a new one is o
 """
 
 import copy
-import math
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +20,7 @@ import bayesprune as bp
 from bayesprune.laplace import KroneckerPosterior, output_metric, sampled_cross_entropy
 from bayesprune.macs import macs_by_module
 from bayesprune.prune import MeasuredImportance, plan
-from bayesprune.prune.calibrated import TILTS
+from bayesprune.prune.calibrated import TILTS, depth_factors
 from bayesprune.prune.groups import find_groups
 from bayesprune.prune.importance import Importance
 from bayesprune.prune.structure import ChannelGroup
@@ -258,7 +257,7 @@ def best_tilt(net: Net, scores: Scores, compensation: str, level: float) -> Scor
     names = [group.name for group in net.groups() if group.name in scores]
 
     def tilt(by: float) -> Scores:
-        return {name: scores[name] * math.exp(by * d / max(1, len(names) - 1)) for d, name in enumerate(names)}
+        return {name: scores[name] * factor for name, factor in zip(names, depth_factors(len(names), by), strict=True)}
 
     def loss(found: Scores) -> float:
         cut = net.cut(found, compensation, level, num_images=MEASURED_IMAGES)
