@@ -30,6 +30,7 @@ from bayesprune.laplace.flow import LayerCall, layer_calls
 from bayesprune.laplace.kronecker import about, variational_layer
 from bayesprune.laplace.matrices import (
     damped,
+    drawn_positions,
     from_matrix,
     input_rows,
     is_matrix_product,
@@ -266,10 +267,7 @@ def _rows(call: LayerCall, values: Tensor, num_examples: int, num_batches: int) 
     num_positions = call.output.numel() // (num_examples * call.output.shape[layer.feature_dim])
     num_columns = to_matrix(layer, layer.get_parameter("weight")).shape[2]
     number = max(1, math.ceil(_ROWS_PER_COLUMN * num_columns / (num_batches * num_examples)))
-    chosen = None
-    if number < num_positions:
-        generator = torch.Generator().manual_seed(num_positions)
-        chosen = torch.randperm(num_positions, generator=generator)[:number].sort().values.to(values.device)
+    chosen = drawn_positions(num_positions, number)
     rows = input_rows if values is call.inputs else output_rows
     return rows(layer, values.to(torch.promote_types(values.dtype, torch.float32)), num_examples, chosen)
 
