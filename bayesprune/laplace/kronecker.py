@@ -243,7 +243,7 @@ def _holders(model: nn.Module) -> dict[int, _Holder]:
 def _length(loader: Iterable[Any], num_batches: int | None) -> int:
     if not isinstance(loader, Sized):
         raise ValueError(
-            f"num_positions needs to know how many batches there are, and a {type(loader).__name__} has no length; pass "
+            f"num_positions needs to know how many batches there are, and a {type(loader).__name__} has none; pass "
             "a list or a DataLoader."
         )
     return max(1, len(loader) if num_batches is None else min(len(loader), num_batches))

@@ -176,5 +176,5 @@ def test_drawn_positions_stand_for_all():
 
 def test_drawn_positions_need_to_know_how_many_batches_there_are():
     model = bp.to_variational(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="a generator has no length"):
+    with pytest.raises(ValueError, match="a generator has none"):
         fit_kronecker(model, ((torch.randn(4, 2), torch.zeros(4, dtype=torch.long)) for _ in range(2)), num_positions=8)
