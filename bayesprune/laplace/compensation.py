@@ -42,7 +42,7 @@ from bayesprune.layers import VariationalLayer, variational_layers
 from bayesprune.layers.drawn import DrawnLayer
 from bayesprune.macs import eval_mode
 
-_ROWS_PER_COLUMN = 128  # positions in all that a regression takes, for each of its columns
+_ROWS_PER_COLUMN = 32  # positions in all that a regression takes, for each of its columns
 _MAX_COLUMNS = 8192  # above it a layer stays as it is
 _MAX_HELD = 4 * 2**30  # bytes that forwards over all batches hold while they wait for a layer
 _LIVE = 3  # times the input and output of a layer are alive in a forward, at most as a rule
