@@ -138,7 +138,7 @@ def compress(
     )
     if not recipe.learns_stds and (std is not None or estimator != "auto"):
         raise typer.BadParameter(
-            "--std and --estimator are for stds that are learned, and a budget of MACs or parameters learns none; leave "
+            "--std and --estimator are for stds that are learned; a budget of MACs or parameters learns none. Leave "
             "them out, or give a --target of weights or snr."
         )
     request = Request(

@@ -260,14 +260,18 @@ class _Forwards:
                     if not call or not stock or call.output.shape != stock.output.shape:
                         misfits.add(site.name)
                     elif not len(call.output) % num_examples:
-                        parts = _parts(call, stock, is_check, step.num_batches)
-                        if site.name in found:
-                            parts = [old + new for old, new in zip(found[site.name], parts, strict=True)]
-                        found[site.name] = (parts[0], parts[1])
+                        x, y = _regression_rows(call, stock, num_examples, step.num_batches)
+                        if site.name not in found:
+                            sizes = (x.shape[2], y.shape[3], x.shape[3])
+                            found[site.name] = Moments(*sizes, x.device), Moments(*sizes, x.device)
+                        for moments, part in zip(found[site.name], (~is_check, is_check), strict=True):
+                            moments.add(x[part].flatten(0, 1), y[part].flatten(0, 1))
             if not step.is_held:
                 self._close(number)
         if not step.is_held:
             self.close()
+        for moments in (each for pair in found.values() for each in pair):
+            moments.finish()
         return {name: moments for name, moments in found.items() if name not in misfits}
 
     def change(self, shift: Tensor | None) -> None:
@@ -293,12 +297,11 @@ class _Forwards:
             walk.close()
 
 
-def _parts(call: LayerCall, stock: LayerCall, is_check: Tensor, num_batches: int) -> list[Moments]:
-    """Moments of the inputs, and of y + (s - s~) / g, of examples that are fitted and of those that check."""
-    y = _rows(stock, stock.output, len(is_check), num_batches) + _stream_rows(stock, len(is_check), num_batches)
-    y = y - _stream_rows(call, len(is_check), num_batches)
-    x = _rows(call, call.inputs, len(is_check), num_batches)
-    return [Moments(x[part].flatten(0, 1), y[part].flatten(0, 1)) for part in (~is_check, is_check)]
+def _regression_rows(call: LayerCall, stock: LayerCall, num_examples: int, num_batches: int) -> tuple[Tensor, Tensor]:
+    """Inputs (N, T, G, C), and y + (s - s~) / g, (N, T, G, R), at drawn positions."""
+    y = _rows(stock, stock.output, num_examples, num_batches) + _stream_rows(stock, num_examples, num_batches)
+    y = y - _stream_rows(call, num_examples, num_batches)
+    return _rows(call, call.inputs, num_examples, num_batches), y
 
 
 def _num_positions(call: LayerCall, num_examples: int) -> int:
