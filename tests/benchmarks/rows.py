@@ -16,12 +16,8 @@ ROOT = Path(__file__).absolute().parents[2]
 DOCS = ROOT / "docs" / "benchmarks"
 TIMEOUT = 900
 OK, NONE, ROUNDED = "yes", "-", "yes but for rounding"
-ROUNDING = 1e-6  # of the largest output, or of a change
+ROUNDING = 1e-6  # of the largest output
 CUT = 0.5  # of the MACs
-EQUAL = (
-    "without every second channel of the groups that no norm counts, the outputs are those of the dense model that "
-    "reads zeros there, in double precision; the number of groups with which the model runs, and of all"
-)
 
 
 def outputs(model: Any, inputs: Any) -> list[Any]:
@@ -127,94 +123,6 @@ def back(model: Any, stock: list[type], keys: list[str], inputs: Any) -> str:
     if [type(module) for module in model.modules()] != stock or list(model.state_dict()) != keys:
         return "other classes or keys than before"
     return OK if is_equal(outputs(model, inputs), before) else "the output changed"
-
-
-def equal(model: Any, inputs: Any, counting: tuple[type, ...] = ()) -> str:
-    """Whether removing channels is the same as reading zeros in their place, with how many of the model's groups.
-
-    The model has double precision and the numbers of `enliven` afterwards.
-
-    Args:
-        model: As it was built.
-        inputs: A tensor, a tuple of arguments, or keywords.
-        counting: Types of modules to which channels count that are zero; their groups are left out.
-    """
-    import torch
-    from torch.utils._pytree import tree_map
-
-    from bayesprune.prune.groups import find_groups
-    from bayesprune.prune.removal import remove, snapshot
-    from bayesprune.prune.silenced import silence
-
-    groups = find_groups(model, inputs).groups
-    enliven(model.double())
-    inputs = tree_map(lambda x: x.double() if torch.is_tensor(x) and x.is_floating_point() else x, inputs)
-    dense = outputs(model, inputs)
-    alone = [group for group in groups if not any(counts_channels(model, m, counting) for m in group.members)]
-    alone = removable(model, alone, inputs)
-    selection = [(group, group.units[::2]) for group in alone]
-    undo = remove(model, selection)
-    found = outputs(model, inputs)
-    undo()
-    undo = snapshot(model)
-    for group, units in selection:
-        silence(group, units)
-    expected = outputs(model, inputs)
-    undo()
-    change, difference = farthest(expected, dense), farthest(found, expected)
-    if not change > ROUNDING:
-        return "nothing changed"
-    if not difference <= ROUNDING * change:
-        return f"the outputs differ by {difference:.1e}, and from the dense model's by {change:.1e}"
-    return f"{OK}, {len(alone)} of {len(groups)}"
-
-
-def enliven(model: Any) -> None:
-    """Gives parameters that are constant other numbers, in place: a scale of zero or 1e-6 hides what is behind it."""
-    import torch
-
-    generator = torch.Generator().manual_seed(4)
-    for parameter in model.parameters():
-        if parameter.numel() > 1 and (parameter == parameter.flatten()[0]).all():
-            noise = torch.rand(parameter.shape, generator=generator) - 0.5
-            constant = parameter.flatten()[0]
-            parameter.data.copy_(noise if constant.abs() < 1e-3 else constant * (1 + noise))
-
-
-def counts_channels(model: Any, member: Any, counting: tuple[type, ...] = ()) -> bool:
-    """Whether channels count that are there and not read, for a norm over them is among what loses them.
-
-    Args:
-        model: That the member is of.
-        member: Of a group of channels.
-        counting: Modules beside those of torch that count channels; convolutions among them count what they read.
-    """
-    from torch import nn
-    from torch.nn.modules.conv import _ConvNd
-
-    layer = member.layer
-    if not isinstance(layer, nn.Module):  # a parameter or buffer, and the module that holds it
-        layer = model.get_submodule(member.axis[0].rpartition(".")[0])
-    if isinstance(layer, _ConvNd) and member.axis[1] == "out":
-        return False
-    return isinstance(layer, (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, *counting))
-
-
-def removable(model: Any, groups: list[Any], inputs: Any) -> list[Any]:
-    """The groups that a model runs without every second channel of; `prune_channels` leaves whole what fails."""
-    from bayesprune.prune.removal import SHAPE_ERRORS, remove
-
-    undo = remove(model, [(group, group.units[::2]) for group in groups])
-    try:
-        outputs(model, inputs)
-    except SHAPE_ERRORS:
-        half = len(groups) // 2
-        parts = (groups[:half], groups[half:]) if half else ()
-    else:
-        return groups
-    finally:
-        undo()
-    return [group for part in parts for group in removable(model, part, inputs)]
 
 
 HALF_OR_MORE = (CUT, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)

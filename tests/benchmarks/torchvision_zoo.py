@@ -24,13 +24,11 @@ from typing import Any
 from rows import (
     CUT,
     DOCS,
-    EQUAL,
     OK,
     ROOT,
     as_far_as_it_goes,
     attempt,
     back,
-    equal,
     fresh_process,
     gives_what_was_saved,
     is_equal,
@@ -39,6 +37,7 @@ from rows import (
     save_with_outputs,
     train_one_step,
 )
+from zeros import EQUAL, equal
 
 NUM_CLASSES = 10
 CHECKS = {
@@ -182,7 +181,6 @@ def loss(name: str, inputs: Any, model: Any) -> Any:
 def run_model(name: str) -> dict[str, Any]:
     """The row of one model."""
     import torch
-    from torchvision.models.detection.ssd import SSDFeatureExtractorVGG  # which normalises over channels
 
     import bayesprune as bp
 
@@ -192,7 +190,7 @@ def run_model(name: str) -> dict[str, Any]:
     inputs_one = inputs if MODELS[name].kind == "detection" else inputs[:1]
     stock, keys = [type(module) for module in model.modules()], list(model.state_dict())
     before = outputs(model, inputs)
-    attempt(row, "equal", lambda: equal(build(name), inputs_one, (SSDFeatureExtractorVGG,)))
+    attempt(row, "equal", lambda: equal(build(name), inputs_one))
     bp.to_variational(model, std="per_channel")
     attempt(row, "exact", lambda: OK if is_equal(outputs(model, inputs), before) else "the output changed")
     attempt(row, "step", lambda: train_one_step(model, partial(loss, name, inputs), only_some=True))

@@ -33,7 +33,6 @@ from rows import (
     as_far_as_it_goes,
     attempt,
     back,
-    equal,
     gives_what_was_saved,
     in_process,
     is_equal,
@@ -41,6 +40,7 @@ from rows import (
     save_with_outputs,
     train_one_step,
 )
+from zeros import by_channel, equal
 from zoo_page import CHECKS, MODELS, page
 
 MEMORY = 10 * 2**30  # bytes of address space for a row
@@ -98,7 +98,7 @@ def run_model(name: str, directory: Path, peer: str | None) -> dict[str, Any]:
     model, images = build(name)
     row: dict[str, Any] = {"shape": list(images.shape), "parameters": sum(p.numel() for p in model.parameters())}
     stock, keys = [type(module) for module in model.modules()], list(model.state_dict())
-    attempt(row, "equal", lambda: equal(copy.deepcopy(model), images[:1], counting()))
+    attempt(row, "equal", lambda: equal(copy.deepcopy(model), images[:1], stand_in))
     before = outputs(model, images)
     dense = {key: value.clone() for key, value in model.state_dict().items()}
     bp.to_variational(model, std="per_channel")
@@ -128,14 +128,19 @@ def run_model(name: str, directory: Path, peer: str | None) -> dict[str, Any]:
     return row
 
 
-def counting() -> tuple[type, ...]:
-    """Modules of timm to which channels count that are there and zero: norms, and standardised convolutions."""
+def stand_in(module: Any) -> Callable | None:
+    """What stands for the forward of a module of timm that counts channels, but by a function of torch for norms."""
     from timm.layers.grn import GlobalResponseNorm
     from timm.layers.norm import RmsNorm, RmsNorm2d, SimpleNorm, SimpleNorm2d
-    from timm.layers.std_conv import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
+    from timm.models.csatv2 import SpatialAttention
 
-    norms = (RmsNorm, RmsNorm2d, SimpleNorm, SimpleNorm2d, GlobalResponseNorm)
-    return (*norms, ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame)
+    if isinstance(module, SpatialAttention):  # of the mean over channels and their maximum
+        return lambda x: x.new_ones(len(x), 1, 7, 7)
+    if isinstance(module, GlobalResponseNorm):
+        return lambda x: by_channel(x, module.channel_dim, module.weight, module.bias)
+    if isinstance(module, RmsNorm | RmsNorm2d | SimpleNorm | SimpleNorm2d):
+        return lambda x: by_channel(x, 1 if isinstance(module, RmsNorm2d | SimpleNorm2d) else -1, module.weight)
+    return None
 
 
 def within(seconds: int, check: Callable[[], str]) -> str:

@@ -5,7 +5,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from rows import CUT, EQUAL, OK
+from rows import CUT, OK
+from zeros import EQUAL
 
 OVERFLOW = "a layer has fewer channels than the graph leads to it: an operation in between"
 CHECKS = {
@@ -198,9 +199,8 @@ def _compared(said: Iterable[str]) -> list[str]:
     counts = [tuple(map(int, re.findall(r"\d+", value))) for value in said]
     compared, found = (sum(column) for column in zip(*counts, strict=True))
     return [
-        f"{compared:,} of their {found:,} groups of channels, heads and hidden units were compared. To the others",
-        "zeros count (layer, group and RMS norms, standardised convolutions), or the model does not run without every",
-        "second channel, and `prune_channels` leaves them whole.",
+        f"{compared:,} of their {found:,} groups of channels, heads and hidden units are compared; where a model does",
+        "not run without every second channel of a group, `prune_channels` leaves that whole.",
     ]
 
 
