@@ -115,11 +115,11 @@ def _cut(model: nn.Module, member: Member, positions: list[int], *, follows: boo
         _cut_tensor(model, member, positions)
         return
     further = gains(layer) if member.axis[1] == "out" else []
-    has_scale_alone = isinstance(layer, _BIASED) and layer.weight is not None and layer.bias is None
-    if has_scale_alone:
-        layer._parameters["bias"] = nn.Parameter(torch.zeros_like(layer.weight))
+    scale = layer._parameters["weight"] if isinstance(layer, _BIASED) and layer.bias is None else None
+    if scale is not None:
+        layer._parameters["bias"] = nn.Parameter(torch.zeros_like(scale))
     dependency(positions)
-    if has_scale_alone:
+    if scale is not None:
         layer._parameters["bias"] = None
     for name in further:
         parameter: Any = layer._parameters[name]
