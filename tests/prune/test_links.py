@@ -367,3 +367,13 @@ def test_norms_with_a_scale_and_no_bias_lose_channels(norm):
     assert len(norm.weight) == 4 == net[0].out_channels
     assert set(norm.weight.tolist()) <= set(kept.tolist())
     net.train()(IMAGE).sum().backward()
+
+
+def test_a_wide_layer_norm_keeps_the_order_of_its_channels():
+    net = nn.Sequential(nn.Linear(6, 40), nn.LayerNorm(40), nn.Linear(40, 3))
+    for values in (net[0].bias, net[1].weight, net[1].bias):
+        values.data = torch.arange(40.0)
+    prune_channels(net, torch.randn(5, 6), target={"macs": 0.4}, importance=MAGNITUDE)
+    assert len(net[0].bias) == 16
+    assert torch.equal(net[1].weight, net[0].bias)
+    assert torch.equal(net[1].bias, net[0].bias)
