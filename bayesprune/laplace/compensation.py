@@ -16,20 +16,20 @@ Regression on the dense outputs: Frantar & Alistarh (2022), Kwon et al. (2022, o
 import copy
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Size, Tensor, nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from bayesprune.batches import device_of, on_device, split
-from bayesprune.laplace.conditioning import conditional_mean
-from bayesprune.laplace.flow import LayerCall, layer_calls
-from bayesprune.laplace.kronecker import about, variational_layer
+from bayesprune.laplace.flow import LayerCall, Walk, layer_calls, watched
+from bayesprune.laplace.kronecker import variational_layer
 from bayesprune.laplace.matrices import (
-    damped,
+    drawn_positions,
     from_matrix,
     input_rows,
     is_matrix_product,
@@ -37,16 +37,17 @@ from bayesprune.laplace.matrices import (
     removed_columns,
     to_matrix,
 )
+from bayesprune.laplace.regression import DAMPINGS, Moments, best_damping, ridge
 from bayesprune.layers import VariationalLayer, variational_layers
 from bayesprune.layers.drawn import DrawnLayer
+from bayesprune.macs import eval_mode
 
-_DAMPINGS = (1e-3, 1e-2, 1e-1)
-"""Tried, as fractions of the mean diagonal of E[x~ x~^T]."""
-
-_ROWS_PER_COLUMN = 128  # positions in all that a regression takes, for each of its columns
+_ROWS_PER_COLUMN = 32  # positions in all that a regression takes, for each of its columns
 _MAX_COLUMNS = 8192  # above it a layer stays as it is
-_MAX_PASSES = 64  # over the data; layers share one where there are more
-_STEPS_AT_ONCE = 8  # whose dense outputs, at the chosen positions, are kept in memory
+_MAX_HELD = 4 * 2**30  # bytes that forwards over all batches hold while they wait for a layer
+_LIVE = 3  # times the input and output of a layer are alive in a forward, at most as a rule
+_MAX_PASSES = 64  # over the data from the start; layers share one where there are more
+_PLENTY = 16  # positions for each that is drawn, from where a quarter of the examples is enough
 _SMALLEST_GAIN = 1e-2  # relative to a layer's largest: outputs that are multiplied by less correct no stream
 
 
@@ -66,8 +67,9 @@ def compensate(
     fitted to the dense model's outputs, see the module's text. Layers that are frozen, tied, not variational, inside
     `nn.MultiheadAttention`, or of more than 8,192 inputs times taps, stay as they are, without those channels.
 
-    Cost: for each layer a forward over the data that ends there, and some C^3 + R C^2 multiplications for C inputs
-    (times taps) and R outputs.
+    Cost: some three forwards over the data, which wait behind each layer until it is fitted and take 4 GiB of memory at
+    most meanwhile; layers whose activations take more cost forwards of their own up to them. For each layer some
+    C^3 + R C^2 multiplications for C inputs (times taps) and R outputs.
 
     Args:
         model: A variational model, uncut; evaluated at its means.
@@ -99,21 +101,16 @@ def compensate(
         raise ValueError("data has no batch; expected an iterable of input batches.")
     dense = copy.deepcopy(model) if dense is None else dense
     keeps = {name: _silence(model.get_submodule(name), lost) for name, lost in removed.items() if lost}
-    steps = _steps(_sites(dense, batches[0], keeps))
-    targets: dict[_Key, tuple[Size, Tensor]] = {}
-    for number, step in enumerate(tqdm(steps, desc="Compensate", unit="step", disable=not progress)):
-        if number % _STEPS_AT_ONCE == 0:
-            window = [site for following in steps[number : number + _STEPS_AT_ONCE] for site in following]
-            targets = _targets(dense, batches, window)
-        moments = _moments(model, batches, step, targets)
-        for site in step:
-            if site.name in moments:
-                _fit(model, dense, site, moments[site.name], keeps.get(site.name), damping)
+    layers = _layers(dense)
+    sites = _sites(dense, batches, keeps, layers)
+    steps = _steps(sites, len(batches))
+    forwards = _Forwards(model, dense, batches, [site.name for site in sites if site.is_at_sum])
+    with eval_mode(model), eval_mode(dense), watched(layers), watched(_same(model, layers)), closing(forwards):
+        for step in tqdm(steps, desc="Compensate", unit="layer", disable=not progress):
+            for name, moments in forwards.moments(step).items():
+                shift = _fit(model, dense, step.sites[name], moments, keeps.get(name), damping)
+                forwards.change(shift)
     return model
-
-
-_Key = tuple[int, str, int]
-"""Number of a batch, name of a layer, and how often the layer ran before in the same forward."""
 
 
 @dataclass
@@ -124,6 +121,9 @@ class _Site:
         name: Its name.
         source: Identity of its input: layers with the same one are fitted together.
         norm: The batch norm that takes up its shift.
+        num_bytes: Of its largest input and output, for one batch.
+        num_positions: At which an example meets it in a run.
+        num_drawn: How many of these a regression takes, of as many examples as there are.
         num_calls: How often it runs in a forward.
         num_sums: How often its output is added to a stream.
     """
@@ -131,38 +131,31 @@ class _Site:
     name: str
     source: int
     norm: str | None
+    num_bytes: int
+    num_positions: int
+    num_drawn: int
     num_calls: int = 0
     num_sums: int = 0
 
+    @property
+    def is_at_sum(self) -> bool:
+        """Whether it is fitted where its output is added to a stream."""
+        return self.num_sums == self.num_calls
 
-class _Moments:
-    """Sums over positions of products of inputs (n, G, C) and targets (n, G, R), float64."""
 
-    def __init__(self, inputs: Tensor, targets: Tensor) -> None:
-        x, y = inputs.transpose(0, 1), targets.transpose(0, 1)
-        self.number = x.shape[1]
-        self.xx, self.yx = torch.bmm(x.mT, x).double(), torch.bmm(y.mT, x).double()
-        self.x, self.y = x.double().sum(1), y.double().sum(1)
+@dataclass
+class _Step:
+    """Layers that are fitted together.
 
-    def __add__(self, other: "_Moments") -> "_Moments":
-        total = copy.copy(self)
-        for name, value in vars(other).items():
-            setattr(total, name, getattr(self, name) + value)
-        return total
+    Attributes:
+        sites: Them, by name.
+        num_batches: How many batches fit them.
+        is_held: Whether the forwards wait for them, and go on.
+    """
 
-    def centred(self, *, about_mean: bool) -> tuple[Tensor, Tensor]:
-        """Means of x x^T (G, C, C) and y x^T (G, R, C), about the means where asked for."""
-        xx, yx = self.xx / self.number, self.yx / self.number
-        if about_mean:
-            x, y = self.x / self.number, self.y / self.number
-            xx, yx = about(xx, x), yx - y[:, :, None] * x[:, None]
-        return xx, yx
-
-    def less(self, bias: Tensor) -> "_Moments":
-        """The moments with this (G, R) taken off every target."""
-        other = copy.copy(self)
-        other.yx, other.y = self.yx - bias[:, :, None] * self.x[:, None], self.y - self.number * bias
-        return other
+    sites: dict[str, _Site]
+    num_batches: int
+    is_held: bool
 
 
 def _silence(layer: nn.Module, lost: Sequence[int]) -> Tensor | None:
@@ -175,101 +168,151 @@ def _silence(layer: nn.Module, lost: Sequence[int]) -> Tensor | None:
     return ~gone
 
 
-def _sites(dense: nn.Module, batch: Any, losing: Collection[str]) -> list[_Site]:
-    """Layers from the first that loses inputs, in the order in which they run first."""
+def _layers(dense: nn.Module) -> dict[str, VariationalLayer]:
+    """Layers that can be fitted."""
     holders = Counter(id(p) for module in dense.modules() for p in module._parameters.values())
-    layers = {
+    return {
         name: layer
         for name, layer in variational_layers(dense)
         if not isinstance(layer, DrawnLayer)
         and is_matrix_product(layer)
         and holders[id(layer.weight)] == 1
         and layer.get_parameter("weight").requires_grad
-        and to_matrix(layer, layer.get_parameter("weight")).shape[2] <= _MAX_COLUMNS
+        and _num_columns(layer) <= _MAX_COLUMNS
     }
+
+
+def _same(model: nn.Module, layers: Iterable[str]) -> dict[str, VariationalLayer]:
+    """The layers of these names in another model."""
+    return {name: variational_layer(model, name) for name in layers}
+
+
+def _num_columns(layer: VariationalLayer) -> int:
+    return to_matrix(layer, layer.get_parameter("weight")).shape[2]
+
+
+def _sites(
+    dense: nn.Module, batches: list[Any], losing: Collection[str], layers: dict[str, VariationalLayer]
+) -> list[_Site]:
+    """Layers from the first that loses inputs, in the order in which they are to be fitted."""
     names = {id(module): name for name, module in dense.named_modules()}
+    num_examples = split(dense, batches[0]).num_examples
     sites: dict[str, _Site] = {}
-    for call in layer_calls(dense, batch, layers):
-        if sites or call.name in losing:
-            norm = None if call.norm is None else names[id(call.norm)]
-            site = sites.setdefault(call.name, _Site(call.name, id(call.inputs), norm))
-            site.num_calls += 1
-            site.num_sums += call.addend is not None
-            site.norm = norm if site.norm == norm else None
+    for call in layer_calls(dense, batches[0], layers):
+        if not sites and call.name not in losing:
+            continue
+        norm = None if call.norm is None else names[id(call.norm)]
+        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (call.inputs, call.output))
+        drawn = math.ceil(_ROWS_PER_COLUMN * _num_columns(call.layer) / (len(batches) * num_examples))
+        positions = _num_positions(call, num_examples)
+        site = sites.setdefault(call.name, _Site(call.name, id(call.inputs), norm, num_bytes, positions, drawn))
+        site.num_calls += 1
+        site.num_sums += call.addend is not None
+        site.norm = norm if site.norm == norm else None
+        site.num_bytes = max(site.num_bytes, num_bytes)
     return list(sites.values())
 
 
-def _steps(sites: list[_Site]) -> list[list[_Site]]:
-    """Layers that are fitted together: those with the same input, and neighbours where there are very many."""
-    steps: list[list[_Site]] = []
+def _steps(sites: list[_Site], num_batches: int) -> list[_Step]:
+    """Each layer by itself where forwards can wait for it, else those with the same input, and neighbours of many."""
+    steps: list[_Step] = []
+    num_held = sum(site.num_calls == 1 and _held_bytes(site, num_batches) <= _MAX_HELD for site in sites)
+    most = max(1, math.ceil((len(sites) - num_held) / _MAX_PASSES))
     for site in sites:
-        if steps and steps[-1][0].source == site.source:
-            steps[-1].append(site)
+        is_held = site.num_calls == 1 and _held_bytes(site, num_batches) <= _MAX_HELD
+        is_plenty = not is_held and site.num_positions >= _PLENTY * site.num_drawn
+        number = math.ceil(num_batches / 4) if is_plenty else num_batches
+        last = steps[-1] if steps and not steps[-1].is_held and not is_held else None
+        if last and (len(last.sites) < most or next(iter(last.sites.values())).source == site.source):
+            last.sites[site.name] = site
+            last.num_batches = max(last.num_batches, number)
         else:
-            steps.append([site])
-    size = max(1, math.ceil(len(steps) / _MAX_PASSES))
-    return [[site for step in steps[start : start + size] for site in step] for start in range(0, len(steps), size)]
+            steps.append(_Step({site.name: site}, number, is_held))
+    return steps
 
 
-def _targets(dense: nn.Module, batches: list[Any], sites: list[_Site]) -> dict[_Key, tuple[Size, Tensor]]:
-    """Of every run of these layers in the dense model the output's shape, and y + s / g at the chosen positions."""
-    found: dict[_Key, tuple[Size, Tensor]] = {}
-    for number, batch in enumerate(batches):
-        num_examples = split(dense, batch).num_examples
-        for key, call in _runs(dense, batch, number, sites):
-            if not len(call.output) % num_examples:
-                rows = _rows(call, call.output, num_examples, len(batches))
-                found[key] = call.output.shape, rows + _stream_rows(call, num_examples, len(batches))
-    return found
+def _held_bytes(site: _Site, num_batches: int) -> int:
+    """What the forwards of both models hold while they wait for a layer."""
+    return 2 * _LIVE * site.num_bytes * num_batches
 
 
-def _moments(
-    model: nn.Module, batches: list[Any], step: list[_Site], targets: dict[_Key, tuple[Size, Tensor]]
-) -> dict[str, tuple[_Moments, _Moments]]:
-    """Of each layer, the moments of three quarters of the examples, and of the last quarter.
+class _Forwards:
+    """Forwards of the model and of the dense one over all batches, side by side."""
 
-    A layer is missing where it does not meet what it meets in the dense model, as behind a router.
-    """
-    found: dict[str, tuple[_Moments, _Moments]] = {}
-    misfits: set[str] = set()
-    seen = 0
-    for number, batch in enumerate(batches):
-        num_examples = split(model, batch).num_examples
-        is_check = torch.arange(seen, seen := seen + num_examples) % 4 == 3
-        for key, call in _runs(model, batch, number, step):
-            shape, target = targets.get(key, (None, None))
-            if target is None or shape != call.output.shape:
-                misfits.add(call.name)
-                continue
-            y = target - _stream_rows(call, num_examples, len(batches))
-            x = _rows(call, call.inputs, num_examples, len(batches))
-            parts = (_Moments(x[part].flatten(0, 1), y[part].flatten(0, 1)) for part in (~is_check, is_check))
-            if call.name in found:
-                parts = (old + new for old, new in zip(found[call.name], parts, strict=True))
-            found[call.name] = (next(parts), next(parts))
-    return {name: moments for name, moments in found.items() if name not in misfits}
+    def __init__(self, model: nn.Module, dense: nn.Module, batches: list[Any], at_sum: list[str]) -> None:
+        self._model, self._dense, self._batches, self._at_sum = model, dense, batches, at_sum
+        self._pairs: dict[int, tuple[Walk, Walk]] = {}
+
+    def moments(self, step: _Step) -> dict[str, tuple[Moments, Moments]]:
+        """Of each layer of a step, the moments of three quarters of the examples, and of the last quarter.
+
+        A layer is missing where it does not meet what it meets in the dense model, as behind a router.
+        """
+        found: dict[str, tuple[Moments, Moments]] = {}
+        misfits: set[str] = set()
+        seen = 0
+        for number, batch in enumerate(self._batches[: step.num_batches]):
+            num_examples = split(self._model, batch).num_examples
+            is_check = torch.arange(seen, seen := seen + num_examples) % 4 == 3
+            for site in step.sites.values():
+                for _ in range(site.num_calls):
+                    call, stock = (walk.advance(site.name) for walk in self._pair(number))
+                    if not call or not stock or call.output.shape != stock.output.shape:
+                        misfits.add(site.name)
+                    elif not len(call.output) % num_examples:
+                        x, y = _regression_rows(call, stock, num_examples, step.num_batches)
+                        if site.name not in found:
+                            sizes = (x.shape[2], y.shape[3], x.shape[3])
+                            found[site.name] = Moments(*sizes, x.device), Moments(*sizes, x.device)
+                        for moments, part in zip(found[site.name], (~is_check, is_check), strict=True):
+                            moments.add(x[part].flatten(0, 1), y[part].flatten(0, 1))
+            if not step.is_held:
+                self._close(number)
+        if not step.is_held:
+            self.close()
+        for moments in (each for pair in found.values() for each in pair):
+            moments.finish()
+        return {name: moments for name, moments in found.items() if name not in misfits}
+
+    def change(self, shift: Tensor | None) -> None:
+        """Makes forwards that wait go on with the layer as it is now; see `Walk.change`."""
+        for walk, _ in self._pairs.values():
+            walk.change(shift)
+
+    def close(self) -> None:
+        """Ends all forwards."""
+        for number in list(self._pairs):
+            self._close(number)
+
+    def _pair(self, number: int) -> tuple[Walk, Walk]:
+        if number in self._pairs and any(walk.is_over for walk in self._pairs[number]):
+            self._close(number)
+        if number not in self._pairs:
+            batch = self._batches[number]
+            self._pairs[number] = Walk(self._model, batch, self._at_sum), Walk(self._dense, batch, self._at_sum)
+        return self._pairs[number]
+
+    def _close(self, number: int) -> None:
+        for walk in self._pairs.pop(number, ()):
+            walk.close()
 
 
-def _runs(net: nn.Module, batch: Any, number: int, sites: list[_Site]) -> Iterator[tuple[_Key, LayerCall]]:
-    """The runs of these layers in one forward, which ends with the last of them and its sum."""
-    layers = {site.name: variational_layer(net, site.name) for site in sites}
-    ends = {"num_calls": sum(site.num_calls for site in sites), "num_sums": sum(site.num_sums for site in sites)}
-    before: Counter[str] = Counter()
-    for call in layer_calls(net, batch, layers, **ends):
-        yield (number, call.name, before[call.name]), call
-        before[call.name] += 1
+def _regression_rows(call: LayerCall, stock: LayerCall, num_examples: int, num_batches: int) -> tuple[Tensor, Tensor]:
+    """Inputs (N, T, G, C), and y + (s - s~) / g, (N, T, G, R), at drawn positions."""
+    y = _rows(stock, stock.output, num_examples, num_batches) + _stream_rows(stock, num_examples, num_batches)
+    y = y - _stream_rows(call, num_examples, num_batches)
+    return _rows(call, call.inputs, num_examples, num_batches), y
+
+
+def _num_positions(call: LayerCall, num_examples: int) -> int:
+    return call.output.numel() // (num_examples * call.output.shape[call.layer.feature_dim])
 
 
 def _rows(call: LayerCall, values: Tensor, num_examples: int, num_batches: int) -> Tensor:
     """The run's inputs (N, T, G, C), or values of its output's shape (N, T, G, R), at drawn positions, float32."""
     layer = call.layer
-    num_positions = call.output.numel() // (num_examples * call.output.shape[layer.feature_dim])
-    num_columns = to_matrix(layer, layer.get_parameter("weight")).shape[2]
-    number = max(1, math.ceil(_ROWS_PER_COLUMN * num_columns / (num_batches * num_examples)))
-    chosen = None
-    if number < num_positions:
-        generator = torch.Generator().manual_seed(num_positions)
-        chosen = torch.randperm(num_positions, generator=generator)[:number].sort().values.to(values.device)
+    number = max(1, math.ceil(_ROWS_PER_COLUMN * _num_columns(layer) / (num_batches * num_examples)))
+    chosen = drawn_positions(_num_positions(call, num_examples), number)
     rows = input_rows if values is call.inputs else output_rows
     return rows(layer, values.to(torch.promote_types(values.dtype, torch.float32)), num_examples, chosen)
 
@@ -288,10 +331,11 @@ def _fit(
     model: nn.Module,
     dense: nn.Module,
     site: _Site,
-    moments: tuple[_Moments, _Moments],
+    moments: tuple[Moments, Moments],
     keep: Tensor | None,
     damping: float | None,
-) -> None:
+) -> Tensor | None:
+    """Moves a layer's weights, and the shift; returns what the mean of a batch norm has become smaller by."""
     layer, stock = variational_layer(model, site.name), variational_layer(dense, site.name)
     weight = layer.get_parameter("weight")
     start = to_matrix(stock, stock.get_parameter("weight").detach()).double()
@@ -306,39 +350,17 @@ def _fit(
     if bias is not None and not takes_shift:
         fitted, check = (part.less(bias.detach().double().view(len(start), -1)) for part in moments)
     if damping is None:
-        damping = _best_damping(start, kept, fitted, check, about_mean=takes_shift) if check.number else _DAMPINGS[1]
+        damping = best_damping(start, kept, fitted, check, about_mean=takes_shift) if check.number else DAMPINGS[1]
     total = fitted + check
     xx, yx = total.centred(about_mean=takes_shift)
-    found = _ridge(start, kept, xx, yx, damping)
+    found = ridge(start, kept, xx, yx, damping)
     weight.copy_(from_matrix(layer, found.to(weight.dtype)))
     shift = ((total.y - (found @ total.x[:, :, None])[..., 0]) / total.number).flatten()
     if bias is not None and bias.requires_grad:
         bias.copy_(shift)
-    elif site.norm is not None:
-        before = dense.get_submodule(site.norm).get_buffer("running_mean")
-        model.get_submodule(site.norm)._buffers["running_mean"] = before - shift.to(before)
-
-
-def _best_damping(start: Tensor, kept: Tensor, fitted: _Moments, check: _Moments, *, about_mean: bool) -> float:
-    """The damping whose fit to the one part has the smallest squared error on the other."""
-    xx, yx = fitted.centred(about_mean=about_mean)
-    other_xx, other_yx = check.centred(about_mean=about_mean)
-
-    def error(damping: float) -> float:
-        found = _ridge(start, kept, xx, yx, damping)
-        return float(((found @ other_xx) * found).sum() - 2 * (found * other_yx).sum())
-
-    return min(_DAMPINGS, key=error)
-
-
-def _ridge(start: Tensor, kept: Tensor, xx: Tensor, yx: Tensor, damping: float) -> Tensor:
-    """Weights (G, R, C), zero where they are not kept, that fit best; damped towards `start`."""
-    precision = damped(xx, damping)
-    push = yx + (precision - xx).diagonal(dim1=1, dim2=2)[:, None] * start
-    found = torch.zeros_like(start)
-    for group, own in enumerate(kept):
-        columns = own.any(0).nonzero()[:, 0]  # what no row keeps is zero in all, and needs no solution
-        among = precision[group][columns][:, columns]
-        free = torch.cholesky_solve(push[group][:, columns].mT, torch.linalg.cholesky(among)).mT
-        found[group][:, columns] = conditional_mean(free, among, own[:, columns])
-    return found
+        return None
+    if site.norm is None:
+        return None
+    before = dense.get_submodule(site.norm).get_buffer("running_mean")
+    model.get_submodule(site.norm)._buffers["running_mean"] = before - shift.to(before)
+    return shift

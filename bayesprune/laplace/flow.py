@@ -1,12 +1,18 @@
 """Where the outputs of layers go: into a batch norm, which can take up a shift, and into a sum with another stream.
 
 Seen while a forward runs: `torch.overrides.TorchFunctionMode` shows every function of torch, and a layer's output is
-followed through batch norms, dropout and products with a number by channel, until it is added to something.
+followed through batch norms, dropout and products with a number by channel, until it is added to something. A `Walk` is
+a forward that halts behind a layer, so that the layer can change before the forward goes on.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import threading
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -18,13 +24,14 @@ from bayesprune.batches import split
 from bayesprune.layers import VariationalLayer
 from bayesprune.macs import eval_mode
 
-_ADDS = ("add", "add_", "__add__", "__radd__", "__iadd__")
-_PRODUCTS = ("mul", "mul_", "__mul__", "__rmul__", "__imul__")
-_SAME = ("dropout", "dropout_", "contiguous", "to", "clone")
+_IN_PLACE = ("add_", "__iadd__")
+_ADDS = ("add", "__add__", "__radd__", *_IN_PLACE)
+_PRODUCTS = ("mul", "__mul__", "__rmul__")
+_SAME = ("dropout", "contiguous", "to", "clone")
 _BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 
 
-@dataclass
+@dataclass(eq=False)
 class LayerCall:
     """One run of a layer.
 
@@ -33,7 +40,9 @@ class LayerCall:
         layer: The layer.
         inputs: What went in.
         output: What came out.
-        addend: What its output was added to, of the output's shape; None where it was added to nothing.
+        again: Runs the layer once more on the same arguments.
+        addend: What its output was added to, of the output's shape; None where it was added to nothing, or went
+            elsewhere as well before that.
         gain: By what its output was multiplied on the way there, of a shape that broadcasts; None for 1.
         norm: The batch norm in evaluation mode that its output went into, and into nothing else.
     """
@@ -42,35 +51,130 @@ class LayerCall:
     layer: VariationalLayer
     inputs: Tensor
     output: Tensor
+    again: Callable[[], Tensor]
     addend: Tensor | None = None
     gain: Tensor | None = None
     norm: nn.Module | None = None
 
 
 @torch.no_grad()
-def layer_calls(
-    model: nn.Module, batch: Any, layers: Mapping[str, VariationalLayer], *, num_calls: int = 0, num_sums: int = 0
-) -> list[LayerCall]:
-    """The runs of these layers in one forward of a batch in evaluation mode, in their order.
+def layer_calls(model: nn.Module, batch: Any, layers: Mapping[str, VariationalLayer]) -> list[LayerCall]:
+    """The runs of these layers in one forward of a batch in evaluation mode, as they, or the sums they met, came.
 
     Args:
         model: The model.
         batch: As `bayesprune.batches` reads them, on the model's device.
         layers: What is watched, by name.
-        num_calls: The forward ends after so many runs, `num_sums` of which met their sum; 0 lets it run to its end,
-            and only then is `LayerCall.norm` to be trusted.
-        num_sums: See `num_calls`.
     """
-    watch = _Watch(model, num_calls, num_sums)
-    try:
-        with eval_mode(model), _hooked(layers, watch), watch:
-            split(model, batch).run(model)
-    except _DoneError:
-        return watch.calls
-    for call in watch.calls:
-        if watch.uses.get(id(call.output), 0) != 1:
+    watch = _Watch(model)
+    with eval_mode(model), watched(layers), watch.running():
+        split(model, batch).run(model)
+    for call in watch.times:
+        if watch.uses[id(call.output)] != 1:
             call.norm = None
-    return watch.calls
+    return sorted(watch.times, key=watch.times.__getitem__)
+
+
+@contextmanager
+def watched(layers: Mapping[str, VariationalLayer]) -> Iterator[None]:
+    """Inside, walks over the model halt behind these layers."""
+
+    def hook(name: str, layer: VariationalLayer) -> Any:
+        def meet(_: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Tensor | None:
+            if (watch := _WATCH.get()) is None or not isinstance(output, Tensor):
+                return None
+            inputs = args[0] if args else next(iter(kwargs.values()))
+            return watch.meet(LayerCall(name, layer, inputs, output, partial(layer.forward, *args, **kwargs)))
+
+        return meet
+
+    handles = [layer.register_forward_hook(hook(n, layer), with_kwargs=True) for n, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Walk:
+    """One forward of a batch, in a thread of its own, that halts behind the layers that it is asked for.
+
+    No two walks run at the same time: `advance` returns once its own has halted. They run inside `watched` and
+    `eval_mode`, without gradients.
+
+    Args:
+        model: The model.
+        batch: As `bayesprune.batches` reads them, on the model's device.
+        at_sum: Names of layers behind which the forward halts where their output meets its sum, so that
+            `LayerCall.addend` and `gain` are known; behind others it halts at once.
+    """
+
+    def __init__(self, model: nn.Module, batch: Any, at_sum: Collection[str] = ()) -> None:
+        self.is_over = False
+        self._watch = _Watch(model, at_sum, self._halt)
+        self._wanted = ""
+        self._call: LayerCall | None = None
+        self._error: BaseException | None = None
+        self._go, self._halted = threading.Semaphore(0), threading.Semaphore(0)
+        run = partial(copy_context().run, self._forward, model, batch, torch.get_default_device())
+        self._thread = threading.Thread(target=run, name="bayesprune-walk", daemon=True)
+        self._thread.start()
+
+    def advance(self, name: str) -> LayerCall | None:
+        """Goes on to the next run of the layer of this name; None where the forward ends without one."""
+        if self.is_over:
+            return None
+        self._wanted, self._call = name, None
+        self._go.release()
+        self._halted.acquire()
+        if self._error is not None:
+            raise self._error
+        return self._call
+
+    def change(self, shift: Tensor | None = None) -> None:
+        """Makes the forward go on with what the layer that it halted behind gives with its present weights.
+
+        Args:
+            shift: What the running mean of the batch norm behind the layer has become smaller by, (R,).
+        """
+        call = self._call
+        assert call is not None, "the walk has halted"
+        output = call.again()
+        if call.addend is None:
+            self._watch.replacement = output
+            return
+        change = output - call.output
+        if shift is not None:
+            change += shift.to(change).view(-1, *[1] * (change.dim() - 2))
+        self._watch.summand.add_(change if call.gain is None else change * call.gain)
+
+    def close(self) -> None:
+        """Ends the forward where it is."""
+        if not self.is_over:
+            self.is_over = True
+            self._go.release()
+        self._thread.join()
+
+    def _forward(self, model: nn.Module, batch: Any, device: torch.device) -> None:
+        self._go.acquire()
+        try:
+            if not self.is_over:
+                with torch.no_grad(), nullcontext() if device.type == "cpu" else device, self._watch.running():
+                    split(model, batch).run(model)
+        except _DoneError:
+            pass
+        except BaseException as error:  # noqa: BLE001 (raised by `advance`)
+            self._error = error
+        self._call, self.is_over = None, True
+        self._halted.release()
+
+    def _halt(self, call: LayerCall) -> None:
+        if call.name == self._wanted:
+            self._call = call
+            self._halted.release()
+            self._go.acquire()
+            if self.is_over:
+                raise _DoneError
 
 
 class _DoneError(Exception):
@@ -78,70 +182,126 @@ class _DoneError(Exception):
 
 
 class _Watch(TorchFunctionMode):
-    """Follows outputs of layers by the identity of tensors, all of which are kept meanwhile."""
+    """Follows outputs of layers by the identity of tensors, which are kept for as long as they are followed.
 
-    def __init__(self, model: nn.Module, num_calls: int, num_sums: int) -> None:
+    Attributes:
+        times: Where nothing halts, every run of a layer with when it was over: at its sum, or at once.
+        uses: There, how many functions took a layer's output, by its identity.
+        replacement: What a layer is to give in place of its output.
+        summand: What is about to be added to a stream.
+    """
+
+    def __init__(
+        self, model: nn.Module, at_sum: Collection[str] = (), halt: Callable[[LayerCall], None] | None = None
+    ) -> None:
         super().__init__()
-        self.calls: list[LayerCall] = []
-        self.uses: dict[int, int] = {}
-        self._num_calls, self._num_sums = num_calls, num_sums
+        self.times: dict[LayerCall, int] = {}
+        self.uses: Counter[int] = Counter()
+        self.replacement: Tensor | None = None
+        self.summand = torch.empty(0)
+        self._clock = count()
+        self._at_sum, self._halt = at_sum, halt
         self._followed: dict[int, tuple[LayerCall, Tensor]] = {}
+        self._taken: set[int] = set()
         self._norms = {id(m.running_mean): m for m in model.modules() if isinstance(m, _BatchNorm)}
 
-    def add(self, call: LayerCall) -> None:
-        """Begins to follow the output of a run."""
-        self.calls.append(call)
-        self._followed[id(call.output)] = call, call.output
-        self._end()
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Inside, functions of torch and layers that are `watched` are seen."""
+        token = _WATCH.set(self)
+        try:
+            with self:
+                yield
+        finally:
+            _WATCH.reset(token)
+
+    def meet(self, call: LayerCall) -> Tensor | None:
+        """Takes note of a run; what is to replace its output."""
+        if self._halt is not None and call.name not in self._at_sum:
+            self._halt(call)
+            replacement, self.replacement = self.replacement, None
+            return replacement
+        if self._halt is None:
+            self.times[call] = next(self._clock)
+            self.uses[id(call.output)] = 0
+        self._follow(call, call.output)
+        return None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs a function of torch, and looks at what it takes and gives."""
         kwargs = kwargs or {}
-        found = [self._followed[id(each)] for each in (*args, *kwargs.values()) if id(each) in self._followed]
+        keys = dict.fromkeys(map(id, (*args, *kwargs.values())))
+        found = [self._followed[key] for key in keys if key in self._followed]
         name = getattr(func, "__name__", "")
-        if found and name in _ADDS and len(args) == 2:
-            self._meet(*args)
+        if name in _ADDS and len(args) == 2 and not kwargs:
+            found = [(call, tensor) for call, tensor in found if not self._is_sum(call, tensor, args)]
         result = func(*args, **kwargs)
-        for call, tensor in found if isinstance(result, Tensor) else ():
-            self.uses[id(tensor)] = self.uses.get(id(tensor), 0) + 1
-            if name == "batch_norm":
-                self._through_norm(call, tensor, dict(zip(_BATCH_NORM, args, strict=False)) | kwargs, result)
-            elif name in (*_PRODUCTS, *_ADDS) and len(args) == 2 and result.shape == tensor.shape:
-                other = args[1] if args[0] is tensor else args[0]
-                if not isinstance(other, Tensor) or _is_by_channel(other, call):
-                    self._go_on(call, result, other if name in _PRODUCTS else 1.0)
-            elif name in _SAME and result.shape == tensor.shape:
-                self._go_on(call, result, 1.0)
+        if isinstance(result, Tensor) or (isinstance(result, tuple | list) and not isinstance(result, torch.Size)):
+            for key in keys.keys() & self.uses.keys():
+                self.uses[key] += 1
+            for call, tensor in found:
+                is_first = id(tensor) not in self._taken
+                self._taken.add(id(tensor))
+                if not (is_first and self._goes_on(name, call, tensor, args, kwargs, result)):
+                    self._forget(call)
         return result
 
-    def _meet(self, one: Any, other: Any) -> None:
-        for own, addend in ((one, other), (other, one)):
-            call = self._followed[id(own)][0] if id(own) in self._followed else None
-            if call is None or call.addend is not None or not isinstance(addend, Tensor):
-                continue
-            if addend.shape == call.output.shape == own.shape:
-                call.addend = addend.clone()  # the sum may be written to it
-                self._end()
+    def _is_sum(self, call: LayerCall, tensor: Tensor, args: tuple) -> bool:
+        """Whether the layer's output is added to a tensor of its shape that is made without it; halts there."""
+        addend = args[1] if args[0] is tensor else args[0]
+        if id(tensor) in self._taken or addend is tensor or not isinstance(addend, Tensor):
+            return False
+        if not addend.shape == call.output.shape == tensor.shape:
+            return False
+        self._forget(call)
+        call.addend = addend
+        if self._halt is None:
+            self.times[call] = next(self._clock)
+        else:
+            self.summand = tensor
+            self._halt(call)
+        return True
 
-    def _through_norm(self, call: LayerCall, tensor: Tensor, given: dict[str, Any], result: Tensor) -> None:
-        if given.get("training") or given.get("running_var") is None:
-            return
-        if tensor is call.output:
-            call.norm = self._norms.get(id(given["running_mean"]))
-        gain = (given["running_var"] + given.get("eps", 1e-5)).rsqrt()
-        gain = gain if given.get("weight") is None else gain * given["weight"]
-        self._go_on(call, result, gain.view(-1, *[1] * (tensor.dim() - 2)))
-
-    def _go_on(self, call: LayerCall, result: Tensor, factor: Any) -> None:
+    def _goes_on(
+        self, name: str, call: LayerCall, tensor: Tensor, args: tuple, kwargs: dict[str, Any], result: Any
+    ) -> bool:
+        """Whether the result is the layer's output times a number by channel, plus another; it is followed then."""
+        if not isinstance(result, Tensor) or result.shape != tensor.shape:
+            return False
+        factor: Any = 1.0
+        if name == "batch_norm":
+            given = dict(zip(_BATCH_NORM, args, strict=False)) | kwargs
+            if given.get("training") or given.get("running_var") is None:
+                return False
+            if tensor is call.output:
+                call.norm = self._norms.get(id(given["running_mean"]))
+            factor = (given["running_var"] + given.get("eps", 1e-5)).rsqrt()
+            factor = factor if given.get("weight") is None else factor * given["weight"]
+            factor = factor.view(-1, *[1] * (tensor.dim() - 2))
+        elif name in (*_PRODUCTS, *_ADDS) and name not in _IN_PLACE and len(args) == 2 and not kwargs:
+            other = args[1] if args[0] is tensor else args[0]
+            if isinstance(other, Tensor) and not _is_by_channel(other, call):
+                return False
+            factor = other if name in _PRODUCTS else 1.0
+        elif name not in _SAME:
+            return False
         if isinstance(factor, Tensor) or factor != 1.0:
             factor = torch.as_tensor(factor, device=result.device)
             call.gain = factor if call.gain is None else call.gain * factor
-        self._followed[id(result)] = call, result
+        self._follow(call, result)
+        return True
 
-    def _end(self) -> None:
-        num_sums = sum(call.addend is not None for call in self.calls)
-        if 0 < self._num_calls <= len(self.calls) and num_sums >= self._num_sums:
-            raise _DoneError
+    def _follow(self, call: LayerCall, tensor: Tensor) -> None:
+        self._followed[id(tensor)] = call, tensor
+        self._taken.discard(id(tensor))
+
+    def _forget(self, call: LayerCall) -> None:
+        for key in [key for key, (other, _) in self._followed.items() if other is call]:
+            del self._followed[key]
+
+
+_WATCH: ContextVar[_Watch | None] = ContextVar("bayesprune_watch", default=None)
+"""What watches the forward that runs in this context."""
 
 
 def _is_by_channel(factor: Tensor, call: LayerCall) -> bool:
@@ -151,22 +311,3 @@ def _is_by_channel(factor: Tensor, call: LayerCall) -> bool:
     return len(sizes) == num_dims and all(
         size == 1 or dim == call.layer.feature_dim % num_dims for dim, size in enumerate(sizes)
     )
-
-
-@contextmanager
-def _hooked(layers: Mapping[str, VariationalLayer], watch: _Watch) -> Iterator[None]:
-    """Inside, every run of a layer is followed."""
-
-    def hook(name: str, layer: VariationalLayer) -> Any:
-        def keep(_: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-            if isinstance(output, Tensor):
-                watch.add(LayerCall(name, layer, args[0] if args else next(iter(kwargs.values())), output))
-
-        return keep
-
-    handles = [layer.register_forward_hook(hook(n, layer), with_kwargs=True) for n, layer in layers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -12,8 +12,9 @@ own. A bias is one more column of W, whose input is always 1. Where a batch norm
 norm takes up a shift by its running mean, and A is the covariance of the inputs.
 """
 
+import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
@@ -25,7 +26,14 @@ from bayesprune.batches import device_of, on_device
 from bayesprune.errors import UnsupportedModelError
 from bayesprune.laplace.calibration import Call, Loss, record
 from bayesprune.laplace.flow import layer_calls
-from bayesprune.laplace.matrices import from_matrix, input_rows, is_matrix_product, output_rows, to_matrix
+from bayesprune.laplace.matrices import (
+    drawn_positions,
+    from_matrix,
+    input_rows,
+    is_matrix_product,
+    output_rows,
+    to_matrix,
+)
 from bayesprune.laplace.stds import prior_precisions, set_precision
 from bayesprune.layers import VariationalLayer, named_posteriors
 from bayesprune.priors import Prior
@@ -88,6 +96,7 @@ def fit_kronecker(
     loss: Loss | None = None,
     prior: Prior | None = None,
     num_batches: int | None = None,
+    num_positions: int | None = None,
     block_size: int = 1024,
 ) -> KroneckerPosterior:
     """A matrix normal posterior of each linear layer and convolution, around its present means; the model stays as is.
@@ -110,10 +119,14 @@ def fit_kronecker(
         loss: As for `fit_laplace`. It bears on G alone, and conditioning on the removal of channels does not see G.
         prior: A `priors.Gaussian`, whose precision damps both factors; None is `Gaussian("layer_rms")`.
         num_batches: No more batches than these.
+        num_positions: About how many positions a layer takes for each of its columns or outputs, whichever are more,
+            drawn evenly over the loader, which needs a length then; None takes all. Some 128 are as good as all, and in
+            a convolution over large images far cheaper.
         block_size: Largest side of a block: inputs (and outputs) in different blocks are independent.
 
     Raises:
-        ValueError: there is no batch, no variational layer, or `block_size` is below 1.
+        ValueError: there is no batch, no variational layer, `block_size` is below 1, or `num_positions` comes with a
+            loader without a length.
         UnsupportedModelError: the prior has no precision, no layer is a matrix product, or layers do not take examples
             along the first dimension.
     """
@@ -123,6 +136,7 @@ def fit_kronecker(
     holders = _holders(model)
     batches = iter(loader)
     first = list(islice(batches, 1))
+    share = None if num_positions is None else num_positions / _length(loader, num_batches)
     norms = _shifted_norms(model, holders, first)
     inputs: dict[int, list[Tensor]] = {}
     outputs: dict[int, list[Tensor]] = {}
@@ -135,7 +149,7 @@ def fit_kronecker(
             if not is_matrix_product(call.layer):
                 continue
             key = id(call.layer.weight)
-            rows, gradients = _rows(call, batch.num_examples, with_bias=holders[key].has_bias)
+            rows, gradients = _rows(call, batch.num_examples, share, with_bias=holders[key].has_bias)
             positions[key] += rows.shape[0] * rows.shape[1]
             if key in norms:
                 totals[key] = totals.get(key, 0) + rows.sum((0, 1), dtype=torch.double)
@@ -226,6 +240,15 @@ def _holders(model: nn.Module) -> dict[int, _Holder]:
     return found
 
 
+def _length(loader: Iterable[Any], num_batches: int | None) -> int:
+    if not isinstance(loader, Sized):
+        raise ValueError(
+            f"num_positions needs to know how many batches there are, and a {type(loader).__name__} has none; pass "
+            "a list or a DataLoader."
+        )
+    return max(1, len(loader) if num_batches is None else min(len(loader), num_batches))
+
+
 def _shifted_norms(model: nn.Module, holders: dict[int, _Holder], first: list[Any]) -> dict[int, str]:
     """The batch norm that takes the outputs of a layer without a bias, and of that layer alone, by its weight."""
     layers = {holder.name: holder.layer for holder in holders.values() if is_matrix_product(holder.layer)}
@@ -242,7 +265,9 @@ def _shifted_norms(model: nn.Module, holders: dict[int, _Holder], first: list[An
 def about(second_moment: Tensor, mean: Tensor) -> Tensor:
     """E[(a - m)(a - m)^T], (G, C, C), of E[a a^T] and m = E[a], (G, C), kept above the rounding of single precision."""
     least = 1e-6 * mean.shape[1] ** 0.5 * second_moment.diagonal(dim1=1, dim2=2).mean(1)[:, None]
-    return second_moment - mean[:, :, None] * mean[:, None] + torch.diag_embed(least.expand_as(mean))
+    centred = torch.baddbmm(second_moment, mean[:, :, None], mean[:, None], alpha=-1)
+    centred.diagonal(dim1=1, dim2=2).add_(least)
+    return centred
 
 
 def _blocks_of_inputs(blocks: list[Tensor], total: Tensor | None, number: int) -> tuple[Tensor, ...]:
@@ -254,13 +279,24 @@ def _blocks_of_inputs(blocks: list[Tensor], total: Tensor | None, number: int) -
     return tuple(product.cpu() for product in products)
 
 
-def _rows(call: Call, num_examples: int, *, with_bias: bool) -> tuple[Tensor, Tensor]:
-    """Inputs (N, T, G, C) and output gradients (N, T, G, R), float32 at least."""
+def _rows(call: Call, num_examples: int, share: float | None, *, with_bias: bool) -> tuple[Tensor, Tensor]:
+    """Inputs (N, T, G, C) and output gradients (N, T, G, R), float32 at least.
+
+    Of `share` positions in the batch for each column or output; gradients are scaled for those that are left out.
+    """
     wide = torch.promote_types(call.inputs.dtype, torch.float32)
-    rows = input_rows(call.layer, call.inputs.to(wide), num_examples)
+    gradients = output_rows(call.layer, call.gradients.to(wide), num_examples)
+    chosen = None
+    if share is not None:
+        side = max(gradients.shape[3], to_matrix(call.layer, call.layer.get_parameter("weight")).shape[2])
+        num_positions = gradients.shape[1]
+        chosen = drawn_positions(num_positions, math.ceil(share * side / num_examples))
+        if chosen is not None:
+            gradients = gradients[:, chosen] * (num_positions / len(chosen)) ** 0.5
+    rows = input_rows(call.layer, call.inputs.to(wide), num_examples, chosen)
     if with_bias:
         rows = torch.cat([rows, rows.new_ones(*rows.shape[:3], 1)], dim=3)
-    return rows, output_rows(call.layer, call.gradients.to(wide), num_examples)
+    return rows, gradients
 
 
 def _accumulate(sums: dict[int, list[Tensor]], key: int, rows: Tensor, block_size: int) -> None:

@@ -71,6 +71,14 @@ def output_rows(layer: VariationalLayer, outputs: Tensor, num_examples: int, cho
     return rows if chosen is None else rows[:, chosen]
 
 
+def drawn_positions(num_positions: int, number: int) -> Tensor | None:
+    """So many of an example's positions, drawn without replacement and in order, always the same; None for all."""
+    if number >= num_positions:
+        return None
+    generator = torch.Generator().manual_seed(num_positions)
+    return torch.randperm(num_positions, generator=generator)[:number].sort().values
+
+
 def removed_columns(layer: VariationalLayer, channels: list[int]) -> Tensor:
     """Which columns, (G, C), belong to these input channels of the layer."""
     groups, _, columns = to_matrix(layer, layer.get_parameter("weight")).shape
@@ -83,6 +91,8 @@ def removed_columns(layer: VariationalLayer, channels: list[int]) -> Tensor:
 
 def damped(matrix: Tensor, damping: float) -> Tensor:
     """Matrices (..., C, C) with a fraction of their mean diagonal added to it; the identity where that is zero."""
-    mean = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)
-    size = torch.where(mean > 0, damping * mean, float(damping > 0))[..., None, None]
-    return matrix + size * torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    mean = diagonal.mean(-1, keepdim=True)
+    found = matrix.clone()
+    found.diagonal(dim1=-2, dim2=-1).add_(torch.where(mean > 0, damping * mean, float(damping > 0)))
+    return found

@@ -36,6 +36,7 @@ MAX_EXAMPLES = 1024
 _SEARCH_EXAMPLES = 256  # to compensate in the search; as many others judge
 _DAMPING = 0.01  # of compensation in the search, which then takes a third of the time
 _MAX_BATCHES = 50
+_POSITIONS = 128  # for each input or output of a layer, to fit its posterior
 _MAX_LOGITS = 2**21  # of a batch that are kept
 
 _LOGGER = logging.getLogger(__name__)
@@ -98,7 +99,8 @@ def unit_costs(
     model: nn.Module, groups: Sequence[ChannelGroup], calibration: Calibration
 ) -> dict[ChannelGroup, Scored | None]:
     """Each group's units with what they cost: the unit SNR, or `SNRImportance` where no reader is a matrix product."""
-    importance = UnitSNRImportance(model, fit_kronecker(model, calibration.batches, loss=output_metric))
+    posterior = fit_kronecker(model, calibration.batches, loss=output_metric, num_positions=_POSITIONS)
+    importance = UnitSNRImportance(model, posterior)
     return {group: unit_scores(importance, group) or unit_scores(SNRImportance(), group) for group in groups}
 
 

@@ -100,11 +100,11 @@ class UnitSNRImportance(tp.importance.Importance):
 
 
 class _System:
-    """A block of one layer's posterior between columns: W^T G W, and the inverse of A.
+    """A block of one layer's posterior between columns that are left: W^T G W, and the inverse of A.
 
     Attributes:
         units: Which units have columns in it, (U,).
-        columns: Their columns, (U, s); where a unit has fewer, columns without weight fill up.
+        columns: Their columns, (U, s); where a unit has fewer, columns without weight at the end fill up.
     """
 
     def __init__(self, gram: Tensor, precision: Tensor, columns: list[Tensor]) -> None:
@@ -127,19 +127,20 @@ class _System:
 
     def remove(self, units: Tensor) -> bool:
         """Conditions what is left on the weights of these units being zero; whether any of them has columns here."""
-        columns = self.columns[torch.isin(self.units, units)].unique()
-        columns = columns[self.inverse[columns, columns] > 0]
-        if not len(columns):
+        is_gone = torch.isin(self.units, units)
+        if not is_gone.any():
             return False
-        rows = self.inverse[columns]
-        move = torch.cholesky_solve(rows, torch.linalg.cholesky(rows[:, columns]))
-        own = self.gram[columns]
-        cross = own.mT @ move
-        self.gram += move.mT @ own[:, columns] @ move - cross - cross.mT
-        self.inverse -= rows.mT @ move
-        for matrix in (self.gram, self.inverse):
-            matrix[columns], matrix[:, columns] = 0.0, 0.0
-        self.inverse[columns, columns] = 1.0
+        goes = torch.zeros(len(self.gram), dtype=torch.bool)
+        goes[self.columns[is_gone]] = True
+        goes[len(goes) - self.columns.shape[1] :] = False
+        own, across = self.inverse[goes][:, goes], self.inverse[goes][:, ~goes]
+        move = torch.cholesky_solve(across, torch.linalg.cholesky(own))
+        cross = self.gram[goes][:, ~goes].mT @ move
+        change = move.mT @ self.gram[goes][:, goes] @ move - cross - cross.mT
+        self.gram = self.gram[~goes][:, ~goes].add_(change)
+        self.inverse = self.inverse[~goes][:, ~goes].sub_(across.mT @ move)
+        self.units = self.units[~is_gone]
+        self.columns = ((~goes).cumsum(0) - 1)[self.columns[~is_gone]]
         return True
 
 

@@ -2,6 +2,8 @@
 
 import copy
 import itertools
+import threading
+from contextlib import closing
 from functools import partial
 
 import pytest
@@ -12,8 +14,9 @@ from torch import nn
 
 import bayesprune as bp
 from bayesprune.laplace import compensate
-from bayesprune.laplace.flow import layer_calls
+from bayesprune.laplace.flow import Walk, layer_calls, watched
 from bayesprune.layers import variational_layers
+from bayesprune.macs import eval_mode
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -93,7 +96,7 @@ def test_a_constant_input_goes_into_the_mean_of_a_batch_norm():
 
 
 def test_equals_least_squares_with_next_to_no_damping(monkeypatch):
-    monkeypatch.setattr("bayesprune.laplace.compensation._DAMPINGS", (1e-9,))
+    monkeypatch.setattr("bayesprune.laplace.regression.DAMPINGS", (1e-9,))
     model = mlp(6, 8, 3)
     x = normal(200, 6)
     target = model(x).detach()
@@ -148,13 +151,64 @@ def test_a_norm_takes_no_shift_of_what_is_read_elsewhere_too():
     assert call.norm is None
 
 
-def test_a_forward_ends_with_the_last_layer_and_its_sum(residual):
-    ran = []
+def test_a_sum_with_what_is_made_of_the_output_is_none():
+    class Cubic(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(2, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.linear(x)
+            return y + 0.04 * y**3
+
+    model = bp.to_variational(Cubic().eval())
+    (call,) = layer_calls(model, normal(4, 2), {"linear": model.linear})
+    assert call.addend is None
+
+
+def test_a_walk_goes_on_with_weights_that_changed_on_the_way(residual):
+    layers, x, found = dict(variational_layers(residual)), normal(2, 3, 6, 6), []
+    residual.head.register_forward_hook(lambda module, args, output: found.append(output))
+    shift = torch.arange(6.0) / 10
+    with torch.no_grad(), eval_mode(residual), watched(layers), closing(Walk(residual, x, ["second.0"])) as walk:
+        assert walk.advance("first.0") is not None
+        residual.first[0].weight.mul_(2)
+        walk.change()
+        call = walk.advance("second.0")
+        assert call is not None
+        assert torch.equal(call.addend, F.relu(residual.stem(x)))
+        residual.second[0].weight.mul_(-1)
+        residual.outer[0]._buffers["running_mean"] = residual.outer[0].running_mean - shift
+        walk.change(shift)
+        assert walk.advance("second.0") is None, "it runs once"
+        assert torch.allclose(found[-1], residual(x), atol=1e-6)
+
+
+def test_a_walk_ends_where_it_is_closed_or_fails(residual):
+    layers, ran = dict(variational_layers(residual)), []
     residual.first[1].register_forward_hook(lambda *_: ran.append("first.1"))
-    layers = {"second.0": residual.second[0]}
-    calls = layer_calls(residual, normal(2, 3, 6, 6), layers, num_calls=1, num_sums=1)
-    assert calls[0].addend is not None
-    assert not ran
+    with torch.no_grad(), eval_mode(residual), watched(layers):
+        walk = Walk(residual, normal(2, 3, 6, 6))
+        assert walk.advance("second.0") is not None
+        walk.close()
+        assert not ran
+        failing = Walk(residual, normal(2, 4, 6, 6))
+        with pytest.raises(RuntimeError, match="channels"):
+            failing.advance("stem")
+        failing.close()
+    assert "bayesprune-walk" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_forwards_that_begin_anew_for_each_layer_find_the_same(residual, monkeypatch):
+    batches = list(normal(64, 3, 6, 6, seed=2).split(16))
+    removed = {"second.0": [0, 3, 5], "second.1": [1, 2]}
+    again = copy.deepcopy(residual)
+    compensate(residual, batches, removed)
+    monkeypatch.setattr("bayesprune.laplace.compensation._MAX_HELD", 0)
+    monkeypatch.setattr("bayesprune.laplace.compensation._PLENTY", 1e9)
+    compensate(again, batches, removed)
+    for name, value in residual.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], value, rtol=1e-4, atol=1e-4)
 
 
 def test_frozen_tied_and_earlier_layers_stay_as_they_are():

@@ -157,3 +157,24 @@ def test_a_transposed_linear_layer_is_a_linear_layer():
     torch.testing.assert_close(layer.weight.T, linear.weight)
     torch.testing.assert_close(layer.weight_log_std.T, linear.weight_log_std)
     assert not layer.weight[2].any()
+
+
+def test_drawn_positions_stand_for_all():
+    torch.manual_seed(0)
+    model = bp.to_variational(nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Conv2d(3, 4, 1)))
+    batches = [(x, x) for x in torch.randn(4, 16, 2, 34, 34)]
+    whole, drawn = (fit_kronecker(model, batches, loss=loss, num_positions=each) for each in (None, 128))
+    for name, factors in whole.items():
+        for expected, found in zip(
+            factors.inputs + factors.outputs, drawn[name].inputs + drawn[name].outputs, strict=True
+        ):
+            assert float((found - expected).norm() / expected.norm()) < 0.12
+            assert not torch.equal(found, expected)
+    every = fit_kronecker(model, batches, loss=loss, num_positions=10**9)
+    assert torch.equal(every["0"].inputs[0], whole["0"].inputs[0])
+
+
+def test_drawn_positions_need_to_know_how_many_batches_there_are():
+    model = bp.to_variational(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="a generator has none"):
+        fit_kronecker(model, ((torch.randn(4, 2), torch.zeros(4, dtype=torch.long)) for _ in range(2)), num_positions=8)
