@@ -1,4 +1,8 @@
-"""The main job as one function: train or load, convert, learn the posteriors, remove, fine-tune, save, report."""
+"""The main job as one function: train or load, convert, learn stds where they decide, remove, fine-tune, save, report.
+
+A budget of MACs or parameters is met by channels that calibration data rank (`prune_channels`), at once: what a
+training before the cut costs is better spent after it (docs/criterion.md). Single weights and thresholds read the stds.
+"""
 
 import copy
 import itertools
@@ -24,7 +28,6 @@ from bayesprune.storage import save
 from bayesprune.storage.base import describe
 from bayesprune.train import Distillation, distillation
 
-NUM_STAGES = 5
 _SMALL_CUT = {"macs": 0.95}  # a search needs one at least
 
 
@@ -40,8 +43,8 @@ class Recipe:
         num_epochs: Epochs of each training stage.
         train_lr: Learning rate where the model is trained first.
         lr: Learning rate of the variational and the last fine-tuning.
-        std: Structure of the stds.
-        estimator: Estimator of the variational fine-tuning.
+        std: Structure of the stds, where they are learned.
+        estimator: Estimator of the variational fine-tuning, where there is one.
         granularity: What may go, as for `prune_channels`.
         uniform: Whether the same fraction of every group goes, so that a config can say the sizes.
         relative_std: Initial std as a fraction of the root mean square of the layer's weights.
@@ -79,6 +82,16 @@ class Recipe:
     def removes_weights(self) -> bool:
         """Whether single weights go, by a target or in a search."""
         return self.what == "weights" if self.target is None else "weights" in self.target
+
+    @property
+    def learns_stds(self) -> bool:
+        """Whether stds say what goes, so that they have to be learned first."""
+        return self.removes_weights or not (self.target or _SMALL_CUT).keys() <= {"macs", "params"}
+
+    @property
+    def num_stages(self) -> int:
+        """How many stages `run` tells of."""
+        return 4 + self.learns_stds
 
     @property
     def sparsity(self) -> float | None:
@@ -127,14 +140,16 @@ def run(
     distill = distillation(dense) if recipe.distill else None
     reference = validate(dense, "dense")
 
-    progress.stage("Learn how certain each weight is")
     to_variational(model, std=recipe.std, relative_std=recipe.relative_std, estimator=recipe.estimator)
-    progress.say(f"layers: {conversion_table(model).summary()}")
-    task.train(model, progress, num_epochs=recipe.num_epochs, lr=recipe.lr, learn_stds=True)
-    ratios = signal_to_noise(model)
-    progress.say(f"validation {task.metric.shown(task.score(model, 'validation'))}")
+    ratios = None
+    if recipe.learns_stds:
+        progress.stage("Learn how certain each weight is")
+        task.train(model, progress, num_epochs=recipe.num_epochs, lr=recipe.lr, learn_stds=True)
+        ratios = signal_to_noise(model)
+        progress.say(f"validation {task.metric.shown(task.score(model, 'validation'))}")
 
     progress.stage(recipe.removal)
+    progress.say(f"layers: {conversion_table(model).summary()}")
     if recipe.target is None:
         model = _smallest(model, task, recipe, progress, reference, validate, distill)
     elif recipe.sparsity is not None:

@@ -100,16 +100,24 @@ def compress(
         int | None, Option(min=1, help="Examples in a batch.", show_default="64; with hf: 32")
     ] = None,
     std: Annotated[
-        str | None, Option(help="per_weight (default for weights=...), rank_one or per_channel (default).")
+        str | None,
+        Option(
+            help="With weights or snr: per_weight, rank_one or per_channel.",
+            show_default="per_weight; snr: per_channel",
+        ),
     ] = None,
-    estimator: Annotated[str, Option(help="auto, weight_sampling, flipout, local_reparameterization.")] = "auto",
+    estimator: Annotated[
+        str, Option(help="With weights or snr: auto, weight_sampling, flipout, local_reparameterization.")
+    ] = "auto",
     seed: Annotated[int, Option()] = 0,
     device: Annotated[str | None, Option(help="cpu, cuda, ...", show_default="cuda if there is one")] = None,
     checkpoint_every: Annotated[
         str, Option(help="Steps (500) or a time (30s, 10min, 2h); with hf: only the ends of trainings are kept.")
     ] = "10min",
 ) -> None:
-    """Compress a model: train or load it, learn its posteriors, remove, fine-tune, save, report.
+    """Compress a model: train or load it, learn its posteriors where they decide, remove, fine-tune, save, report.
+
+    Channels and heads for a budget are chosen by calibration data; single weights, and snr=1, by stds learned first.
 
     After a kill the same command goes on from the checkpoints in OUT.checkpoints, a folder beside OUT.
     """
@@ -128,6 +136,11 @@ def compress(
         distill=distill,
         what=what,
     )
+    if not recipe.learns_stds and (std is not None or estimator != "auto"):
+        raise typer.BadParameter(
+            "--std and --estimator are for stds that are learned; a budget of MACs or parameters learns none. Leave "
+            "them out, or give a --target of weights or snr."
+        )
     request = Request(
         model=model,
         task=task,
@@ -152,7 +165,7 @@ def compress(
     torch.manual_seed(seed)
     job = prepare(request)
     _CONSOLE.quiet = not job.task.is_main
-    progress = ConsoleProgress(_CONSOLE, pipeline.NUM_STAGES)
+    progress = ConsoleProgress(_CONSOLE, recipe.num_stages)
     asked = {name: str(value) for name, value in {**asdict(request), **asdict(recipe)}.items()}
     beside = out.absolute().with_name(f"{out.absolute().name}.checkpoints")
     checkpoints = Checkpoints(beside, asked, every, generators=job.task.generators, is_writer=job.task.is_main)

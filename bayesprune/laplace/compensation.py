@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bayesprune.batches import device_of, on_device, split
+from bayesprune.batches import Batch, device_of, on_device, split
 from bayesprune.laplace.calibration import counted_positions
 from bayesprune.laplace.flow import LayerCall, Walk, layer_calls, watched
 from bayesprune.laplace.kronecker import variational_layer
@@ -43,7 +43,7 @@ from bayesprune.layers import VariationalLayer, variational_layers
 from bayesprune.layers.drawn import DrawnLayer
 from bayesprune.macs import eval_mode
 
-_ROWS_PER_COLUMN = 128  # positions in all that a regression takes, for each of its columns
+_ROWS_PER_COLUMN = 32  # positions in all that a regression takes, for each of its columns
 _MAX_COLUMNS = 8192  # above it a layer stays as it is
 _MAX_HELD = 4 * 2**30  # bytes that forwards over all batches hold while they wait for a layer
 _LIVE = 3  # times the input and output of a layer are alive in a forward, at most as a rule
@@ -269,15 +269,20 @@ class _Forwards:
                     if not call or not stock or call.output.shape != stock.output.shape:
                         misfits.add(site.name)
                     elif not len(call.output) % num_examples:
-                        counted = counted_positions(inputs, _num_positions(call, num_examples))
-                        parts = _parts(call, stock, site, is_check, counted, step.num_batches)
-                        if site.name in found:
-                            parts = [old + new for old, new in zip(found[site.name], parts, strict=True)]
-                        found[site.name] = (parts[0], parts[1])
+                        x, y = _regression_rows(call, stock, site, num_examples, step.num_batches)
+                        counted = _counted(call, inputs, step.num_batches)
+                        if site.name not in found:
+                            sizes = (x.shape[2], y.shape[3], x.shape[3])
+                            found[site.name] = Moments(*sizes, x.device), Moments(*sizes, x.device)
+                        for moments, part in zip(found[site.name], (~is_check, is_check), strict=True):
+                            rows = part.to(x.device)[:, None] & counted
+                            moments.add(x[rows], y[rows])
             if not step.is_held:
                 self._close(number)
         if not step.is_held:
             self.close()
+        for moments in (each for pair in found.values() for each in pair):
+            moments.finish()
         return {name: moments for name, moments in found.items() if name not in misfits}
 
     def change(self, shift: Tensor | None) -> None:
@@ -303,23 +308,24 @@ class _Forwards:
             walk.close()
 
 
-def _parts(
-    call: LayerCall, stock: LayerCall, site: _Site, is_check: Tensor, counted: Tensor | None, num_batches: int
-) -> list[Moments]:
-    """Moments of the inputs that stay, and of y + (s - s~) / g, of examples that are fitted and of those that check."""
-    num_examples = len(is_check)
+def _regression_rows(
+    call: LayerCall, stock: LayerCall, site: _Site, num_examples: int, num_batches: int
+) -> tuple[Tensor, Tensor]:
+    """Inputs that stay (N, T, G, C), and y + (s - s~) / g, (N, T, G, R), at drawn positions."""
     y = _rows(stock, stock.output, num_examples, num_batches) + _stream_rows(stock, num_examples, num_batches)
     y = y - _stream_rows(call, num_examples, num_batches)
     x = _rows(call, call.inputs, num_examples, num_batches)
-    x = x if site.columns is None else x[..., site.columns.to(x.device)]
-    found = []
-    for part in (~is_check, is_check):
-        rows = part[:, None].expand(x.shape[:2]).to(x.device)
-        if counted is not None:
-            chosen = _chosen(call, num_examples, num_batches)
-            rows = rows & (counted if chosen is None else counted[:, chosen.to(counted.device)])
-        found.append(Moments(x[rows], y[rows]))
-    return found
+    return x if site.columns is None else x[..., site.columns.to(x.device)], y
+
+
+def _counted(call: LayerCall, batch: Batch, num_batches: int) -> Tensor:
+    """Which of the drawn positions count, (N, T)."""
+    num_positions = _num_positions(call, batch.num_examples)
+    counted = counted_positions(batch, num_positions)
+    if counted is None:
+        counted = torch.ones(batch.num_examples, num_positions, dtype=torch.bool)
+    chosen = _chosen(call, batch.num_examples, num_batches)
+    return (counted if chosen is None else counted[:, chosen.to(counted.device)]).to(call.inputs.device)
 
 
 def _num_positions(call: LayerCall, num_examples: int) -> int:

@@ -265,7 +265,9 @@ def _shifted_norms(model: nn.Module, holders: dict[int, _Holder], first: list[An
 def about(second_moment: Tensor, mean: Tensor) -> Tensor:
     """E[(a - m)(a - m)^T], (G, C, C), of E[a a^T] and m = E[a], (G, C), kept above the rounding of single precision."""
     least = 1e-6 * mean.shape[1] ** 0.5 * second_moment.diagonal(dim1=1, dim2=2).mean(1)[:, None]
-    return second_moment - mean[:, :, None] * mean[:, None] + torch.diag_embed(least.expand_as(mean))
+    centred = torch.baddbmm(second_moment, mean[:, :, None], mean[:, None], alpha=-1)
+    centred.diagonal(dim1=1, dim2=2).add_(least)
+    return centred
 
 
 def _blocks_of_inputs(blocks: list[Tensor], total: Tensor | None, number: int) -> tuple[Tensor, ...]:

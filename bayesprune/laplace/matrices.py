@@ -91,6 +91,8 @@ def removed_columns(layer: VariationalLayer, channels: list[int]) -> Tensor:
 
 def damped(matrix: Tensor, damping: float) -> Tensor:
     """Matrices (..., C, C) with a fraction of their mean diagonal added to it; the identity where that is zero."""
-    mean = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)
-    size = torch.where(mean > 0, damping * mean, float(damping > 0))[..., None, None]
-    return matrix + size * torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    mean = diagonal.mean(-1, keepdim=True)
+    found = matrix.clone()
+    found.diagonal(dim1=-2, dim2=-1).add_(torch.where(mean > 0, damping * mean, float(damping > 0)))
+    return found

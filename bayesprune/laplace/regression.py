@@ -1,6 +1,7 @@
 """Ridge regression of a layer's outputs on its inputs, from the sums of their products."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,18 +15,45 @@ DAMPINGS = (1e-3, 1e-2, 1e-1)
 
 
 class Moments:
-    """Sums over positions of products of inputs (n, G, C) and targets (n, G, R), float64."""
+    """Sums over positions of products of a layer's inputs and targets, float64.
 
-    def __init__(self, inputs: Tensor, targets: Tensor) -> None:
-        x, y = inputs.transpose(0, 1), targets.transpose(0, 1)
-        self.number = x.shape[1]
-        self.xx, self.yx = torch.bmm(x.mT, x).double(), torch.bmm(y.mT, x).double()
-        self.x, self.y = x.double().sum(1), y.double().sum(1)
+    Attributes:
+        number: How many positions, those that wait included.
+        xx: Of inputs, (G, C, C).
+        yx: Of targets and inputs, (G, R, C).
+        x: Of inputs alone, (G, C).
+        y: Of targets alone, (G, R).
+    """
+
+    def __init__(self, num_groups: int, num_rows: int, num_columns: int, device: torch.device) -> None:
+        options: dict[str, Any] = {"dtype": torch.double, "device": device}
+        self.number = 0
+        self.xx = torch.zeros(num_groups, num_columns, num_columns, **options)
+        self.yx = torch.zeros(num_groups, num_rows, num_columns, **options)
+        self.x, self.y = (torch.zeros(num_groups, size, **options) for size in (num_columns, num_rows))
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, inputs: Tensor, targets: Tensor) -> None:
+        """Adds positions (n, G, C) and (n, G, R); few of them wait for more, or until `finish`."""
+        self.number += len(inputs)
+        self._waiting.append((inputs, targets))
+        if sum(len(x) for x, _ in self._waiting) >= inputs.shape[2]:
+            self.finish()
+
+    def finish(self) -> None:
+        """Adds what waits."""
+        if self._waiting:
+            x, y = (torch.cat(parts).transpose(0, 1) for parts in zip(*self._waiting, strict=True))
+            self._waiting.clear()
+            self.xx += torch.bmm(x.mT, x)
+            self.yx += torch.bmm(y.mT, x)
+            self.x += x.sum(1, dtype=torch.double)
+            self.y += y.sum(1, dtype=torch.double)
 
     def __add__(self, other: "Moments") -> "Moments":
         total = copy.copy(self)
-        for name, value in vars(other).items():
-            setattr(total, name, getattr(self, name) + value)
+        for name in ("number", "xx", "yx", "x", "y"):
+            setattr(total, name, getattr(self, name) + getattr(other, name))
         return total
 
     def centred(self, *, about_mean: bool) -> tuple[Tensor, Tensor]:
@@ -33,7 +61,7 @@ class Moments:
         xx, yx = self.xx / self.number, self.yx / self.number
         if about_mean:
             x, y = self.x / self.number, self.y / self.number
-            xx, yx = about(xx, x), yx - y[:, :, None] * x[:, None]
+            xx, yx = about(xx, x), yx.baddbmm_(y[:, :, None], x[:, None], alpha=-1)
         return xx, yx
 
     def less(self, bias: Tensor) -> "Moments":
@@ -58,11 +86,11 @@ def best_damping(start: Tensor, kept: Tensor, fitted: Moments, check: Moments, *
 def ridge(start: Tensor, kept: Tensor, xx: Tensor, yx: Tensor, damping: float) -> Tensor:
     """Weights (G, R, C), zero where they are not kept, that fit best; damped towards `start`."""
     precision = damped(xx, damping)
-    push = yx + (precision - xx).diagonal(dim1=1, dim2=2)[:, None] * start
+    push = yx + (precision.diagonal(dim1=1, dim2=2) - xx.diagonal(dim1=1, dim2=2))[:, None] * start
     found = torch.zeros_like(start)
     for group, own in enumerate(kept):
         columns = own.any(0).nonzero()[:, 0]  # what no row keeps is zero in all, and needs no solution
-        among = precision[group][columns][:, columns]
+        among, own = precision[group][columns][:, columns], own[:, columns]
         free = torch.cholesky_solve(push[group][:, columns].mT, torch.linalg.cholesky(among)).mT
-        found[group][:, columns] = conditional_mean(free, among, own[:, columns])
+        found[group][:, columns] = free if own.all() else conditional_mean(free, among, own)
     return found

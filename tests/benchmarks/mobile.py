@@ -13,6 +13,7 @@ at once and skipped when the program runs again.
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean, stdev
@@ -128,26 +129,24 @@ def cut_by_torch_pruning(model: nn.Module, *, is_global: bool) -> nn.Module:
 class Benchmark:
     """The rows of the results file, and what they are made from."""
 
-    def __init__(self, data_dir: Path, out: Path) -> None:
-        self.out, self.rows = out, read(out, SETTINGS)
+    def __init__(self, data_dir: Path, out: Path, only: list[str] | None) -> None:
+        self.out, self.rows, self.only = out, read(out, SETTINGS), only
         self.train, self.test = (Photographs(data_dir / "photos10" / split) for split in ("train", "test"))
         self.images = self.test.batches()
 
     def run(self, seeds: list[int]) -> None:
         self.row("dense", 0, lambda: self.measured(pretrained()))
         for seed in seeds:
-            self.row(ORDINARY, seed, lambda seed=seed: self.ordinary(seed))
-            for name, is_uniform in PHASED.items():
-                self.row(name, seed, lambda seed=seed, is_uniform=is_uniform: self.phased(seed, is_uniform=is_uniform))
+            makes: dict[str, Callable[[], dict[str, Any]]] = {ORDINARY: partial(self.ordinary, seed)}
+            makes |= {name: partial(self.phased, seed, is_uniform=each) for name, each in PHASED.items()}
+            makes |= {name: partial(self.at_once, seed, has_teacher=each) for name, each in SNIPPETS.items()}
+            options: dict[str, Any] = {"importance": tp.importance.MagnitudeImportance(), "uniform": True}
+            makes[COMPENSATED] = partial(self.at_once, seed, has_teacher=True, **options)
+            makes |= {name: partial(self.control, seed, is_global=each) for name, each in CONTROLS.items()}
+            for name, make in makes.items():
+                if self.only is None or name in self.only:
+                    self.row(name, seed, make)
             self.partial(seed).unlink(missing_ok=True)
-            for name, has_teacher in SNIPPETS.items():
-                self.row(name, seed, lambda seed=seed, has=has_teacher: self.at_once(seed, has_teacher=has))
-            options = {"importance": tp.importance.MagnitudeImportance(), "uniform": True}
-            self.row(
-                COMPENSATED, seed, lambda seed=seed, options=options: self.at_once(seed, has_teacher=True, **options)
-            )
-            for name, is_global in CONTROLS.items():
-                self.row(name, seed, lambda seed=seed, is_global=is_global: self.control(seed, is_global=is_global))
 
     def variational(self, seed: int) -> nn.Module:
         """The network after the snippet's training; kept beside the results until its rows are there."""
@@ -256,14 +255,16 @@ def _percent(values: list[float]) -> str:
 
 def main() -> None:
     """Runs what is missing, or writes the page."""
-    args = parser(__doc__ or "", "docs/benchmarks/mobile.json").parse_args()
+    options = parser(__doc__ or "", "docs/benchmarks/mobile.json")
+    options.add_argument("--only", nargs="+", help="these rows, as the table names them")
+    args = options.parse_args()
     torch.set_num_threads(1)
     if args.table:
         args.out.with_suffix(".md").write_text(markdown(read(args.out, SETTINGS)), encoding="utf-8")
     elif args.data_dir is None:
         raise SystemExit("--data-dir or BAYESPRUNE_DATA is needed: the folder with photos10.")
     else:
-        Benchmark(Path(args.data_dir), args.out).run(args.seeds)
+        Benchmark(Path(args.data_dir), args.out, args.only).run(args.seeds)
 
 
 if __name__ == "__main__":
