@@ -56,10 +56,10 @@ AT_ONCE = """`bp.prune_channels(model, x, target, granularity=("heads", "mlp"), 
 with no training before it: 1,024 training sentences without labels rank, divide the budget between the layers, and
 fit what is left. The columns say how much of the MACs of the transformer layers stays. Magnitude has the same
 division, as many heads and neurons in each layer as the default chose, and the same fit. The steps are
-{steps_after_removal} of {batch} sentences with `bp.distillation` from the dense model, at the learning rate of
-{rates} that was best on validation with seed 0. A seed draws the calibration sentences and the batches of these
-steps; the dense model is that of seed 0, and training is in float32. CPU seconds are of one core of a machine that
-others used as well; magnitude's leave out the division, which it takes from the default.
+{steps_after_removal} of {batch} sentences with `bp.distillation` from the dense model, {rates}. A seed draws the
+calibration sentences and the batches of these steps; the dense model is that of seed 0, and training is in float32.
+CPU seconds are of one core of a machine that ran several other programs on two; magnitude's leave out the division,
+which it takes from the default.
 
 **The controls of the other tables of this page were handicapped**: they were trained for {steps} steps before the
 cut, which only the posteriors need, and had neither such a division nor such a fit.
@@ -134,7 +134,9 @@ def _at_once(runs: list[dict[str, Any]], settings: dict[str, Any]) -> list[str]:
     if not cuts:
         return []
     levels, number = sorted({row["kept"] for row in cuts}, reverse=True), len({row["seed"] for row in cuts})
-    rates = " and ".join(f"{lr:g}" for lr in sorted({row["lr"] for row in tuned})) or "none"
+    tried = sorted({row["lr"] for row in tuned})
+    rates = f"at the learning rate of {' and '.join(f'{lr:g}' for lr in tried)} that was best on validation with seed 0"
+    rates = rates if len(tried) > 1 else f"at the learning rate {tried[0]:g}" if tried else "which were not run"
     columns = [f"{kept:.0%} of the MACs" for kept in levels]
     columns += [f"{levels[0]:.0%}, after {settings['steps_after_removal']} steps", f"CPU seconds to {levels[0]:.0%}"]
     dense = spread([row for row in runs if row["section"] == "dense, float32"], "dev", 1)
