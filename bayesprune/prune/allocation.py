@@ -167,7 +167,7 @@ def _unit_costs(
     for count in _counts(len(order), levels):
         undo = snapshot(model)
         try:
-            silence(group, order[:count])
+            silence(model, group, order[:count])
             increases.append(_measured(loss, model) - base)
         finally:
             undo()

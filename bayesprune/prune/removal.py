@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from bayesprune.layers import VariationalLayer
 from bayesprune.prune.cuts import Axis, Member, cut_parameters, gains, is_depthwise, tied_parameters
@@ -19,6 +21,8 @@ from bayesprune.prune.structure import ChannelGroup
 
 # What a model's own code raises when its sizes no longer fit each other.
 SHAPE_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+_BIASED = (_BatchNorm, _InstanceNorm, nn.GroupNorm)  # torch-pruning cuts a bias wherever these have a weight
 
 Selection = Sequence[tuple[ChannelGroup, Sequence[tuple[int, ...]]]]
 """Groups, and the units that leave each."""
@@ -111,7 +115,12 @@ def _cut(model: nn.Module, member: Member, positions: list[int], *, follows: boo
         _cut_tensor(model, member, positions)
         return
     further = gains(layer) if member.axis[1] == "out" else []
+    scale = layer._parameters["weight"] if isinstance(layer, _BIASED) and layer.bias is None else None
+    if scale is not None:
+        layer._parameters["bias"] = nn.Parameter(torch.zeros_like(scale))
     dependency(positions)
+    if scale is not None:
+        layer._parameters["bias"] = None
     for name in further:
         parameter: Any = layer._parameters[name]
         kept = sorted(set(range(member.size)) - set(positions))

@@ -43,7 +43,7 @@ def disagreement(
             randomise(model, group, generator)
         uncut = snapshot(model)
         for group, units in selection:
-            silence(group, units)
+            silence(model, group, units)
         expected = _outputs_behind(model, selection, example_inputs, to_the_end)
         uncut()
         try:
@@ -91,12 +91,23 @@ def _replace(module: nn.Module, name: str, scale: float, generator: torch.Genera
         module._buffers[name] = values
 
 
-def silence(group: ChannelGroup, units: Any) -> None:
-    """Zeroes what the layers behind read of these units, in place, by new parameters: as good as their removal."""
+def silence(model: nn.Module, group: ChannelGroup, units: Any) -> None:
+    """Zeroes what is read of these units, in place, by new parameters: as good as their removal.
+
+    Layers behind read them, and parameters of the model's own may, as the gate of an additive attention does.
+    """
     for member in group.members:
+        gone = [p for unit in units for root in unit for p in member.positions.get(root, ())]
         if member.axis[1] == "in":
             assert isinstance(member.layer, nn.Module), "the layer behind the heads is linear"
-            silence_inputs(member.layer, [p for unit in units for root in unit for p in member.positions.get(root, ())])
+            silence_inputs(member.layer, gone)
+        elif isinstance(member.layer, Tensor):
+            path, _, name = member.axis[0].rpartition(".")
+            module = model.get_submodule(path)
+            if (old := module._parameters.get(name)) is not None:  # a buffer may be what is divided by
+                index = torch.tensor(gone, device=old.device)
+                values = old.data.index_fill(member.dependency.target.pruning_dim, index, 0)
+                module._parameters[name] = nn.Parameter(values, requires_grad=old.requires_grad)
 
 
 def silence_inputs(layer: nn.Module, positions: Sequence[int]) -> None:

@@ -61,7 +61,7 @@ def increases(model: nn.Module, groups: Any, batches: list[tuple[Tensor, Tensor]
         costs = []
         for unit in group.units:
             undo = snapshot(model)
-            silence(group, [unit])
+            silence(model, group, [unit])
             costs.append(loss(model, batches) - base)
             undo()
         found.append(costs)

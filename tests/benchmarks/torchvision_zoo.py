@@ -37,13 +37,13 @@ from rows import (
     save_with_outputs,
     train_one_step,
 )
+from zeros import EQUAL, equal
 
 NUM_CLASSES = 10
 CHECKS = {
     "exact": "eval output unchanged by conversion",
     "step": "one training step with `attach`",
-    "equal": "without every second channel of the groups that no norm counts, the outputs are those of the dense model "
-    "that reads zeros there, in double precision; the number of groups with which the model runs, and of all",
+    "equal": EQUAL,
     "cut": "`prune_channels`, then one training step; the share of the MACs that is kept, half of them being asked "
     "for; `prune_channels` warns where a detector finds more boxes than before, and then does more for them",
     "loaded": "what is left saved, and loaded by `bayesprune.load` in another process",
@@ -176,63 +176,6 @@ def loss(name: str, inputs: Any, model: Any) -> Any:
         target["keypoints"] = torch.tensor([[[20.0, 20.0, 1.0]] * 17])
         return sum(model(2 * inputs[0], [target, target]).values())  # batch norm takes no single pixel
     return sum(tensor.square().mean() for tensor in tensors_in(model(inputs)))
-
-
-def equal(model: Any, inputs: Any) -> str:
-    """Whether removing channels is the same as reading zeros in their place."""
-    import torch
-
-    from bayesprune.prune.groups import find_groups
-    from bayesprune.prune.removal import remove, snapshot
-    from bayesprune.prune.silenced import silence
-
-    groups = find_groups(model, inputs).groups
-    alone = [group for group in groups if not any(map(counts_channels, group.members))]
-    model.double()
-    inputs = inputs.double() if isinstance(inputs, torch.Tensor) else ([image.double() for image in inputs[0]],)
-    dense = outputs(model, inputs)
-    alone = removable(model, alone, inputs)
-    selection = [(group, group.units[::2]) for group in alone]
-    undo = remove(model, selection)
-    found = outputs(model, inputs)
-    undo()
-    undo = snapshot(model)
-    for group, units in selection:
-        silence(group, units)
-    expected = outputs(model, inputs)
-    undo()
-    for one, other in zip(found, expected, strict=True):
-        if one.shape != other.shape:
-            return "other shapes"
-        if one.is_floating_point() and not torch.allclose(one, other, rtol=1e-6, atol=1e-8):
-            return f"the outputs differ by {(one - other).abs().max():.3g}"
-    changed = not is_equal(found, dense)
-    return f"{OK}, {len(alone)} of {len(groups)}" if changed else "nothing changed"
-
-
-def counts_channels(member: Any) -> bool:
-    """Whether a norm over channels is among what loses them: it counts a channel that is there and not read."""
-    from torch import nn
-
-    is_scale = member.axis[0] == "backbone.scale_weight"  # of SSD, behind F.normalize
-    return is_scale or isinstance(member.layer, nn.LayerNorm | nn.GroupNorm)
-
-
-def removable(model: Any, groups: list[Any], inputs: Any) -> list[Any]:
-    """The groups that a model runs without every second channel of; `prune_channels` leaves whole what fails."""
-    from bayesprune.prune.removal import SHAPE_ERRORS, remove
-
-    undo = remove(model, [(group, group.units[::2]) for group in groups])
-    try:
-        outputs(model, inputs)
-    except SHAPE_ERRORS:
-        half = len(groups) // 2
-        parts = (groups[:half], groups[half:]) if half else ()
-    else:
-        return groups
-    finally:
-        undo()
-    return [group for part in parts for group in removable(model, part, inputs)]
 
 
 def run_model(name: str) -> dict[str, Any]:

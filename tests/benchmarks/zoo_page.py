@@ -2,15 +2,18 @@
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 from rows import CUT, OK
+from zeros import EQUAL
 
 OVERFLOW = "a layer has fewer channels than the graph leads to it: an operation in between"
 CHECKS = {
     "exact": "eval output unchanged by conversion",
     "step": "one training step with `attach`",
     "moments": "mean and variance of the output in one pass",
+    "equal": EQUAL,
     "cut": "`prune_channels`, then one training step; the share of the MACs that is kept, half of them being asked for",
     "loaded": "what is left saved, and loaded in another process by `bayesprune.load` and `timm.create_model`",
     "back": "converted back to stock classes and keys",
@@ -154,6 +157,8 @@ def page(done: dict[str, Any]) -> str:
         f"Of the {len(works['cut'])} that were cut, {len(half)} reached half of the MACs; below it is said what limits",
         "the others.",
         "",
+        *_compared(rows[name]["equal"] for name in works["equal"]),
+        "",
         "| module: model | image " + header,
         "|---|---|" + "---|" * len(CHECKS),
     ]
@@ -187,6 +192,16 @@ def page(done: dict[str, Any]) -> str:
     lines += ["| reason | layers | models |", "|---|---|---|"]
     lines += [f"| {reason} | {layers} | {models[reason]} |" for reason, layers in reasons.most_common()]
     return "\n".join(lines) + "\n"
+
+
+def _compared(said: Iterable[str]) -> list[str]:
+    """How many groups the models were compared without, and why not the others."""
+    counts = [tuple(map(int, re.findall(r"\d+", value))) for value in said]
+    compared, found = (sum(column) for column in zip(*counts, strict=True))
+    return [
+        f"{compared:,} of their {found:,} groups of channels, heads and hidden units are compared; where a model does",
+        "not run without every second channel of a group, `prune_channels` leaves that whole.",
+    ]
 
 
 def _shown_versions(versions: dict[str, str]) -> str:

@@ -135,6 +135,6 @@ def assert_removing_is_silencing(net: nn.Module, x: Any) -> None:
     found = net(x)
     undo()
     for group, gone in selection:
-        silence(group, gone)
+        silence(net, group, gone)
     torch.testing.assert_close(found, net(x), rtol=1e-4, atol=1e-5)
     assert found.abs().max() > 1e-3

@@ -351,3 +351,29 @@ def test_halves_stay_halves():
     report = prune_channels(net, IMAGE, target={"macs": 0.4}, importance=MAGNITUDE)
     assert report.left_whole.keys() == {"head"}
     assert net.cv1.out_channels == 2 * net.blocks[0][0].in_channels < 16
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [nn.BatchNorm2d(8), nn.GroupNorm(1, 8), nn.InstanceNorm2d(8, affine=True)],
+    ids=lambda norm: type(norm).__name__,
+)
+def test_norms_with_a_scale_and_no_bias_lose_channels(norm):
+    norm.bias = None
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.ReLU(), nn.Conv2d(8, 4, 1))
+    kept = norm.weight.data.copy_(torch.arange(8.0))
+    prune_channels(net, IMAGE, target={"macs": 0.5}, importance=MAGNITUDE)
+    assert norm.bias is None
+    assert len(norm.weight) == 4 == net[0].out_channels
+    assert set(norm.weight.tolist()) <= set(kept.tolist())
+    net.train()(IMAGE).sum().backward()
+
+
+def test_a_wide_layer_norm_keeps_the_order_of_its_channels():
+    net = nn.Sequential(nn.Linear(6, 40), nn.LayerNorm(40), nn.Linear(40, 3))
+    for values in (net[0].bias, net[1].weight, net[1].bias):
+        values.data = torch.arange(40.0)
+    prune_channels(net, torch.randn(5, 6), target={"macs": 0.4}, importance=MAGNITUDE)
+    assert len(net[0].bias) == 16
+    assert torch.equal(net[1].weight, net[0].bias)
+    assert torch.equal(net[1].bias, net[0].bias)
