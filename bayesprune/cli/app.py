@@ -23,6 +23,7 @@ from bayesprune.errors import BayespruneError, StorageError
 from bayesprune.evaluate import Report
 from bayesprune.evaluate.plots import require_matplotlib
 from bayesprune.evaluate.printable import printable
+from bayesprune.prune.checks import as_mapping
 from bayesprune.storage.load import read as read_saved
 from bayesprune.storage.reading import read_bounded
 
@@ -232,20 +233,20 @@ def _target(
     target: str | None, tolerance: float | None
 ) -> tuple[dict[str, float] | None, Literal["channels", "weights"]]:
     """The target, None where a tolerance stands in its place, and what goes."""
-    name, separator, value = (target or ("macs=0.5" if tolerance is None else "macs")).partition("=")
+    wanted = target or ("macs=0.5" if tolerance is None else "macs")
+    name = wanted.partition("=")[0].strip()
     what = "weights" if name == "weights" else "channels"
     if tolerance is not None:
-        if separator or name not in ("macs", "weights"):
+        if wanted not in ("macs", "weights"):
             raise typer.BadParameter(
                 f"got --target {target} and --tolerance {tolerance}; give one of them, or --target macs or weights, "
                 "which says what goes and leaves it to the tolerance how much."
             )
         return None, what
-    try:
-        return {name: float(value)}, what
-    except ValueError:
+    if not (given := as_mapping(wanted)):
         expected = "expected macs=0.5, params=0.5, snr=1 or weights=0.2."
-        raise typer.BadParameter(f"{target!r}; {expected}", param_hint="--target") from None
+        raise typer.BadParameter(f"{target!r}; {expected}", param_hint="--target")
+    return given, what
 
 
 def _check_writable(directory: Path) -> None:

@@ -30,6 +30,7 @@ from fair_choice import (
     chosen_cut,
     cut_rows,
     cut_tries,
+    few_tries,
     further_tries,
     matching,
     packed,
@@ -54,8 +55,8 @@ SETTINGS = {
 class Benchmark:
     """The rows of the results file about one network, and what they are made from."""
 
-    def __init__(self, data_dir: Path, out: Path, name: str) -> None:
-        self.out, self.task = out, task(name, data_dir)
+    def __init__(self, data_dir: Path, out: Path, name: str, *, has_few_tries: bool = False) -> None:
+        self.out, self.task, self.has_few_tries = out, task(name, data_dir), has_few_tries
         self.nets: dict[Any, Net] = {}
         self.row({"dense": name}, lambda: self.measured(self.task.dense, "test"))
 
@@ -97,6 +98,10 @@ class Benchmark:
     def choose_cut(self, regime: str, score: str, level: float) -> None:
         """Tries options and allocations, then the other compensations with the best option."""
         regime = regime if SCORES[score].phase else "none"
+        if self.has_few_tries:
+            for way in few_tries(score):
+                self.measure(regime, way, level, 0, "validation", AT_CUT)
+            return
         tried = cut_tries(score, self.task.name)
         for way in tried:
             self.measure(regime, way, level, 0, "validation", AT_CUT)
@@ -204,6 +209,7 @@ def main() -> None:
     options.add_argument("--regime", choices=("none", "short", "long"), default="none")
     options.add_argument("--only", choices=SCORES, nargs="+", default=list(SCORES), help="these scores")
     options.add_argument("--grid", action="store_true", help="every allocation and compensation, without training")
+    options.add_argument("--few-tries", action="store_true", help="choose between three allocations alone, compensated")
     options.add_argument("--without-distillation", action="store_true", help="test with cross-entropy alone")
     args = options.parse_args()
     torch.set_num_threads(1)
@@ -212,7 +218,7 @@ def main() -> None:
         return
     if args.data_dir is None:
         raise SystemExit("--data-dir or BAYESPRUNE_DATA is needed: the folder with cifar10, photos10 and weights.")
-    benchmark = Benchmark(Path(args.data_dir), args.out, args.task)
+    benchmark = Benchmark(Path(args.data_dir), args.out, args.task, has_few_tries=args.few_tries)
     if args.regime == "none":
         benchmark.without_training(args.only, args.seeds, has_grid=args.grid)
     else:

@@ -112,6 +112,12 @@ def chosen(rows: Sequence[Row], regime: str, task: str, score: str, level: float
     return replace(way, when=when, lr=lr, distilled=True)
 
 
+def few_tries(score: str) -> list[Way]:
+    """Three allocations with the first option, compensated layer by layer, for networks where a cut takes minutes."""
+    allocations = ("inside layers", *SEARCHED)
+    return [Way(score, SCORES[score].options[0], name, "layer by layer") for name in allocations]
+
+
 def further_tries(way: Way) -> list[Way]:
     """The best of the first without compensation, and with that layer by layer, which the searched allocations see."""
     return [

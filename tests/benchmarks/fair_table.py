@@ -11,7 +11,9 @@ from fair_choice import (
     Difference,
     Row,
     chosen,
+    cut_rows,
     cut_tries,
+    few_tries,
     further_tries,
     matching,
     paired,
@@ -63,7 +65,7 @@ def markdown(rows: Sequence[Row]) -> str:
         if dense is None:
             continue
         lines += [f"## {TITLES.get(task, f'{task}, photographs')}", ""]
-        lines += [f"Dense: {dense['accuracy']:.1%} of {dense['images']:,} test images.", ""]
+        lines += [f"Dense: {dense['accuracy']:.1%} of {dense['images']:,} test images.{tried(rows, task)}", ""]
         lines += section(rows, "none", task, "No training", is_distilled=False)
         lines += grids(rows, task)
         for regime in ("short", "long"):
@@ -87,6 +89,16 @@ def introduction() -> str:
         further=len(further_tries(tries[0])),
         spending=spending,
     )
+
+
+def tried(rows: Sequence[Row], task: str) -> str:
+    """A sentence where settings were chosen from fewer than the page says."""
+    level = LEVELS[task][-1]
+    numbers = {len(cut_rows(rows, "none", task, score, level)) for score in SCORES} - {0}
+    few = len(few_tries("magnitude"))
+    if numbers == {few}:
+        return f" Settings were chosen from {few}: three allocations with a score's first option, layer by layer."
+    return ""
 
 
 def section(rows: Sequence[Row], regime: str, task: str, title: str, *, is_distilled: bool) -> list[str]:
