@@ -60,7 +60,7 @@ def compensate(
     *,
     dense: nn.Module | None = None,
     damping: float | None = None,
-    progress: bool = False,
+    progress: bool | None = False,
 ) -> nn.Module:
     """Moves weights to make up for input channels that are about to go; in place, without training.
 
@@ -80,7 +80,7 @@ def compensate(
         dense: The model whose outputs are fitted, of the same structure; None is the model as it is now.
         damping: How far each fit is held at the dense weights, as a fraction of the mean diagonal of E[x~ x~^T]; None
             chooses for each layer by a quarter of the examples.
-        progress: Show a progress bar.
+        progress: Show a progress bar; None shows it on a terminal.
 
     Raises:
         ValueError: there is no batch.
@@ -108,7 +108,9 @@ def compensate(
     steps = _steps(sites, len(batches))
     forwards = _Forwards(model, dense, batches, sites)
     with eval_mode(model), eval_mode(dense), watched(layers), watched(_same(model, layers)), closing(forwards):
-        for step in tqdm(steps, desc="Compensate", unit="layer", disable=not progress):
+        for step in tqdm(
+            steps, desc="Compensate", unit="layer", disable=None if progress is None else not progress, leave=False
+        ):
             for name, moments in forwards.moments(step).items():
                 shift = _fit(model, dense, step.sites[name], moments, keeps.get(name), damping)
                 forwards.change(shift)

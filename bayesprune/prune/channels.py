@@ -114,7 +114,9 @@ def prune_channels(
     )
     compensates = before_cut == "compensate" and calibration is not None and any(variational_layers(model))
     if before_cut == "compensate":
-        before_cut = partial(compensate, model, calibration.batches) if calibration and compensates else None
+        before_cut = (
+            partial(compensate, model, calibration.batches, progress=None) if calibration and compensates else None
+        )
     before_cut = folding(model, before_cut)
     macs = macs_by_module(model, example_inputs)
     structure = find_groups(model, example_inputs, granularity=granularity, ignored_layers=ignored_layers)
