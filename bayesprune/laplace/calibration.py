@@ -40,10 +40,11 @@ class Call(NamedTuple):
 
 
 class Recorded(NamedTuple):
-    """The calls of one batch by the layer's name, and how many examples it had."""
+    """The calls of one batch by the layer's name, how many examples it had, and what of it the forward took."""
 
     num_examples: int
     calls: dict[str, list[Call]]
+    inputs: Batch
 
 
 def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
@@ -121,6 +122,19 @@ def unmasked(logits: Tensor, batch: Batch) -> Tensor:
     return logits.reshape(-1, logits.shape[-1])
 
 
+def counted_positions(batch: Batch, num_positions: int) -> Tensor | None:
+    """Which positions of each example count, (N, T), by the batch's `attention_mask`; None for all.
+
+    Args:
+        batch: What the forward took.
+        num_positions: T, at which each example meets a layer. A mask of another shape says nothing of them.
+    """
+    mask = batch.kwargs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.shape != (batch.num_examples, num_positions):
+        return None
+    return mask.bool()
+
+
 def record(
     model: nn.Module, loader: Iterable[Any], *, loss: Loss | None = None, num_batches: int | None = None
 ) -> Iterator[Recorded]:
@@ -141,7 +155,8 @@ def record(
     batch = None
     for batch in islice(loader, num_batches):
         batch = on_device(batch, device)
-        num_examples = split(model, batch).num_examples
+        inputs = split(model, batch)
+        num_examples = inputs.num_examples
         with ExitStack() as stack:
             for context in (torch.enable_grad(), eval_mode(model), requires_grad(model, True)):
                 stack.enter_context(context)
@@ -154,7 +169,7 @@ def record(
             if gradient is not None:
                 check_examples(run.name, run.inputs, num_examples)
                 calls[run.name].append(Call(run.layer, run.inputs, num_examples * gradient, run.operation))
-        yield Recorded(num_examples, calls)
+        yield Recorded(num_examples, calls, inputs)
     if batch is None:
         raise ValueError("the loader has no batch; expected an iterable of (inputs, labels).")
 

@@ -16,7 +16,7 @@ Regression on the dense outputs: Frantar & Alistarh (2022), Kwon et al. (2022, o
 import copy
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bayesprune.batches import device_of, on_device, split
+from bayesprune.batches import Batch, device_of, on_device, split
+from bayesprune.laplace.calibration import counted_positions
 from bayesprune.laplace.flow import LayerCall, Walk, layer_calls, watched
 from bayesprune.laplace.kronecker import variational_layer
 from bayesprune.laplace.matrices import (
@@ -74,6 +75,7 @@ def compensate(
     Args:
         model: A variational model, uncut; evaluated at its means.
         data: Batches in any form that `bayesprune.batches` names; labels are not read. All are kept in memory.
+            Positions that an `attention_mask` excludes do not count.
         removed: Input channels (features) that go, by the layer that loses them.
         dense: The model whose outputs are fitted, of the same structure; None is the model as it is now.
         damping: How far each fit is held at the dense weights, as a fraction of the mean diagonal of E[x~ x~^T]; None
@@ -104,7 +106,7 @@ def compensate(
     layers = _layers(dense)
     sites = _sites(dense, batches, keeps, layers)
     steps = _steps(sites, len(batches))
-    forwards = _Forwards(model, dense, batches, [site.name for site in sites if site.is_at_sum])
+    forwards = _Forwards(model, dense, batches, sites)
     with eval_mode(model), eval_mode(dense), watched(layers), watched(_same(model, layers)), closing(forwards):
         for step in tqdm(
             steps, desc="Compensate", unit="layer", disable=None if progress is None else not progress, leave=False
@@ -126,6 +128,7 @@ class _Site:
         num_bytes: Of its largest input and output, for one batch.
         num_positions: At which an example meets it in a run.
         num_drawn: How many of these a regression takes, of as many examples as there are.
+        columns: Which columns some row keeps; None where it loses no input.
         num_calls: How often it runs in a forward.
         num_sums: How often its output is added to a stream.
     """
@@ -136,6 +139,7 @@ class _Site:
     num_bytes: int
     num_positions: int
     num_drawn: int
+    columns: Tensor | None
     num_calls: int = 0
     num_sums: int = 0
 
@@ -194,20 +198,23 @@ def _num_columns(layer: VariationalLayer) -> int:
 
 
 def _sites(
-    dense: nn.Module, batches: list[Any], losing: Collection[str], layers: dict[str, VariationalLayer]
+    dense: nn.Module, batches: list[Any], keeps: Mapping[str, Tensor | None], layers: dict[str, VariationalLayer]
 ) -> list[_Site]:
     """Layers from the first that loses inputs, in the order in which they are to be fitted."""
     names = {id(module): name for name, module in dense.named_modules()}
     num_examples = split(dense, batches[0]).num_examples
     sites: dict[str, _Site] = {}
     for call in layer_calls(dense, batches[0], layers):
-        if not sites and call.name not in losing:
+        if not sites and call.name not in keeps:
             continue
         norm = None if call.norm is None else names[id(call.norm)]
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (call.inputs, call.output))
         drawn = math.ceil(_ROWS_PER_COLUMN * _num_columns(call.layer) / (len(batches) * num_examples))
         positions = _num_positions(call, num_examples)
-        site = sites.setdefault(call.name, _Site(call.name, id(call.inputs), norm, num_bytes, positions, drawn))
+        keep = keeps.get(call.name)
+        columns = None if keep is None else keep.any(0).nonzero()[:, 0]
+        fresh = _Site(call.name, id(call.inputs), norm, num_bytes, positions, drawn, columns)
+        site = sites.setdefault(call.name, fresh)
         site.num_calls += 1
         site.num_sums += call.addend is not None
         site.norm = norm if site.norm == norm else None
@@ -241,8 +248,9 @@ def _held_bytes(site: _Site, num_batches: int) -> int:
 class _Forwards:
     """Forwards of the model and of the dense one over all batches, side by side."""
 
-    def __init__(self, model: nn.Module, dense: nn.Module, batches: list[Any], at_sum: list[str]) -> None:
-        self._model, self._dense, self._batches, self._at_sum = model, dense, batches, at_sum
+    def __init__(self, model: nn.Module, dense: nn.Module, batches: list[Any], sites: list[_Site]) -> None:
+        self._model, self._dense, self._batches = model, dense, batches
+        self._at_sum = [site.name for site in sites if site.is_at_sum]
         self._pairs: dict[int, tuple[Walk, Walk]] = {}
 
     def moments(self, step: _Step) -> dict[str, tuple[Moments, Moments]]:
@@ -254,7 +262,8 @@ class _Forwards:
         misfits: set[str] = set()
         seen = 0
         for number, batch in enumerate(self._batches[: step.num_batches]):
-            num_examples = split(self._model, batch).num_examples
+            inputs = split(self._model, batch)
+            num_examples = inputs.num_examples
             is_check = torch.arange(seen, seen := seen + num_examples) % 4 == 3
             for site in step.sites.values():
                 for _ in range(site.num_calls):
@@ -262,12 +271,14 @@ class _Forwards:
                     if not call or not stock or call.output.shape != stock.output.shape:
                         misfits.add(site.name)
                     elif not len(call.output) % num_examples:
-                        x, y = _regression_rows(call, stock, num_examples, step.num_batches)
+                        x, y = _regression_rows(call, stock, site, num_examples, step.num_batches)
+                        counted = _counted(call, inputs, step.num_batches)
                         if site.name not in found:
                             sizes = (x.shape[2], y.shape[3], x.shape[3])
                             found[site.name] = Moments(*sizes, x.device), Moments(*sizes, x.device)
                         for moments, part in zip(found[site.name], (~is_check, is_check), strict=True):
-                            moments.add(x[part].flatten(0, 1), y[part].flatten(0, 1))
+                            rows = part.to(x.device)[:, None] & counted
+                            moments.add(x[rows], y[rows])
             if not step.is_held:
                 self._close(number)
         if not step.is_held:
@@ -299,11 +310,24 @@ class _Forwards:
             walk.close()
 
 
-def _regression_rows(call: LayerCall, stock: LayerCall, num_examples: int, num_batches: int) -> tuple[Tensor, Tensor]:
-    """Inputs (N, T, G, C), and y + (s - s~) / g, (N, T, G, R), at drawn positions."""
+def _regression_rows(
+    call: LayerCall, stock: LayerCall, site: _Site, num_examples: int, num_batches: int
+) -> tuple[Tensor, Tensor]:
+    """Inputs that stay (N, T, G, C), and y + (s - s~) / g, (N, T, G, R), at drawn positions."""
     y = _rows(stock, stock.output, num_examples, num_batches) + _stream_rows(stock, num_examples, num_batches)
     y = y - _stream_rows(call, num_examples, num_batches)
-    return _rows(call, call.inputs, num_examples, num_batches), y
+    x = _rows(call, call.inputs, num_examples, num_batches)
+    return x if site.columns is None else x[..., site.columns.to(x.device)], y
+
+
+def _counted(call: LayerCall, batch: Batch, num_batches: int) -> Tensor:
+    """Which of the drawn positions count, (N, T)."""
+    num_positions = _num_positions(call, batch.num_examples)
+    counted = counted_positions(batch, num_positions)
+    if counted is None:
+        counted = torch.ones(batch.num_examples, num_positions, dtype=torch.bool)
+    chosen = _chosen(call, batch.num_examples, num_batches)
+    return (counted if chosen is None else counted[:, chosen.to(counted.device)]).to(call.inputs.device)
 
 
 def _num_positions(call: LayerCall, num_examples: int) -> int:
@@ -312,11 +336,15 @@ def _num_positions(call: LayerCall, num_examples: int) -> int:
 
 def _rows(call: LayerCall, values: Tensor, num_examples: int, num_batches: int) -> Tensor:
     """The run's inputs (N, T, G, C), or values of its output's shape (N, T, G, R), at drawn positions, float32."""
-    layer = call.layer
-    number = max(1, math.ceil(_ROWS_PER_COLUMN * _num_columns(layer) / (num_batches * num_examples)))
-    chosen = drawn_positions(_num_positions(call, num_examples), number)
     rows = input_rows if values is call.inputs else output_rows
-    return rows(layer, values.to(torch.promote_types(values.dtype, torch.float32)), num_examples, chosen)
+    wide = values.to(torch.promote_types(values.dtype, torch.float32))
+    return rows(call.layer, wide, num_examples, _chosen(call, num_examples, num_batches))
+
+
+def _chosen(call: LayerCall, num_examples: int, num_batches: int) -> Tensor | None:
+    """The drawn positions; None for all."""
+    number = max(1, math.ceil(_ROWS_PER_COLUMN * _num_columns(call.layer) / (num_batches * num_examples)))
+    return drawn_positions(_num_positions(call, num_examples), number)
 
 
 def _stream_rows(call: LayerCall, num_examples: int, num_batches: int) -> Tensor | float:
@@ -344,8 +372,11 @@ def _fit(
     kept = torch.ones(start.shape, dtype=torch.bool, device=start.device)
     if keep is not None:
         kept &= keep[:, None].to(kept.device)
+    whole = torch.zeros_like(start)
     if (mask := layer.mask("weight", whole=True)) is not None:
         kept &= to_matrix(layer, mask)
+    if site.columns is not None:
+        start, kept = start[..., site.columns], kept[..., site.columns]
     bias = layer._parameters.get("bias")
     takes_shift = (bias is not None and bias.requires_grad) or site.norm is not None
     fitted, check = moments
@@ -356,7 +387,8 @@ def _fit(
     total = fitted + check
     xx, yx = total.centred(about_mean=takes_shift)
     found = ridge(start, kept, xx, yx, damping)
-    weight.copy_(from_matrix(layer, found.to(weight.dtype)))
+    whole[..., slice(None) if site.columns is None else site.columns] = found
+    weight.copy_(from_matrix(layer, whole.to(weight.dtype)))
     shift = ((total.y - (found @ total.x[:, :, None])[..., 0]) / total.number).flatten()
     if bias is not None and bias.requires_grad:
         bias.copy_(shift)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bayesprune.batches import device_of, on_device, split
 from bayesprune.errors import UnsupportedModelError
-from bayesprune.laplace.calibration import check_examples
+from bayesprune.laplace.calibration import check_examples, counted_positions
 from bayesprune.laplace.matrices import damped, input_rows
 from bayesprune.layers import VariationalLayer
 from bayesprune.macs import eval_mode
@@ -138,13 +138,12 @@ def _rows(model: nn.Module, stage: Stage, batch: Any, *, with_bias: bool) -> Ten
 
     with suppress(_Done), _hooked({name: layer}, hook), eval_mode(model):
         parts.run(model)
-    counted = parts.kwargs.get("attention_mask")
     found = []
     for its in inputs:
         check_examples(name, its, parts.num_examples)
         rows = input_rows(layer, its.to(torch.promote_types(its.dtype, torch.float32)), parts.num_examples)
-        if isinstance(counted, Tensor) and counted.shape == rows.shape[:2]:
-            rows = rows[counted.bool()][None]
+        if (counted := counted_positions(parts, rows.shape[1])) is not None:
+            rows = rows[counted][None]
         found.append(rows.flatten(0, 1))
     rows = torch.cat(found).transpose(0, 1)
     return torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], dim=2) if with_bias else rows

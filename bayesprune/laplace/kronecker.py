@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayesprune.batches import device_of, on_device
+from bayesprune.batches import Batch, device_of, on_device
 from bayesprune.errors import UnsupportedModelError
-from bayesprune.laplace.calibration import Call, Loss, record
+from bayesprune.laplace.calibration import Call, Loss, counted_positions, record
 from bayesprune.laplace.flow import layer_calls
 from bayesprune.laplace.matrices import (
     drawn_positions,
@@ -113,8 +113,8 @@ def fit_kronecker(
 
     Args:
         model: A variational model that is trained.
-        loader: Calibration batches, as for `fit_laplace`. More positions than a layer has columns, or the damping alone
-            decides in some directions.
+        loader: Calibration batches, as for `fit_laplace`. Positions that an `attention_mask` excludes do not count.
+            More positions than a layer has columns, or the damping alone decides in some directions.
         num_data: How many examples the posterior stands for: the size of the training set. None is the number seen.
         loss: As for `fit_laplace`. It bears on G alone, and conditioning on the removal of channels does not see G.
         prior: A `priors.Gaussian`, whose precision damps both factors; None is `Gaussian("layer_rms")`.
@@ -149,7 +149,7 @@ def fit_kronecker(
             if not is_matrix_product(call.layer):
                 continue
             key = id(call.layer.weight)
-            rows, gradients = _rows(call, batch.num_examples, share, with_bias=holders[key].has_bias)
+            rows, gradients = _rows(call, batch.inputs, share, with_bias=holders[key].has_bias)
             positions[key] += rows.shape[0] * rows.shape[1]
             if key in norms:
                 totals[key] = totals.get(key, 0) + rows.sum((0, 1), dtype=torch.double)
@@ -279,24 +279,28 @@ def _blocks_of_inputs(blocks: list[Tensor], total: Tensor | None, number: int) -
     return tuple(product.cpu() for product in products)
 
 
-def _rows(call: Call, num_examples: int, share: float | None, *, with_bias: bool) -> tuple[Tensor, Tensor]:
-    """Inputs (N, T, G, C) and output gradients (N, T, G, R), float32 at least.
+def _rows(call: Call, batch: Batch, share: float | None, *, with_bias: bool) -> tuple[Tensor, Tensor]:
+    """Inputs (N, T, G, C) and output gradients (N, T, G, R), float32 at least; (1, P, ...) where positions are masked.
 
     Of `share` positions in the batch for each column or output; gradients are scaled for those that are left out.
     """
     wide = torch.promote_types(call.inputs.dtype, torch.float32)
-    gradients = output_rows(call.layer, call.gradients.to(wide), num_examples)
+    gradients = output_rows(call.layer, call.gradients.to(wide), batch.num_examples)
+    num_positions = gradients.shape[1]
+    counted = counted_positions(batch, num_positions)
     chosen = None
     if share is not None:
         side = max(gradients.shape[3], to_matrix(call.layer, call.layer.get_parameter("weight")).shape[2])
-        num_positions = gradients.shape[1]
-        chosen = drawn_positions(num_positions, math.ceil(share * side / num_examples))
+        chosen = drawn_positions(num_positions, math.ceil(share * side / batch.num_examples))
         if chosen is not None:
             gradients = gradients[:, chosen] * (num_positions / len(chosen)) ** 0.5
-    rows = input_rows(call.layer, call.inputs.to(wide), num_examples, chosen)
+    rows = input_rows(call.layer, call.inputs.to(wide), batch.num_examples, chosen)
     if with_bias:
         rows = torch.cat([rows, rows.new_ones(*rows.shape[:3], 1)], dim=3)
-    return rows, gradients
+    if counted is None:
+        return rows, gradients
+    counted = counted if chosen is None else counted[:, chosen.to(counted.device)]
+    return rows[counted][None], gradients[counted][None]
 
 
 def _accumulate(sums: dict[int, list[Tensor]], key: int, rows: Tensor, block_size: int) -> None:

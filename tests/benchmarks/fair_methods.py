@@ -20,7 +20,7 @@ import bayesprune as bp
 from bayesprune.laplace import KroneckerPosterior, output_metric, sampled_cross_entropy
 from bayesprune.macs import macs_by_module
 from bayesprune.prune import MeasuredImportance, plan
-from bayesprune.prune.calibrated import TILTS, depth_factors
+from bayesprune.prune.calibrated import best_tilt, depth_factors
 from bayesprune.prune.groups import find_groups
 from bayesprune.prune.importance import Importance
 from bayesprune.prune.structure import ChannelGroup
@@ -244,26 +244,26 @@ def tilted(net: Net, scores: Scores, compensation: str, level: float) -> Scores:
     groups = net.groups()
     costs = plan.cost_model(net.model, groups, macs_by_module(net.model, net.task.example))
     saved = {group.name: each / group.unit_size for group, each in zip(groups, costs.saved("macs"), strict=True)}
-    return best_tilt(net, {name: scores[name] / saved[name] for name in scores}, compensation, level)
+    return searched(net, {name: scores[name] / saved[name] for name in scores}, compensation, level)
 
 
 def measured_and_tilted(net: Net, scores: Scores, compensation: str, level: float) -> Scores:
     """The same of measured costs."""
-    return best_tilt(net, measured(net, scores, compensation, level), compensation, level)
+    return searched(net, measured(net, scores, compensation, level), compensation, level)
 
 
-def best_tilt(net: Net, scores: Scores, compensation: str, level: float) -> Scores:
-    """Scores times exp(t depth), depth from 0 to 1 in the network's order, t of those that `prune_channels` tries."""
+def searched(net: Net, scores: Scores, compensation: str, level: float) -> Scores:
+    """Scores times exp(t depth), depth from 0 to 1 in the network's order, t as `prune_channels` finds it."""
     names = [group.name for group in net.groups() if group.name in scores]
 
     def tilt(by: float) -> Scores:
         return {name: scores[name] * factor for name, factor in zip(names, depth_factors(len(names), by), strict=True)}
 
-    def loss(found: Scores) -> float:
-        cut = net.cut(found, compensation, level, num_images=MEASURED_IMAGES)
+    def loss(by: float) -> float:
+        cut = net.cut(tilt(by), compensation, level, num_images=MEASURED_IMAGES)
         return mean_loss(net.batches[MEASURED_IMAGES // net.task.batch_size :][:4], cut)
 
-    return min(map(tilt, TILTS), key=loss)
+    return tilt(best_tilt(loss))
 
 
 def shares(scores: Scores, classes: Mapping[str, Hashable]) -> Scores:

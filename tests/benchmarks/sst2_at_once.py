@@ -1,0 +1,166 @@
+"""Heads and neurons of MiniLM cut at once, from 1,024 sentences without labels, and 128 steps of distillation after it.
+
+The default of `prune_channels` beside magnitude, which gets the same number of heads and neurons in each layer, the
+same compensation and the same distillation. A seed draws the calibration sentences and the batches of the steps; the
+dense model is that of seed 0. Training is in float32, and cut models stand in the benchmark's folder.
+"""
+
+import copy
+import random
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch_pruning as tp
+from sst2_methods import like_lengths, train
+from torch import Tensor, nn
+from torch_pruning.dependency import Group
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
+
+import bayesprune as bp
+from bayesprune.evaluate import macs_by_module
+from bayesprune.hosts.transformers import DistillationCallback
+from bayesprune.prune.channel_report import ChannelReport
+from bayesprune.prune.structure import ChannelGroup
+
+if TYPE_CHECKING:
+    from sst2 import Benchmark
+
+SCORES = ("default", "magnitude")
+KEPT = (0.5, 0.25)
+"""Of the MACs of the transformer layers; after the first there is training."""
+LEARNING_RATES = (1e-4, 3e-4)
+NUM_SENTENCES = 1024
+
+
+class Divided(tp.importance.Importance):
+    """Another importance inside each group, whose lowest units leave as many as a report says.
+
+    Args:
+        importance: What ranks.
+        report: Of a cut to the same budget.
+    """
+
+    def __init__(self, importance: tp.importance.Importance, report: ChannelReport) -> None:
+        self._importance = importance
+        self._removed = {row.layer: row.channels - row.kept for row in report.rows}
+
+    def __call__(self, group: Group) -> Tensor:  # type: ignore[override]
+        """Scores of channels by themselves."""
+        return self._importance(group)
+
+    def of_group(self, group: ChannelGroup) -> Tensor:
+        """Scores (C,) below 1 of the units that leave, above 1 of the others."""
+        scores = self(group.group)
+        ranks = torch.stack([scores[list(unit)].mean() for unit in group.units]).argsort().argsort()
+        stays = ranks >= self._removed[group.name] // group.unit_size
+        found = torch.empty(group.num_channels)
+        for unit, rank, at in zip(group.units, ranks / len(ranks), stays, strict=True):
+            found[list(unit)] = rank + at
+        return found
+
+
+def run(benchmark: "Benchmark", seeds: list[int]) -> None:
+    """Cuts at each level, and training after the first, at each learning rate."""
+    benchmark.measure({"section": "dense, float32", "seed": 0}, lambda: (_dense(benchmark), {}))
+
+    def cut(kept: float) -> None:
+        for seed in seeds:
+            for score in SCORES:
+                key = {"score": score, "kept": kept, "seed": seed}
+                benchmark.measure({"section": "at once"} | key, lambda key=key: _cut(benchmark, **key))
+
+    cut(KEPT[0])
+    for lr in LEARNING_RATES:
+        for seed in seeds:
+            for score in SCORES:
+                key = {"score": score, "kept": KEPT[0], "lr": lr, "seed": seed}
+                benchmark.measure({"section": "at once, distilled"} | key, lambda key=key: _tuned(benchmark, **key))
+    for kept in KEPT[1:]:
+        cut(kept)
+
+
+def _dense(benchmark: "Benchmark") -> Any:
+    folder, settings = benchmark.work / "float32-dense-0", benchmark.settings
+    if not folder.exists():
+        torch.manual_seed(0)
+        model = AutoModelForSequenceClassification.from_pretrained(benchmark.folder, num_labels=2)
+        _train(benchmark, model, settings.dense_steps, settings.dense_lr, 0)
+        model.save_pretrained(folder)
+    return AutoModelForSequenceClassification.from_pretrained(folder).eval()
+
+
+def _train(
+    benchmark: "Benchmark", model: Any, steps: int, lr: float, seed: int, added: DistillationCallback | None = None
+) -> None:
+    model.bert.embeddings.requires_grad_(False)
+    data = like_lengths(benchmark.train, steps, benchmark.settings.batch, seed)
+    collate = DataCollatorWithPadding(benchmark.tokenizer)
+    train(model, data, collate, added, batch=benchmark.settings.batch, lr=lr, seed=seed)
+
+
+def _calibration(benchmark: "Benchmark", seed: int) -> list[dict[str, Tensor]]:
+    """Batches of sentences of like length, in random order, without labels."""
+    chance, size = random.Random(seed + 1000), benchmark.settings.batch
+    drawn = sorted(chance.sample(benchmark.train, NUM_SENTENCES), key=lambda example: len(example["input_ids"]))
+    starts = chance.sample(range(0, NUM_SENTENCES, size), NUM_SENTENCES // size)
+    return [benchmark.padded(drawn[start : start + size])[0] for start in starts]
+
+
+def _cut(benchmark: "Benchmark", score: str, kept: float, seed: int) -> tuple[nn.Module, dict[str, Any]]:
+    path = _file(benchmark, score, kept, seed)
+    if path.exists():
+        model, _, row = torch.load(path, weights_only=False)
+        return model, row
+    model, inputs = _dense(benchmark), benchmark.padded(benchmark.train[:1])[0]
+    macs = macs_by_module(model, inputs)
+    inside = sum(count for name, count in macs.items() if ".encoder." in name)
+    importance = None
+    if score == "magnitude":
+        _, report, _ = torch.load(_file(benchmark, "default", kept, seed), weights_only=False)
+        importance = Divided(tp.importance.MagnitudeImportance(), report)
+    data = _calibration(benchmark, seed)
+    torch.manual_seed(seed)
+    start, cpu = time.perf_counter(), time.process_time()
+    bp.to_variational(model)
+    report = bp.prune_channels(
+        model,
+        inputs,
+        {"macs": (sum(macs.values()) - (1 - kept) * inside + 0.5) / sum(macs.values())},
+        granularity=("heads", "mlp"),
+        importance=importance,
+        data=data,
+    )
+    bp.to_deterministic(model)
+    row = {
+        "how": report.how,
+        "heads": [r.kept_heads for r in report.rows if r.heads],
+        "neurons": [r.kept for r in report.rows if not r.heads],
+        "macs": report.macs_after / report.macs_before,
+        "cpu_seconds": round(time.process_time() - cpu, 1),
+        "wall_seconds": round(time.perf_counter() - start, 1),
+    }
+    torch.save((model, report, row), path)
+    return model, row
+
+
+def _file(benchmark: "Benchmark", score: str, kept: float, seed: int) -> Path:
+    return benchmark.work / f"at-once-{score}-{kept:g}-{seed}.pt"
+
+
+def _tuned(benchmark: "Benchmark", score: str, kept: float, lr: float, seed: int) -> tuple[nn.Module, dict[str, Any]]:
+    model, _ = _cut(benchmark, score, kept, seed)
+    model, dense = copy.deepcopy(model), _dense(benchmark)
+    callback = DistillationCallback(bp.distillation(dense))
+    _train(benchmark, model, benchmark.settings.steps_after_removal, lr, seed + 200, callback)
+    return model, {"agreement": _agreement(model.eval(), dense, benchmark)}
+
+
+@torch.no_grad()
+def _agreement(model: Any, dense: Any, benchmark: "Benchmark") -> float:
+    """On how many dev sentences both say the same."""
+    same = [
+        (model(**inputs).logits.argmax(1) == dense(**inputs).logits.argmax(1)) for inputs, _ in benchmark.batches("dev")
+    ]
+    return float(torch.cat(same).float().mean())
