@@ -23,7 +23,7 @@ STEPS = {"resnet20": 350, "resnet56": 250, "efficientnet_lite0": 188}
 """Gradient evaluations of the short regime, each on one batch."""
 LEVELS = {"resnet20": (0.5, 0.4), "resnet56": (0.5, 0.4), "efficientnet_lite0": (0.5,)}
 """Fractions of the MACs that are kept."""
-LRS = {"resnet20": (0.01, 0.03), "resnet56": (0.01, 0.03), "efficientnet_lite0": (3e-5, 1e-4)}
+LRS = {"resnet20": (0.01, 0.003), "resnet56": (0.01, 0.003), "efficientnet_lite0": (3e-5, 1e-4)}
 """Learning rates to choose from."""
 
 
