@@ -107,10 +107,10 @@ def compensate(
     sites = _sites(dense, batches, keeps, layers)
     steps = _steps(sites, len(batches))
     forwards = _Forwards(model, dense, batches, sites)
-    with eval_mode(model), eval_mode(dense), watched(layers), watched(_same(model, layers)), closing(forwards):
-        for step in tqdm(
-            steps, desc="Compensate", unit="layer", disable=None if progress is None else not progress, leave=False
-        ):
+    same = {name: variational_layer(model, name) for name in layers}
+    is_hidden = None if progress is None else not progress
+    with eval_mode(model), eval_mode(dense), watched(layers), watched(same), closing(forwards):
+        for step in tqdm(steps, desc="Compensate", unit="layer", disable=is_hidden, leave=False):
             for name, moments in forwards.moments(step).items():
                 shift = _fit(model, dense, step.sites[name], moments, keeps.get(name), damping)
                 forwards.change(shift)
@@ -188,11 +188,6 @@ def _layers(dense: nn.Module) -> dict[str, VariationalLayer]:
     }
 
 
-def _same(model: nn.Module, layers: Iterable[str]) -> dict[str, VariationalLayer]:
-    """The layers of these names in another model."""
-    return {name: variational_layer(model, name) for name in layers}
-
-
 def _num_columns(layer: VariationalLayer) -> int:
     return to_matrix(layer, layer.get_parameter("weight")).shape[2]
 
@@ -268,9 +263,9 @@ class _Forwards:
             for site in step.sites.values():
                 for _ in range(site.num_calls):
                     call, stock = (walk.advance(site.name) for walk in self._pair(number))
-                    if not call or not stock or call.output.shape != stock.output.shape:
+                    if not call or not stock or not _is_alike(call, stock, num_examples):
                         misfits.add(site.name)
-                    elif not len(call.output) % num_examples:
+                    else:
                         x, y = _regression_rows(call, stock, site, num_examples, step.num_batches)
                         counted = _counted(call, inputs, step.num_batches)
                         if site.name not in found:
@@ -308,6 +303,12 @@ class _Forwards:
     def _close(self, number: int) -> None:
         for walk in self._pairs.pop(number, ()):
             walk.close()
+
+
+def _is_alike(call: LayerCall, stock: LayerCall, num_examples: int) -> bool:
+    """Whether the layer meets as many positions of each example as in the dense model, one at least."""
+    shape = call.output.shape
+    return shape == stock.output.shape and shape.numel() > 0 and shape[0] % num_examples == 0
 
 
 def _regression_rows(

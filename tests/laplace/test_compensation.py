@@ -358,3 +358,30 @@ def test_products_of_inputs_that_leave_are_not_made(monkeypatch):
     model = mlp(5, 8, 3)
     compensate(model, [normal(64, 5)], {"2": [0, 3, 5]})
     assert set(widths) == {5}
+
+
+class Routed(nn.Module):
+    """Examples with a positive first input go through an expert, as behind a router, and all through the rest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.expert, self.last = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.relu(self.first(x))
+        routed = torch.zeros_like(y)
+        routed[x[:, 0] > 0] = self.expert(y[x[:, 0] > 0])
+        return self.last(y + routed)
+
+
+def test_an_expert_that_meets_some_examples_or_none_stays_and_the_rest_is_fitted():
+    torch.manual_seed(0)
+    model = bp.to_variational(Routed().eval())
+    batches = [normal(32, 5, seed=seed) for seed in (1, 2, 3)]
+    batches[1][:, 0] = -1.0  # the expert meets none
+    batches[2][:16, 0], batches[2][16:, 0] = 1.0, -1.0
+    before = copy.deepcopy(model)
+    compensate(model, batches, {"expert": [0], "last": [1]})
+    assert not model.expert.weight[:, 0].any()
+    assert torch.equal(model.expert.weight[:, 1:], before.expert.weight[:, 1:])
+    assert not torch.equal(model.last.weight, before.last.weight)
