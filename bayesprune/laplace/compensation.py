@@ -128,7 +128,7 @@ class _Site:
         num_bytes: Of its largest input and output, for one batch.
         num_positions: At which an example meets it in a run.
         num_drawn: How many of these a regression takes, of as many examples as there are.
-        columns: Which columns some row keeps; None where it loses no input.
+        columns: Which columns some row keeps.
         num_calls: How often it runs in a forward.
         num_sums: How often its output is added to a stream.
     """
@@ -139,7 +139,7 @@ class _Site:
     num_bytes: int
     num_positions: int
     num_drawn: int
-    columns: Tensor | None
+    columns: Tensor
     num_calls: int = 0
     num_sums: int = 0
 
@@ -207,7 +207,7 @@ def _sites(
         drawn = math.ceil(_ROWS_PER_COLUMN * _num_columns(call.layer) / (len(batches) * num_examples))
         positions = _num_positions(call, num_examples)
         keep = keeps.get(call.name)
-        columns = None if keep is None else keep.any(0).nonzero()[:, 0]
+        columns = torch.arange(_num_columns(call.layer)) if keep is None else keep.any(0).nonzero()[:, 0]
         fresh = _Site(call.name, id(call.inputs), norm, num_bytes, positions, drawn, columns)
         site = sites.setdefault(call.name, fresh)
         site.num_calls += 1
@@ -318,7 +318,7 @@ def _regression_rows(
     y = _rows(stock, stock.output, num_examples, num_batches) + _stream_rows(stock, num_examples, num_batches)
     y = y - _stream_rows(call, num_examples, num_batches)
     x = _rows(call, call.inputs, num_examples, num_batches)
-    return x if site.columns is None else x[..., site.columns.to(x.device)], y
+    return x[..., site.columns.to(x.device)], y
 
 
 def _counted(call: LayerCall, batch: Batch, num_batches: int) -> Tensor:
@@ -376,8 +376,7 @@ def _fit(
     whole = torch.zeros_like(start)
     if (mask := layer.mask("weight", whole=True)) is not None:
         kept &= to_matrix(layer, mask)
-    if site.columns is not None:
-        start, kept = start[..., site.columns], kept[..., site.columns]
+    start, kept = start[..., site.columns], kept[..., site.columns]
     bias = layer._parameters.get("bias")
     takes_shift = (bias is not None and bias.requires_grad) or site.norm is not None
     fitted, check = moments
@@ -388,7 +387,7 @@ def _fit(
     total = fitted + check
     xx, yx = total.centred(about_mean=takes_shift)
     found = ridge(start, kept, xx, yx, damping)
-    whole[..., slice(None) if site.columns is None else site.columns] = found
+    whole[..., site.columns] = found
     weight.copy_(from_matrix(layer, whole.to(weight.dtype)))
     shift = ((total.y - (found @ total.x[:, :, None])[..., 0]) / total.number).flatten()
     if bias is not None and bias.requires_grad:
