@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from bayesprune.evaluate import plots
 from bayesprune.evaluate.summary import quantities
-from bayesprune.evaluate.table import LAYER_COLUMNS, layer_cells
+from bayesprune.evaluate.table import layer_table
 
 if TYPE_CHECKING:
     from bayesprune.evaluate.report import Report
@@ -93,10 +93,11 @@ def _summary(report: "Report") -> str:
 
 
 def _layers(report: "Report") -> str:
-    head = "".join(f'<th scope="col"{_left(i)}>{escape(text)}</th>' for i, text in enumerate(LAYER_COLUMNS))
+    heads, layers = layer_table(report)
+    head = "".join(f'<th scope="col"{_left(i)}>{escape(text)}</th>' for i, text in enumerate(heads))
     rows = [
-        "<tr>" + "".join(f"<td{_left(i)}>{escape(text)}</td>" for i, text in enumerate(layer_cells(row))) + "</tr>"
-        for row in report.layers
+        "<tr>" + "".join(f"<td{_left(i)}>{escape(text)}</td>" for i, text in enumerate(cells)) + "</tr>"
+        for cells in layers
     ]
     return _table("layers", head, rows)
 

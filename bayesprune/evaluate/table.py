@@ -14,7 +14,8 @@ from bayesprune.evaluate.summary import percent, quantities, short, significant
 if TYPE_CHECKING:
     from bayesprune.evaluate.report import Report
 
-LAYER_COLUMNS = ("layer", "type", "channels kept", "parameters kept", "non-zero", "MACs kept", "median SNR", "SNR < 1")
+_COLUMNS = ("layer", "type", "channels kept", "parameters kept", "non-zero", "MACs kept")
+_SNR_COLUMNS = ("median SNR", "SNR < 1")
 
 
 def render(report: "Report") -> Group:
@@ -32,10 +33,18 @@ def plain_text(report: "Report", width: int = 140) -> str:
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
 
 
-def layer_cells(row: LayerRow) -> tuple[str, ...]:
-    """The texts of one layer, in the order of `LAYER_COLUMNS`."""
-    snr = row.snr
-    median, below = (significant(snr.median, 3), percent(snr.fraction_below_one)) if snr else ("", "")
+def layer_table(report: "Report") -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Heads and rows of the table of layers; signal-to-noise ratios stand in it where the report has some."""
+    heads, rows = _COLUMNS, [_cells(row) for row in report.layers]
+    if not report.snr:
+        return heads, rows
+    return heads + _SNR_COLUMNS, [
+        cells + ((significant(row.snr.median, 3), percent(row.snr.fraction_below_one)) if row.snr else ("", ""))
+        for cells, row in zip(rows, report.layers, strict=True)
+    ]
+
+
+def _cells(row: LayerRow) -> tuple[str, ...]:
     return (
         row.name or "(model)",
         row.type,
@@ -43,8 +52,6 @@ def layer_cells(row: LayerRow) -> tuple[str, ...]:
         f"{row.parameters_kept:,} / {row.parameters:,}",
         f"{row.nonzero_parameters_kept:,}",
         f"{short(row.macs_kept)} / {short(row.macs)}",
-        median,
-        below,
     )
 
 
@@ -62,8 +69,9 @@ def _summary(report: "Report") -> Table:
 
 def _layers(report: "Report") -> Table:
     table = Table(box=box.SIMPLE_HEAD)
-    for i, title in enumerate(LAYER_COLUMNS):
+    heads, rows = layer_table(report)
+    for i, title in enumerate(heads):
         table.add_column(title, justify="left" if i < 2 else "right", overflow="fold")
-    for row in report.layers:
-        table.add_row(*map(Text, layer_cells(row)))
+    for cells in rows:
+        table.add_row(*map(Text, cells))
     return table

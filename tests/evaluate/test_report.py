@@ -279,3 +279,12 @@ def test_latencies_that_scatter_are_said_to():
 
     assert any("quartiles 1 to 9 ms before, 1.9 to 2.1 ms after" in note for note in notes(wide, tight))
     assert not any("quartiles" in note for note in notes(tight, fast))
+
+
+def test_ratios_have_columns_where_there_are_some(report):
+    without = evaluate.report(network(8), network(4), BATCH, num_repeats=0)
+    for text in (report.to_html(), str(report)):
+        assert "median SNR" in text
+    for text in (without.to_html(), str(without)):
+        assert "channels kept" in text
+        assert "SNR" not in text
