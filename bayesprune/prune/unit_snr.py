@@ -44,9 +44,9 @@ class UnitSNRImportance(tp.importance.Importance):
         >>> import torch, bayesprune as bp
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> model = bp.to_variational(model)
-        >>> batches = [(torch.randn(32, 4), torch.randint(2, (32,)))]
-        >>> importance = bp.UnitSNRImportance(model, bp.fit_kronecker(model, batches))
-        >>> report = bp.prune_channels(model, batches[0][0], target={"macs": 0.5}, importance=importance)
+        >>> x = torch.randn(32, 4)
+        >>> importance = bp.UnitSNRImportance(model, bp.fit_kronecker(model, [x]))
+        >>> report = bp.prune_channels(model, x, target={"macs": 0.5}, importance=importance)
     """
 
     def __init__(self, model: nn.Module, posterior: KroneckerPosterior) -> None:
