@@ -13,6 +13,8 @@ from bayesprune.laplace.matrices import damped
 DAMPINGS = (1e-3, 1e-2, 1e-1)
 """Tried, as fractions of the mean diagonal of E[x x^T]."""
 
+_MAX_DAMPING = 1e3
+
 
 class Moments:
     """Sums over positions of products of a layer's inputs and targets, float64.
@@ -84,13 +86,19 @@ def best_damping(start: Tensor, kept: Tensor, fitted: Moments, check: Moments, *
 
 
 def ridge(start: Tensor, kept: Tensor, xx: Tensor, yx: Tensor, damping: float) -> Tensor:
-    """Weights (G, R, C), zero where they are not kept, that fit best; damped towards `start`."""
+    """Weights (G, R, C), zero where they are not kept, that fit best; damped towards `start`.
+
+    Where rounding has left `xx` indefinite, and the damping is too small to make up for it, ten times as much is taken.
+    """
     precision = damped(xx, damping)
     push = yx + (precision.diagonal(dim1=1, dim2=2) - xx.diagonal(dim1=1, dim2=2))[:, None] * start
     found = torch.zeros_like(start)
     for group, own in enumerate(kept):
         columns = own.any(0).nonzero()[:, 0]  # what no row keeps is zero in all, and needs no solution
         among, own = precision[group][columns][:, columns], own[:, columns]
-        free = torch.cholesky_solve(push[group][:, columns].mT, torch.linalg.cholesky(among)).mT
+        factor, fault = torch.linalg.cholesky_ex(among, check_errors=damping >= _MAX_DAMPING)
+        if fault:
+            return ridge(start, kept, xx, yx, 10 * damping)
+        free = torch.cholesky_solve(push[group][:, columns].mT, factor).mT
         found[group][:, columns] = free if own.all() else conditional_mean(free, among, own)
     return found
