@@ -177,8 +177,8 @@ class Walk:
                 raise _DoneError
 
 
-class _DoneError(Exception):
-    """Ends a forward of which no more is needed."""
+class _DoneError(BaseException):
+    """Ends a forward of which no more is needed; no `except Exception` in a model's forward keeps it running."""
 
 
 class _Watch(TorchFunctionMode):

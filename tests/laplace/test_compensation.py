@@ -199,6 +199,26 @@ def test_a_walk_ends_where_it_is_closed_or_fails(residual):
     assert "bayesprune-walk" not in [thread.name for thread in threading.enumerate()]
 
 
+def test_a_walk_ends_although_the_forward_catches_every_exception():
+    class Catching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(2, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            try:
+                return self.linear(x)
+            except Exception:  # noqa: BLE001
+                return self.linear(x)
+
+    model = bp.to_variational(Catching().eval())
+    with torch.no_grad(), eval_mode(model), watched({"linear": model.linear}):
+        walk = Walk(model, normal(4, 2))
+        assert walk.advance("linear") is not None
+        walk.close()
+    assert "bayesprune-walk" not in [thread.name for thread in threading.enumerate()]
+
+
 def test_forwards_that_begin_anew_for_each_layer_find_the_same(residual, monkeypatch):
     batches = list(normal(64, 3, 6, 6, seed=2).split(16))
     removed = {"second.0": [0, 3, 5], "second.1": [1, 2]}
