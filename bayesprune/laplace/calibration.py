@@ -40,11 +40,15 @@ class Call(NamedTuple):
 
 
 class Recorded(NamedTuple):
-    """The calls of one batch by the layer's name, how many examples it had, and what of it the forward took."""
+    """The calls of one batch by the layer's name, and what of it the forward took."""
 
-    num_examples: int
     calls: dict[str, list[Call]]
     inputs: Batch
+
+    @property
+    def num_examples(self) -> int:
+        """How many examples the batch had."""
+        return self.inputs.num_examples
 
 
 def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
@@ -169,7 +173,7 @@ def record(
             if gradient is not None:
                 check_examples(run.name, run.inputs, num_examples)
                 calls[run.name].append(Call(run.layer, run.inputs, num_examples * gradient, run.operation))
-        yield Recorded(num_examples, calls, inputs)
+        yield Recorded(calls, inputs)
     if batch is None:
         raise ValueError("the loader has no batch; expected an iterable of (inputs, labels).")
 

@@ -156,7 +156,7 @@ class _Step:
     Attributes:
         sites: Them, by name.
         num_batches: How many batches fit them.
-        is_held: Whether the forwards wait for them, and go on.
+        is_held: Whether the forwards of both models wait for them, and go on.
     """
 
     sites: dict[str, _Site]
@@ -220,10 +220,9 @@ def _sites(
 def _steps(sites: list[_Site], num_batches: int) -> list[_Step]:
     """Each layer by itself where forwards can wait for it, else those with the same input, and neighbours of many."""
     steps: list[_Step] = []
-    num_held = sum(site.num_calls == 1 and _held_bytes(site, num_batches) <= _MAX_HELD for site in sites)
-    most = max(1, math.ceil((len(sites) - num_held) / _MAX_PASSES))
-    for site in sites:
-        is_held = site.num_calls == 1 and _held_bytes(site, num_batches) <= _MAX_HELD
+    held = [site.num_calls == 1 and 2 * _LIVE * site.num_bytes * num_batches <= _MAX_HELD for site in sites]
+    most = max(1, math.ceil(held.count(False) / _MAX_PASSES))
+    for site, is_held in zip(sites, held, strict=True):
         is_plenty = not is_held and site.num_positions >= _PLENTY * site.num_drawn
         number = math.ceil(num_batches / 4) if is_plenty else num_batches
         last = steps[-1] if steps and not steps[-1].is_held and not is_held else None
@@ -233,11 +232,6 @@ def _steps(sites: list[_Site], num_batches: int) -> list[_Step]:
         else:
             steps.append(_Step({site.name: site}, number, is_held))
     return steps
-
-
-def _held_bytes(site: _Site, num_batches: int) -> int:
-    """What the forwards of both models hold while they wait for a layer."""
-    return 2 * _LIVE * site.num_bytes * num_batches
 
 
 class _Forwards:
@@ -266,8 +260,7 @@ class _Forwards:
                     if not call or not stock or not _is_alike(call, stock, num_examples):
                         misfits.add(site.name)
                     else:
-                        x, y = _regression_rows(call, stock, site, num_examples, step.num_batches)
-                        counted = _counted(call, inputs, step.num_batches)
+                        x, y, counted = _regression_rows(call, stock, site, inputs, step.num_batches)
                         if site.name not in found:
                             sizes = (x.shape[2], y.shape[3], x.shape[3])
                             found[site.name] = Moments(*sizes, x.device), Moments(*sizes, x.device)
@@ -312,50 +305,40 @@ def _is_alike(call: LayerCall, stock: LayerCall, num_examples: int) -> bool:
 
 
 def _regression_rows(
-    call: LayerCall, stock: LayerCall, site: _Site, num_examples: int, num_batches: int
-) -> tuple[Tensor, Tensor]:
-    """Inputs that stay (N, T, G, C), and y + (s - s~) / g, (N, T, G, R), at drawn positions."""
-    y = _rows(stock, stock.output, num_examples, num_batches) + _stream_rows(stock, num_examples, num_batches)
-    y = y - _stream_rows(call, num_examples, num_batches)
-    x = _rows(call, call.inputs, num_examples, num_batches)
-    return x[..., site.columns.to(x.device)], y
-
-
-def _counted(call: LayerCall, batch: Batch, num_batches: int) -> Tensor:
-    """Which of the drawn positions count, (N, T)."""
-    num_positions = _num_positions(call, batch.num_examples)
+    call: LayerCall, stock: LayerCall, site: _Site, batch: Batch, num_batches: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs that stay (N, T, G, C), y + (s - s~) / g, (N, T, G, R), and which count (N, T), at drawn positions."""
+    num_examples = batch.num_examples
+    num_positions = _num_positions(call, num_examples)
+    number = max(1, math.ceil(_ROWS_PER_COLUMN * _num_columns(call.layer) / (num_batches * num_examples)))
+    chosen = drawn_positions(num_positions, number)
+    x = input_rows(call.layer, _wide(call.inputs), num_examples, chosen)
+    y = output_rows(call.layer, _wide(stock.output), num_examples, chosen)
+    for stream, sign in ((_stream(stock), 1), (_stream(call), -1)):
+        if stream is not None:
+            y = y + sign * output_rows(call.layer, _wide(stream), num_examples, chosen)
     counted = counted_positions(batch, num_positions)
     if counted is None:
-        counted = torch.ones(batch.num_examples, num_positions, dtype=torch.bool)
-    chosen = _chosen(call, batch.num_examples, num_batches)
-    return (counted if chosen is None else counted[:, chosen.to(counted.device)]).to(call.inputs.device)
+        counted = torch.ones(num_examples, num_positions, dtype=torch.bool)
+    counted = counted if chosen is None else counted[:, chosen.to(counted.device)]
+    return x[..., site.columns.to(x.device)], y, counted.to(x.device)
 
 
 def _num_positions(call: LayerCall, num_examples: int) -> int:
     return call.output.numel() // (num_examples * call.output.shape[call.layer.feature_dim])
 
 
-def _rows(call: LayerCall, values: Tensor, num_examples: int, num_batches: int) -> Tensor:
-    """The run's inputs (N, T, G, C), or values of its output's shape (N, T, G, R), at drawn positions, float32."""
-    rows = input_rows if values is call.inputs else output_rows
-    wide = values.to(torch.promote_types(values.dtype, torch.float32))
-    return rows(call.layer, wide, num_examples, _chosen(call, num_examples, num_batches))
+def _wide(values: Tensor) -> Tensor:
+    """The values in float32 at least."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def _chosen(call: LayerCall, num_examples: int, num_batches: int) -> Tensor | None:
-    """The drawn positions; None for all."""
-    number = max(1, math.ceil(_ROWS_PER_COLUMN * _num_columns(call.layer) / (num_batches * num_examples)))
-    return drawn_positions(_num_positions(call, num_examples), number)
-
-
-def _stream_rows(call: LayerCall, num_examples: int, num_batches: int) -> Tensor | float:
-    """s / g at the drawn positions, (N, T, G, R); 0 where the output meets no sum."""
-    if call.addend is None:
-        return 0.0
-    stream = call.addend
-    if call.gain is not None:
-        stream = torch.where(call.gain.abs() > _SMALLEST_GAIN * call.gain.abs().max(), stream / call.gain, 0.0)
-    return _rows(call, stream, num_examples, num_batches)
+def _stream(call: LayerCall) -> Tensor | None:
+    """s / g, of the output's shape; None where the output meets no sum."""
+    if call.addend is None or call.gain is None:
+        return call.addend
+    is_large = call.gain.abs() > _SMALLEST_GAIN * call.gain.abs().max()
+    return torch.where(is_large, call.addend / call.gain, 0.0)
 
 
 def _fit(
