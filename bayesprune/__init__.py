@@ -3,13 +3,10 @@
 from importlib.util import find_spec as _find_spec
 
 from bayesprune import evi, gates, laplace, moments, priors
-from bayesprune.compiling import compile_moments
-from bayesprune.conversion import conversion_table
-from bayesprune.convert import to_deterministic, to_variational
-from bayesprune.evaluate import report
+from bayesprune.convert import conversion_table, to_deterministic, to_variational
 from bayesprune.laplace import compensate, condition_on_channels, condition_on_zeros, fit_kronecker, fit_laplace
 from bayesprune.layers import VariationalLayer, register_layer
-from bayesprune.predictive import Prediction, predict, sampling
+from bayesprune.prediction import Prediction, compile_moments, predict, sampling
 from bayesprune.prune import (
     EvidenceImportance,
     InclusionImportance,
@@ -22,16 +19,17 @@ from bayesprune.prune import (
     prune_weights,
     signal_to_noise,
 )
+from bayesprune.reports import report
 from bayesprune.storage import load, save
 from bayesprune.train import attach, distillation, kl_divergence
 
 if _find_spec("timm"):
-    from bayesprune.hosts import timm as _timm  # noqa: F401  (makes `timm.create_model("local-dir:...")` know us)
+    from bayesprune.hosts.timm import reload as _timm  # noqa: F401  (makes `timm.create_model("local-dir:...")` know us)
 
 if _find_spec("transformers"):
-    from bayesprune.hosts import deferred as _deferred
+    from bayesprune.hosts import on_import as _on_import
 
-    _deferred.register()  # transformers' `from_pretrained` will know us, once it is imported
+    _on_import.register()  # transformers' `from_pretrained` will know us, once it is imported
 
 __all__ = [
     "EvidenceImportance",

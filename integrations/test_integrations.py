@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-from bayesprune.data import load_data
+from bayesprune.app.data.images import load_data
 
 pytest.importorskip("timm")
 pytest.importorskip("sklearn")

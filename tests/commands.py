@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from bayesprune import cli
+from bayesprune.app import commands
 
 
 def run(capsys, *arguments: str) -> tuple[int, str, str]:
@@ -13,7 +13,7 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
     sys.argv = ["bayesprune", *arguments]
     try:
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            commands.main()
     finally:
         sys.argv = old
     captured = capsys.readouterr()

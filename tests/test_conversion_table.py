@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import bayesprune as bp
-from bayesprune.conversion import ConversionRow
+from bayesprune.convert import ConversionRow
 from bayesprune.errors import UnsupportedModelError
 from tests.cases import Tied, small_net
 

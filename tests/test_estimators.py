@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bayesprune import estimators, noise
+from bayesprune import estimators
 from bayesprune.estimators import Gaussian
+from bayesprune.foundation import noise
 
 RANDOM = ("weight_sampling", "flipout", "local_reparameterization")
 

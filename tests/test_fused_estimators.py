@@ -173,7 +173,7 @@ def test_an_empty_batch():
 @structures
 def test_an_operation_of_its_own_has_no_foreign_gradient(std):
     """timm's `Conv2dSame` pads in its own forward: the gradients of torch's convolution are not its."""
-    pytest.importorskip("bayesprune.hosts.timm")
+    pytest.importorskip("bayesprune.hosts.timm.reload")
     conv = pytest.importorskip("timm.layers").Conv2dSame
     case = LayerCase("same", lambda: conv(2, 4, 3, stride=2), (2, 2, 5, 6))
     layer, name = variational(case, std, torch.float32), "local_reparameterization"

@@ -14,10 +14,10 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-from bayesprune import noise
 from bayesprune.estimators.draws import deviation, sample
 from bayesprune.estimators.local import add_noise, with_local_noise
 from bayesprune.estimators.types import Bilinear, Gaussian, LogGaussian, Operation, Posterior, as_gaussian, is_plain
+from bayesprune.foundation import noise
 from bayesprune.moments import Moments
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Size, Tensor
 
-from bayesprune.noise import has_channels_last
+from bayesprune.foundation.noise import has_channels_last
 
 
 class Layout(NamedTuple):

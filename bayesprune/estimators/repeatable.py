@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Size, Tensor
 
-from bayesprune import noise
+from bayesprune.foundation import noise
 
 LOG2_E = 1 / math.log(2)
 """exp(x) = exp2(LOG2_E x); on a processor torch's exp2 takes a quarter of the time of its exp."""

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from bayesprune.evi import spatial
 from bayesprune.moments import parts, settings
-from bayesprune.predictive import sampling
+from bayesprune.prediction.predict import sampling
 
 
 class ClassMoments(NamedTuple):

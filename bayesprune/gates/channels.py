@@ -15,15 +15,15 @@ from rich.table import Table
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from bayesprune.foundation.text import as_text
 from bayesprune.gates.trial import reasons_against
 from bayesprune.layers import GateOptions
 from bayesprune.layers.gates import CHANNEL_GATE, ChannelGate, SharedDraws
-from bayesprune.prune.cuts import cut_parameters
-from bayesprune.prune.groups import find_groups
-from bayesprune.prune.inclusion import has_channel_gates
-from bayesprune.prune.roots import Layers, is_root
-from bayesprune.prune.structure import GRANULARITY, ChannelGroup
-from bayesprune.tables import as_text
+from bayesprune.prune.graph.cuts import cut_parameters
+from bayesprune.prune.graph.find import find_groups
+from bayesprune.prune.graph.roots import Layers, is_root
+from bayesprune.prune.graph.structure import GRANULARITY, ChannelGroup
+from bayesprune.prune.scores.inclusion import has_channel_gates
 
 
 @dataclass(frozen=True)

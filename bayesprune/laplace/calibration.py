@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bayesprune.batches import Batch, logits_of, on_device, split
 from bayesprune.errors import UnsupportedModelError
+from bayesprune.foundation.batches import Batch, logits_of, on_device, split
+from bayesprune.foundation.model import eval_mode, requires_grad
 from bayesprune.layers import VariationalLayer, variational_layers
 from bayesprune.layers.drawn import DrawnLayer
-from bayesprune.macs import eval_mode, requires_grad
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """loss(model, batch): a scalar, the mean over the batch's examples of each one's negative log-likelihood in nats."""
@@ -146,7 +146,7 @@ def record(
 
     Args:
         model: A variational model whose layers take the examples along their first dimension.
-        loader: Batches of inputs and labels, in any form that `bayesprune.batches` names.
+        loader: Batches of inputs and labels, in any form that `bayesprune.foundation.batches` names.
         loss: The loss; None is `sampled_cross_entropy`.
         num_batches: No more batches than these; None takes all.
 

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bayesprune.batches import Batch, device_of, on_device, split
+from bayesprune.foundation.batches import Batch, device_of, on_device, split
+from bayesprune.foundation.model import eval_mode
 from bayesprune.laplace.calibration import counted_positions
 from bayesprune.laplace.flow import LayerCall, Walk, layer_calls, watched
 from bayesprune.laplace.kronecker import variational_layer
@@ -41,7 +42,6 @@ from bayesprune.laplace.matrices import (
 from bayesprune.laplace.regression import DAMPINGS, Moments, best_damping, ridge
 from bayesprune.layers import VariationalLayer, variational_layers
 from bayesprune.layers.drawn import DrawnLayer
-from bayesprune.macs import eval_mode
 
 _ROWS_PER_COLUMN = 32  # positions in all that a regression takes, for each of its columns
 _MAX_COLUMNS = 8192  # above it a layer stays as it is
@@ -74,8 +74,8 @@ def compensate(
 
     Args:
         model: A variational model, uncut; evaluated at its means.
-        data: Batches in any form that `bayesprune.batches` names; labels are not read. All are kept in memory.
-            Positions that an `attention_mask` excludes do not count.
+        data: Batches in any form that `bayesprune.foundation.batches` names; labels are not read. All are kept in
+            memory. Positions that an `attention_mask` excludes do not count.
         removed: Input channels (features) that go, by the layer that loses them.
         dense: The model whose outputs are fitted, of the same structure; None is the model as it is now.
         damping: How far each fit is held at the dense weights, as a fraction of the mean diagonal of E[x~ x~^T]; None

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from bayesprune.foundation.model import eval_mode
+from bayesprune.foundation.text import first_names
 from bayesprune.laplace.calibration import Call, Loss, record
 from bayesprune.laplace.matrices import from_matrix, input_rows, is_matrix_product, output_rows
 from bayesprune.laplace.stds import prior_precisions, set_precision
 from bayesprune.layers import Posterior, named_posteriors
-from bayesprune.macs import eval_mode
 from bayesprune.priors import Prior
 
 _MAX_NUMBERS = 2**25  # of per-example gradients held at a time: 128 MiB
@@ -204,6 +205,6 @@ def _warn_of_others(posteriors: Iterable[Posterior], found: Mapping[str, Any]) -
     if others:
         warnings.warn(
             f"{len(others)} parameters keep the stds that they had, since nothing is known of their gradients: "
-            f"{', '.join(others[:5])}{', ...' if len(others) > 5 else ''}.",
+            f"{first_names(others, most=5)}.",
             stacklevel=3,
         )

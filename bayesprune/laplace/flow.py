@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from bayesprune.batches import split
+from bayesprune.foundation.batches import split
+from bayesprune.foundation.model import eval_mode
 from bayesprune.layers import VariationalLayer
-from bayesprune.macs import eval_mode
 
 _IN_PLACE = ("add_", "__iadd__")
 _ADDS = ("add", "__add__", "__radd__", *_IN_PLACE)
@@ -63,7 +63,7 @@ def layer_calls(model: nn.Module, batch: Any, layers: Mapping[str, VariationalLa
 
     Args:
         model: The model.
-        batch: As `bayesprune.batches` reads them, on the model's device.
+        batch: As `bayesprune.foundation.batches` reads them, on the model's device.
         layers: What is watched, by name.
     """
     watch = _Watch(model)
@@ -104,7 +104,7 @@ class Walk:
 
     Args:
         model: The model.
-        batch: As `bayesprune.batches` reads them, on the model's device.
+        batch: As `bayesprune.foundation.batches` reads them, on the model's device.
         at_sum: Names of layers behind which the forward halts where their output meets its sum, so that
             `LayerCall.addend` and `gain` are known; behind others it halts at once.
     """

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bayesprune.batches import device_of, on_device, split
 from bayesprune.errors import UnsupportedModelError
+from bayesprune.foundation.batches import device_of, on_device, split
+from bayesprune.foundation.model import eval_mode
 from bayesprune.laplace.calibration import check_examples, counted_positions
 from bayesprune.laplace.matrices import damped, input_rows
 from bayesprune.layers import VariationalLayer
-from bayesprune.macs import eval_mode
 
 
 class InputMoments(NamedTuple):

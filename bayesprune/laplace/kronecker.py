@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayesprune.batches import Batch, device_of, on_device
 from bayesprune.errors import UnsupportedModelError
+from bayesprune.foundation.batches import Batch, device_of, on_device
 from bayesprune.laplace.calibration import Call, Loss, counted_positions, record
 from bayesprune.laplace.flow import layer_calls
 from bayesprune.laplace.matrices import (

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from bayesprune import estimators
 from bayesprune.errors import UnsupportedModelError
 from bayesprune.estimators import Factors, Gaussian, LogGaussian
+from bayesprune.foundation.sharding import sharded_as
 from bayesprune.layers import gates, masks
 from bayesprune.layers.operations import LayerOperation
-from bayesprune.layers.sharding import sharded_as
 from bayesprune.layers.stacks import axis_size, select
 from bayesprune.layers.structures import SUFFIXES, not_narrowed
 from bayesprune.moments.sampled import is_drawing

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 from torch.utils.hooks import RemovableHandle
 
-from bayesprune import noise
 from bayesprune.estimators import Gaussian, Posterior, as_gaussian
+from bayesprune.foundation import noise
 from bayesprune.layers.structures import not_narrowed
 
 CHANNEL_GATE = "channel_gate"

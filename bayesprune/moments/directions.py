@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from bayesprune import noise
+from bayesprune.foundation import noise
 from bayesprune.moments.settings import current
 from bayesprune.moments.tensor import Known, Moments, Parts, parts, plain
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from bayesprune import noise
+from bayesprune.foundation import noise
 from bayesprune.moments.gaussian import gauss_hermite, std, total
 from bayesprune.moments.shared import aligned
 from bayesprune.moments.tensor import Known, Moments

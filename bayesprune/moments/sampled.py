@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from bayesprune import noise
+from bayesprune.foundation import noise
 from bayesprune.moments.gaussian import std
 from bayesprune.moments.settings import current
 from bayesprune.moments.shared import aligned, shared_dims

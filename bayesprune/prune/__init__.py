@@ -1,20 +1,19 @@
 """Scores of weights and channels, and their removal."""
 
-from bayesprune.prune.allocation import MeasuredImportance, layer_sparsities
-from bayesprune.prune.channels import ChannelReport, prune_channels
-from bayesprune.prune.curve import Compression, Trial
-from bayesprune.prune.dependency import dependency_groups
-from bayesprune.prune.discovery import discover_mask
-from bayesprune.prune.evidence import EvidenceImportance, evidence
-from bayesprune.prune.importance import SNRImportance
-from bayesprune.prune.inclusion import InclusionImportance
-from bayesprune.prune.one_shot import prune_one_shot
-from bayesprune.prune.recalibrate import recalibrate_batch_norm
-from bayesprune.prune.schedule import PruneSchedule, sparsities
-from bayesprune.prune.scores import SNRScore, signal_to_noise
-from bayesprune.prune.search import compress
-from bayesprune.prune.unit_snr import UnitSNRImportance
-from bayesprune.prune.weights import WeightReport, prune_weights
+from bayesprune.prune.batch_norm import recalibrate_batch_norm
+from bayesprune.prune.channels.measured import MeasuredImportance, layer_sparsities
+from bayesprune.prune.channels.prune import ChannelReport, prune_channels
+from bayesprune.prune.graph.dependency import dependency_groups
+from bayesprune.prune.scores.channels import SNRImportance
+from bayesprune.prune.scores.evidence import EvidenceImportance, evidence
+from bayesprune.prune.scores.inclusion import InclusionImportance
+from bayesprune.prune.scores.unit_snr import UnitSNRImportance
+from bayesprune.prune.scores.weights import SNRScore, signal_to_noise
+from bayesprune.prune.search import Compression, Trial, compress
+from bayesprune.prune.weights.discovery import discover_mask
+from bayesprune.prune.weights.one_shot import prune_one_shot
+from bayesprune.prune.weights.prune import WeightReport, prune_weights
+from bayesprune.prune.weights.schedule import PruneSchedule, sparsities
 
 __all__ = [
     "ChannelReport",

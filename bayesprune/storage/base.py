@@ -1,6 +1,6 @@
 """Which library a model comes from, under what name it builds it, and the registry of such libraries.
 
-A host teaches `save` and `load` one library: `bayesprune.hosts.timm` is the example to follow.
+A host teaches `save` and `load` one library: `bayesprune.hosts.timm.reload` is the example to follow.
 """
 
 import reprlib

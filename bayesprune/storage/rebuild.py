@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from bayesprune.convert import to_variational
 from bayesprune.errors import StorageError
+from bayesprune.foundation.model import load_values, requires_grad
 from bayesprune.layers import VariationalLayer, named_posteriors, variational_layers
-from bayesprune.macs import requires_grad
-from bayesprune.states import load_values
 from bayesprune.storage.spec import (
     Shape,
     Spec,

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
+from bayesprune.foundation.sharding import values_sharded_as
 from bayesprune.layers import Posterior, VariationalLayer
-from bayesprune.layers.sharding import values_sharded_as
 from bayesprune.priors import BoundPrior
 from bayesprune.train.checks import collapsed_layers
 from bayesprune.train.fused import Target, add_kl_gradients, bound_log_std, has_kl, mark_with_kl

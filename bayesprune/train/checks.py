@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bayesprune.errors import UnsupportedModelError
+from bayesprune.foundation.sharding import whole
 from bayesprune.layers import Posterior
-from bayesprune.layers.sharding import whole
 from bayesprune.train.optimizers import unwrapped
 
 _CUTS_APART = ("FullyShardedDataParallel", "DeepSpeedOptimizerWrapper", "DataParallel")

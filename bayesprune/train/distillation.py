@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bayesprune.batches import Batch, logits_of, on_device, split
-from bayesprune.predictive import Classification, Prediction
+from bayesprune.foundation.batches import Batch, logits_of, on_device, split
+from bayesprune.prediction.predict import Classification, Prediction
 
 Likelihood = Literal["categorical", "bernoulli", "gaussian"]
 _IGNORED = -100  # the label that torch's and transformers' losses leave out
@@ -85,8 +85,8 @@ class Distillation:
 
         Args:
             outputs: What the student gave for this batch: logits, or an output with `.logits`.
-            batch: The inputs, with labels beside them or without, in any form that `bayesprune.batches` names. It is
-                moved to the device of the outputs, and so is a teacher that is a model.
+            batch: The inputs, with labels beside them or without, in any form of `bayesprune.foundation.batches`. It
+                is moved to the device of the outputs, and so is a teacher that is a model.
             task_loss: The loss on the labels, a mean; not needed where the weight is 1.
 
         Raises:

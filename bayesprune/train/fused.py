@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from bayesprune.estimators.repeatable import LOG2_E
-from bayesprune.layers.sharding import placed_as, whole
+from bayesprune.foundation.sharding import placed_as, whole
 from bayesprune.priors import BoundNormal, BoundPrior
 
 _CACHED = 1 << 17  # elements of a piece on a processor: with what is made of it, less than a core's second cache

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from bayesprune.foundation.sharding import whole
 from bayesprune.layers import Posterior, VariationalLayer, named_posteriors
-from bayesprune.layers.sharding import whole
 from bayesprune.priors import Binding, BoundDependency, BoundPrior, Gaussian, Prior, refresh
 from bayesprune.train.gates import GateTraining
 

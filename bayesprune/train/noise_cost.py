@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bayesprune.foundation.sharding import whole
 from bayesprune.layers import Posterior
-from bayesprune.layers.sharding import whole
 
 WINDOW = 10
 """Steps that a measurement is an average over: one draw and one batch say little."""

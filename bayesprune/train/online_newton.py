@@ -20,7 +20,7 @@ from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from bayesprune.layers import named_posteriors, variational_layers
-from bayesprune.predictive import sampling
+from bayesprune.prediction.predict import sampling
 from bayesprune.train.attachment import Attachment
 from bayesprune.train.newton_step import newton_step_
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bayesprune.foundation.model import eval_mode
 from bayesprune.layers import VariationalLayer, variational_layers
-from bayesprune.macs import eval_mode
-from bayesprune.predictive import sampling
+from bayesprune.prediction.predict import sampling
 from bayesprune.train.optimizers import StepCount
 
 EVERY = 4

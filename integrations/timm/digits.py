@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import bayesprune as bp
-from bayesprune.data import Data, load_data
-from bayesprune.evaluate import accuracy
+from bayesprune.app.data.images import Data, load_data
+from bayesprune.reports import accuracy
 
 
 def train(model: nn.Module, loader: DataLoader, *, num_epochs: int, lr: float, num_data: int | None = None) -> None:

@@ -7,8 +7,8 @@ import torch_pruning as tp
 from torch import nn
 
 import bayesprune as bp
-from bayesprune.data import Data, load_data
-from bayesprune.evaluate import accuracy, count_parameters
+from bayesprune.app.data.images import Data, load_data
+from bayesprune.reports import accuracy, count_parameters
 
 
 def train(model: nn.Module, data: Data, *, num_epochs: int) -> None:

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments, ViTConfig
 
 import bayesprune as bp
-from bayesprune.data import Data, load_data
+from bayesprune.app.data.images import Data, load_data
 from bayesprune.hosts.transformers import BayesPruneCallback
 
 SIDE = 8

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import bayesprune as bp
 from bayesprune.moments import settings as moment_settings
-from bayesprune.predictive import Classification, classify
+from bayesprune.prediction.predict import Classification, classify
 
 METHODS = {
     "plain": "plain network",

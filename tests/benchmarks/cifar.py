@@ -31,8 +31,8 @@ from torch import nn
 from tqdm import tqdm
 
 import bayesprune as bp
-from bayesprune.evaluate import accuracy, count_macs, count_parameters
 from bayesprune.prune import recalibrate_batch_norm
+from bayesprune.reports import accuracy, count_macs, count_parameters
 
 NUM_TRAIN, NUM_VALIDATION_PER_CLASS = 45_000, 500
 TAYLOR_BATCHES = 10

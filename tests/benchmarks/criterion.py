@@ -23,8 +23,8 @@ from criterion_methods import EXAMPLE, Budget, Method, prepare_channels, prune_c
 from criterion_table import markdown
 from torch import Tensor, nn
 
-from bayesprune.evaluate import accuracy, count_macs, count_parameters
 from bayesprune.prune import recalibrate_batch_norm
+from bayesprune.reports import accuracy, count_macs, count_parameters
 
 WEIGHTS = {"20": Budget(0, 240, 0.03), "56": Budget(0, 200, 0.03)}
 CHANNELS = {"20": Budget(150, 200, 0.01), "56": Budget(100, 150, 0.01)}

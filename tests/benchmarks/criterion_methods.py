@@ -20,7 +20,7 @@ import bayesprune as bp
 from bayesprune.laplace import RunningLaplace
 from bayesprune.layers import Posterior, named_posteriors
 from bayesprune.prune import PruneSchedule, SNRScore
-from bayesprune.prune.scores import magnitude, snr
+from bayesprune.prune.scores.weights import magnitude, snr
 
 NUM_DATA, BATCH = 45_000, 64
 EXAMPLE = torch.zeros(1, 3, 32, 32)

@@ -23,9 +23,9 @@ from torch import nn
 
 import bayesprune as bp
 from bayesprune import gates
-from bayesprune.evaluate import accuracy, count_macs
 from bayesprune.layers import named_posteriors
 from bayesprune.prune import EvidenceImportance, evidence, recalibrate_batch_norm
+from bayesprune.reports import accuracy, count_macs
 
 RULES = (
     "SNR, weights",

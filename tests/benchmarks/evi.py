@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import bayesprune as bp
 from bayesprune import evi
-from bayesprune.prune.groups import find_groups
+from bayesprune.prune.graph.find import find_groups
 
 DATASETS = {"MNIST": "MNIST", "FashionMNIST": "Fashion-MNIST"}
 KERNELS_LEFT = (100, 80, 60, 50, 40, 30, 20, 15, 10, 7, 5, 3, 2)

@@ -42,7 +42,7 @@ from fair_tasks import CALIBRATION_IMAGES, EPOCHS, LEVELS, LRS, STEPS, is_right,
 from fair_training import WHENS, Way, fine_tuned, trained
 from torch import nn
 
-from bayesprune.evaluate import count_parameters
+from bayesprune.reports import count_parameters
 
 SETTINGS = {
     "calibration_images": CALIBRATION_IMAGES,

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from torch_pruning.dependency import Group
 
 import bayesprune as bp
+from bayesprune.foundation.macs import macs_by_module
 from bayesprune.laplace import KroneckerPosterior, output_metric, sampled_cross_entropy
-from bayesprune.macs import macs_by_module
-from bayesprune.prune import MeasuredImportance, plan
-from bayesprune.prune.calibrated import best_tilt, depth_factors
-from bayesprune.prune.groups import find_groups
-from bayesprune.prune.importance import Importance
-from bayesprune.prune.structure import ChannelGroup
+from bayesprune.prune import MeasuredImportance
+from bayesprune.prune.channels import plan
+from bayesprune.prune.channels.calibrated import best_tilt, depth_factors
+from bayesprune.prune.graph.find import find_groups
+from bayesprune.prune.graph.structure import ChannelGroup
+from bayesprune.prune.scores.channels import Importance
 
 MEASURED_IMAGES = 256
 Scores = dict[str, Tensor]

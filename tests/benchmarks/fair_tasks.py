@@ -14,7 +14,7 @@ from mobile import Photographs, pretrained
 from torch import Tensor, nn
 
 import bayesprune as bp
-from bayesprune.evaluate import count_macs
+from bayesprune.reports import count_macs
 
 Batch = tuple[Tensor, Tensor]
 CALIBRATION_IMAGES, TEST_IMAGES = 1_024, 5_000

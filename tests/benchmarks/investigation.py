@@ -25,9 +25,9 @@ from criterion_methods import BATCH, EXAMPLE, NUM_DATA, train
 from torch import nn
 
 import bayesprune as bp
-from bayesprune.evaluate import accuracy
 from bayesprune.laplace import RunningLaplace
 from bayesprune.prune import MeasuredImportance, PruneSchedule, SNRScore, recalibrate_batch_norm
+from bayesprune.reports import accuracy
 
 SETTINGS: dict[str, Any] = {
     "images": 2_000,

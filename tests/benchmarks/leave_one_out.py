@@ -22,9 +22,9 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bayesprune.prune.groups import find_groups
-from bayesprune.prune.removal import snapshot
-from bayesprune.prune.silenced import silence
+from bayesprune.prune.graph.find import find_groups
+from bayesprune.prune.graph.removal import snapshot
+from bayesprune.prune.graph.silenced import silence
 
 SETTINGS: dict[str, Any] = {"images": 128, "budget": CHANNELS["20"].before, "lr": CHANNELS["20"].lr}
 SKIPPED = ("magnitude after L1", "DepGraph, group norm")  # they train otherwise and score as magnitude does

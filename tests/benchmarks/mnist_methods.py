@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import bayesprune as bp
 from bayesprune.layers import Posterior, VariationalLayer, named_posteriors, variational_layers
-from bayesprune.prune.scores import magnitude, snr
+from bayesprune.prune.scores.weights import magnitude, snr
 
 Score = Callable[[Posterior], Tensor]
 BATCH = 256

@@ -29,8 +29,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 import bayesprune as bp
-from bayesprune.evaluate import accuracy, count_macs, count_parameters
 from bayesprune.prune import recalibrate_batch_norm
+from bayesprune.reports import accuracy, count_macs, count_parameters
 
 IMAGENET = (0, 217, 482, 491, 497, 566, 569, 571, 574, 701)  # the folders in order
 SIZE, BATCH, BEFORE, AFTER, LR = 128, 32, 141, 47, 1e-4

@@ -25,12 +25,12 @@ from common import parser, read, write
 from torch import Tensor, nn
 
 import bayesprune as bp
-from bayesprune.evaluate import accuracy
 from bayesprune.laplace import KroneckerPosterior, cross_entropy, sampled_cross_entropy, set_marginal_stds
 from bayesprune.layers import Posterior
 from bayesprune.prune import recalibrate_batch_norm
-from bayesprune.prune.importance import weight_scores
-from bayesprune.prune.scores import magnitude
+from bayesprune.prune.scores.channels import weight_scores
+from bayesprune.prune.scores.weights import magnitude
+from bayesprune.reports import accuracy
 
 BATCHES = 16
 EXAMPLE = torch.zeros(1, 3, 32, 32)

@@ -56,7 +56,7 @@ def measure(what: str, name: str, ratio: float | None) -> dict[str, float]:
     import torch_pruning as tp
 
     import bayesprune as bp
-    from bayesprune.macs import macs_by_module
+    from bayesprune.foundation.macs import macs_by_module
 
     model, inputs = build(name)
     dense = sum(macs_by_module(model, inputs).values())

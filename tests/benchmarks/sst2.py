@@ -38,8 +38,8 @@ from transformers import (
 )
 
 import bayesprune as bp
-from bayesprune.evaluate import accuracy, count_parameters
 from bayesprune.hosts.transformers import PruneSchedule
+from bayesprune.reports import accuracy, count_parameters
 
 LEARNING_RATES = (1e-4, 3e-4)
 LOADED_ANEW = """

@@ -19,10 +19,10 @@ from torch_pruning.dependency import Group
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 
 import bayesprune as bp
-from bayesprune.evaluate import macs_by_module
 from bayesprune.hosts.transformers import DistillationCallback
-from bayesprune.prune.channel_report import ChannelReport
-from bayesprune.prune.structure import ChannelGroup
+from bayesprune.prune.channels.report import ChannelReport
+from bayesprune.prune.graph.structure import ChannelGroup
+from bayesprune.reports import macs_by_module
 
 if TYPE_CHECKING:
     from sst2 import Benchmark

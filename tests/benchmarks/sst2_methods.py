@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import bayesprune as bp
-from bayesprune.evaluate import macs_by_module
 from bayesprune.hosts.transformers import BayesPruneCallback, PruneSchedule
 from bayesprune.layers import Posterior
-from bayesprune.prune.channel_report import ChannelReport
+from bayesprune.prune.channels.report import ChannelReport
+from bayesprune.reports import macs_by_module
 
 KINDS = ("magnitude", "movement", "random")
 

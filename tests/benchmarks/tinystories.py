@@ -40,7 +40,7 @@ from transformers import (
 
 import bayesprune as bp
 from bayesprune.hosts.transformers import PruneSchedule
-from bayesprune.prune.scores import magnitude
+from bayesprune.prune.scores.weights import magnitude
 
 BEGINNING = "Once upon a time, there was a little girl named Lily. She "
 GENERATED_ANEW = """

@@ -29,9 +29,9 @@ def equal(model: Any, inputs: Any, stand_in: Callable[[Any], Callable | None] = 
     import torch
     from torch.utils._pytree import tree_map
 
-    from bayesprune.prune.groups import find_groups
-    from bayesprune.prune.removal import remove
-    from bayesprune.prune.silenced import silence
+    from bayesprune.prune.graph.find import find_groups
+    from bayesprune.prune.graph.removal import remove
+    from bayesprune.prune.graph.silenced import silence
 
     groups = find_groups(model, inputs).groups
     enliven(model.double())
@@ -71,7 +71,7 @@ def enliven(model: Any) -> None:
 
 def removable(model: Any, groups: Any, inputs: Any) -> Any:
     """The groups that a model runs without every second channel of; `prune_channels` leaves whole what fails."""
-    from bayesprune.prune.removal import SHAPE_ERRORS, remove
+    from bayesprune.prune.graph.removal import SHAPE_ERRORS, remove
 
     undo = remove(model, [(group, group.units[::2]) for group in groups])
     try:

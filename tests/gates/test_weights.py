@@ -9,7 +9,7 @@ from torch import nn
 import bayesprune as bp
 from bayesprune import gates
 from bayesprune.layers import named_gates
-from bayesprune.prune.inclusion import inclusion
+from bayesprune.prune.scores.inclusion import inclusion
 from tests.cases import Tied, structures
 from tests.gates.gated_nets import spread
 

@@ -14,7 +14,7 @@ import bayesprune as bp
 from bayesprune import gates
 from bayesprune.errors import StorageError
 from bayesprune.layers import named_posteriors, variational_layers
-from bayesprune.prune.schedule import PruneSchedule
+from bayesprune.prune.weights.schedule import PruneSchedule
 from bayesprune.train import default_temperature
 from tests.train.reference import NUM_DATA, assert_same_parameters, batches, net, stds_of, stock_net, train_on_elbo
 
@@ -354,7 +354,9 @@ def test_what_would_go_wrong_without_a_word(tmp_path):
 
 @pytest.mark.slow
 def test_a_compiled_task_takes_the_steps_of_the_eager_one(monkeypatch):
-    monkeypatch.setattr("bayesprune.noise.can_repeat", lambda device: False)  # the eager one draws as a graph does
+    monkeypatch.setattr(
+        "bayesprune.foundation.noise.can_repeat", lambda device: False
+    )  # the eager one draws as a graph does
     runs = []
     for is_compiled in (False, True):
         torch.manual_seed(0)

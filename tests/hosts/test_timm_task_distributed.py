@@ -10,7 +10,7 @@ import torch
 from torch import distributed, multiprocessing
 
 import bayesprune as bp
-from bayesprune.prune.schedule import PruneSchedule
+from bayesprune.prune.weights.schedule import PruneSchedule
 from tests.oracles import HandMadeAdam
 from tests.train import test_distributed as one_process
 from tests.train.reference import NUM_DATA, assert_same_parameters, batches, stds_of

@@ -13,10 +13,10 @@ import torch_pruning as tp
 from torch import nn
 
 import bayesprune as bp
+from bayesprune.foundation.model import eval_mode
 from bayesprune.laplace import compensate
 from bayesprune.laplace.flow import Walk, layer_calls, watched
 from bayesprune.layers import variational_layers
-from bayesprune.macs import eval_mode
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

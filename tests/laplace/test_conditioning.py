@@ -8,7 +8,7 @@ from torch import nn
 import bayesprune as bp
 from bayesprune.laplace import condition_on_channels, condition_on_zeros, conditional_mean, fit_kronecker
 from bayesprune.laplace.matrices import input_rows, to_matrix
-from bayesprune.prune.scores import magnitude
+from bayesprune.prune.scores.weights import magnitude
 
 
 def positive(size: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 import bayesprune as bp
 from bayesprune.laplace import RunningLaplace, adam_laplace
 from bayesprune.prune import SNRScore
-from bayesprune.prune.scores import magnitude, snr
+from bayesprune.prune.scores.weights import magnitude, snr
 
 
 def classifier():

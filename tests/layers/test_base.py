@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 import bayesprune as bp
-from bayesprune import noise
 from bayesprune.errors import UnsupportedModelError
+from bayesprune.foundation import noise
 from bayesprune.layers import named_posteriors, variational_layers
 from tests.cases import LAYERS, layers, small_net, structures
 

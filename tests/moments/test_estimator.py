@@ -9,7 +9,7 @@ import bayesprune as bp
 from bayesprune.estimators import sample
 from bayesprune.layers import named_posteriors, variational_layers
 from bayesprune.moments import Moments, parts
-from bayesprune.predictive import classify
+from bayesprune.prediction.predict import classify
 
 
 class Small(nn.Module):

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from bayesprune.layers import variational_layers
-from bayesprune.prune.groups import find_groups
-from bayesprune.prune.removal import remove
-from bayesprune.prune.silenced import silence
+from bayesprune.prune.graph.find import find_groups
+from bayesprune.prune.graph.removal import remove
+from bayesprune.prune.graph.silenced import silence
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import nn
 import bayesprune as bp
 from bayesprune.layers import named_posteriors
 from bayesprune.prune import Compression, Trial
-from bayesprune.prune.scores import magnitude
+from bayesprune.prune.scores.weights import magnitude
 
 
 def model() -> nn.Module:
@@ -177,7 +177,7 @@ def test_channels_need_example_inputs():
 
 def test_the_curve_is_drawn():
     pytest.importorskip("matplotlib")
-    from bayesprune.evaluate.plots import compression_curve
+    from bayesprune.reports.plots import compression_curve
 
     trials = (Trial(1.0, 0.9, True), Trial(0.5, 0.89, True), Trial(0.02, 0.7, False))
     drawn = compression_curve(Compression(nn.Identity(), trials, "weights", 0.9, 0.02))

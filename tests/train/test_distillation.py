@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import bayesprune as bp
-from bayesprune.predictive import Prediction
+from bayesprune.prediction.predict import Prediction
 from tests.train.reference import batches, net, stock_net
 
 T, W = 4.0, 0.9

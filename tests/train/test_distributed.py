@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
 import bayesprune as bp
-from bayesprune import noise
-from bayesprune.layers.sharding import whole
+from bayesprune.foundation import noise
+from bayesprune.foundation.sharding import whole
 from tests.oracles import HandMadeAdam
 from tests.train.reference import NUM_DATA, assert_same_parameters, batches, others_of, stds_of, train
 

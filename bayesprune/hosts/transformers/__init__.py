@@ -2,14 +2,14 @@
 
 from typing import TYPE_CHECKING, Any
 
-from bayesprune.hosts.transformers.publish import model_card, push_to_hub, save_with_card
+from bayesprune.hosts.transformers.model_card import model_card, push_to_hub, save_with_card
 from bayesprune.hosts.transformers.reload import follow_saves
 
 if TYPE_CHECKING:
     from bayesprune.hosts.transformers.callback import BayesPruneCallback
     from bayesprune.hosts.transformers.distillation import DistillationCallback
     from bayesprune.hosts.transformers.tolerance import Tolerance
-    from bayesprune.prune.schedule import PruneSchedule
+    from bayesprune.prune.weights.schedule import PruneSchedule
 
 __all__ = [
     "BayesPruneCallback",

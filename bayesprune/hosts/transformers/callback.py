@@ -15,20 +15,20 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from bayesprune.convert import to_variational
+from bayesprune.foundation.model import load_values
+from bayesprune.foundation.sharding import whole
 from bayesprune.hosts.transformers import checkpoint
 from bayesprune.hosts.transformers.adapters import warn_of_pruning
+from bayesprune.hosts.transformers.callback_order import stand_before_loggers
 from bayesprune.hosts.transformers.counting import count_terms
 from bayesprune.hosts.transformers.fsdp import Frozen, check_dtypes, freeze_stds, thaw
 from bayesprune.hosts.transformers.guards import LossScaleProbe, check_parallelism, check_shapes, probe_of, shapes
-from bayesprune.hosts.transformers.order import stand_before_loggers
 from bayesprune.hosts.transformers.summary import summarize
 from bayesprune.hosts.transformers.tolerance import Tolerance, evaluation_prefix
 from bayesprune.layers import variational_layers
-from bayesprune.layers.sharding import whole
 from bayesprune.priors import Prior
-from bayesprune.prune.schedule import PruneSchedule, ramp
-from bayesprune.prune.weights import prune_weights
-from bayesprune.states import load_values
+from bayesprune.prune.weights.prune import prune_weights
+from bayesprune.prune.weights.schedule import PruneSchedule, ramp
 from bayesprune.train.attach import attach
 from bayesprune.train.attachment import Attachment
 from bayesprune.train.optimizers import forget_removed

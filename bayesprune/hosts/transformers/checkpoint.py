@@ -15,8 +15,8 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from bayesprune.errors import StorageError
+from bayesprune.foundation.sharding import whole
 from bayesprune.layers import named_gates, named_posteriors
-from bayesprune.layers.sharding import whole
 from bayesprune.train.attachment import Attachment
 from bayesprune.train.state import flattened, restored
 

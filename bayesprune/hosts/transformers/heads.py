@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
-from bayesprune.hosts.transformers.changes import shapes_of, spec_of
+from bayesprune.hosts.transformers.config_delta import shapes_of, spec_of
 from bayesprune.hosts.transformers.host import hf_base, skeleton
 from bayesprune.storage.heads import for_other_head
 from bayesprune.storage.spec import Shape, Spec, plain_attributes

@@ -26,8 +26,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bayesprune.errors import StorageError, UnsupportedModelError
 from bayesprune.hosts.transformers import layers  # noqa: F401  (registers Conv1D)
-from bayesprune.hosts.transformers.changes import Renaming, changes, spec_of
 from bayesprune.hosts.transformers.closed import check_config, for_building, forget_leading, leading_out
+from bayesprune.hosts.transformers.config_delta import Renaming, changes, spec_of
 from bayesprune.hosts.transformers.heads import has_other_sizes, with_other_class, with_other_sizes
 from bayesprune.hosts.transformers.host import LIBRARY, build, hf_base, skeleton
 from bayesprune.storage.base import Base, Host, register_host

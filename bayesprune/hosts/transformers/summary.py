@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
+from bayesprune.foundation.sharding import whole
 from bayesprune.layers import named_posteriors
-from bayesprune.layers.sharding import whole
-from bayesprune.prune.scores import snr
+from bayesprune.prune.scores.weights import snr
 
 _MAX_SAMPLE = 1_000_000  # weights whose SNRs the median is taken of, evenly spaced
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bayesprune import noise
+from bayesprune.foundation import noise
 from bayesprune.moments.registry import follows_directions, register_rule
 from bayesprune.moments.shared import is_tracked, shared_along
 from bayesprune.moments.tensor import Known, Moments, Parts, known

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 import bayesprune as bp
-from bayesprune import noise
+from bayesprune.foundation import noise
 from bayesprune.hosts.transformers import BayesPruneCallback
 from tests.hosts.transformers import tiny
 

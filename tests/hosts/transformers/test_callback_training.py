@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 
 import bayesprune as bp
 from bayesprune.hosts.transformers import BayesPruneCallback, PruneSchedule, Tolerance
-from bayesprune.prune.scores import magnitude
+from bayesprune.prune.scores.weights import magnitude
 from bayesprune.train import default_temperature
 from tests.hosts.transformers import tiny
 

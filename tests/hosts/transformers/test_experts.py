@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import bayesprune as bp
+from bayesprune.foundation.macs import macs_by_module
 from bayesprune.layers.experts import VariationalExperts
-from bayesprune.macs import macs_by_module
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("bayesprune.hosts.transformers")

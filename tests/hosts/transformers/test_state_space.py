@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import bayesprune as bp
-from bayesprune.macs import macs_by_module
+from bayesprune.foundation.macs import macs_by_module
 from tests.prune.nets import assert_stds_follow
 
 transformers = pytest.importorskip("transformers")

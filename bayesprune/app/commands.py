@@ -1,0 +1,256 @@
+"""The commands."""
+
+import logging
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+from typer import Option
+
+from bayesprune.app import pipeline
+from bayesprune.app.checkpoints import Checkpoints, Interval, ResumableTask
+from bayesprune.app.jobs import DEFAULTS, Request, library_of, prepare
+from bayesprune.app.progress import ConsoleProgress
+from bayesprune.errors import BayespruneError, StorageError
+from bayesprune.prune.channels.checks import as_mapping
+from bayesprune.reports import Report
+from bayesprune.reports.plots import require_matplotlib
+from bayesprune.reports.printable import printable
+from bayesprune.storage.load import read as read_saved
+from bayesprune.storage.reading import read_bounded
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Make a trained model smaller."
+)
+
+_LONGEST_LINE, _MAX_LINES = 1_000, 60
+_CONSOLE = Console(width=None if sys.stdout.isatty() else 120)  # files and pipes have no width of their own
+
+
+@app.command()
+def compress(
+    out: Annotated[Path, Option(help="Directory of the compressed model and its report.")],
+    model: Annotated[
+        str, Option(help="timm:NAME, a timm architecture; hf:NAME, a folder or a model of the Hub.")
+    ] = "timm:resnet10t",
+    task: Annotated[str | None, Option(help="With hf: text-classification, causal-lm or image-classification.")] = None,
+    checkpoint: Annotated[
+        Path | None, Option(help="With timm: trained weights, .safetensors or .pth; else trained here.")
+    ] = None,
+    pretrained: Annotated[bool, Option(help="With timm: start from its pretrained weights (needs a network).")] = False,
+    train: Annotated[bool, Option("--train", help="Train first, even where the weights fit the data.")] = False,
+    data: Annotated[
+        str | None,
+        Option(
+            help="Images: digits, torch/NAME, hfds/NAME or a folder. Texts: a CSV, TSV, JSON or JSON lines file (for "
+            "causal-lm .txt too), a folder of such files, hfds/NAME or hfds/NAME:CONFIGURATION.",
+            show_default="digits",
+        ),
+    ] = None,
+    data_dir: Annotated[Path | None, Option(help="Where images of torch/NAME and hfds/NAME are kept.")] = None,
+    download: Annotated[bool, Option(help="Let torchvision download torch/NAME into the data directory.")] = False,
+    augment: Annotated[bool, Option(help="Random crops and mirror images in training.")] = False,
+    image_size: Annotated[int | None, Option(help="Side of the images.", show_default="that of the data")] = None,
+    text_column: Annotated[str | None, Option(help="Column of texts.", show_default="text, sentence, ...")] = None,
+    label_column: Annotated[str | None, Option(help="Column of labels.", show_default="label, labels, ...")] = None,
+    max_length: Annotated[
+        int | None, Option(help="Longest text, or the blocks of causal-lm, in tokens.", show_default="128")
+    ] = None,
+    target: Annotated[
+        str | None,
+        Option(
+            help="Kept fraction or threshold: macs=0.5, params=0.5, snr=1; of single weights: weights=0.2. With "
+            "--tolerance only what goes: macs (channels and heads) or weights."
+        ),
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        Option(
+            help="In place of a fraction: find the smallest model that loses at most this accuracy (0.01 is one "
+            "point), or whose perplexity rises by at most this part of itself."
+        ),
+    ] = None,
+    granularity: Annotated[
+        str | None, Option(help="What may go, with commas between.", show_default="heads,mlp,width; with hf: heads,mlp")
+    ] = None,
+    uniform: Annotated[
+        bool, Option("--uniform", help="The same share everywhere: the config of an hf model can say the sizes.")
+    ] = False,
+    distill: Annotated[
+        bool,
+        Option(help="Let the smaller model learn from the dense one's outputs as it recovers, not from labels alone."),
+    ] = True,
+    epochs: Annotated[
+        int | None, Option(min=1, help="Epochs of each training stage.", show_default="8; with hf: 3")
+    ] = None,
+    train_lr: Annotated[
+        float | None, Option(help="Learning rate of training the dense model.", show_default="3e-3; with hf: 5e-5")
+    ] = None,
+    lr: Annotated[
+        float | None, Option(help="Learning rate of the fine-tuning stages.", show_default="1e-3; with hf: 5e-5")
+    ] = None,
+    batch_size: Annotated[
+        int | None, Option(min=1, help="Examples in a batch.", show_default="64; with hf: 32")
+    ] = None,
+    std: Annotated[
+        str | None,
+        Option(
+            help="With weights or snr: per_weight, rank_one or per_channel.",
+            show_default="per_weight; snr: per_channel",
+        ),
+    ] = None,
+    estimator: Annotated[
+        str, Option(help="With weights or snr: auto, weight_sampling, flipout, local_reparameterization.")
+    ] = "auto",
+    seed: Annotated[int, Option()] = 0,
+    device: Annotated[str | None, Option(help="cpu, cuda, ...", show_default="cuda if there is one")] = None,
+    checkpoint_every: Annotated[
+        str, Option(help="Steps (500) or a time (30s, 10min, 2h); with hf: only the ends of trainings are kept.")
+    ] = "10min",
+) -> None:
+    """Compress a model: train or load it, learn its posteriors where they decide, remove, fine-tune, save, report.
+
+    Channels and heads for a budget are chosen by calibration data; single weights, and snr=1, by stds learned first.
+
+    After a kill the same command goes on from the checkpoints in OUT.checkpoints, a folder beside OUT.
+    """
+    default = DEFAULTS[library_of(model)]
+    wanted, what = _target(target, tolerance)
+    recipe = pipeline.Recipe(
+        target=wanted,
+        tolerance=tolerance,
+        num_epochs=epochs or default.num_epochs,
+        train_lr=default.train_lr if train_lr is None else train_lr,
+        lr=default.lr if lr is None else lr,
+        std=std or ("per_weight" if what == "weights" else "per_channel"),
+        estimator=estimator,
+        granularity=default.granularity if granularity is None else tuple(granularity.split(",")),
+        uniform=uniform,
+        distill=distill,
+        what=what,
+    )
+    if not recipe.learns_stds and (std is not None or estimator != "auto"):
+        raise typer.BadParameter(
+            "--std and --estimator are for stds that are learned; a budget of MACs or parameters learns none. Leave "
+            "them out, or give a --target of weights or snr."
+        )
+    request = Request(
+        model=model,
+        task=task,
+        checkpoint=checkpoint,
+        pretrained=pretrained,
+        train=train,
+        data=data,
+        data_dir=data_dir,
+        download=download,
+        augment=augment,
+        image_size=image_size,
+        text_column=text_column,
+        label_column=label_column,
+        max_length=max_length,
+        batch_size=batch_size or default.batch_size,
+        seed=seed,
+        device=device,
+    )
+    every = Interval.parse(checkpoint_every)
+    require_matplotlib()  # for the report, which comes last
+    _check_writable(out)
+    torch.manual_seed(seed)
+    job = prepare(request)
+    _CONSOLE.quiet = not job.task.is_main
+    progress = ConsoleProgress(_CONSOLE, recipe.num_stages)
+    asked = {name: str(value) for name, value in {**asdict(request), **asdict(recipe)}.items()}
+    beside = out.absolute().with_name(f"{out.absolute().name}.checkpoints")
+    checkpoints = Checkpoints(beside, asked, every, generators=job.task.generators, is_writer=job.task.is_main)
+    resumable = ResumableTask(job.task, checkpoints)
+    progress.say(f"{model} on {job.task.description}")
+    if job.untrained is not None:
+        progress.say(f"the model is trained first: {job.untrained}")
+    result = pipeline.run(job.model, resumable, recipe, out, progress, name=model, is_trained=job.untrained is None)
+    if result is not None:
+        _CONSOLE.print(result.table())
+        progress.say(f"report: {out / 'report.html'}")
+        progress.say(f"load the model: {resumable.how_to_load(out)}")
+    resumable.close()
+
+
+@app.command()
+def report(directory: Annotated[Path, typer.Argument(help="What compress wrote.")]) -> None:
+    """Show the report of a compressed model."""
+    path = directory / "report.json"
+    if not path.is_file():
+        raise typer.BadParameter(f"no report.json in {str(directory)!r}; it is written by bayesprune compress.")
+    _CONSOLE.print(Report.from_json(read_bounded(path)).table())
+
+
+@app.command()
+def inspect(directory: Annotated[Path, typer.Argument(help="What bayesprune.save or compress wrote.")]) -> None:
+    """Show what a saved directory holds, without building the model: base, shapes, zeros."""
+    saved = read_saved(directory)
+    base = "a plain module" if saved.base is None else f"{saved.base.library} model {saved.base.name}"
+    total = sum(tensor.numel() for tensor in saved.tensors.values())
+    nonzero = {name: _nonzero(tensor) for name, tensor in saved.tensors.items()}
+    versions = ", ".join(f"{name} {version}" for name, version in saved.versions.items())
+    title, caption = Text(printable(f"{directory}: {base}")), Text(printable(f"saved with {versions}"))
+    table = Table("tensor", "shape", "dtype", "nonzero", title=title, caption=caption)
+    for name, tensor in saved.tensors.items():
+        shape, dtype = "x".join(map(str, tensor.shape)), str(tensor.dtype).removeprefix("torch.")
+        share = f"{nonzero[name] / max(1, tensor.numel()):.1%}"
+        table.add_row(*map(Text, (printable(name), printable(shape), dtype, share)))
+    _CONSOLE.print(table)
+    _CONSOLE.print(f"{total:,} values, {sum(nonzero.values()):,} of them not zero", highlight=False)
+
+
+def main() -> None:
+    """Runs the command line; what the user can mend is told in one sentence."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.captureWarnings(True)
+    try:
+        app()
+    except (BayespruneError, ValueError, OSError, ImportError, FloatingPointError) as error:
+        lines = [printable(line, _LONGEST_LINE) for line in str(error).splitlines()[:_MAX_LINES]]
+        Console(stderr=True).print(Text.assemble(("error:", "red"), " ", "\n".join(lines)), highlight=False)
+        raise SystemExit(1) from error
+
+
+def _nonzero(tensor: Tensor) -> int:
+    """How many of the values are not zero, of any dtype that can be compared with zero."""
+    try:
+        return int(tensor.ne(0).count_nonzero())
+    except RuntimeError as error:
+        raise StorageError(f"a tensor of dtype {tensor.dtype} cannot be inspected: {error}") from error
+
+
+def _target(
+    target: str | None, tolerance: float | None
+) -> tuple[dict[str, float] | None, Literal["channels", "weights"]]:
+    """The target, None where a tolerance stands in its place, and what goes."""
+    wanted = target or ("macs=0.5" if tolerance is None else "macs")
+    name = wanted.partition("=")[0].strip()
+    what = "weights" if name == "weights" else "channels"
+    if tolerance is not None:
+        if wanted not in ("macs", "weights"):
+            raise typer.BadParameter(
+                f"got --target {target} and --tolerance {tolerance}; give one of them, or --target macs or weights, "
+                "which says what goes and leaves it to the tolerance how much."
+            )
+        return None, what
+    if not (given := as_mapping(wanted)):
+        expected = "expected macs=0.5, params=0.5, snr=1 or weights=0.2."
+        raise typer.BadParameter(f"{target!r}; {expected}", param_hint="--target")
+    return given, what
+
+
+def _check_writable(directory: Path) -> None:
+    """Fails now, not after minutes of training."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=directory):
+        pass

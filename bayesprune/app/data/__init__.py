@@ -1,0 +1,1 @@
+"""Data sets of the command line: images, texts, and how they are split."""

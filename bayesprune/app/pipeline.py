@@ -1,0 +1,272 @@
+"""The main job as one function: train or load, convert, learn stds where they decide, remove, fine-tune, save, report.
+
+A budget of MACs or parameters is met by channels that calibration data rank (`prune_channels`), at once: what a
+training before the cut costs is better spent after it (docs/criterion.md). Single weights and thresholds read the stds.
+"""
+
+import copy
+import itertools
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from bayesprune.app.tasks.task import Progress, Task
+from bayesprune.convert import check_options, conversion_table, to_deterministic, to_variational
+from bayesprune.foundation.batches import device_of, on_device
+from bayesprune.layers import named_posteriors
+from bayesprune.prediction.predict import sampling
+from bayesprune.prune import compress, prune_channels, signal_to_noise
+from bayesprune.prune.channels.checks import checked_target
+from bayesprune.reports import HistoryPoint, Report, count_parameters, report
+from bayesprune.storage import save
+from bayesprune.storage.base import describe
+from bayesprune.train import Distillation, distillation
+
+_SMALL_CUT = {"macs": 0.95}  # a search needs one at least
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to compress.
+
+    Attributes:
+        target: {"weights": f}, the fraction of single weights that is kept, or a target of `prune_channels`; None
+            searches for the smallest model within `tolerance`.
+        tolerance: Largest accepted loss on validation data, a fraction: by so much accuracy may fall, or by such a part
+            of itself perplexity rise.
+        num_epochs: Epochs of each training stage.
+        train_lr: Learning rate where the model is trained first.
+        lr: Learning rate of the variational and the last fine-tuning.
+        std: Structure of the stds, where they are learned.
+        estimator: Estimator of the variational fine-tuning, where there is one.
+        granularity: What may go, as for `prune_channels`.
+        uniform: Whether the same fraction of every group goes, so that a config can say the sizes.
+        relative_std: Initial std as a fraction of the root mean square of the layer's weights.
+        distill: Whether the smaller model learns from the dense one, too, in each training after a removal.
+        what: What the search removes, channels and heads or single weights; a target says it itself.
+    """
+
+    target: dict[str, float] | None
+    tolerance: float | None
+    num_epochs: int
+    train_lr: float
+    lr: float
+    std: str
+    estimator: str
+    granularity: tuple[str, ...]
+    uniform: bool = False
+    relative_std: float = 0.1
+    distill: bool = True
+    what: Literal["channels", "weights"] = "channels"
+
+    def __post_init__(self) -> None:
+        """Refuses now what would be refused after minutes of training."""
+        check_options(self.std, self.relative_std, self.estimator)
+        if self.tolerance is not None and self.tolerance < 0:
+            raise ValueError(f"tolerance is {self.tolerance!r}; expected the largest accepted loss, 0 or more.")
+        if not self.removes_weights:
+            checked_target(self.target or _SMALL_CUT, None, self.granularity, self.uniform, 1)
+        elif self.target is not None and not 0 < self.target["weights"] < 1:
+            kept = self.target["weights"]
+            raise ValueError(f"target weights is {kept!r}; expected the fraction to keep, between 0 and 1.")
+        elif self.uniform:
+            raise ValueError("single weights were to be removed, which changes no size; leave uniform out.")
+
+    @property
+    def removes_weights(self) -> bool:
+        """Whether single weights go, by a target or in a search."""
+        return self.what == "weights" if self.target is None else "weights" in self.target
+
+    @property
+    def learns_stds(self) -> bool:
+        """Whether stds say what goes, so that they have to be learned first."""
+        return self.removes_weights or not (self.target or _SMALL_CUT).keys() <= {"macs", "params"}
+
+    @property
+    def num_stages(self) -> int:
+        """How many stages `run` tells of."""
+        return 4 + self.learns_stds
+
+    @property
+    def sparsity(self) -> float | None:
+        """Fraction of single weights to remove; None where there is no such target."""
+        kept = (self.target or {}).get("weights")
+        return None if kept is None else 1 - kept
+
+    @property
+    def removal(self) -> str:
+        """The stage that removes, by name."""
+        if self.removes_weights:
+            return "Remove single weights"
+        names = {"heads": "heads", "mlp": "neurons"}
+        return f"Remove {' and '.join(names.get(kind, 'channels') for kind in self.granularity)}"
+
+
+def run(
+    model: nn.Module, task: Task, recipe: Recipe, out: Path, progress: Progress, *, name: str, is_trained: bool
+) -> Report | None:
+    """Compresses the model, saves it to `out` with a report, and returns the report; None where another process does.
+
+    What decides anything is measured on the validation split; the test split gives the report's two figures.
+
+    Args:
+        model: A model for the task; changed in place.
+        task: Data, training and metric.
+        recipe: What to do.
+        out: Directory of the result.
+        progress: Hears of every stage.
+        name: The model's name, for the report's title.
+        is_trained: Whether the model needs no training before it is converted.
+    """
+    history: list[HistoryPoint] = []
+
+    def validate(candidate: nn.Module, label: str) -> float:
+        value, num_parameters = task.score(candidate, "validation"), count_parameters(candidate).nonzero
+        history.append(HistoryPoint(num_parameters, value, label))
+        progress.say(f"validation {task.metric.shown(value)} with {num_parameters:,} non-zero parameters")
+        return value
+
+    _check_feasible(model, task, recipe)
+    progress.stage("Use the trained model" if is_trained else "Train the dense model")
+    if not is_trained:
+        task.train(model, progress, num_epochs=recipe.num_epochs, lr=recipe.train_lr)
+    dense = copy.deepcopy(model).eval()
+    distill = distillation(dense) if recipe.distill else None
+    reference = validate(dense, "dense")
+
+    to_variational(model, std=recipe.std, relative_std=recipe.relative_std, estimator=recipe.estimator)
+    ratios = None
+    if recipe.learns_stds:
+        progress.stage("Learn how certain each weight is")
+        task.train(model, progress, num_epochs=recipe.num_epochs, lr=recipe.lr, learn_stds=True)
+        ratios = signal_to_noise(model)
+        progress.say(f"validation {task.metric.shown(task.score(model, 'validation'))}")
+
+    progress.stage(recipe.removal)
+    progress.say(f"layers: {conversion_table(model).summary()}")
+    if recipe.target is None:
+        model = _smallest(model, task, recipe, progress, reference, validate, distill)
+    elif recipe.sparsity is not None:
+        task.train(
+            model, progress, num_epochs=recipe.num_epochs, lr=recipe.lr, learn_stds=True, sparsity=recipe.sparsity
+        )
+        validate(model, "removed")
+    else:
+        removal = prune_channels(
+            model,
+            _example(model, task),
+            target=recipe.target,
+            granularity=recipe.granularity,
+            uniform=recipe.uniform,
+            data=task.calibration,
+        )
+        progress.say(str(removal))
+        validate(model, "removed")
+
+    progress.stage("Fine-tune the smaller model")
+    if not recipe.removes_weights:
+        to_deterministic(model)
+        task.train(model, progress, num_epochs=recipe.num_epochs, lr=recipe.lr, distill=distill)
+    else:
+        _fine_tune(model, task, recipe.num_epochs, recipe.lr, progress, distill)  # its masks keep the zeros
+        to_deterministic(model)
+    validate(model, "fine-tuned")
+
+    if not task.is_main:
+        return None
+    progress.stage("Save and report")
+    points = [{"nonzero_parameters": p.nonzero_parameters, task.metric.name: p.accuracy} for p in history]
+    said = [{"label": p.label, **point} for p, point in zip(history, points, strict=True)]
+    is_rebuilt = describe(model, None) is not None  # and its outputs can be compared with those of what is written
+    save(model, out, example_inputs=_example(model, task) if is_rebuilt else None, history=said)
+    with tempfile.TemporaryDirectory() as directory:
+        save(dense, directory)  # for its size
+        result = report(
+            dense,
+            model,
+            task.example_inputs,
+            evaluate=lambda candidate: task.score(candidate, "test"),
+            snr=ratios,
+            history=history,
+            metric=task.metric,
+            paths=(directory, out),
+            title=f"{name} on {task.description}",
+        )
+    result.save(out)
+    task.save_beside(out)
+    return result
+
+
+def _check_feasible(model: nn.Module, task: Task, recipe: Recipe) -> None:
+    """A target out of reach is told now, not after the training."""
+    with torch.random.fork_rng(devices=[]):  # torch-pruning draws random numbers
+        trial = to_variational(copy.deepcopy(model))
+        if recipe.removes_weights:
+            return
+        cut = prune_channels(
+            trial,
+            _example(model, task),
+            target=recipe.target or _SMALL_CUT,
+            granularity=recipe.granularity,
+            uniform=recipe.uniform,
+        )
+    if recipe.uniform and cut.config is None and hasattr(model, "config"):
+        raise ValueError(
+            f"uniform was asked for, but the config of {type(model).__name__} cannot say the sizes it would have "
+            f"without {' and '.join(recipe.granularity)}; try --granularity mlp, or leave uniform out: then "
+            "`import bayesprune` comes before loading."
+        )
+
+
+def _smallest(
+    model: nn.Module,
+    task: Task,
+    recipe: Recipe,
+    progress: Progress,
+    reference: float,
+    validate: Callable[[nn.Module, str], float],
+    distill: Distillation | None,
+) -> nn.Module:
+    """The smallest model whose metric is within the tolerance of the reference, the dense model's."""
+    assert recipe.tolerance is not None, "a recipe has a target or a tolerance"
+    sign = -1 if task.metric.is_lower_better else 1
+    # A fraction of the reference where the metric has no scale of its own, as perplexity.
+    tolerance = recipe.tolerance * (reference if task.metric.is_lower_better else 1)
+    labels = (f"cut {number}" if number else "learned" for number in itertools.count())
+    options = {} if recipe.removes_weights else {"granularity": recipe.granularity, "uniform": recipe.uniform}
+    found = compress(
+        model,
+        _example(model, task),
+        evaluate=lambda candidate: sign * validate(candidate, next(labels)),
+        tolerance=tolerance,
+        fine_tune=lambda candidate: _fine_tune(
+            candidate, task, max(1, recipe.num_epochs // 2), recipe.lr, progress, distill
+        ),
+        reference=sign * reference,
+        what=recipe.what,
+        data=task.calibration,
+        **options,
+    )
+    progress.say(str(found))
+    return found.model
+
+
+def _fine_tune(
+    model: nn.Module, task: Task, num_epochs: int, lr: float, progress: Progress, distill: Distillation | None
+) -> None:
+    stds = [part for p in named_posteriors(model) for part in p.log_std_parts if part.requires_grad]
+    for part in stds:
+        part.requires_grad_(False)  # DDP waits for the gradient of whatever may have one
+    with sampling(model, "mean"):  # as it will be used; the stds stay as they were learned
+        task.train(model, progress, num_epochs=num_epochs, lr=lr, distill=distill)
+    for part in stds:
+        part.requires_grad_(True)
+
+
+def _example(model: nn.Module, task: Task) -> Any:
+    return on_device(task.example_inputs, device_of(model))

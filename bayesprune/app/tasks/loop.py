@@ -1,0 +1,215 @@
+"""Classes of images from data loaders, trained by a plain loop in one process or several."""
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, broadcast
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from torch.utils.data import DataLoader, DistributedSampler
+
+from bayesprune.app.data.images import Data
+from bayesprune.app.tasks.task import Checkpoint, Progress, Split, Task, check_finite
+from bayesprune.foundation.batches import device_of
+from bayesprune.foundation.model import load_values
+from bayesprune.foundation.sharding import sharded_as, values_sharded_as, whole
+from bayesprune.prune import PruneSchedule
+from bayesprune.reports import ACCURACY, accuracy
+from bayesprune.train import Distillation, attach
+
+
+class LoaderTask(Task):
+    """Images from loaders: AdamW, one cycle of the learning rate, precision and processes as accelerate says.
+
+    With several processes each has its part of every epoch, in batches of the loader's size, and a model of its own
+    that DDP keeps equal to the others; under FSDP 2 a copy is sharded while it is trained, and each process holds the
+    whole weights beside it. The validation score is the main process's in all of them.
+    """
+
+    metric = ACCURACY
+
+    def __init__(self, data: Data, accelerator: Accelerator) -> None:
+        """Takes the loaders as they are."""
+        self.data, self.accelerator, self.description = data, accelerator, data.description
+        self.calibration: Iterable[Any] = data.train
+        self.example_inputs = next(iter(data.validation))[0][:1]
+        self.generators = [_generator_of(data.train)]
+        self.is_main: bool = accelerator.is_main_process
+        self._is_sharded = accelerator.distributed_type == DistributedType.FSDP
+
+    def train(
+        self,
+        model: nn.Module,
+        progress: Progress,
+        *,
+        num_epochs: int,
+        lr: float,
+        learn_stds: bool = False,
+        sparsity: float | None = None,
+        distill: Distillation | None = None,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
+        """Minimises the cross-entropy; removes weights in ten steps after a fifth of the training, for half of it."""
+        device, loader = device_of(model), self._training_loader()
+        trained = copy.deepcopy(model) if self._is_sharded else model
+        optimizer = torch.optim.AdamW(trained.parameters(), lr=lr, weight_decay=0.0)
+        num_steps = num_epochs * len(loader)
+        wrapped, stepper = self.accelerator.prepare(trained, optimizer)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=num_steps)
+        parts: dict[str, Any] = {"model": trained, "optimizer": optimizer, "schedule": schedule}
+        if learn_stds:
+            parts["attachment"] = attach(optimizer, trained, num_data=self.data.num_data, warmup_steps=num_steps // 5)
+        removal = None if sparsity is None else PruneSchedule(sparsity, begin=0.2, end=0.7, num_updates=10)
+        if self.accelerator.scaler is not None:
+            parts["scaler"] = self.accelerator.scaler
+        batches = _Batches(loader, num_epochs, parts, checkpoint)
+        trained.train()
+        with progress.training(num_epochs, len(loader)) as advance:
+            for _ in range(batches.num_done):
+                advance(float("nan"))
+            for step, (images, labels) in batches:
+                stepper.zero_grad()
+                with self.accelerator.autocast():
+                    outputs = wrapped(images.to(device))
+                    loss = F.cross_entropy(outputs.float(), labels.to(device))
+                    loss = loss if distill is None else distill(outputs, images, loss)
+                number = check_finite(float(loss.detach()), lr)
+                self.accelerator.backward(loss)
+                stepper.step()
+                schedule.step()
+                target = None if removal is None else removal.removal_after(step, num_steps)
+                if removal is not None and target is not None:
+                    removal.remove(trained, target)
+                advance(number)
+                if checkpoint is not None and self._is_agreed(checkpoint.is_due(step)):
+                    checkpoint.keep(step, batches.state())
+        self.accelerator.free_memory()
+        if self._is_sharded:
+            load_values(model, {name: whole(value) for name, value in trained.state_dict().items()})
+        if self.accelerator.num_processes > 1:  # each has batch-norm statistics of its own images
+            with torch.no_grad():
+                broadcast(list(model.state_dict().values()))
+        model.eval()
+
+    def score(self, model: nn.Module, split: Split) -> float:
+        """Top-1 accuracy."""
+        if split == "test" or self.accelerator.num_processes == 1:
+            return accuracy(model, self.data.validation if split == "validation" else self.data.test)
+        return self._of_main(accuracy(model, self.data.validation))
+
+    def save_beside(self, directory: Path) -> None:
+        """Nothing: timm's `config.json` says how images are prepared."""
+
+    def how_to_load(self, directory: Path) -> str:
+        """By `bayesprune.load`."""
+        return f'import bayesprune; model = bayesprune.load("{directory}")'
+
+    def close(self) -> None:
+        """Waits for the main process, and ends the group of processes."""
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+
+    def _is_agreed(self, decision: bool) -> bool:
+        """The main process's decision where all have to take part: sharded tensors are gathered."""
+        return bool(self._of_main(float(decision))) if self._is_sharded else decision
+
+    def _of_main(self, number: float) -> float:
+        found = torch.tensor([number], dtype=torch.float64, device=self.accelerator.device)
+        broadcast(found)
+        return float(found)
+
+    def _training_loader(self) -> DataLoader[Any]:
+        """The loader, or that of this process's part."""
+        loader, num_processes = self.data.train, self.accelerator.num_processes
+        if num_processes == 1:
+            return loader
+        dataset: Any = loader.dataset
+        batch_size = min(loader.batch_size or 1, max(1, len(dataset) // num_processes))
+        sampler = DistributedSampler(dataset, num_processes, self.accelerator.process_index, drop_last=True)
+        return DataLoader(
+            dataset,
+            batch_size,
+            sampler=sampler,
+            drop_last=True,
+            num_workers=loader.num_workers,
+            generator=loader.generator,
+        )
+
+
+def check_launch(accelerator: Accelerator, device: str | None) -> None:
+    """Refuses what the loop does not do.
+
+    Raises:
+        ValueError: the model is to be spread in another way than by FSDP 2, or a device was named for all processes.
+    """
+    kind = accelerator.distributed_type
+    is_fsdp2 = getattr(accelerator, "is_fsdp2", False)  # absent before accelerate knew it
+    if not is_fsdp2 and kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        name = "FSDP 1" if kind == DistributedType.FSDP else kind.value
+        raise ValueError(f"compress was launched with {name}; expected one process, DDP or FSDP 2 (fsdp_version: 2).")
+    if accelerator.num_processes > 1 and device not in (None, "cpu", "cuda"):
+        raise ValueError(f"--device is {device!r} for {accelerator.num_processes} processes; leave it out.")
+
+
+def _generator_of(loader: DataLoader[Any]) -> torch.Generator:
+    assert isinstance(loader.generator, torch.Generator), "load_data gives the training images one"
+    return loader.generator
+
+
+class _Batches:
+    """All batches of a training with their numbers from 1, but those that were done before a kill."""
+
+    def __init__(
+        self, loader: DataLoader[Any], num_epochs: int, parts: Mapping[str, Any], checkpoint: Checkpoint | None
+    ) -> None:
+        """Puts the parts, all that a training changes, into the state of the checkpoint, if there is one."""
+        self._loader, self._num_epochs, self._parts, self._checkpoint = loader, num_epochs, parts, checkpoint
+        self._order: Tensor | None = None
+        self._saved = None if checkpoint is None else checkpoint.saved()
+        self.num_done = 0 if self._saved is None else int(self._saved["step"])
+        for name, part in self._parts.items():
+            if self._saved is not None:
+                _restore(part, self._saved[name])
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        generator, step = _generator_of(self._loader), self.num_done
+        first_epoch, num_skipped = divmod(self.num_done, len(self._loader))
+        for epoch in range(first_epoch, self._num_epochs):
+            if isinstance(self._loader.sampler, DistributedSampler):
+                self._loader.sampler.set_epoch(epoch)
+            if num_skipped and self._saved is not None:
+                generator.set_state(self._saved["order"])
+            self._order = generator.get_state()
+            batches = iter(self._loader)
+            for _ in islice(batches, num_skipped):
+                pass
+            if step == self.num_done and self._checkpoint is not None and self._saved is not None:
+                self._checkpoint.restore_random_state()
+            num_skipped = 0
+            for batch in batches:
+                step += 1
+                yield step, batch
+
+    def state(self) -> dict[str, Any]:
+        """All that a checkpoint needs, whole; under FSDP 2 every process calls it."""
+        parts = {name: part.state_dict() for name, part in self._parts.items()}
+        return {"order": self._order} | tree_map(lambda v: whole(v) if isinstance(v, Tensor) else v, parts)
+
+
+def _restore(part: Any, state: dict[str, Any]) -> None:
+    """`part.load_state_dict` of whole tensors, which are cut where the part is sharded."""
+    if isinstance(part, nn.Module):
+        current = part.state_dict()
+        state = {name: sharded_as(value, current[name]) if name in current else value for name, value in state.items()}
+        load_values(part, state)
+        return
+    part.load_state_dict(state)
+    if isinstance(part, torch.optim.Optimizer):
+        for parameter, values in part.state.items():
+            values.update(values_sharded_as(parameter, values))

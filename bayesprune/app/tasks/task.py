@@ -1,0 +1,119 @@
+"""What the command line's pipeline needs to know of a model's data and training, whichever library has the loop."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import nn
+
+from bayesprune.reports import Metric
+from bayesprune.train import Distillation
+
+Split = Literal["validation", "test"]
+
+
+class Progress(Protocol):
+    """Tells a person where the job is."""
+
+    def stage(self, title: str) -> None:
+        """A new stage begins."""
+
+    def say(self, text: str) -> None:
+        """One line about the present stage."""
+
+    def training(self, num_epochs: int, steps_per_epoch: int) -> AbstractContextManager[Callable[[float], None]]:
+        """Inside, a training runs; what it gives is to be called after each step, with the loss."""
+        ...
+
+
+class Checkpoint(Protocol):
+    """Keeps the state of one training, so that it goes on after a kill."""
+
+    def saved(self) -> dict[str, Any] | None:
+        """What was given to `keep` last, and the `step`; None where this training had not come so far."""
+        ...
+
+    def restore_random_state(self) -> None:
+        """Random numbers go on as they would have; to be called when everything else is where it was."""
+
+    def is_due(self, step: int) -> bool:
+        """Whether it is time to keep the state after this step, counted from 1."""
+        ...
+
+    def keep(self, step: int, state: Mapping[str, Any]) -> None:
+        """Keeps the state after this step: tensors, names and numbers."""
+
+
+class Task(Protocol):
+    """Data, and how a model is trained and judged on them.
+
+    Attributes:
+        description: The data in one line.
+        metric: What `score` returns.
+        example_inputs: One example, as the model's forward takes it.
+        calibration: Batches of training inputs, each time from the start.
+        generators: Random generators of the task's own, which a checkpoint keeps beside the global ones.
+        is_main: Whether this process writes files and speaks; one of several does.
+    """
+
+    description: str
+    metric: Metric
+    example_inputs: Any
+    calibration: Iterable[Any]
+    generators: Sequence[torch.Generator]
+    is_main: bool
+
+    def train(
+        self,
+        model: nn.Module,
+        progress: Progress,
+        *,
+        num_epochs: int,
+        lr: float,
+        learn_stds: bool = False,
+        sparsity: float | None = None,
+        distill: Distillation | None = None,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
+        """Trains the model in place and leaves it in evaluation mode.
+
+        Args:
+            model: On the device it is to stay on.
+            progress: Hears of every step.
+            num_epochs: Passes over the training data.
+            lr: The highest learning rate.
+            learn_stds: Attach the KL, so that the stds of a variational model are learned.
+            sparsity: Fraction of single weights to remove on the way, gradually, leaving time to recover.
+            distill: What the model learns from beside the labels.
+            checkpoint: Where a loop that can go on in the middle keeps its state, and finds it after a kill.
+
+        Raises:
+            FloatingPointError: the loss is not finite.
+        """
+
+    def score(self, model: nn.Module, split: Split) -> float:
+        """The metric on all of a split."""
+        ...
+
+    def save_beside(self, directory: Path) -> None:
+        """Adds what prepares the model's inputs, where the library has files for it."""
+
+    def how_to_load(self, directory: Path) -> str:
+        """The Python that loads the saved model in a fresh process."""
+        ...
+
+    def close(self) -> None:
+        """Ends what the task holds; the last call."""
+
+
+def check_finite(loss: float, lr: float) -> float:
+    """The loss.
+
+    Raises:
+        FloatingPointError: it is not finite.
+    """
+    if not abs(loss) < float("inf"):
+        raise FloatingPointError(f"the training loss is {loss}; try a smaller learning rate than {lr:g}.")
+    return loss

@@ -1,0 +1,334 @@
+"""Removes channels from a model, physically: fewer MACs, fewer parameters, less time.
+
+torch-pruning's graph says what must go together, a criterion says what is worth least, and the selection here meets the
+target with as little removed as possible: the stock pruner skips a group whose channels all fall under its threshold,
+checks caps only between steps, and does not say what it skipped.
+"""
+
+import logging
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from bayesprune.errors import InfeasibleTargetError, UnsupportedModelError
+from bayesprune.foundation.macs import macs_by_module
+from bayesprune.laplace.compensation import compensate
+from bayesprune.layers import drop_gates, passing_gates, variational_layers
+from bayesprune.prune.channels import plan
+from bayesprune.prune.channels.calibrated import Calibration, recalibrate_if_better, tilted, unit_costs
+from bayesprune.prune.channels.checks import check_model, checked_target
+from bayesprune.prune.channels.config import follow_config
+from bayesprune.prune.channels.report import ChannelReport, ChannelRow, holdings
+from bayesprune.prune.graph.find import find_groups
+from bayesprune.prune.graph.removal import SHAPE_ERRORS, Selection, lost_inputs, remove, restore_point
+from bayesprune.prune.graph.roots import Layers
+from bayesprune.prune.graph.structure import GRANULARITY, ChannelGroup
+from bayesprune.prune.scores.channels import (
+    GRADIENTS,
+    Importance,
+    Scored,
+    SNRImportance,
+    has_gradients,
+    lowest,
+    removed_weights,
+    unit_scores,
+    weight_scores,
+)
+from bayesprune.prune.scores.evidence import EvidenceImportance
+from bayesprune.prune.scores.inclusion import BeforeCut, InclusionImportance, folding
+from bayesprune.prune.scores.unit_snr import UnitSNRImportance
+
+_LOGGER = logging.getLogger(__name__)
+
+
+@passing_gates
+def prune_channels(
+    model: nn.Module,
+    example_inputs: Any,
+    target: Mapping[str, float] | str,
+    *,
+    importance: Importance | None = None,
+    granularity: Collection[str] = GRANULARITY,
+    uniform: bool = False,
+    round_to: int = 1,
+    dry_run: bool = False,
+    data: Iterable[Any] | None = None,
+    ignored_layers: Layers = (),
+    before_cut: BeforeCut | Literal["compensate"] | None = "compensate",
+) -> ChannelReport:
+    """Removes the channels and heads that are worth least until the target is met, in place; returns what was done.
+
+    Output layers stay whole, and so does what cannot be cut rightly, or is frozen: layers whose weight has
+    `requires_grad=False` keep their inputs, too. The report names each with the reason. Stds and masks follow their
+    means, `num_heads` and its like the heads. Modes, `requires_grad` and tied weights stay as they were. Parameters are
+    new objects afterwards: make the optimizer, and attach to it, after this call.
+
+    Every group keeps at least a tenth of its channels and `round_to`. Channels that can only leave together, those of
+    a head or those that a grouped convolution ties, are ranked by their mean score.
+
+    With `data` and no importance, a target of MACs or parameters is met by what its examples say: channels are ranked
+    by `UnitSNRImportance` on a Kronecker-factored posterior fitted here, the budget is divided between layers by trial
+    of the whole cut model against the dense one, and `laplace.compensate` moves the weights that stay. That takes
+    seconds for a small network, minutes for a large one, trains nothing and reads no labels. Without `data` channels
+    are ranked by `SNRImportance` over all layers, and nothing makes up for them.
+
+    Args:
+        model: With variational layers, or any model when `importance` is given. On any device, not wrapped.
+        example_inputs: A tensor, a tuple of positional arguments, or a mapping of keyword arguments.
+        target: {"macs": f} or {"params": f}, or "macs=0.5", the fraction of the model as it is now that is kept;
+            {"snr": t}: remove the channels whose root mean square SNR, over all weights that leave with them, is
+            below t; {"evidence": t}: remove those without which the log evidence is larger by more than t nats, 0 say;
+            {"inclusion": p}: those whose gates are open with a probability below p, 0.5 say. Gates end with the cut;
+            what is behind closed ones and stays, by a floor or another target, gets zero weights.
+        importance: A torch-pruning importance; None is the default above. A target of "snr" takes none, "evidence" an
+            `EvidenceImportance`, "inclusion" an `InclusionImportance`.
+        granularity: What may go: "heads" of attention (where queries share keys and values, with all that share them),
+            "mlp", the channels inside residual blocks, and "width", the channels that blocks read from and add to, and
+            those of nets without blocks.
+        uniform: Remove the same fraction of every group, ranking inside groups alone. The config of a model of
+            transformers then follows, where it can say the new sizes.
+        round_to: Kept channels are a multiple of this, where the size of the layer allows.
+        dry_run: Only report; the model is as before afterwards.
+        data: Batches, with labels or without, of which up to 1,024 examples are kept in memory. They rank, compensate
+            and recalibrate batch norm where that brings the outputs closer to the dense model's.
+        ignored_layers: Layers, or their names, with everything inside them, whose output channels all stay.
+        before_cut: Called once the selection stands, right before the cut, with the input channels that each layer
+            loses; it may move weights in place, as `condition_on_channels` does. A dry run does not call it.
+            "compensate" is `laplace.compensate` where there is `data`; None moves nothing.
+
+    Raises:
+        InfeasibleTargetError: the target cannot be reached; nothing was changed.
+        UnsupportedModelError: the model is wrapped, cannot be traced, or has no variational layer and no importance.
+        ValueError: an option is not one of those named, all layers are frozen, or the importance gives scores that
+            cannot be ranked, or none for want of gradients.
+    """
+    what, value = checked_target(target, importance, granularity, uniform, round_to)
+    check_model(model, importance, what)
+    calibration = None if data is None else Calibration(model, data)
+    is_calibrated = (
+        calibration is not None and calibration.has_predictions and importance is None and what in ("macs", "params")
+    )
+    compensates = before_cut == "compensate" and calibration is not None and any(variational_layers(model))
+    if before_cut == "compensate":
+        before_cut = (
+            partial(compensate, model, calibration.batches, progress=None) if calibration and compensates else None
+        )
+    before_cut = folding(model, before_cut)
+    macs = macs_by_module(model, example_inputs)
+    structure = find_groups(model, example_inputs, granularity=granularity, ignored_layers=ignored_layers)
+    left_whole = dict(structure.left_whole)
+    default = {"evidence": EvidenceImportance, "inclusion": InclusionImportance}.get(what, SNRImportance)
+    score = _rms_snr if what == "snr" else partial(unit_scores, importance or default())
+    if calibration is not None and is_calibrated:
+        found = unit_costs(model, structure.groups, calibration)
+    else:
+        found = {group: score(group) for group in structure.groups}
+    ranked = {scored.group: scored for scored in found.values() if scored is not None}
+    unscored = _no_score(model, importance, what)
+    left_whole |= {layer: unscored for group, scored in found.items() if scored is None for layer in group.layers}
+    params = _num_parameters(model)
+    while True:
+        groups = tuple(ranked)
+        costs = plan.cost_model(model, groups, macs)
+        choose = partial(_choose, model, costs, what, value, uniform, round_to, left_whole)
+        scored = list(ranked.values())
+        if calibration is not None and is_calibrated and not uniform:
+            counts, tilt = tilted(model, scored, costs.saved(what), choose, calibration)
+        else:
+            counts, tilt = choose([its.scores for its in scored]), None
+        selection = [(its.group, lowest(*its, count)) for its, count in zip(scored, counts, strict=True)]
+        failures, undo, macs_after = _attempt(model, selection, example_inputs)
+        if not failures:
+            break
+        left_whole |= {layer: failures[group] for group in failures for layer in group.layers}
+        ranked = {group: scored for group, scored in ranked.items() if group not in failures}
+    _compare(macs_after, costs.cost("macs", counts))
+    if before_cut is not None and not dry_run:
+        undo()
+        undo = _cut_after(before_cut, model, selection)
+    report = ChannelReport(
+        rows=tuple(_row(group, len(units)) for group, units in selection),
+        macs_before=sum(macs.values()),
+        macs_after=macs_after,
+        params_before=params,
+        params_after=_num_parameters(model),
+        target={what: value},
+        left_whole=left_whole,
+        removed={g.name: tuple(sorted(c for unit in u for c in unit)) for g, u in selection if u and not g.is_heads},
+        removed_heads={name: _heads(g, units) for g, units in selection if units for name in g.attention},
+        dry_run=dry_run,
+        holdings=holdings(model, costs.parts("macs", counts), sum(macs.values()), costs.layers, left_whole),
+        how=_how(importance, calibration, tilt, is_calibrated=is_calibrated, uniform=uniform, compensates=compensates),
+    )
+    if dry_run:
+        undo()
+        return report
+    if calibration is not None:
+        try:
+            recalibrate_if_better(model, calibration)
+        except BaseException:
+            undo()
+            raise
+    drop_gates(model)
+    if uniform:
+        report = replace(report, config=follow_config(model, [(g, len(units)) for g, units in selection]))
+    return report
+
+
+def _how(
+    importance: Importance | None,
+    calibration: Calibration | None,
+    tilt: float | None,
+    *,
+    is_calibrated: bool,
+    uniform: bool,
+    compensates: bool,
+) -> str:
+    """One line on what decided and what made up for it."""
+    default = UnitSNRImportance if is_calibrated else SNRImportance
+    name = default.__name__ if importance is None else type(importance).__name__
+    parts = [f"channels ranked by {name}"]
+    if uniform:
+        parts.append("the same share from every group")
+    elif tilt is not None:
+        parts.append(f"the budget divided by trial of the whole cut model (costs times exp({tilt:g} depth))")
+    else:
+        parts.append("the budget divided by the scores themselves")
+    if compensates and calibration is not None:
+        parts.append(f"weights fitted to the dense model on {calibration.num_examples:,} examples")
+    elif calibration is None:
+        parts.append("nothing compensated, since there is no data")
+    return "; ".join(parts)
+
+
+def _compare(counted: int, planned: int) -> None:
+    """Says where a forward after the cut costs something else than planned."""
+    if counted > 1.01 * planned:
+        _LOGGER.warning(
+            "the forward after the cut runs %d MACs, and %d were planned: it does more than before, as detectors do, "
+            "whose number of boxes depends on the weights. The MACs of the report are those of that forward.",
+            counted,
+            planned,
+        )
+    elif counted != planned:
+        _LOGGER.info("counted %d MACs after the cut, planned %d", counted, planned)
+
+
+def _no_score(model: nn.Module, importance: Importance | None, what: str) -> str:
+    """Why a group that could be cut has no score."""
+    if importance is None or isinstance(importance, SNRImportance | EvidenceImportance | InclusionImportance):
+        return f"nothing in its group has a score (no {'gate' if what == 'inclusion' else 'variational layer'})"
+    hint = "" if has_gradients(model.modules()) else f"; the weights have no gradients. {GRADIENTS}"
+    return f"{type(importance).__name__} gives its group no score{hint}"
+
+
+def _row(group: ChannelGroup, num_removed: int) -> ChannelRow:
+    kept = group.num_channels - group.unit_size * num_removed
+    along = tuple(name for name in group.layers if name != group.name)
+    heads = len(group.units) * group.heads_per_unit
+    return ChannelRow(group.name, group.num_channels, kept, along, heads, heads - num_removed * group.heads_per_unit)
+
+
+def _heads(group: ChannelGroup, units: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
+    """The query heads in these units."""
+    if group.heads:
+        of = dict(zip(group.units, group.heads, strict=True))
+        return tuple(sorted(head for unit in units for head in of[unit]))
+    first = [unit[0] // group.unit_size * group.heads_per_unit for unit in units]
+    return tuple(sorted(start + head for start in first for head in range(group.heads_per_unit)))
+
+
+@torch.no_grad()
+def _rms_snr(group: ChannelGroup) -> Scored | None:
+    removed = removed_weights(group.group, partial(weight_scores, power=2))
+    if removed is None:
+        return None
+    score, count = (values.double().cpu() for values in removed)
+    group = group.by_rank(score / count.clamp(min=1))
+    return Scored(
+        group, [float((score[list(u)].sum() / count[list(u)].sum().clamp(min=1)).sqrt()) for u in group.units]
+    )
+
+
+def _choose(
+    model: nn.Module,
+    costs: plan.CostModel,
+    what: str,
+    value: float,
+    uniform: bool,
+    round_to: int,
+    left_whole: dict[str, str],
+    scores: list[list[float]],
+) -> list[int]:
+    """Units that leave each group; none is an answer where the target is a threshold."""
+    if what in ("snr", "evidence", "inclusion"):
+        return plan.below(costs.groups, scores, -value if what == "evidence" else value, round_to)
+    levels = plan.blocks(costs.groups, scores, uniform=uniform, round_to=round_to)
+    dense = costs.cost(what, [0] * len(scores))
+    counts = plan.fewest(costs, levels, what, value * dense, gives_back=not uniform)
+    if (reached := costs.cost(what, counts)) <= value * dense:
+        return counts
+    held = holdings(model, costs.parts(what, counts), dense, costs.layers, left_whole)
+    raise InfeasibleTargetError(
+        f"target {what} {value:g} cannot be reached: at least {reached / dense:.4f} of the {what} stay. Each of the "
+        f"{len(scores)} groups of channels keeps a tenth, and round_to={round_to}. What stays is in "
+        f"{'; '.join(map(str, held[:4]))}. Ask for a larger fraction. Nothing was changed."
+    )
+
+
+def _attempt(
+    model: nn.Module, selection: Selection, example_inputs: Any
+) -> tuple[dict[ChannelGroup, str], Callable[[], None], int]:
+    """Cuts the model and counts its MACs; where that fails, leaves it as it was and says which groups are at fault."""
+    try:
+        return {}, *_cut_and_count(model, selection, example_inputs)
+    except SHAPE_ERRORS as error:
+        failures = {}
+        for group, units in selection:
+            try:
+                undo, _ = _cut_and_count(model, [(group, units)], example_inputs)
+                undo()
+            except SHAPE_ERRORS as fault:
+                failures[group] = (
+                    f"the model does not run without some of its channels ({_first_line(fault)}): a size in its "
+                    "forward or attributes does not follow; take it from the tensor's shape"
+                )
+        if failures:
+            return failures, lambda: None, 0
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not run after the cut ({_first_line(error)}), though it does after the cut "
+            "of any one group; nothing was changed. Name layers that should stay whole in ignored_layers."
+        ) from error
+
+
+def _cut_and_count(model: nn.Module, selection: Selection, example_inputs: Any) -> tuple[Callable[[], None], int]:
+    undo = remove(model, selection)
+    try:
+        return undo, sum(macs_by_module(model, example_inputs).values())
+    except BaseException:
+        undo()
+        raise
+
+
+def _cut_after(before_cut: BeforeCut, model: nn.Module, selection: Selection) -> Callable[[], None]:
+    """Cuts once `before_cut` has moved the weights; what it returns undoes both."""
+    undo = restore_point(model)
+    try:
+        before_cut(lost_inputs(selection))
+        remove(model, selection)
+    except BaseException:
+        undo()
+        raise
+    return undo
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def _num_parameters(model: nn.Module) -> int:
+    return sum({id(p): p.numel() for _, p in plan.stock_parameters(model)}.values())

@@ -1,0 +1,51 @@
+"""Tries groups on the model: whether it runs without a unit, and whether it is then the model that ignores the unit."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from bayesprune.foundation.model import run_forward
+from bayesprune.prune.graph.removal import SHAPE_ERRORS, remove, snapshot
+from bayesprune.prune.graph.silenced import disagreement
+from bayesprune.prune.graph.steady import steady
+from bayesprune.prune.graph.structure import ChannelGroup
+
+
+def missed(model: nn.Module, groups: Sequence[ChannelGroup], example_inputs: Any) -> list[ChannelGroup]:
+    """The groups without whose first unit the model does not run; it is as before afterwards.
+
+    A few among many are found by halves.
+    """
+    if not groups or _runs(model, groups, example_inputs):
+        return []
+    half = len(groups) // 2
+    parts = (groups[:half], groups[half:]) if half else ()
+    return [group for part in parts for group in missed(model, part, example_inputs)] if parts else list(groups)
+
+
+def is_right(model: nn.Module, group: ChannelGroup, example_inputs: Any) -> bool:
+    """Whether the model without a unit is the one that ignores it, but for norms, which count the channels."""
+    undo = snapshot(model)
+    try:
+        for member in group.members:
+            if isinstance(member.layer, (nn.LayerNorm, nn.GroupNorm)):
+                vars(member.layer)["forward"] = torch.tanh  # bounded too, and of each channel alone
+        ends = (group.units[0], group.units[-1])
+        return all(disagreement(model, [(group, [unit])], example_inputs, to_the_end=True) is None for unit in ends)
+    finally:
+        undo()
+
+
+def _runs(model: nn.Module, groups: Sequence[ChannelGroup], example_inputs: Any) -> bool:
+    undo = snapshot(model)
+    try:
+        remove(model, [(group, group.units[:1]) for group in groups])
+        with steady(model):
+            run_forward(model, example_inputs)
+    except SHAPE_ERRORS:
+        return False
+    finally:
+        undo()
+    return True

@@ -1,0 +1,74 @@
+"""Inclusion probabilities as scores: of channels by their gates, and of single weights by all gates on their way."""
+
+from collections.abc import Callable
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+from torch_pruning.dependency import Group
+
+from bayesprune.layers import Posterior, fold_gates, named_gates
+from bayesprune.layers.gates import ChannelGate, GatedSide, weight_gate
+from bayesprune.prune.graph.companions import install
+
+BeforeCut = Callable[[dict[str, list[int]]], object]
+
+
+class InclusionImportance(tp.importance.Importance):
+    """A torch-pruning importance: the posterior probability that a channel is there, by its gate.
+
+    `prune_channels(model, x, target={"inclusion": 0.5})` removes the channels that are more likely not there; as a
+    ranking it serves any other target. A group without gates gets None. A pruner of your own cuts no gates: run
+    `gates.close` first, or leave the cut to `prune_channels`.
+    """
+
+    def __init__(self) -> None:
+        install()
+
+    @torch.no_grad()
+    def __call__(self, group: Group) -> Tensor | None:  # type: ignore[override]
+        """Probabilities (C,) of the root channels of a dependency group; None where it has no gates."""
+        roots = {channel: index for index, channel in enumerate(group[0].root_idxs)}
+        for item in group:
+            root_idxs = item.root_idxs
+            if item.dep.handler.__name__ != "prune_in_channels" or root_idxs is None or None in root_idxs:
+                continue
+            for side in _gated_inputs(item.dep.layer):
+                by_position = side.gate.by_position(side.gate.probabilities, side.units)
+                if not (side.units[list(item.idxs)] < len(side.gate.logits)).all():
+                    continue  # the gate of another group whose channels this layer reads as well
+                scores = by_position.new_ones(len(roots))
+                targets = torch.tensor([roots[root] for root in root_idxs], device=scores.device)
+                scores[targets] = by_position[list(item.idxs)]
+                return scores
+        return None
+
+
+@torch.no_grad()
+def inclusion(posterior: Posterior) -> Tensor:
+    """Inclusion probability of each weight by its own gate, a score for `prune_weights`; 1 where it has none."""
+    gate = weight_gate(posterior.layer, posterior.parameter)
+    return torch.ones_like(posterior.mean, dtype=torch.float32) if gate is None else gate.probabilities.detach()
+
+
+def has_channel_gates(model: nn.Module) -> bool:
+    """Whether gates decide on channels of the model."""
+    return any(isinstance(gate, ChannelGate) for _, gate in named_gates(model))
+
+
+def folding(model: nn.Module, before_cut: BeforeCut | None) -> BeforeCut | None:
+    """What to call right before a cut, such that gates which stay with their channels keep their say."""
+    if not any(True for _ in named_gates(model)):
+        return before_cut
+
+    def fold(lost: dict[str, list[int]]) -> None:
+        fold_gates(model, lost)
+        if before_cut is not None:
+            before_cut(lost)
+
+    return fold
+
+
+def _gated_inputs(layer: object) -> list[GatedSide]:
+    hooks = getattr(layer, "_forward_pre_hooks", {}).values()
+    return [hook for hook in hooks if isinstance(hook, GatedSide)]

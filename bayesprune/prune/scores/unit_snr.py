@@ -1,0 +1,179 @@
+"""What a unit costs once the others have made up for it: the squared signal-to-noise ratio of the unit as a vector.
+
+Under the matrix normal posterior of a layer that reads a unit, of precision G (x) A around the means W, the weights W_S
+of the unit's columns S have the squared signal-to-noise ratio tr(G W_S ([A^-1]_SS)^-1 W_S^T). Half of it is by how much
+the loss of an example rises, in nats and to second order, when the unit leaves and the other weights of the layer are
+moved to make up for it (Optimal Brain Surgeon by blocks; van der Ouderaa et al., 2024, use it for language models). The
+costs of all layers that read a unit add up; who makes it pays nothing, since nobody reads it any more.
+
+Units leave one at a time, and what is left is conditioned on it (Frantar & Alistarh, 2022):
+
+    W <- W - W_S ([A^-1]_SS)^-1 [A^-1]_S,       A^-1 <- A^-1 - [A^-1]_:,S ([A^-1]_SS)^-1 [A^-1]_S,
+
+so that of two units which say the same the first is free and the second is not.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+import torch_pruning as tp
+from torch import Tensor, nn
+from torch_pruning.dependency import Group
+
+from bayesprune.laplace import KroneckerFactors, KroneckerPosterior
+from bayesprune.laplace.matrices import damped, removed_columns
+from bayesprune.layers import VariationalLayer
+from bayesprune.prune.graph.structure import ChannelGroup
+
+_DAMPING = 0.01  # of A, as a fraction of its mean diagonal; conditioning takes the same
+
+
+class UnitSNRImportance(tp.importance.Importance):
+    """A torch-pruning importance: what each channel or head costs in nats when the others have made up for it.
+
+    Channels leave one after the other, and a channel's score is what its turn costs, or what an earlier one cost where
+    that was more: the lowest scores are those that leave together at least cost. A group of which no reader is in the
+    posterior gets None.
+
+    Args:
+        model: The model that the posterior was fitted to.
+        posterior: What `fit_kronecker` returned for it. Its loss says what the cost is of.
+
+    Example:
+        >>> import torch, bayesprune as bp
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> model = bp.to_variational(model)
+        >>> x = torch.randn(32, 4)
+        >>> importance = bp.UnitSNRImportance(model, bp.fit_kronecker(model, [x]))
+        >>> report = bp.prune_channels(model, x, target={"macs": 0.5}, importance=importance)
+    """
+
+    def __init__(self, model: nn.Module, posterior: KroneckerPosterior) -> None:
+        self._posterior = posterior
+        self._names = {id(module): name for name, module in model.named_modules()}
+
+    @torch.no_grad()
+    def __call__(self, group: Group) -> Tensor | None:  # type: ignore[override]
+        """Scores (C,) of the root channels of a dependency group, each a unit by itself; None where none is known."""
+        positions: dict[tuple[str, VariationalLayer], dict[int, list[int]]] = {}
+        for item in group:
+            layer, root_idxs = item.dep.layer, item.root_idxs
+            if item.dep.handler.__name__ != "prune_in_channels" or not isinstance(layer, VariationalLayer):
+                continue
+            if root_idxs is not None and None not in root_idxs:
+                of = positions.setdefault((self._names.get(id(layer), ""), layer), {})
+                for root, position in zip(root_idxs, item.idxs, strict=True):
+                    of.setdefault(root, []).append(position)
+        return self._scores(positions, [(root,) for root in group[0].root_idxs])
+
+    @torch.no_grad()
+    def of_group(self, group: ChannelGroup) -> Tensor | None:
+        """Scores (C,) of the root channels of a group of units; those of a unit are equal."""
+        readers = {
+            (member.axis[0], member.layer): member.positions
+            for member in group.members
+            if member.axis[1] == "in" and isinstance(member.layer, VariationalLayer)
+        }
+        return self._scores(readers, group.units)
+
+    def _scores(
+        self, readers: dict[tuple[str, VariationalLayer], dict[int, list[int]]], units: Sequence[Sequence[int]]
+    ) -> Tensor | None:
+        systems = [
+            system
+            for (name, layer), positions in readers.items()
+            if name in self._posterior
+            for system in _systems(
+                self._posterior[name],
+                [removed_columns(layer, [p for root in unit for p in positions.get(root, ())]) for unit in units],
+            )
+        ]
+        if not systems:
+            return None
+        scores = torch.empty(sum(map(len, units)), dtype=torch.double)
+        highest = 0.0
+        for unit, cost in removal_costs(systems, len(units)):
+            highest = max(highest, cost)
+            scores[list(units[unit])] = highest
+        return scores
+
+
+class _System:
+    """A block of one layer's posterior between columns that are left: W^T G W, and the inverse of A.
+
+    Attributes:
+        units: Which units have columns in it, (U,).
+        columns: Their columns, (U, s); where a unit has fewer, columns without weight at the end fill up.
+    """
+
+    def __init__(self, gram: Tensor, precision: Tensor, columns: list[Tensor]) -> None:
+        self.units = torch.tensor([unit for unit, own in enumerate(columns) if len(own)])
+        size, width = precision.shape[0], max(map(len, columns))
+        self.gram = F.pad(gram, (0, width, 0, width))
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(precision))
+        self.inverse = torch.block_diag(inverse, torch.eye(width, dtype=inverse.dtype))
+        filler = torch.arange(size, size + width)
+        self.columns = torch.stack([torch.cat([own, filler[: width - len(own)]]) for own in columns if len(own)])
+
+    def costs(self) -> Tensor:
+        """Half the squared SNR of each unit as a vector, (U,)."""
+        rows, columns = self.columns[:, :, None], self.columns[:, None, :]
+        gram, inverse = self.gram[rows, columns], self.inverse[rows, columns]
+        if gram.shape[1] == 1:
+            return 0.5 * (gram / inverse).flatten()
+        solved = torch.cholesky_solve(gram, torch.linalg.cholesky(inverse))
+        return 0.5 * solved.diagonal(dim1=1, dim2=2).sum(1)
+
+    def remove(self, units: Tensor) -> bool:
+        """Conditions what is left on the weights of these units being zero; whether any of them has columns here."""
+        is_gone = torch.isin(self.units, units)
+        if not is_gone.any():
+            return False
+        goes = torch.zeros(len(self.gram), dtype=torch.bool)
+        goes[self.columns[is_gone]] = True
+        goes[len(goes) - self.columns.shape[1] :] = False
+        own, across = self.inverse[goes][:, goes], self.inverse[goes][:, ~goes]
+        move = torch.cholesky_solve(across, torch.linalg.cholesky(own))
+        cross = self.gram[goes][:, ~goes].mT @ move
+        change = move.mT @ self.gram[goes][:, goes] @ move - cross - cross.mT
+        self.gram = self.gram[~goes][:, ~goes].add_(change)
+        self.inverse = self.inverse[~goes][:, ~goes].sub_(across.mT @ move)
+        self.units = self.units[~is_gone]
+        self.columns = ((~goes).cumsum(0) - 1)[self.columns[~is_gone]]
+        return True
+
+
+def removal_costs(systems: Sequence[_System], num_units: int) -> Iterable[tuple[int, float]]:
+    """Units in the order in which they leave, the cheapest of those left first, and what each costs in nats.
+
+    Of more than 128 units the cheapest 128th of those left leaves at a time.
+    """
+    parts = [system.costs() for system in systems]
+    is_left = torch.ones(num_units, dtype=torch.bool)
+    while is_left.any():
+        total = torch.zeros(num_units, dtype=torch.double)
+        for system, costs in zip(systems, parts, strict=True):
+            total.index_add_(0, system.units, costs)
+        order = total.masked_fill(~is_left, torch.inf).argsort(stable=True)
+        gone = order[: max(1, int(is_left.sum()) // 128)]
+        yield from zip(gone.tolist(), total[gone].tolist(), strict=True)
+        is_left[gone] = False
+        for number, system in enumerate(systems):
+            if system.remove(gone):
+                parts[number] = system.costs()
+
+
+def _systems(factors: KroneckerFactors, columns: list[Tensor]) -> Iterable[_System]:
+    """The blocks of a layer's posterior in which units (masks (G, C) each) have columns."""
+    start = 0
+    for block in factors.inputs:
+        stop = start + block.shape[-1]
+        for index, between in enumerate(block):
+            own = [mask[index, start:stop].nonzero()[:, 0] for mask in columns]
+            if any(map(len, own)):
+                weights = factors.mean[index, :, start:stop].double()
+                sides = weights.split([side.shape[-1] for side in factors.outputs])
+                grams = [part.mT @ side[index] @ part for side, part in zip(factors.outputs, sides, strict=True)]
+                yield _System(torch.stack(grams).sum(0), damped(between, _DAMPING), own)
+        start = stop

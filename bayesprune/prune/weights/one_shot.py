@@ -1,0 +1,230 @@
+"""Removes single weights without training: what each layer gave before, fitted anew by the weights that it keeps.
+
+Layers are cut in the order of the forward. Of each the calibration data says what the layers before it, cut already,
+give it, and what they gave it before (`laplace.inputs`); the weights that fit the old outputs best are pruned by
+alternating directions (`laplace.support`), and those that stay are the conditional mean given the zeros
+(`laplace.conditional_mean`). Published methods fit each layer to its own outputs for the inputs that it has now
+(SparseGPT: Frantar & Alistarh, 2023, arXiv:2301.00774), which passes on what went wrong before.
+"""
+
+import copy
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bayesprune.foundation.model import eval_mode
+from bayesprune.laplace.conditioning import conditional_mean
+from bayesprune.laplace.inputs import InputMoments, Stage, input_moments, moves_bias, stages
+from bayesprune.laplace.kronecker import layer_matrix
+from bayesprune.laplace.matrices import from_matrix, is_matrix_product, to_matrix
+from bayesprune.laplace.support import best_support
+from bayesprune.layers import Posterior
+from bayesprune.prune.batch_norm import recalibrate_batch_norm
+from bayesprune.prune.weights.division import divergence, divide, levels
+from bayesprune.prune.weights.prune import (
+    WeightReport,
+    check_target,
+    fractions,
+    holders_of,
+    keep_count,
+    keep_pattern,
+    removable_weights,
+    set_masks,
+    whole_note,
+)
+
+Loss = Callable[[nn.Module], float]
+
+_DID_NOT_RUN = "did not run on the data"
+_LOGGER = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def prune_one_shot(
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    sparsity: float | Mapping[str, float] | None = None,
+    pattern: str | None = None,
+    scope: str = "global",
+    loss: Loss | None = None,
+    damping: float = 0.01,
+    num_batches: int | None = None,
+) -> WeightReport:
+    """Removes single weights of linear layers and convolutions and moves the others to make up for it, in place.
+
+    From calibration data alone, forward passes only, no labels. Biases move too; stds stay as they are. What was
+    removed before stays removed and counts, so that it can be called again, in training as well. Batch norm is measured
+    anew at the end.
+
+    Cost: two forwards over the data as far as each layer, and for a layer of R outputs and C inputs (times taps) some
+    20 R C^2 + 3 C^3 multiplications and what `conditional_mean` takes. With a sparsity and the scope "global" all that
+    three times, and two forwards more for each layer. Memory: a copy of the model, and for the largest layer
+    50 C^2 + 30 R C bytes.
+
+    Args:
+        model: A variational model; it need not be trained as one.
+        data: Batches, with labels or without; a few hundred examples. Positions that an `attention_mask` excludes do
+            not count. More positions than a layer has inputs, or the damping decides in some directions.
+        sparsity: Fraction to remove of the weights of those layers, 0 to 1; or fractions by name of layer or parameter,
+            where what has no name is left as it is.
+        pattern: "N:M", such as "2:4", as for `prune_weights`. One of the two is given.
+        scope: How a `sparsity` is divided: "global", by what each layer costs when it is cut alone, or "layer", the
+            same fraction of each.
+        loss: What a cut costs, a function of the model that is called in evaluation mode; None is the divergence of its
+            predictions from those before the cut.
+        damping: Holds weights at their present values, as a fraction of the mean second moment of a layer's inputs.
+        num_batches: No more batches than these.
+
+    Raises:
+        ValueError: not exactly one target, one out of range, no batch, or a model without variational layers, or with
+            none that trains.
+        torch.linalg.LinAlgError: at damping=0, where a layer's inputs are linearly dependent. Nothing was changed.
+
+    Example:
+        >>> import torch, bayesprune as bp
+        >>> model = bp.to_variational(torch.nn.Linear(8, 3))
+        >>> report = bp.prune_one_shot(model, [torch.randn(32, 8)], pattern="2:4")
+        >>> print(report.summary())
+        12 of 24 weights kept (sparsity 50.00%)
+    """
+    check_target("prune_one_shot", sparsity=sparsity, pattern=pattern)
+    posteriors = removable_weights(model)
+    rules = {
+        posterior.name: _Rule(posterior, pattern, share)
+        for posterior, share in zip(posteriors, fractions(posteriors, sparsity), strict=True)
+    }
+    notes = _notes(model, rules)
+    batches = list(islice(data, num_batches))
+    if not batches:
+        raise ValueError("data has no batch; expected an iterable of input batches.")
+    if scope not in ("global", "layer"):
+        raise ValueError(f'scope is {scope!r}; expected "global" or "layer".')
+    names = {posterior.name: posterior.name.rpartition(".")[0] for posterior in posteriors}
+    cut = {names[name]: rules[name] for name, note in notes.items() if not note}
+    reference, keeps = copy.deepcopy(model), {}
+    try:
+        order = stages(model, {name: rule.posterior.layer for name, rule in cut.items()}, batches[0])
+        if isinstance(sparsity, float | int) and scope == "global" and 0 < sparsity < 1:
+            cut = _divided(model, cut, order, batches, sparsity, loss, damping)
+        for stage in order:
+            moments = _moments(model, reference, stage, batches)
+            for name in stage.names:
+                keeps[name] = _refit(cut[name], moments, damping)
+                _LOGGER.info("prune_one_shot: %s keeps %d of %d", name, keeps[name].sum(), keeps[name].numel())
+    except BaseException:
+        for parameter, before in zip(model.parameters(), reference.parameters(), strict=True):
+            parameter.copy_(before)
+        raise
+    notes |= {name: notes[name] or _DID_NOT_RUN for name, layer in names.items() if layer not in keeps}
+    report = set_masks(model, posteriors, [keeps.get(names[its.name]) for its in posteriors], list(notes.values()))
+    recalibrate_batch_norm(model, batches)
+    _LOGGER.info("prune_one_shot: %s", report.summary())
+    return report
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """What may stay of a weight: a pattern, or all but a share."""
+
+    posterior: Posterior
+    pattern: str | None
+    share: float
+
+    def keep(self, scores: Tensor, way: float = 1.0) -> Tensor:
+        """The best by scores of the weight's shape, once this much of the removal is done."""
+
+        def score(_: Posterior) -> Tensor:
+            return scores.to(self.posterior.mean.device)
+
+        if self.pattern:
+            found = keep_pattern(self.posterior, self.pattern, score)
+            assert found is not None, "the number of inputs fits"
+            return found
+        return keep_count(self.posterior, round(way * self.share * scores.numel()), score)
+
+
+def _divided(
+    model: nn.Module,
+    rules: Mapping[str, _Rule],
+    order: Sequence[Stage],
+    batches: Sequence[Any],
+    sparsity: float,
+    loss: Loss | None,
+    damping: float,
+) -> dict[str, _Rule]:
+    """The rules with the shares that `divide` finds; the model is as before afterwards."""
+    measure = divergence(model, batches) if loss is None else loss
+    with eval_mode(model):
+        base = float(measure(model))
+        costs = {}
+        for stage in order:
+            moments = _moments(model, None, stage, batches)
+            for name in stage.names:
+                layer = rules[name].posterior.layer
+                before = {key: parameter.clone() for key, parameter in layer.named_parameters()}
+                found = []
+                for share in levels(sparsity):
+                    _refit(replace(rules[name], share=share), moments, damping)
+                    found.append(float(measure(model)) - base)
+                    for key, parameter in layer.named_parameters():
+                        parameter.copy_(before[key])
+                costs[name] = (found[0], found[1])
+    if not all(math.isfinite(cost) for pair in costs.values() for cost in pair):
+        raise ValueError("the loss is not a number for some cut; check the calibration data, the model and loss=.")
+    removed = [1 - float(kept.float().mean()) if (kept := _mask(rules[name])) is not None else 0.0 for name in costs]
+    sizes = [rules[name].posterior.mean.numel() for name in costs]
+    shares = divide(sparsity, sizes, list(costs.values()), removed)
+    return {name: replace(rules[name], share=share) for name, share in zip(costs, shares, strict=True)}
+
+
+def _moments(model: nn.Module, reference: nn.Module | None, stage: Stage, batches: Sequence[Any]) -> InputMoments:
+    layer: Any = model.get_submodule(stage.names[0])
+    return input_moments(model, reference, stage, batches, with_bias=moves_bias(layer))
+
+
+def _mask(rule: _Rule) -> Tensor | None:
+    return rule.posterior.layer.mask("weight", whole=True)
+
+
+def _refit(rule: _Rule, moments: InputMoments, damping: float) -> Tensor:
+    """Moves the layer's weights, those that go to zero; returns which are kept, of the weight's shape."""
+    layer = rule.posterior.layer
+    with_bias = moves_bias(layer)
+    mean = layer_matrix(layer, with_bias=with_bias)
+    target, precision = moments.regressed(mean.double(), damping)
+    num_columns = target.shape[2] - with_bias
+    fixed = torch.ones(*target.shape[:2], int(with_bias), dtype=torch.bool)
+
+    def select(scores: Tensor, way: float) -> Tensor:
+        kept = to_matrix(layer, rule.keep(from_matrix(layer, scores[..., :num_columns]), way)).cpu()
+        return torch.cat([kept, fixed], dim=2)
+
+    keep = best_support(target, precision, select)
+    moved = torch.stack([conditional_mean(*of_group) for of_group in zip(target, precision, keep, strict=True)])
+    layer.get_parameter("weight").copy_(from_matrix(layer, moved[..., :num_columns]))
+    if with_bias:
+        layer.get_parameter("bias").copy_(moved[..., -1].flatten())
+    return from_matrix(layer, keep[..., :num_columns]).contiguous().to(rule.posterior.mean.device)
+
+
+def _notes(model: nn.Module, rules: Mapping[str, _Rule]) -> dict[str, str]:
+    """Why a weight is left as it is, by its name; nothing where it is not."""
+    holders = holders_of(model)
+    notes = {}
+    for name, rule in rules.items():
+        if not is_matrix_product(rule.posterior.layer) or rule.posterior.parameter != "weight":
+            notes[name] = "neither a linear layer nor a convolution: prune_weights takes it"
+        elif len(holders[id(rule.posterior.mean)]) > 1:
+            notes[name] = "the weight of several layers: prune_weights takes it"
+        elif rule.pattern is None and not rule.share:
+            notes[name] = "no sparsity"
+        else:
+            notes[name] = whole_note(rule.posterior, rule.pattern) if rule.pattern else ""
+    return notes

@@ -1,0 +1,349 @@
+"""Removes single weights: unstructured to a sparsity or an SNR threshold, or in N:M patterns.
+
+Removed weights are zeros and stay zeros through further training. Zeros make a compressed file smaller; they do not
+make the model faster on ordinary hardware (removed channels do, see `prune_channels`).
+"""
+
+import logging
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from bayesprune.convert import FROZEN, reasons_to_leave
+from bayesprune.foundation.sharding import whole
+from bayesprune.foundation.text import as_text, first_names
+from bayesprune.layers import Posterior, VariationalLayer, named_gates, named_posteriors, variational_layers
+from bayesprune.prune.batch_norm import recalibrate_batch_norm
+from bayesprune.prune.scores.weights import snr
+from bayesprune.prune.weights.averages import averages_without_masks
+from bayesprune.prune.weights.floors import check_min_kept, floor_of, keep_best, within_caps
+from bayesprune.train.attach import is_attached
+
+_LOGGER = logging.getLogger(__name__)
+
+Score = Callable[[Posterior], Tensor]
+
+
+@dataclass(frozen=True)
+class WeightRow:
+    """One weight tensor: its name, how many weights it has and keeps, and whether it was passed over or held back."""
+
+    name: str
+    total: int
+    kept: int
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class WeightReport:
+    """What `prune_weights` did; prints as a table.
+
+    Attributes:
+        rows: The weights that could go, of which a sparsity is a fraction: those of variational layers that train.
+        untouched: All other weights of the model, and why they stay: parameters of two dimensions or more, the stds
+            apart. Embeddings and recurrent layers are such, and what is frozen.
+    """
+
+    rows: tuple[WeightRow, ...]
+    untouched: tuple[WeightRow, ...] = ()
+
+    @property
+    def removable(self) -> "WeightReport":
+        """The same of the weights that could go alone; its `sparsity` is the one that is asked for."""
+        return WeightReport(self.rows)
+
+    @property
+    def total(self) -> int:
+        """Number of weights, biases apart."""
+        return sum(row.total for row in (*self.rows, *self.untouched))
+
+    @property
+    def kept(self) -> int:
+        """How many of them are kept."""
+        return sum(row.kept for row in (*self.rows, *self.untouched))
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of them that is removed, by this call and those before."""
+        return 1 - self.kept / self.total
+
+    def summary(self) -> str:
+        """One line: how many weights are kept, of all and of those that could go."""
+        of_all = f"{self.kept:,} of {self.total:,} weights kept (sparsity {self.sparsity:.2%})"
+        if not self.untouched:
+            return of_all
+        return f"{of_all}; of the {self.removable.total:,} that could go {self.removable.sparsity:.2%} are removed"
+
+    def __str__(self) -> str:
+        """The table as plain text."""
+        table = Table("weight", "total", "kept", "sparsity", "note")
+        for row in self.rows:
+            table.add_row(row.name, f"{row.total:,}", f"{row.kept:,}", f"{1 - row.kept / row.total:.1%}", row.note)
+        alike: dict[str, list[WeightRow]] = defaultdict(list)
+        for row in self.untouched:
+            alike[row.note].append(row)
+        notes = [
+            f"untouched: {first_names(row.name for row in rows)} ({sum(row.total for row in rows):,} weights): {reason}"
+            for reason, rows in alike.items()
+        ]
+        return as_text(self.summary(), table, *notes)
+
+
+@torch.no_grad()
+def prune_weights(
+    model: nn.Module,
+    *,
+    sparsity: float | Mapping[str, float] | None = None,
+    snr_below: float | None = None,
+    pattern: str | None = None,
+    scope: str = "global",
+    score: Score = snr,
+    min_kept: float = 1,
+    data: Iterable[Any] | None = None,
+) -> WeightReport:
+    """Removes single weights of the variational layers, biases apart; in place. Exactly one target is given.
+
+    Frozen weights (`requires_grad=False`) stay, whatever the score; call `requires_grad_(True)` on what may go.
+    What was removed before stays removed and counts. Removed weights are zeros, draw no noise, do not count in the KL,
+    and stay zeros through further training with any torch optimizer, attached or not; where something moves weights
+    outside a step, they are zeros in evaluation and wherever the model's state is written. With FSDP 2 every process
+    calls it, has all scores for a moment, and keeps the masks whole.
+
+    Args:
+        model: A variational model.
+        sparsity: Fraction to remove of all weights that can go, 0 to 1; or fractions by name of layer or parameter,
+            ranked inside each, where what has no name loses nothing. The report says what share of all weights it was.
+        snr_below: Remove weights whose SNR is below this; 1 removes what is more noise than signal.
+        pattern: "N:M", such as "2:4": keep the best N of every M consecutive inputs of each output. Layers whose number
+            of inputs is not a multiple of M are left, and said so.
+        scope: Whether `sparsity` ranks all weights together ("global") or each layer's apart ("layer").
+        score: Score of a posterior's weights, the lowest going first: `scores.snr`, or `scores.magnitude` as a control.
+        min_kept: What every weight tensor keeps: below 1 a fraction of its weights, from 1 on a number of them. With
+            `sparsity` the other tensors lose the more; the report says where it was needed. A pattern has no need.
+        data: Batches, with labels or without, for recalibrating batch norm, forward passes only.
+
+    Raises:
+        InfeasibleTargetError: `min_kept` leaves fewer weights to remove than `sparsity` says; nothing was changed.
+        ValueError: not exactly one target, one out of range, NaN scores, or a model without variational layers, or
+            with none that trains.
+    """
+    posteriors = removable_weights(model)
+    check_target("prune_weights", sparsity=sparsity, snr_below=snr_below, pattern=pattern)
+    if scope not in ("global", "layer"):
+        raise ValueError(f'scope is {scope!r}; expected "global" or "layer".')
+    check_min_kept(min_kept)
+    floors = [min(floor_of(p.mean.numel(), min_kept), int((~_removed(p)).sum())) for p in posteriors]
+    if snr_below is not None:
+        keeps, is_floored = _keep_above(posteriors, snr_below, floors)
+    elif pattern is not None:
+        keeps = [keep_pattern(posterior, pattern, score) for posterior in posteriors]
+        is_floored = [False] * len(keeps)
+    elif scope == "layer" or isinstance(sparsity, Mapping):
+        keeps, is_floored = _keep_shares(posteriors, fractions(posteriors, sparsity), score, floors)
+    else:
+        assert sparsity is not None, "exactly one target"
+        scores = [_scores(posterior, score) for posterior in posteriors]
+        keeps, is_floored = keep_best(scores, round(sparsity * sum(s.numel() for s in scores)), floors)
+    notes = [f"held at min_kept={min_kept:g}" if floored else "" for floored in is_floored]
+    if pattern is not None:
+        notes = [whole_note(posterior, pattern) for posterior in posteriors]
+    report = set_masks(model, posteriors, keeps, notes)
+    if data is not None:
+        recalibrate_batch_norm(model, data)
+    _LOGGER.info("prune_weights: %s", report.summary())
+    return report
+
+
+def set_masks(
+    model: nn.Module, posteriors: Sequence[Posterior], keeps: Sequence[Tensor | None], notes: Sequence[str]
+) -> WeightReport:
+    """Removes what is not kept of each posterior, in place, in all layers that hold it; None leaves one as it is."""
+    rows, holders = [], holders_of(model)
+    if is_attached(model) and not any(layer.masked_names() for _, layer in variational_layers(model)):
+        _warn_of_averages(model)
+    for posterior, keep, note in zip(posteriors, keeps, notes, strict=True):
+        total = posterior.mean.numel()
+        if keep is not None:
+            keep = keep & ~_removed(posterior)
+            for layer, name in holders[id(posterior.mean)]:
+                layer.set_mask(name, keep)
+        rows.append(WeightRow(posterior.name, total, total - int(_removed(posterior).sum()), note))
+    return WeightReport(tuple(rows), _untouched(model, posteriors))
+
+
+def removable_weights(model: nn.Module) -> list[Posterior]:
+    """The posteriors whose weights may go: no biases, and nothing that is frozen.
+
+    Raises:
+        ValueError: the model has no variational layer, or none that trains.
+    """
+    weights = [posterior for posterior in named_posteriors(model) if posterior.is_weight]
+    if not weights:
+        raise ValueError("prune_weights got a model without variational layers; call to_variational first.")
+    found = [posterior for posterior in weights if not posterior.is_frozen]
+    if not found:
+        raise ValueError(
+            f"prune_weights leaves frozen weights alone, and all {len(weights)} weight tensors with a posterior are "
+            "frozen (requires_grad=False). Call model.requires_grad_(True) first if the model was frozen for "
+            "evaluation alone."
+        )
+    return found
+
+
+def _untouched(model: nn.Module, removable: Sequence[Posterior]) -> tuple[WeightRow, ...]:
+    """The weights that could not go, with the reason."""
+    posteriors = {id(posterior.mean): posterior for posterior in named_posteriors(model)}
+    others = {id(posterior.mean) for posterior in removable}
+    others |= {id(part) for posterior in posteriors.values() for part in posterior.log_std_parts}
+    others |= {id(logits) for _, gate in named_gates(model) for logits in gate.parameters()}
+    reasons = reasons_to_leave(model, None, norm_scales=False)
+    rows = []
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and id(parameter) not in others:
+            layer, frozen = model.get_submodule(name.rpartition(".")[0]), posteriors.get(id(parameter))
+            removed = 0 if frozen is None else int(_removed(frozen).sum())
+            reason = reasons.get(layer, "it has no posterior") if parameter.requires_grad else FROZEN
+            rows.append(WeightRow(name, parameter.numel(), parameter.numel() - removed, reason))
+    return tuple(rows)
+
+
+def _warn_of_averages(model: nn.Module) -> None:
+    for kind in averages_without_masks(model):
+        warnings.warn(
+            f"{kind} holds a copy of this model from before it had masks, and copies tensors by their position; its "
+            "next update fails or mixes the wrong ones. Make it again, after prune_weights(model, sparsity=0.0), which "
+            "makes the masks and removes nothing.",
+            stacklevel=4,
+        )
+
+
+def fractions(posteriors: list[Posterior], sparsity: float | Mapping[str, float] | None) -> list[float]:
+    """The sparsity of each tensor: that of its own name, of its layer's, or none."""
+    if not isinstance(sparsity, Mapping):
+        return [float(sparsity or 0)] * len(posteriors)
+    layers = {posterior: posterior.name.rpartition(".")[0] for posterior in posteriors}
+    names = {posterior.name for posterior in posteriors}
+    if unknown := sorted(set(sparsity) - names - set(layers.values())):
+        raise ValueError(
+            f"sparsity names {first_names(map(repr, unknown), most=5)}, of which the model has no weights to "
+            "remove, or frozen ones (requires_grad=False); "
+            f"expected layers or parameters among {first_names(sorted(names), most=8)}."
+        )
+    return [sparsity.get(posterior.name, sparsity.get(layer, 0.0)) for posterior, layer in layers.items()]
+
+
+def _keep_shares(
+    posteriors: list[Posterior], fractions: list[float], score: Score, floors: list[int]
+) -> tuple[list[Tensor], list[bool]]:
+    """The best of each tensor, as many as its fraction and the floors say."""
+    sizes = [posterior.mean.numel() for posterior in posteriors]
+    counts = [round(fraction * size) for fraction, size in zip(fractions, sizes, strict=True)]
+    caps = [size - floor for size, floor in zip(sizes, floors, strict=True)]
+    capped = within_caps(counts, caps)
+    keeps = [keep_count(posterior, count, score) for posterior, count in zip(posteriors, capped, strict=True)]
+    return keeps, [count > cap for count, cap in zip(counts, caps, strict=True)]
+
+
+def keep_count(posterior: Posterior, count: int, score: Score) -> Tensor:
+    """What stays of a tensor when its lowest `count` go."""
+    return keep_best([_scores(posterior, score)], count, [0])[0][0]
+
+
+def _keep_above(posteriors: list[Posterior], threshold: float, floors: list[int]) -> tuple[list[Tensor], list[bool]]:
+    """What has this SNR, and the best of each tensor up to its floor."""
+    keeps, is_floored = [], []
+    for posterior, floor in zip(posteriors, floors, strict=True):
+        scores = _scores(posterior, snr)
+        keep = scores >= threshold
+        is_floored.append(int(keep.sum()) < floor)
+        if is_floored[-1]:
+            keep = keep_best([scores], scores.numel() - floor, [0])[0][0]
+        keeps.append(keep)
+    return keeps, is_floored
+
+
+def keep_pattern(posterior: Posterior, pattern: str | None, score: Score) -> Tensor | None:
+    """The best N of every M consecutive inputs; None where the number of inputs is not a multiple of M."""
+    n, m = _parse(pattern)
+    dim, num_inputs = _inputs(posterior)
+    if num_inputs % m:
+        return None
+    scores = _scores(posterior, score).movedim(dim, -1)
+    groups = scores.reshape(-1, m)
+    keep = torch.zeros_like(groups, dtype=torch.bool)
+    keep.scatter_(1, groups.topk(n, dim=1).indices, True)
+    return keep.view(scores.shape).movedim(-1, dim).contiguous()
+
+
+def whole_note(posterior: Posterior, pattern: str) -> str:
+    """Why a pattern leaves a tensor as it is, or nothing."""
+    num_inputs, multiple = _inputs(posterior)[1], _parse(pattern)[1]
+    return f"{num_inputs} inputs are not a multiple of {multiple}" if num_inputs % multiple else ""
+
+
+def _inputs(posterior: Posterior) -> tuple[int, int]:
+    """The dimension of the weight that numbers inputs, and how many of them each output has."""
+    dim = posterior.layer.input_dims[-1]
+    groups = getattr(posterior.layer, "groups", 1) if dim == 0 else 1
+    return dim, posterior.mean.shape[dim] // groups
+
+
+def holders_of(model: nn.Module) -> dict[int, list[tuple[VariationalLayer, str]]]:
+    """The layers that hold each posterior mean, several where it is tied, by the mean's id."""
+    holders: dict[int, list[tuple[VariationalLayer, str]]] = defaultdict(list)
+    for _, layer in variational_layers(model):
+        for name in layer.active_names():
+            holders[id(getattr(layer, name))].append((layer, name))
+    return holders
+
+
+def _scores(posterior: Posterior, score: Score) -> Tensor:
+    scores = whole(score(posterior))
+    if bad := int(scores.isnan().sum()):
+        raise ValueError(
+            f"the scores of {posterior.name} have {bad} of {scores.numel()} values that are NaN; expected numbers. "
+            "Check whether training diverged."
+        )
+    limits = torch.finfo(scores.dtype)
+    return scores.clamp(limits.min, limits.max).masked_fill(_removed(posterior), -torch.inf)
+
+
+def _removed(posterior: Posterior) -> Tensor:
+    mask, mean = posterior.layer.mask(posterior.parameter, whole=True), posterior.mean
+    return torch.zeros(mean.shape, dtype=torch.bool, device=mean.device) if mask is None else ~mask
+
+
+def _parse(pattern: object) -> tuple[int, int]:
+    parts = str(pattern).split(":")
+    if len(parts) == 2 and all(part.isdigit() for part in parts) and 0 < int(parts[0]) < int(parts[1]):
+        return int(parts[0]), int(parts[1])
+    raise ValueError(f'pattern is {pattern!r}; expected "N:M" with 0 < N < M, such as "2:4".')
+
+
+def check_target(caller: str, **given: float | Mapping[str, float] | str | None) -> None:
+    """Refuses what is not exactly one target: a sparsity, an `snr_below` or a pattern, in its range.
+
+    Raises:
+        ValueError: it is another.
+    """
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) != 1:
+        raise ValueError(f"{caller} got {named or 'no target'}; expected exactly one of {', '.join(given)}.")
+    name, value = named[0], given[named[0]]
+    if name == "pattern":
+        _parse(value)
+    elif name == "snr_below" and not value >= 0:  # type: ignore[operator]
+        raise ValueError(f"snr_below is {value!r}; expected a ratio of 0 or more.")
+    for share in () if name != "sparsity" else value.values() if isinstance(value, Mapping) else [value]:
+        if isinstance(share, str) or not hasattr(share, "__float__"):
+            raise ValueError(
+                f"sparsity is {share!r}; expected a number, the fraction of weights to remove, such as 0.5."
+            )
+        if not 0 <= share <= 1:  # type: ignore[operator]
+            raise ValueError(f"sparsity is {share!r}; expected a fraction from 0 to 1.")

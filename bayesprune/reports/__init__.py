@@ -1,0 +1,34 @@
+"""Measuring a model, and the report on two of them: before and after."""
+
+from bayesprune.reports.measure import (
+    accuracy,
+    count_macs,
+    count_parameters,
+    file_bytes,
+    latencies,
+    latency,
+    macs_by_module,
+    perplexity,
+)
+from bayesprune.reports.measurement import Measurement, measure
+from bayesprune.reports.metric import ACCURACY, PERPLEXITY, Metric
+from bayesprune.reports.report import HistoryPoint, Report, report
+
+__all__ = [
+    "ACCURACY",
+    "PERPLEXITY",
+    "HistoryPoint",
+    "Measurement",
+    "Metric",
+    "Report",
+    "accuracy",
+    "count_macs",
+    "count_parameters",
+    "file_bytes",
+    "latencies",
+    "latency",
+    "macs_by_module",
+    "measure",
+    "perplexity",
+    "report",
+]

@@ -1,0 +1,89 @@
+"""The measurement of one model: all that a report says of it."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from bayesprune.foundation.batches import given
+from bayesprune.foundation.macs import COUNTER
+from bayesprune.reports.layers import LayerSize, layer_sizes
+from bayesprune.reports.measure import (
+    Latency,
+    count_parameters,
+    file_bytes,
+    latency,
+    macs_by_module,
+    tensor_bytes,
+    uncounted_layers,
+)
+from bayesprune.reports.running import ExampleInputs, evaluating
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one model costs and how good it is; None where that was not measured.
+
+    MACs are of the whole batch, without those of `uncounted_layers`, which torch's counter does not know. `accuracy` is
+    what `evaluate` returned; a report with another metric than accuracy says so.
+    """
+
+    label: str
+    parameters: int
+    nonzero_parameters: int
+    macs: int
+    macs_counter: str
+    batch: int
+    tensor_bytes: int
+    disk_bytes: int | None
+    latency: Latency | None
+    accuracy: float | None
+    layers: tuple[LayerSize, ...]
+    uncounted_layers: tuple[str, ...]
+
+
+def measure(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    *,
+    label: str = "model",
+    evaluate: Callable[[nn.Module], float] | None = None,
+    path: str | Path | None = None,
+    num_repeats: int = 15,
+) -> Measurement:
+    """What a model costs and how good it is now: take it before an in-place change, for `report` to compare with.
+
+    Args:
+        example_inputs: A tensor, a sequence of arguments or a mapping of keyword arguments, on any device; of a
+            detector the list of images.
+        evaluate: From the model to its accuracy, a fraction, or the value of another metric; called in eval mode
+            without gradients.
+        path: The file or directory that the model is saved in, for the bytes on disk.
+        num_repeats: Repeats of the timing; 0 leaves it out.
+    """
+    counts = macs_by_module(model, example_inputs)
+    count = count_parameters(model)
+    return Measurement(
+        label=label,
+        parameters=count.total,
+        nonzero_parameters=count.nonzero,
+        macs=sum(counts.values()),
+        macs_counter=COUNTER,
+        batch=given(model, example_inputs).num_examples,
+        tensor_bytes=tensor_bytes(model),
+        disk_bytes=None if path is None else file_bytes(path),
+        latency=latency(model, example_inputs, num_repeats=num_repeats) if num_repeats else None,
+        accuracy=None if evaluate is None else _evaluated(model, evaluate),
+        layers=layer_sizes(model, counts),
+        uncounted_layers=tuple(uncounted_layers(model, counts)),
+    )
+
+
+def _evaluated(model: nn.Module, evaluate: Callable[[nn.Module], float]) -> float:
+    with evaluating(model):
+        value = float(evaluate(model))
+    if not math.isfinite(value):
+        raise ValueError(f"evaluate returned {value}; expected a finite number, such as the fraction that is right.")
+    return value

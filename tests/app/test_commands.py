@@ -1,0 +1,132 @@
+"""The command line: the main job end to end on little data, and what it says to wrong input."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import bayesprune as bp
+from bayesprune.app.data.images import load_data
+from tests.commands import run
+
+pytest.importorskip("timm")
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+
+SMALL = ["--epochs", "1", "--image-size", "16", "--model", "timm:test_resnet"]
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory):
+    out = tmp_path_factory.mktemp("cli") / "digits"
+    command = [sys.executable, "-m", "bayesprune", "compress", "--out", str(out), *SMALL]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in this process: sums depend on how they are split
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=one_thread)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def test_compress_leaves_a_smaller_model_that_loads(compressed):
+    out, text = compressed
+    model = bp.load(out)
+    assert sum(p.numel() for p in model.parameters()) < 0.9 * 373_658
+    assert all(stage in text for stage in ("[1/4]", "[4/4]", "epoch 1/1"))
+    report = json.loads((out / "report.json").read_text())
+    assert report["after"]["macs"] <= 0.5 * report["before"]["macs"]
+    data = load_data("digits", image_size=16)
+    images, _ = next(iter(data.test))
+    assert model(images).shape == (64, 10)
+
+
+def test_report_and_inspect_show_it_again(compressed, capsys):
+    out, _ = compressed
+    code, text, _ = run(capsys, "report", str(out))
+    assert code == 0
+    assert "MAC" in text
+    code, text, _ = run(capsys, "inspect", str(out))
+    assert code == 0
+    assert "test_resnet" in text
+    assert "fc.weight" in text
+
+
+def test_the_same_seed_gives_the_same_model(compressed, tmp_path, capsys):
+    out, _ = compressed
+    code, _, _ = run(capsys, "compress", "--out", str(tmp_path), *SMALL)
+    assert code == 0
+    one, other = bp.load(out).state_dict(), bp.load(tmp_path).state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--target", "macs=half"], "expected"),
+        (["--target", "mac=0.5"], "expected one of"),
+        (["--target", "macs=0.001"], "cannot be reached"),
+        (["--tolerance", "-0.1"], "0 or more"),
+        (["--target", "macs=0.5", "--tolerance", "0.01"], "one of them"),
+        (["--target", "snr", "--tolerance", "0.01"], "one of them"),
+        (["--target", "weights", "--tolerance", "0.01", "--uniform"], "uniform"),
+        (["--target", "weights"], "expected"),
+        (["--model", "resnet18"], "timm:NAME"),
+        (["--model", "hf:"], "hf:NAME"),
+        (["--target", "weights=1.5"], "between 0 and 1"),
+        (["--target", "weights=0.5", "--uniform"], "uniform"),
+        (["--granularity", "heads,hands"], "expected some of"),
+        (["--tolerance", "0.01", "--granularity", "hands"], "expected some of"),
+        (["--task", "causal-lm"], "timm's"),
+        (["--text-column", "words"], "for texts"),
+        (["--model", "timm:resnet1800"], "no architecture"),
+        (["--data", "no/such/folder"], "no folder"),
+        (["--checkpoint", "missing.pth"], "no checkpoint"),
+        (["--epochs", "0"], "--epochs"),
+        (["--std", "per_kernel"], "per_channel"),
+        (["--std", "per_weight"], "learns none"),
+    ],
+)
+def test_wrong_input_is_told_before_any_training(arguments, said, tmp_path, capsys):
+    code, out, err = run(capsys, "compress", "--out", str(tmp_path / "out"), *arguments)
+    assert code != 0
+    assert said in out + err
+    assert "epoch" not in out
+
+
+def test_an_output_that_is_a_file_is_told_before_any_training(tmp_path, capsys):
+    path = tmp_path / "taken"
+    path.write_text("")
+    code, out, err = run(capsys, "compress", "--out", str(path))
+    assert code == 1
+    assert "taken" in err
+    assert "epoch" not in out
+
+
+def test_report_of_a_directory_without_one(tmp_path, capsys):
+    code, out, err = run(capsys, "report", str(tmp_path))
+    assert code != 0
+    assert "report.json" in out + err
+
+
+@pytest.mark.parametrize(("missing", "extra"), [("matplotlib", "report"), ("sklearn.datasets", "digits")])
+def test_a_missing_extra_is_told_before_any_training(missing, extra, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)
+    code, out, err = run(capsys, "compress", "--out", str(tmp_path / "out"))
+    assert code == 1
+    assert f"bayesprune[{extra}]" in "".join(err.split())
+    assert "epoch" not in out
+
+
+@pytest.mark.parametrize("kind", ["other shapes", "not a checkpoint"])
+def test_a_checkpoint_that_does_not_fit_is_told(kind, tmp_path, capsys):
+    path = tmp_path / "weights.pth"
+    if kind == "other shapes":
+        torch.save({"fc.weight": torch.zeros(7, 512)}, path)
+    else:
+        path.write_bytes(b"no tensors in here")
+    code, out, err = run(capsys, "compress", "--out", str(tmp_path / "out"), "--checkpoint", str(path))
+    assert code == 1
+    assert "weights.pth" in "".join(err.split())
+    assert "does not fit" in " ".join(err.split())
+    assert "epoch" not in out

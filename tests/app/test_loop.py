@@ -1,0 +1,138 @@
+"""Two processes, each with half of every batch, train the model of one process, and hold the same at the end."""
+
+import copy
+import os
+import socket
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import multiprocessing, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import bayesprune as bp
+from bayesprune.app.checkpoints import Interval, Running
+from bayesprune.app.data.images import Data
+from tests.app.test_checkpoints import Killed, Until
+
+accelerate = pytest.importorskip("accelerate")
+
+from accelerate.utils import DistributedType  # noqa: E402
+
+from bayesprune.app.tasks.loop import LoaderTask, check_launch  # noqa: E402
+
+NUM_IMAGES, NUM_PROCESSES = 32, 2
+
+
+def task(batch_size):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(3, (NUM_IMAGES,), generator=generator)
+    images = torch.randn(NUM_IMAGES, 6, generator=generator) + labels.view(-1, 1)
+    loader = DataLoader(TensorDataset(images, labels), batch_size, shuffle=True, generator=torch.Generator())
+    data = Data(loader, loader, loader, NUM_IMAGES, (1, 2, 3), ("a", "b", "c"), "noise")
+    return LoaderTask(data, accelerate.Accelerator(cpu=True))
+
+
+def trained(batch_size, *, estimator="moments", with_norm=False, checkpoints=None, num_steps=10**6):
+    """A net that draws nothing: its loss on a batch is the mean of those on the halves."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8) if with_norm else nn.Tanh(), nn.Linear(8, 3))
+    bp.to_variational(model, relative_std=0.3, estimator=estimator)
+    whole = task(batch_size)
+    running = None if checkpoints is None else Running(checkpoints, 0, Interval(steps=4), (), whole.is_main)
+    whole.train(model, Until(num_steps), num_epochs=9, lr=0.05, learn_stds=True, sparsity=0.4, checkpoint=running)
+    return whole, model
+
+
+def run(rank: int, folder: str, port: int, kind: str) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(NUM_PROCESSES)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    if kind == "FSDP":
+        os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}
+        accelerate.PartialState(cpu=True)  # offers it to processes with GPUs alone, though torch shards on CPUs as well
+        accelerate.PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    half = NUM_IMAGES // NUM_PROCESSES
+    noiseless = "mean" if kind == "FSDP" else "moments"
+    found, model = trained(half, estimator=noiseless)
+    assert found.accelerator.num_processes == NUM_PROCESSES
+    assert kind in found.accelerator.distributed_type.value
+    check_launch(found.accelerator, "cpu")
+    state = {"model": model.state_dict(), "is_main": found.is_main}
+    path = Path(folder) / "running.pt"
+    with pytest.raises(Killed):
+        trained(half, estimator=noiseless, checkpoints=path, num_steps=6)
+    found.accelerator.wait_for_everyone()
+    state["resumed"] = trained(half, estimator=noiseless, checkpoints=path)[1].state_dict()
+    other, normed = trained(half, estimator="weight_sampling", with_norm=True)
+    state |= {"normed": normed.state_dict(), "score": other.score(normed, "validation")}
+    torch.save(state, Path(folder) / f"{rank}.pt")
+    found.close()
+
+
+@contextmanager
+def free_port():
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port = found.getsockname()[1]
+    yield port
+
+
+@pytest.fixture
+def plain_accelerate(monkeypatch):
+    """Without what a Trainer of another test has told accelerate, in variables that it leaves."""
+    monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND", raising=False)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("plain_accelerate")
+@pytest.mark.parametrize("kind", ["MULTI", "FSDP"])
+def test_two_processes_train_the_model_of_one(kind, tmp_path):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not come from a draw")  # of the means, with FSDP
+        _, expected = trained(NUM_IMAGES, estimator="mean" if kind == "FSDP" else "moments")
+    with free_port() as port:
+        multiprocessing.spawn(run, (str(tmp_path), port, kind), nprocs=NUM_PROCESSES)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(NUM_PROCESSES))
+    assert (first.pop("is_main"), second.pop("is_main")) == (True, False)
+    for part in ("model", "normed", "resumed"):
+        assert all(torch.equal(first[part][name], second[part][name]) for name in first[part])
+    assert first["score"] == second["score"]
+    for name, value in expected.state_dict().items():
+        torch.testing.assert_close(first["model"][name], value, rtol=1e-5, atol=1e-6)
+        assert torch.equal(first["resumed"][name], first["model"][name]), name
+    assert int(sum((~mask).sum() for name, mask in expected.state_dict().items() if name.endswith("mask"))) > 20
+
+
+@pytest.mark.usefixtures("plain_accelerate")
+def test_the_teacher_is_in_the_loss_and_stays_as_it_was(tmp_path):
+    """A student of labels that are all wrong ends at its teacher's, and a training that was killed at the same."""
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    whole = task(8)
+    whole.train(teacher, Until(10**6), num_epochs=9, lr=0.05)
+    distill = bp.distillation(teacher, weight=0.9)
+    state = copy.deepcopy(distill.teacher.state_dict())
+
+    def student(num_steps, checkpoints):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+        wrong = task(8)
+        images, labels = wrong.data.train.dataset.tensors
+        wrong.data.train.dataset.tensors = (images, (labels + 1) % 3)
+        running = Running(checkpoints, 0, Interval(steps=6), wrong.generators, True)
+        wrong.train(model, Until(num_steps), num_epochs=9, lr=0.05, distill=distill, checkpoint=running)
+        return model
+
+    model = student(10**6, tmp_path / "whole.pt")
+    images, labels = whole.data.train.dataset.tensors
+    assert (model(images).argmax(1) == distill.teacher(images).argmax(1)).float().mean() > 0.9
+    assert (model(images).argmax(1) == labels).float().mean() > 0.8
+    with pytest.raises(Killed):
+        student(7, tmp_path / "parts.pt")
+    resumed = student(10**6, tmp_path / "parts.pt")
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(value, state[name]) for name, value in distill.teacher.state_dict().items())

@@ -1,0 +1,122 @@
+"""The pipeline over a task whose metric is known: what tolerance means, and what the report says of the metric."""
+
+import sys
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+
+from bayesprune.app.pipeline import Recipe, run
+from bayesprune.reports import ACCURACY, PERPLEXITY, Report
+
+pytest.importorskip("matplotlib")
+
+
+class Silent:
+    def __init__(self):
+        self.said = []
+
+    def stage(self, title):
+        self.said.append(title)
+
+    say = stage
+
+    @contextmanager
+    def training(self, num_epochs, steps_per_epoch):
+        yield lambda loss: None
+
+
+class BySize:
+    """Nothing is learned; the metric follows from the number of weights that are not zero."""
+
+    description = "nothing"
+    calibration = ((torch.linspace(-1, 1, 64).view(8, 8), torch.arange(8) % 4),)
+    is_main = True
+
+    def __init__(self, metric, score):
+        self.metric, self.of_size, self.example_inputs, self.trained = metric, score, torch.randn(1, 8), []
+        self.teachers = []
+
+    def train(self, model, progress, *, num_epochs, lr, learn_stds=False, sparsity=None, distill=None, checkpoint=None):
+        self.trained.append((num_epochs, learn_stds, sparsity))
+        self.teachers.append(None if distill is None else distill.teacher)
+        model.eval()
+
+    def score(self, model, split):
+        weights = [p for name, p in model.named_parameters() if name.endswith("weight")]
+        return self.of_size(sum(int(weight.count_nonzero()) for weight in weights) / (8 * 40 + 40 * 4))
+
+    def save_beside(self, directory):
+        (directory / "beside.txt").write_text("")
+
+    def how_to_load(self, directory):
+        return "load"
+
+
+def smallest(metric, score, tolerance, out, monkeypatch, what="channels", **options):
+    monkeypatch.setattr(sys.modules["bayesprune.reports.measure"], "_SECONDS_PER_REPEAT", 0.0)
+    model = nn.Sequential(nn.Linear(8, 40), nn.ReLU(), nn.Linear(40, 4))
+    recipe = Recipe(
+        target=None,
+        tolerance=tolerance,
+        num_epochs=2,
+        train_lr=0.1,
+        lr=0.1,
+        std="per_channel",
+        estimator="auto",
+        granularity=("width",),
+        what=what,
+        **options,
+    )
+    task, progress = BySize(metric, score), Silent()
+    report = run(model, task, recipe, out, progress, name="two layers", is_trained=True)
+    return report, task, progress.said
+
+
+def test_perplexity_may_rise_by_the_tolerance_as_a_part_of_itself(tmp_path, monkeypatch):
+    report, task, said = smallest(PERPLEXITY, lambda kept: 20 / kept, 1.0, tmp_path, monkeypatch)
+    assert report.before.accuracy == 20
+    assert 35 < report.after.accuracy <= 40
+    assert all(trained == (1, False, None) for trained in task.trained[1:-1])
+    assert "validation perplexity 20 with 524 non-zero parameters" in said
+    again = Report.from_json((tmp_path / "report.json").read_text())
+    assert again.metric == PERPLEXITY
+    assert 'perplexity,1,"as evaluated, lower is better"' in again.to_csv()
+    assert "<h2>Perplexity against size</h2>" in again.to_html()
+    assert (tmp_path / "beside.txt").is_file()
+
+
+def test_accuracy_may_fall_by_the_tolerance_in_its_own_unit(tmp_path, monkeypatch):
+    report, _, said = smallest(ACCURACY, lambda kept: 0.4 + kept / 2, 0.1, tmp_path, monkeypatch)
+    assert report.before.accuracy == 0.9
+    assert 0.8 <= report.after.accuracy < 0.84
+    assert "validation accuracy 90.00% with 524 non-zero parameters" in said
+
+
+def test_single_weights_go_where_the_search_is_for_them(tmp_path, monkeypatch):
+    report, task, said = smallest(ACCURACY, lambda kept: 0.4 + kept / 2, 0.1, tmp_path, monkeypatch, what="weights")
+    assert 0.8 <= report.after.accuracy < 0.82
+    assert report.after.parameters == report.before.parameters == 524
+    assert report.after.nonzero_parameters < 450
+    assert "Remove single weights" in said
+    (curve,) = (text for text in said if "of the weights kept (tolerance 0.1)" in text)
+    assert "smallest" in curve
+    assert task.trained[-1] == (2, False, None)
+
+
+@pytest.mark.parametrize("what", ["channels", "weights"])
+def test_the_dense_model_teaches_in_each_training_after_a_removal(what, tmp_path, monkeypatch):
+    options = {"what": what, "relative_std": 0.1}
+    _, task, _ = smallest(ACCURACY, lambda kept: 0.4 + kept / 2, 0.1, tmp_path / "taught", monkeypatch, **options)
+    others = task.teachers
+    if what == "weights":
+        first, *others = others
+        assert first is None, "the posteriors are learned without it"
+    assert len(others) > 2
+    assert all(teacher is others[0] for teacher in others)
+    assert others[0][0].weight.shape == (40, 8)
+    _, task, _ = smallest(
+        ACCURACY, lambda kept: 0.4 + kept / 2, 0.1, tmp_path / "alone", monkeypatch, distill=False, **options
+    )
+    assert task.teachers == [None] * len(task.teachers)

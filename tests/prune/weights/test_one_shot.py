@@ -1,0 +1,195 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import bayesprune as bp
+from bayesprune.laplace.matrices import input_rows, to_matrix
+from bayesprune.prune.scores.weights import magnitude
+
+
+def correlated(*shape: int) -> torch.Tensor:
+    x = torch.randn(shape, dtype=torch.float64)
+    return x + 0.7 * x.roll(1, 1)
+
+
+def net(**options) -> nn.Module:
+    torch.manual_seed(5)
+    layers = nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 12), nn.GELU(), nn.Linear(12, 4)
+    return bp.to_variational(nn.Sequential(*layers).double(), **options).eval()
+
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(8, 5), (60, 8)),
+    "conv": (lambda: nn.Conv2d(4, 5, 3, stride=2, padding=1), (16, 4, 7, 6)),
+    "groups": (lambda: nn.Conv2d(8, 6, 2, groups=2, bias=False), (16, 8, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("target", [{"sparsity": 0.6}, {"pattern": "2:4"}], ids=["sparsity", "2:4"])
+def test_what_is_left_is_fitted_to_the_outputs_before(kind, target):
+    torch.manual_seed(4)
+    build, shape = LAYERS[kind]
+    layer, x = bp.to_variational(build().double()).eval(), correlated(*shape)
+    before = copy.deepcopy(layer)
+    report = bp.prune_one_shot(layer, [x[:7], x[7:]], damping=1e-9, **target)
+    mask = layer.mask("weight")
+    assert torch.equal(layer.weight != 0, mask)
+    assert report.rows[0].kept == int(mask.sum()) == round((0.4 if "sparsity" in target else 0.5) * mask.numel())
+    if "pattern" in target:
+        assert (mask.movedim(1, -1).reshape(-1, 4).sum(1) == 2).all()
+    rows = input_rows(layer, x, len(x)).flatten(0, 1)
+    kept, found = to_matrix(layer, mask), to_matrix(layer, layer.weight.detach())
+    wanted = before(x).detach().movedim(1, -1).reshape(len(rows), *kept.shape[:2])
+    for group in range(kept.shape[0]):
+        for row in range(kept.shape[1]):
+            chosen = rows[:, group][:, kept[group, row]]
+            if layer.bias is not None:
+                chosen = torch.cat([chosen, chosen.new_ones(len(chosen), 1)], 1)
+            best = torch.linalg.lstsq(chosen, wanted[:, group, row]).solution[: int(kept[group, row].sum())]
+            torch.testing.assert_close(found[group, row, kept[group, row]], best, rtol=1e-5, atol=1e-7)
+
+
+def test_layers_are_fitted_to_what_the_whole_model_gave_by_what_the_cut_one_gives():
+    model, x = net(), correlated(400, 8)
+    before = copy.deepcopy(model)
+    bp.prune_one_shot(model, [x[:200], x[200:]], sparsity=0.5, damping=1e-9)
+    reads, wanted = model[:4](x).detach(), before(x).detach()
+    for row, kept in enumerate(model[4].mask("weight")):
+        chosen = torch.cat([reads[:, kept], torch.ones(400, 1)], 1)
+        best = torch.linalg.lstsq(chosen, wanted[:, row]).solution
+        found = torch.cat([model[4].weight[row, kept], model[4].bias[[row]]]).detach()
+        torch.testing.assert_close(found, best, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("target", [{"sparsity": 0.5}, {"pattern": "2:4"}], ids=["sparsity", "2:4"])
+def test_less_is_lost_than_by_conditioning_each_layer_alone(target):
+    x = correlated(500, 8)
+    batches, unseen = [x[:200], x[200:400]], x[400:]
+    dense, alone, sequential = net(), net(), net()
+    factors = bp.fit_kronecker(alone, batches, loss=lambda model, batch: model(batch).square().mean())
+    scope = {"scope": "layer"} if "sparsity" in target else {}
+    bp.prune_weights(alone, score=magnitude, **target, **scope)
+    bp.condition_on_zeros(alone, factors)
+    bp.prune_one_shot(sequential, batches, **target)
+    lost = [float((model(unseen) - dense(unseen)).detach().square().mean()) for model in (alone, sequential)]
+    print(f"conditioned layer by layer {lost[0]:.2e}, in one shot {lost[1]:.2e}")
+    assert lost[1] < 0.7 * lost[0]
+
+
+def test_layers_that_cost_less_lose_more_and_the_sum_is_what_was_asked_for():
+    model, x = net(), correlated(300, 8)
+    model[2].weight.data[:, 4:] *= 1e-3
+    even, divided, told = copy.deepcopy(model), copy.deepcopy(model), copy.deepcopy(model)
+    lost = []
+    for cut, options in ((even, {"scope": "layer"}), (divided, {})):
+        report = bp.prune_one_shot(cut, [x], sparsity=0.5, **options)
+        assert report.removable.sparsity == pytest.approx(0.5, abs=0.01)
+        lost.append(float((cut(x).softmax(1) - model(x).softmax(1)).detach().square().mean()))
+    assert [row.kept / row.total for row in bp.prune_one_shot(even, [x], sparsity=0.5, scope="layer").rows] == [0.5] * 3
+    shares = {row.name: 1 - row.kept / row.total for row in report.rows}
+    print(shares, lost)
+    assert shares["2.weight"] > 0.65
+    assert lost[1] < lost[0]
+    zeros = lambda its: float((its[2].weight == 0).double().mean())  # noqa: E731
+    report = bp.prune_one_shot(told, [x], sparsity=0.5, loss=zeros)
+    of_loss = {row.name: 1 - row.kept / row.total for row in report.rows}
+    assert of_loss["2.weight"] == pytest.approx(0.3, abs=0.02), "the only layer that costs anything"
+
+
+def test_refuses_a_loss_that_is_no_number_and_leaves_the_model_as_it_was():
+    model, x = net(), correlated(50, 8)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="not a number"):
+        bp.prune_one_shot(model, [x], sparsity=0.5, loss=lambda _: float("nan"))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_what_is_gone_stays_gone_and_training_goes_on():
+    model, x = net(), correlated(200, 8)
+    bp.prune_weights(model, sparsity=0.3, score=magnitude)
+    first = {name: layer.mask("weight").clone() for name, layer in model.named_children() if len(layer.state_dict())}
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    report = bp.prune_one_shot(model, [x], sparsity=0.5)
+    assert report.removable.sparsity == pytest.approx(0.5, abs=0.01)
+    for name, before in first.items():
+        assert not (model[int(name)].mask("weight") & ~before).any()
+    model(x).square().mean().backward()
+    optimizer.step()
+    assert all(not layer.weight[~layer.mask("weight")].any() for layer in (model[0], model[2], model[4]))
+
+
+def test_what_is_not_named_or_cannot_go_is_left_as_it_is_and_said_so():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.odd, self.last = nn.Linear(8, 6), nn.Linear(6, 8), nn.Linear(8, 8)
+            self.unused, self.tied = nn.Linear(4, 4), nn.Linear(8, 8)
+            self.upwards = nn.ConvTranspose1d(8, 8, 1)
+            self.tied.weight = self.last.weight
+
+        def forward(self, x):
+            return self.upwards(self.tied(self.last(self.odd(self.first(x))))[..., None])
+
+    model, x = bp.to_variational(Model()).eval(), torch.randn(64, 8)
+    before = copy.deepcopy(model.state_dict())
+    report = bp.prune_one_shot(model, [x], pattern="2:4")
+    notes = {row.name: row.note for row in report.rows}
+    assert notes["first.weight"] == ""
+    assert notes["odd.weight"] == "6 inputs are not a multiple of 4"
+    assert notes["unused.weight"] == "did not run on the data"
+    assert "several layers" in notes["last.weight"]
+    assert "neither a linear layer nor a convolution" in notes["upwards.weight"]
+    after = model.state_dict()
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert changed == {"first.weight", "first.bias"}
+    report = bp.prune_one_shot(model, [x], sparsity={"odd": 0.5})
+    assert {row.name: row.note for row in report.rows}["first.weight"] == "no sparsity"
+    assert model.odd.mask("weight").sum() == 24
+
+
+def test_frozen_biases_stay():
+    model, x = net(), correlated(100, 8)
+    model[2].bias.requires_grad_(False)
+    before = model[2].bias.clone(), model[4].bias.clone()
+    bp.prune_one_shot(model, [x], sparsity=0.5)
+    assert torch.equal(model[2].bias, before[0])
+    assert not torch.equal(model[4].bias, before[1])
+
+
+def test_batch_norm_is_measured_anew():
+    torch.manual_seed(6)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(32, 2))
+    x = torch.randn(80, 3, 4, 4)
+    model(x)
+    bp.to_variational(model).eval()
+    bp.prune_one_shot(model, [x], sparsity=0.7)
+    torch.testing.assert_close(model[1].running_mean, model[0](x).mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+
+
+def test_what_fails_leaves_the_model_as_it_was():
+    model, x = net(), torch.randn(5, 8, dtype=torch.float64)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError):
+        bp.prune_one_shot(model, [x], sparsity=0.5, damping=0)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "prune_one_shot got no target; expected exactly one of sparsity, pattern"),
+        ({"sparsity": 0.5, "pattern": "2:4"}, "exactly one of"),
+        ({"sparsity": 1.5}, "expected a fraction from 0 to 1"),
+        ({"sparsity": {"7": 0.5}}, "sparsity names '7'"),
+        ({"sparsity": 0.5, "scope": "all"}, 'expected "global" or "layer"'),
+        ({"sparsity": 0.5, "num_batches": 0}, "data has no batch"),
+    ],
+)
+def test_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        bp.prune_one_shot(net(), [torch.randn(4, 8)], **options)
