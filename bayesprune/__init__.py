@@ -2,7 +2,7 @@
 
 from importlib.util import find_spec as _find_spec
 
-from bayesprune import evi, gates, laplace, moments, priors
+from bayesprune import errors, evi, gates, laplace, moments, priors, prune
 from bayesprune.convert import conversion_table, to_deterministic, to_variational
 from bayesprune.laplace import compensate, condition_on_channels, condition_on_zeros, fit_kronecker, fit_laplace
 from bayesprune.layers import VariationalLayer, register_layer
@@ -12,7 +12,6 @@ from bayesprune.prune import (
     InclusionImportance,
     SNRImportance,
     UnitSNRImportance,
-    compress,
     evidence,
     prune_channels,
     prune_one_shot,
@@ -41,11 +40,11 @@ __all__ = [
     "attach",
     "compensate",
     "compile_moments",
-    "compress",
     "condition_on_channels",
     "condition_on_zeros",
     "conversion_table",
     "distillation",
+    "errors",
     "evi",
     "evidence",
     "fit_kronecker",
@@ -57,6 +56,7 @@ __all__ = [
     "moments",
     "predict",
     "priors",
+    "prune",
     "prune_channels",
     "prune_one_shot",
     "prune_weights",

@@ -18,16 +18,17 @@ from torch import nn
 from bayesprune.app.tasks.task import Progress, Task
 from bayesprune.convert import check_options, conversion_table, to_deterministic, to_variational
 from bayesprune.foundation.batches import device_of, on_device
+from bayesprune.foundation.target import Target
 from bayesprune.layers import named_posteriors
 from bayesprune.prediction.predict import sampling
-from bayesprune.prune import compress, prune_channels, signal_to_noise
+from bayesprune.prune import prune_channels, signal_to_noise, smallest_within
 from bayesprune.prune.channels.checks import checked_target
 from bayesprune.reports import HistoryPoint, Report, count_parameters, report
 from bayesprune.storage import save
 from bayesprune.storage.base import describe
 from bayesprune.train import Distillation, distillation
 
-_SMALL_CUT = {"macs": 0.95}  # a search needs one at least
+_SMALL_CUT = "macs=0.95"  # a search needs one at least
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Recipe:
     """How to compress.
 
     Attributes:
-        target: {"weights": f}, the fraction of single weights that is kept, or a target of `prune_channels`; None
+        target: "weights=0.2", the fraction of single weights that is kept, or a target of `prune_channels`; None
             searches for the smallest model within `tolerance`.
         tolerance: Largest accepted loss on validation data, a fraction: by so much accuracy may fall, or by such a part
             of itself perplexity rise.
@@ -48,10 +49,10 @@ class Recipe:
         uniform: Whether the same fraction of every group goes, so that a config can say the sizes.
         relative_std: Initial std as a fraction of the root mean square of the layer's weights.
         distill: Whether the smaller model learns from the dense one, too, in each training after a removal.
-        what: What the search removes, channels and heads or single weights; a target says it itself.
+        by: What the search counts: "macs", and removes channels and heads, or "weights". A target says it itself.
     """
 
-    target: dict[str, float] | None
+    target: str | None
     tolerance: float | None
     num_epochs: int
     train_lr: float
@@ -62,7 +63,7 @@ class Recipe:
     uniform: bool = False
     relative_std: float = 0.1
     distill: bool = True
-    what: Literal["channels", "weights"] = "channels"
+    by: Literal["macs", "weights"] = "macs"
 
     def __post_init__(self) -> None:
         """Refuses now what would be refused after minutes of training."""
@@ -70,22 +71,27 @@ class Recipe:
         if self.tolerance is not None and self.tolerance < 0:
             raise ValueError(f"tolerance is {self.tolerance!r}; expected the largest accepted loss, 0 or more.")
         if not self.removes_weights:
-            checked_target(self.target or _SMALL_CUT, None, self.granularity, self.uniform, 1)
-        elif self.target is not None and not 0 < self.target["weights"] < 1:
-            kept = self.target["weights"]
-            raise ValueError(f"target weights is {kept!r}; expected the fraction to keep, between 0 and 1.")
+            checked_target(self.goal, None, self.granularity, self.uniform, 1)
+        elif self.target is not None and not 0 < self.goal.value < 1:
+            raise ValueError(f"compress got the target {self.target!r}; expected a fraction between 0 and 1.")
         elif self.uniform:
             raise ValueError("single weights were to be removed, which changes no size; leave uniform out.")
 
     @property
+    def goal(self) -> Target:
+        """The target, or in a search a small cut of its kind."""
+        text = self.target or ("weights=0.95" if self.by == "weights" else _SMALL_CUT)
+        return Target.parse(text, ("macs", "params", "snr", "weights"), "compress")
+
+    @property
     def removes_weights(self) -> bool:
         """Whether single weights go, by a target or in a search."""
-        return self.what == "weights" if self.target is None else "weights" in self.target
+        return self.goal.kind == "weights"
 
     @property
     def learns_stds(self) -> bool:
         """Whether stds say what goes, so that they have to be learned first."""
-        return self.removes_weights or not (self.target or _SMALL_CUT).keys() <= {"macs", "params"}
+        return self.goal.kind not in ("macs", "params")
 
     @property
     def num_stages(self) -> int:
@@ -95,8 +101,7 @@ class Recipe:
     @property
     def sparsity(self) -> float | None:
         """Fraction of single weights to remove; None where there is no such target."""
-        kept = (self.target or {}).get("weights")
-        return None if kept is None else 1 - kept
+        return self.goal.removed if self.target is not None and self.removes_weights else None
 
     @property
     def removal(self) -> str:
@@ -239,7 +244,7 @@ def _smallest(
     tolerance = recipe.tolerance * (reference if task.metric.is_lower_better else 1)
     labels = (f"cut {number}" if number else "learned" for number in itertools.count())
     options = {} if recipe.removes_weights else {"granularity": recipe.granularity, "uniform": recipe.uniform}
-    found = compress(
+    found = smallest_within(
         model,
         _example(model, task),
         evaluate=lambda candidate: sign * validate(candidate, next(labels)),
@@ -248,7 +253,7 @@ def _smallest(
             candidate, task, max(1, recipe.num_epochs // 2), recipe.lr, progress, distill
         ),
         reference=sign * reference,
-        what=recipe.what,
+        by=recipe.by,
         data=task.calibration,
         **options,
     )

@@ -54,7 +54,7 @@ class BySize:
         return "load"
 
 
-def smallest(metric, score, tolerance, out, monkeypatch, what="channels", **options):
+def smallest(metric, score, tolerance, out, monkeypatch, by="macs", **options):
     monkeypatch.setattr(sys.modules["bayesprune.reports.measure"], "_SECONDS_PER_REPEAT", 0.0)
     model = nn.Sequential(nn.Linear(8, 40), nn.ReLU(), nn.Linear(40, 4))
     recipe = Recipe(
@@ -66,7 +66,7 @@ def smallest(metric, score, tolerance, out, monkeypatch, what="channels", **opti
         std="per_channel",
         estimator="auto",
         granularity=("width",),
-        what=what,
+        by=by,
         **options,
     )
     task, progress = BySize(metric, score), Silent()
@@ -95,7 +95,7 @@ def test_accuracy_may_fall_by_the_tolerance_in_its_own_unit(tmp_path, monkeypatc
 
 
 def test_single_weights_go_where_the_search_is_for_them(tmp_path, monkeypatch):
-    report, task, said = smallest(ACCURACY, lambda kept: 0.4 + kept / 2, 0.1, tmp_path, monkeypatch, what="weights")
+    report, task, said = smallest(ACCURACY, lambda kept: 0.4 + kept / 2, 0.1, tmp_path, monkeypatch, by="weights")
     assert 0.8 <= report.after.accuracy < 0.82
     assert report.after.parameters == report.before.parameters == 524
     assert report.after.nonzero_parameters < 450
@@ -105,12 +105,12 @@ def test_single_weights_go_where_the_search_is_for_them(tmp_path, monkeypatch):
     assert task.trained[-1] == (2, False, None)
 
 
-@pytest.mark.parametrize("what", ["channels", "weights"])
-def test_the_dense_model_teaches_in_each_training_after_a_removal(what, tmp_path, monkeypatch):
-    options = {"what": what, "relative_std": 0.1}
+@pytest.mark.parametrize("by", ["macs", "weights"])
+def test_the_dense_model_teaches_in_each_training_after_a_removal(by, tmp_path, monkeypatch):
+    options = {"by": by, "relative_std": 0.1}
     _, task, _ = smallest(ACCURACY, lambda kept: 0.4 + kept / 2, 0.1, tmp_path / "taught", monkeypatch, **options)
     others = task.teachers
-    if what == "weights":
+    if by == "weights":
         first, *others = others
         assert first is None, "the posteriors are learned without it"
     assert len(others) > 2

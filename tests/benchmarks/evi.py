@@ -188,7 +188,7 @@ def removal(model: nn.Sequential, images: Tensor, labels: Tensor) -> list[dict[s
 def check_removal(model: nn.Module, rows: list[dict[str, Any]], images: Tensor, labels: Tensor) -> None:
     """Half of the kernels really removed by `prune_channels`: the accuracy that the table has."""
     cut = copy.deepcopy(model)
-    bp.prune_channels(cut, images[:1], target={"macs": 0.5}, importance=evi.kernel_norm)
+    bp.prune_channels(cut, images[:1], target="macs=0.5", importance=evi.kernel_norm)
     left = cut[0].out_channels
     expected = next(row["accuracy"] for row in rows if (row["criterion"], row["kernels"]) == ("norm", left))
     found = accuracy(cut, images, labels)

@@ -86,7 +86,7 @@ class Net:
         bp.prune_channels(
             model,
             self.task.example,
-            {"macs": level},
+            f"macs={level}",
             importance=ByName(model, scores),
             before_cut=COMPENSATIONS[compensation](self, model),
             data=batches,

@@ -119,7 +119,7 @@ class Calibrated:
         bp.prune_channels(
             model,
             EXAMPLE,
-            target={"macs": float(run.target)},
+            target=f"macs={float(run.target)}",
             importance=channel_score(run.score, run.option),
             uniform="uniform" in run.option,
             before_cut=compensate if run.condition else None,

@@ -246,7 +246,7 @@ def test_frozen_tied_and_earlier_layers_stay_as_they_are():
 
 def test_weights_that_a_mask_removed_stay_zero():
     model = mlp(5, 8, 3)
-    bp.prune_weights(model, sparsity=0.5)
+    bp.prune_weights(model, "weights=0.5")
     mask = model[2].mask("weight").clone()
     compensate(model, [normal(64, 5)], {"2": [0]})
     assert not model[2].weight[~mask].any()

@@ -37,10 +37,10 @@ def test_a_kronecker_posterior_leaves_them_alone():
     assert posterior.keys() == {"conv", "second", "linear", "head"}
     bp.laplace.set_marginal_stds(net, posterior)
     assert all(map(torch.equal, gamma_stds(net), before))
-    bp.prune_weights(net, sparsity=0.3)
+    bp.prune_weights(net, "weights=0.7")
     bp.condition_on_zeros(net, posterior)
     compensate = partial(bp.condition_on_channels, net, posterior)
-    bp.prune_channels(net, batch()[0], target={"params": 0.7}, before_cut=compensate)
+    bp.prune_channels(net, batch()[0], target="params=0.7", before_cut=compensate)
     assert net.layer.weight_log_std.shape == net.layer.weight.shape
 
 

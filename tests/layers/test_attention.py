@@ -72,7 +72,7 @@ def test_extra_tokens_stay_deterministic():
     """bias_k and bias_v are tokens beside the keys and values, not weights of a projection."""
     layer = bp.to_variational(attention(add_bias_kv=True))
     assert layer.active_names() == ["in_proj_weight", "in_proj_bias"]
-    report = bp.prune_weights(layer, sparsity=0.5)
+    report = bp.prune_weights(layer, "weights=0.5")
     assert [row.name for row in report.rows] == ["in_proj_weight", "out_proj.weight"]
 
 

@@ -248,7 +248,7 @@ def test_training(prior):
 
 def test_single_weights_are_removed_from_matrices_alone():
     model = variational(norm_net())
-    bp.prune_weights(model, sparsity=0.5)
+    bp.prune_weights(model, "weights=0.5")
     assert model[0].masked_names()
     assert not model[1].masked_names()
 

@@ -118,7 +118,7 @@ def test_compiles_once_for_each_shape_mode_and_setting():
     assert count(forward, x) == 1
     model[0].weight.requires_grad_(False)
     assert count(forward, x) == 1
-    bp.prune_weights(model.requires_grad_(True), sparsity=0.5)
+    bp.prune_weights(model.requires_grad_(True), "weights=0.5")
     assert count(forward, x) == 1
     assert_same(forward(x), eager(model, x))
 

@@ -65,7 +65,9 @@ class LoaderTask(Task):
         parts: dict[str, Any] = {"model": trained, "optimizer": optimizer, "schedule": schedule}
         if learn_stds:
             parts["attachment"] = attach(optimizer, trained, num_data=self.data.num_data, warmup_steps=num_steps // 5)
-        removal = None if sparsity is None else PruneSchedule(sparsity, begin=0.2, end=0.7, num_updates=10)
+        removal = (
+            None if sparsity is None else PruneSchedule(f"weights={1 - sparsity}", begin=0.2, end=0.7, num_updates=10)
+        )
         if self.accelerator.scaler is not None:
             parts["scaler"] = self.accelerator.scaler
         batches = _Batches(loader, num_epochs, parts, checkpoint)

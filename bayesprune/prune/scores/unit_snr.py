@@ -46,7 +46,7 @@ class UnitSNRImportance(tp.importance.Importance):
         >>> model = bp.to_variational(model)
         >>> x = torch.randn(32, 4)
         >>> importance = bp.UnitSNRImportance(model, bp.fit_kronecker(model, [x]))
-        >>> report = bp.prune_channels(model, x, target={"macs": 0.5}, importance=importance)
+        >>> report = bp.prune_channels(model, x, "macs=0.5", importance=importance)
     """
 
     def __init__(self, model: nn.Module, posterior: KroneckerPosterior) -> None:

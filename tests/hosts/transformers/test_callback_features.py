@@ -81,7 +81,9 @@ def test_a_batch_size_that_is_found(tmp_path, monkeypatch):
     model = tiny.llama()
     raise_above(2, model)
     options = {"auto_find_batch_size": True, "train_sampling_strategy": "group_by_length"}
-    made = tiny.trainer(model, tmp_path, BayesPruneCallback(prune=0.5), max_steps=6, logging_steps=6, **options)
+    made = tiny.trainer(
+        model, tmp_path, BayesPruneCallback(prune="weights=0.5"), max_steps=6, logging_steps=6, **options
+    )
     counter = HookCounter()
     made.add_callback(counter)
     made.train()
@@ -102,7 +104,7 @@ def test_compiled(tmp_path, monkeypatch):
     counters = torch._dynamo.utils.counters
     counters.clear()
     options = {"max_steps": 6, "logging_steps": 1, "gradient_accumulation_steps": 2, "torch_compile": True}
-    made = tiny.trainer(tiny.llama(), tmp_path, BayesPruneCallback(prune=0.5), **options)
+    made = tiny.trainer(tiny.llama(), tmp_path, BayesPruneCallback(prune="weights=0.5"), **options)
     made.train()
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
@@ -123,7 +125,7 @@ def lora(**config) -> nn.Module:
 def test_adapters(tmp_path):
     """Posteriors over what trains; resumed, saved, read by stock PEFT and merged."""
     peft = pytest.importorskip("peft")
-    schedule = PruneSchedule(0.3, begin=0.4, end=0.8, scope="layer")
+    schedule = PruneSchedule("weights=0.7", begin=0.4, end=0.8, scope="layer")
     whole, resumed = lora(modules_to_save=["lm_head"]), lora(modules_to_save=["lm_head"])
     options = {"max_steps": 8, "save_strategy": "steps", "save_steps": 5}
     made = tiny.trainer(whole, tmp_path, BayesPruneCallback(prune=schedule), **options)
@@ -151,7 +153,7 @@ def test_adapters(tmp_path):
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 def test_pruning_adapters_is_said(tmp_path):
     with pytest.warns(UserWarning, match=r"prune=... removes weights of the adapters alone.*merge_and_unload\(\)"):
-        tiny.trainer(lora(), tmp_path, BayesPruneCallback(prune=0.5))
+        tiny.trainer(lora(), tmp_path, BayesPruneCallback(prune="weights=0.5"))
 
 
 def test_frozen_layers_stay_as_they_are(tmp_path):
@@ -159,7 +161,7 @@ def test_frozen_layers_stay_as_they_are(tmp_path):
     model = tiny.llama()
     frozen = model.model.layers[0].requires_grad_(False)
     before = copy.deepcopy(frozen.state_dict())
-    tiny.trainer(model, tmp_path, BayesPruneCallback(prune=0.8), max_steps=4).train()
+    tiny.trainer(model, tmp_path, BayesPruneCallback(prune="weights=0.2"), max_steps=4).train()
     assert_equal(frozen.state_dict(), before)
     learned = [layer for name, layer in model.named_modules() if isinstance(layer, bp.VariationalLayer)]
     assert learned

@@ -106,10 +106,10 @@ def test_channels_go_where_the_evidence_says_so():
     importance = bp.EvidenceImportance(priors.Gaussian(0.4))
     (group,) = find_groups(net, x).groups
     assert (importance(group.group) < 0).nonzero().flatten().tolist() == [1, 4]
-    report = bp.prune_channels(net, x, target={"evidence": 0}, importance=importance)
+    report = bp.prune_channels(net, x, target="evidence=0", importance=importance)
     assert report.removed == {"0": (1, 4)}
-    assert bp.prune_channels(net, x, target={"evidence": 0}, importance=importance).removed == {}
-    harder = bp.prune_channels(model(), x, target={"evidence": -1e9}, dry_run=True)
+    assert bp.prune_channels(net, x, target="evidence=0", importance=importance).removed == {}
+    harder = bp.prune_channels(model(), x, target="evidence=-1e9", dry_run=True)
     assert harder.removed["0"], "any loss is accepted, down to the floor"
 
 
@@ -128,9 +128,9 @@ def test_refuses_priors_that_allow_no_comparison(prior):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target": {"evidence": math.inf}}, "target evidence is inf"),
-        ({"target": {"evidence": 0}, "uniform": True}, "criterion of its own"),
-        ({"target": {"evidence": 0}, "importance": tp.importance.MagnitudeImportance()}, "criterion of its own"),
+        ({"target": "evidence=inf"}, "expected a number of nats"),
+        ({"target": "evidence=0", "uniform": True}, "criterion of its own"),
+        ({"target": "evidence=0", "importance": tp.importance.MagnitudeImportance()}, "criterion of its own"),
     ],
 )
 def test_refuses_other_options(options, message):
