@@ -3,6 +3,7 @@
 from importlib.util import find_spec as _find_spec
 
 from bayesprune import errors, evi, gates, laplace, moments, priors, prune
+from bayesprune.app.pipeline import compress
 from bayesprune.convert import conversion_table, to_deterministic, to_variational
 from bayesprune.laplace import compensate, condition_on_channels, condition_on_zeros, fit_kronecker, fit_laplace
 from bayesprune.layers import VariationalLayer, register_layer
@@ -40,6 +41,7 @@ __all__ = [
     "attach",
     "compensate",
     "compile_moments",
+    "compress",
     "condition_on_channels",
     "condition_on_zeros",
     "conversion_table",

@@ -173,7 +173,8 @@ def compress(
     progress.say(f"{model} on {job.task.description}")
     if job.untrained is not None:
         progress.say(f"the model is trained first: {job.untrained}")
-    result = pipeline.run(job.model, resumable, recipe, out, progress, name=model, is_trained=job.untrained is None)
+    is_trained = job.untrained is None
+    result = pipeline.run(job.model, resumable, recipe, out, progress, name=model, is_trained=is_trained).report
     if result is not None:
         _CONSOLE.print(result.table())
         progress.say(f"report: {out / 'report.html'}")

@@ -7,23 +7,26 @@ training before the cut costs is better spent after it (docs/criterion.md). Sing
 import copy
 import itertools
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
-from bayesprune.app.tasks.task import Progress, Task
+from bayesprune.app.data.splits import Loaders
+from bayesprune.app.tasks.task import LoggedProgress, Progress, Task
 from bayesprune.convert import check_options, conversion_table, to_deterministic, to_variational
-from bayesprune.foundation.batches import device_of, on_device
+from bayesprune.foundation.batches import device_of, first_example, on_device
 from bayesprune.foundation.target import Target
 from bayesprune.layers import named_posteriors
 from bayesprune.prediction.predict import sampling
 from bayesprune.prune import prune_channels, signal_to_noise, smallest_within
 from bayesprune.prune.channels.checks import checked_target
-from bayesprune.reports import HistoryPoint, Report, count_parameters, report
+from bayesprune.prune.graph.structure import GRANULARITY
+from bayesprune.reports import ACCURACY, HistoryPoint, Metric, Report, count_parameters, report
 from bayesprune.storage import save
 from bayesprune.storage.base import describe
 from bayesprune.train import Distillation, distillation
@@ -112,10 +115,88 @@ class Recipe:
         return f"Remove {' and '.join(names.get(kind, 'channels') for kind in self.granularity)}"
 
 
+class Compressed(NamedTuple):
+    """What came out: the smaller model, and its report, which the main process alone has."""
+
+    model: nn.Module
+    report: Report | None
+
+
+def compress(
+    model: nn.Module,
+    data: Mapping[str, Iterable[Any]],
+    target: str | None = "macs=0.5",
+    *,
+    out: str | Path,
+    tolerance: float | None = None,
+    num_epochs: int = 3,
+    lr: float = 1e-4,
+    metric: Metric = ACCURACY,
+    **options: Any,
+) -> Compressed:
+    """Cuts, fine-tunes, saves and reports a trained model, as `bayesprune compress` does; needs accelerate.
+
+    A target of MACs or parameters is met at once, from calibration data; single weights and thresholds read stds that a
+    variational fine-tuning learns first. The dense model teaches the smaller one (`distillation`). What decides is
+    measured on the validation batches; the test batches give the report's figures.
+
+    Args:
+        model: A trained classifier, or causal language model, on its device; changed in place, but for a search.
+        data: Batches under "train", a DataLoader, "validation" and "test", in any form that
+            `bayesprune.foundation.batches` names, with labels.
+        target: What is kept: "macs=0.5", "params=0.5", "snr=1" or "weights=0.2". None searches for the smallest model
+            within the tolerance, by MACs, or by weights with `by="weights"`.
+        out: Directory for the model and its report; `bayesprune.load` or the library's own call reads it.
+        tolerance: With a target of None, the largest accepted loss: by so much accuracy may fall, or by such a part of
+            itself perplexity rise.
+        num_epochs: Epochs of each fine-tuning.
+        lr: Its highest learning rate, of AdamW and one cycle.
+        metric: `reports.ACCURACY`, or `reports.PERPLEXITY` of a causal language model.
+        **options: Further fields of the recipe: `granularity`, `uniform`, `distill`, `std`, `estimator`,
+            `relative_std`, `by`.
+
+    Raises:
+        ValueError: an option is out of range, a split is missing, or both target and tolerance are given.
+        InfeasibleTargetError: the target cannot be reached; nothing was trained.
+
+    Example:
+        >>> import tempfile, torch, bayesprune as bp
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> examples = TensorDataset(torch.randn(64, 8), torch.randint(3, (64,)))
+        >>> data = {split: DataLoader(examples, 16) for split in ("train", "validation", "test")}
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 40), torch.nn.ReLU(), torch.nn.Linear(40, 3))
+        >>> with tempfile.TemporaryDirectory() as out:
+        ...     small, report = bp.compress(model, data, "macs=0.5", out=out, num_epochs=1)
+        >>> small[0].out_features
+        20
+    """
+    from accelerate import Accelerator
+
+    from bayesprune.app.tasks.loop import LoaderTask
+
+    if missing := [split for split in ("train", "validation", "test") if split not in data]:
+        raise ValueError(f"data has no {missing[0]!r} batches; expected a mapping of train, validation and test.")
+    if (target is None) == (tolerance is None):
+        raise ValueError(f"got target={target!r} and tolerance={tolerance!r}; expected one of them.")
+    defaults = {"granularity": GRANULARITY, "std": "per_channel", "estimator": "auto"}
+    if (target or options.get("by", "macs")).partition("=")[0].strip() == "weights":
+        defaults["std"] = "per_weight"
+    recipe = Recipe(target, tolerance, num_epochs, lr, lr, **(defaults | options))
+    train: Any = data["train"]
+    if not isinstance(train, DataLoader):
+        raise ValueError(f"the training batches are a {type(train).__name__}; expected a torch.utils.data.DataLoader.")
+    num_data = len(train.dataset)
+    loaders = Loaders(train, data["validation"], data["test"], num_data, f"{num_data:,} training examples")
+    accelerator = Accelerator(cpu=device_of(model).type == "cpu", device_placement=False)
+    example = first_example(model, next(iter(loaders.validation)))
+    task = LoaderTask(loaders, accelerator, metric=metric, example_inputs=example)
+    return run(model, task, recipe, Path(out), LoggedProgress(), name=type(model).__name__, is_trained=True)
+
+
 def run(
     model: nn.Module, task: Task, recipe: Recipe, out: Path, progress: Progress, *, name: str, is_trained: bool
-) -> Report | None:
-    """Compresses the model, saves it to `out` with a report, and returns the report; None where another process does.
+) -> Compressed:
+    """Compresses the model and saves it to `out` with a report.
 
     What decides anything is measured on the validation split; the test split gives the report's two figures.
 
@@ -183,7 +264,7 @@ def run(
     validate(model, "fine-tuned")
 
     if not task.is_main:
-        return None
+        return Compressed(model, None)
     progress.stage("Save and report")
     points = [{"nonzero_parameters": p.nonzero_parameters, task.metric.name: p.accuracy} for p in history]
     said = [{"label": p.label, **point} for p, point in zip(history, points, strict=True)]
@@ -204,7 +285,7 @@ def run(
         )
     result.save(out)
     task.save_beside(out)
-    return result
+    return Compressed(model, result)
 
 
 def _check_feasible(model: nn.Module, task: Task, recipe: Recipe) -> None:

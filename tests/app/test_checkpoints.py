@@ -40,7 +40,7 @@ def data():
         Images(NUM_IMAGES, 0.1), BATCH, shuffle=True, drop_last=True, generator=torch.Generator().manual_seed(3)
     )
     others = [DataLoader(Images(count, 0.0), BATCH) for count in (20, 21)]
-    return Data(train, *others, NUM_IMAGES, (1, 6, 6), ("a", "b", "c"), "noise")
+    return Data(train, *others, NUM_IMAGES, "noise", (1, 6, 6), ("a", "b", "c"))
 
 
 class Killed(BaseException):
