@@ -182,11 +182,12 @@ def compress(
     if (target or options.get("by", "macs")).partition("=")[0].strip() == "weights":
         defaults["std"] = "per_weight"
     recipe = Recipe(target, tolerance, num_epochs, lr, lr, **(defaults | options))
-    train: Any = data["train"]
+    train = data["train"]
     if not isinstance(train, DataLoader):
         raise ValueError(f"the training batches are a {type(train).__name__}; expected a torch.utils.data.DataLoader.")
-    num_data = len(train.dataset)
-    loaders = Loaders(train, data["validation"], data["test"], num_data, f"{num_data:,} training examples")
+    examples: Any = train.dataset
+    described = f"{len(examples):,} training examples"
+    loaders = Loaders(train, data["validation"], data["test"], len(examples), described)
     accelerator = Accelerator(cpu=device_of(model).type == "cpu", device_placement=False)
     example = first_example(model, next(iter(loaders.validation)))
     task = LoaderTask(loaders, accelerator, metric=metric, example_inputs=example)

@@ -193,9 +193,9 @@ def prune_weights(dense: nn.Module, method: Method, sparsity: float, batches: Ba
             bp.prune_weights(model, f"weights={1 - removal}", score=score)
             return
         calibration = list(islice(batches, method.conditioned))
-        posterior = bp.fit_kronecker(model.eval(), calibration, num_data=NUM_DATA)
+        posterior = bp.laplace.fit_kronecker(model.eval(), calibration, num_data=NUM_DATA)
         bp.prune_weights(model, f"weights={1 - removal}", score=score)
-        bp.condition_on_zeros(model, posterior)
+        bp.laplace.condition_on_zeros(model, posterior)
         model.train()
 
     train(
@@ -291,8 +291,8 @@ def prune_channels(
     importance, spent = channel_importance(method.score, cut, batches)
     compensate = None
     if method.conditioned:
-        posterior = bp.fit_kronecker(cut.eval(), islice(batches, method.conditioned), num_data=NUM_DATA)
-        compensate = partial(bp.condition_on_channels, cut, posterior)
+        posterior = bp.laplace.fit_kronecker(cut.eval(), islice(batches, method.conditioned), num_data=NUM_DATA)
+        compensate = partial(bp.laplace.condition_on_channels, cut, posterior)
     spent += method.conditioned
     bp.prune_channels(cut, EXAMPLE, target=f"macs={macs}", importance=importance, before_cut=compensate)
     bp.to_deterministic(cut).zero_grad()

@@ -108,7 +108,7 @@ def control(
 ) -> None:
     """Removes weights of a variational model in place, in each layer the target's sparsity or its share."""
     reference = copy.deepcopy(model)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, bp.VariationalLayer)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, bp.layers.VariationalLayer)}
     for stage in stages(model, layers, batches[0]):
         moments = input_moments(model, reference, stage, batches, with_bias=False)
         for name in stage.names:

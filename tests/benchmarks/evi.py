@@ -199,7 +199,7 @@ def rankings(model: nn.Module) -> dict[str, list[Tensor]]:
     """Kernels by criterion, the best first; the random criterion has several orders."""
     group = find_groups(model, torch.zeros(1, 1, 28, 28)).groups[0].group
     found = {"norm": [evi.kernel_norm(group).argsort(descending=True)]}
-    if isinstance(model[0], bp.VariationalLayer):
+    if isinstance(model[0], bp.layers.VariationalLayer):
         scores = bp.SNRImportance()(group)
         assert scores is not None, "both layers are variational"
         found["snr"] = [scores.argsort(descending=True)]

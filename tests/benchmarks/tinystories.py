@@ -306,7 +306,7 @@ def in_layers(module: nn.Module, name: str) -> bool:
 
 def in_place(model: nn.Module) -> nn.Module:
     """The model with posteriors, those that it has or new ones that nothing was learned of."""
-    if not any(isinstance(module, bp.VariationalLayer) for module in model.modules()):
+    if not any(isinstance(module, bp.layers.VariationalLayer) for module in model.modules()):
         bp.to_variational(model, filter_fn=in_layers)
     return model
 

@@ -144,9 +144,9 @@ def test_all_who_take_data_read_every_form(form):
     for batch in (((A, B), Y), FORMS[form]):
         net = bp.to_variational(TwoInputs())
         torch.manual_seed(1)
-        bp.fit_laplace(net, [batch], loss=bp.laplace.cross_entropy)
-        bp.fit_laplace(net, [batch])
-        bp.laplace.set_marginal_stds(net, bp.fit_kronecker(net, [batch]))
+        bp.laplace.fit_laplace(net, [batch], loss=bp.laplace.cross_entropy)
+        bp.laplace.fit_laplace(net, [batch])
+        bp.laplace.set_marginal_stds(net, bp.laplace.fit_kronecker(net, [batch]))
         stds.append(net.left.weight_log_std.detach())
         bp.prune_weights(net, "weights=0.5", data=[batch])
         statistics.append(recalibrate_batch_norm(net, [batch]).norm.running_mean)
@@ -161,7 +161,7 @@ def test_labels_that_are_no_tensor_are_said():
     with pytest.raises(ValueError, match="the labels of a batch are NoneType; expected a tensor"):
         accuracy(net, [A])
     with pytest.raises(ValueError, match="the labels of a batch are list; expected a tensor of class numbers"):
-        bp.fit_laplace(net, [(A, ["cat"])], loss=bp.laplace.cross_entropy)
+        bp.laplace.fit_laplace(net, [(A, ["cat"])], loss=bp.laplace.cross_entropy)
 
 
 def fcos() -> nn.Module:

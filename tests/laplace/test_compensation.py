@@ -117,8 +117,8 @@ def test_layers_behind_and_the_stream_make_up_for_more(residual):
     x = normal(128, 3, 6, 6, seed=2)
     removed = {"second.0": [0, 3, 5], "second.1": [1, 2]}
     dense, conditioned, fitted = residual, copy.deepcopy(residual), copy.deepcopy(residual)
-    posterior = bp.fit_kronecker(conditioned, [x])
-    bp.condition_on_channels(conditioned, posterior, removed)
+    posterior = bp.laplace.fit_kronecker(conditioned, [x])
+    bp.laplace.condition_on_channels(conditioned, posterior, removed)
     compensate(fitted, [x], removed)
     assert error(fitted, dense, x) < 0.7 * error(conditioned, dense, x)
     assert error(fitted, dense, normal(64, 3, 6, 6, seed=3)) < error(conditioned, dense, normal(64, 3, 6, 6, seed=3))

@@ -145,9 +145,9 @@ def test_laplace_leaves_the_stds_of_experts_and_says_so():
     before = model.experts.down_proj_log_std.clone()
     batches = [(X, torch.randint(5, (len(X),)))]
     with pytest.warns(UserWarning, match=r"experts\.gate_up_proj"):
-        bp.fit_laplace(model, batches)
+        bp.laplace.fit_laplace(model, batches)
     assert torch.equal(model.experts.down_proj_log_std, before)
-    assert "experts" not in bp.fit_kronecker(model, batches)
+    assert "experts" not in bp.laplace.fit_kronecker(model, batches)
 
 
 class Frozen(nn.Module):

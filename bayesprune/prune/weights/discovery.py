@@ -61,7 +61,7 @@ def discover_mask(
         >>> model = bp.to_variational(torch.nn.Linear(8, 3))
         >>> batches = [(torch.randn(32, 8), torch.randint(3, (32,)))]
         >>> def train(model, round):
-        ...     bp.fit_laplace(model, batches)
+        ...     bp.laplace.fit_laplace(model, batches)
         >>> reports = bp.prune.discover_mask(model, "weights=0.25", train=train, rounds=2)
         >>> reports[-1].kept
         6

@@ -48,7 +48,7 @@ def test_clipping_leaves_the_kl_alone(tmp_path):
     made.train()
     assert made.state.log_history[0]["grad_norm"] > 0.1, "the norm before clipping"
     for name, layer in model.named_modules():
-        if isinstance(layer, bp.VariationalLayer):
+        if isinstance(layer, bp.layers.VariationalLayer):
             mean = before[f"{name}.weight"]
             torch.testing.assert_close(layer.weight.detach(), mean * (1 - 0.1 * 0.2 / 10 / 0.5**2), rtol=0, atol=1e-14)
             rises = layer.weight_log_std.detach() - before[f"{name}.weight_log_std"]  # towards the prior's std
@@ -129,7 +129,7 @@ def test_adapters(tmp_path):
     whole, resumed = lora(modules_to_save=["lm_head"]), lora(modules_to_save=["lm_head"])
     options = {"max_steps": 8, "save_strategy": "steps", "save_steps": 5}
     made = tiny.trainer(whole, tmp_path, BayesPruneCallback(prune=schedule), **options)
-    names = {name for name, layer in whole.named_modules() if isinstance(layer, bp.VariationalLayer)}
+    names = {name for name, layer in whole.named_modules() if isinstance(layer, bp.layers.VariationalLayer)}
     assert len(names) == 2 * 2 * 2 + 1
     assert all("lora_" in name or "modules_to_save" in name for name in names)
     made.train()
@@ -147,7 +147,9 @@ def test_adapters(tmp_path):
     assert torch.equal(stock(**inputs).logits, expected)
     merged = whole.merge_and_unload()
     torch.testing.assert_close(merged(**inputs).logits, expected)
-    assert [name for name, layer in merged.named_modules() if isinstance(layer, bp.VariationalLayer)] == ["lm_head"]
+    assert [name for name, layer in merged.named_modules() if isinstance(layer, bp.layers.VariationalLayer)] == [
+        "lm_head"
+    ]
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
@@ -163,6 +165,6 @@ def test_frozen_layers_stay_as_they_are(tmp_path):
     before = copy.deepcopy(frozen.state_dict())
     tiny.trainer(model, tmp_path, BayesPruneCallback(prune="weights=0.2"), max_steps=4).train()
     assert_equal(frozen.state_dict(), before)
-    learned = [layer for name, layer in model.named_modules() if isinstance(layer, bp.VariationalLayer)]
+    learned = [layer for name, layer in model.named_modules() if isinstance(layer, bp.layers.VariationalLayer)]
     assert learned
     assert sum(int((layer.weight == 0).sum()) for layer in learned) > 0.7 * sum(p.weight.numel() for p in learned)

@@ -106,7 +106,7 @@ def test_zeros_stay_zeros(tmp_path):
         for key in (key for key in state if key.endswith("_mask")):
             assert not state[key.removesuffix("_mask")][~state[key]].any(), key
     for name, layer in made.model.named_modules():
-        if isinstance(layer, bp.VariationalLayer):
+        if isinstance(layer, bp.layers.VariationalLayer):
             moments = made.optimizer.state[layer.weight]
             assert not moments["exp_avg"][~layer.weight_mask].any(), name
             assert not moments["exp_avg_sq"][~layer.weight_mask].any(), name

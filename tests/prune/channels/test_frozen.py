@@ -95,7 +95,7 @@ def test_laplace_measures_a_layer_that_was_frozen_since_and_nothing_removes_it()
     net = bp.to_variational(edges())
     net[1].requires_grad_(False)
     start, before = net[1].weight_log_std.detach().clone(), net[1].weight.detach().clone()
-    bp.fit_laplace(net, [(X, torch.tensor([0, 1]))])
+    bp.laplace.fit_laplace(net, [(X, torch.tensor([0, 1]))])
     assert not torch.equal(net[1].weight_log_std, start)
     bp.prune_weights(net, "weights=0.5")
     assert torch.equal(net[1].weight, before)
@@ -154,7 +154,7 @@ def test_a_pruner_of_torch_pruning_gets_no_score_for_frozen_layers():
     net[4].requires_grad_(False)
     graph = tp.DependencyGraph().build_dependency(net.requires_grad_(True), X, verbose=False)
     group = graph.get_pruning_group(net[1], tp.prune_conv_out_channels, list(range(8)))
-    for importance in (bp.SNRImportance(), bp.EvidenceImportance()):
+    for importance in (bp.SNRImportance(), bp.prune.EvidenceImportance()):
         assert importance(group).shape == (8,)
         net[4].requires_grad_(False)
         assert importance(group) is None

@@ -150,7 +150,7 @@ def test_other_importances():
     (group, *_) = find_groups(net, case.input()).groups
     with_gamma = bp.prune.EvidenceImportance()(group.group)
     without = bp.prune.EvidenceImportance()(find_groups(bp.to_variational(case.net()), case.input()).groups[0].group)
-    torch.testing.assert_close(with_gamma - without, -bp.evidence(net)["1.weight"], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(with_gamma - without, -bp.prune.evidence(net)["1.weight"], rtol=1e-3, atol=1e-3)
     bp.gates.add_channel_gates(net, case.input(), initial_inclusion=0.6)
     assert bp.kl_divergence(net).isfinite()
     bp.prune_channels(net, case.input(), target="inclusion=0.5")

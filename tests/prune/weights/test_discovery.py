@@ -117,7 +117,7 @@ def test_a_fit_re_estimates_between_removals():
     model, seen = net(), []
 
     def fit(model, number):
-        bp.fit_laplace(model, [(X, Y)], num_data=1000)
+        bp.laplace.fit_laplace(model, [(X, Y)], num_data=1000)
         seen.append(bp.signal_to_noise(model)["0.weight"].clone())
 
     means = copy.deepcopy(model.state_dict())
@@ -193,7 +193,7 @@ def test_estimating_anew_between_removals_keeps_more_of_the_accuracy():
         bp.prune.discover_mask(
             candidate,
             "weights=0.1",
-            train=lambda m, _: bp.fit_laplace(m, [(x[train[:300]], y[train[:300]])]),
+            train=lambda m, _: bp.laplace.fit_laplace(m, [(x[train[:300]], y[train[:300]])]),
             **options,
         )
         return accuracy(candidate)

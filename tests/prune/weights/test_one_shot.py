@@ -69,10 +69,10 @@ def test_less_is_lost_than_by_conditioning_each_layer_alone(target):
     x = correlated(500, 8)
     batches, unseen = [x[:200], x[200:400]], x[400:]
     dense, alone, sequential = net(), net(), net()
-    factors = bp.fit_kronecker(alone, batches, loss=lambda model, batch: model(batch).square().mean())
+    factors = bp.laplace.fit_kronecker(alone, batches, loss=lambda model, batch: model(batch).square().mean())
     scope = {} if target == "2:4" else {"scope": "layer"}
     bp.prune_weights(alone, target, score=magnitude, **scope)
-    bp.condition_on_zeros(alone, factors)
+    bp.laplace.condition_on_zeros(alone, factors)
     bp.prune_one_shot(sequential, batches, target)
     lost = [float((model(unseen) - dense(unseen)).detach().square().mean()) for model in (alone, sequential)]
     print(f"conditioned layer by layer {lost[0]:.2e}, in one shot {lost[1]:.2e}")
