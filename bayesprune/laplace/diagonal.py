@@ -6,7 +6,7 @@ is then twice the saliency of Optimal Brain Damage (LeCun et al., 1989), with th
 
 Squares are of true per-example gradients, summed over an example's positions first. They come layer by layer from
 inputs and output gradients, one batched matrix product a layer; layers that are no matrix product (transposed or
-weight-standardised convolutions, norms whose scale has a posterior) run backward once for each example.
+weight-standardised convolutions) run backward once for each example.
 """
 
 import warnings
@@ -143,7 +143,7 @@ def _one_by_one(call: Call, parameter: str, num_examples: int) -> Tensor:
     found = []
     for index in range(num_examples):
         _, inputs, gradients, operation = _examples(call, index, 1, num_examples)
-        with eval_mode(layer), layer.substituted(**others):  # a norm in training would go by this example alone
+        with eval_mode(layer), layer.substituted(**others):
             output = operation(_wide(inputs), tensors["weight"], tensors.get("bias"))
         found += torch.autograd.grad(output, tensors[parameter], _wide(gradients))
     return torch.stack(found)
