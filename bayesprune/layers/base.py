@@ -94,8 +94,8 @@ class VariationalLayer(nn.Module):
         """The parts of the weight's log std by groups where the std is an outer product, with `reach_kernel`."""
         return None
 
-    def reach_kernel(self, energy: Tensor) -> Tensor | None:
-        """The weight of ones that sums energies (N, G, ...) for every output; None where nothing is to be summed."""
+    def reach_kernel(self, energy: Tensor) -> Tensor:
+        """The weight of ones that sums energies (N, G, ...) for every output."""
         raise NotImplementedError
 
     def meets_one_position(self, x: Tensor) -> bool:
