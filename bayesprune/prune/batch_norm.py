@@ -12,7 +12,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bayesprune.errors import UnsupportedModelError
 from bayesprune.foundation.batches import on_device, split
 from bayesprune.foundation.model import eval_mode
-from bayesprune.layers import VariationalLayer
 
 
 def recalibrate_batch_norm(model: nn.Module, data: Iterable[Any], *, max_batches: int = 50) -> nn.Module:
@@ -37,7 +36,7 @@ def recalibrate_batch_norm(model: nn.Module, data: Iterable[Any], *, max_batches
     parameter = next(model.parameters(), None)
     if parameter is None:
         raise UnsupportedModelError("the model has no parameter, so nothing says on which device its batches belong.")
-    before = [(norm.momentum, getattr(norm, "estimator_override", None)) for norm in norms]
+    before = [norm.momentum for norm in norms]
     batches = islice(data, max_batches)
     first = next(batches, None)
     if first is None:
@@ -48,15 +47,11 @@ def recalibrate_batch_norm(model: nn.Module, data: Iterable[Any], *, max_batches
                 norm.reset_running_stats()
                 norm.momentum = None  # a plain average over the batches
                 norm.training = True
-                if isinstance(norm, VariationalLayer):
-                    norm.estimator_override = "mean"
             for batch in chain([first], batches):
                 split(model, on_device(batch, parameter.device)).run(model)
         finally:
-            for norm, (momentum, override) in zip(norms, before, strict=True):
+            for norm, momentum in zip(norms, before, strict=True):
                 norm.momentum = momentum
-                if isinstance(norm, VariationalLayer):
-                    norm.estimator_override = override
     return model
 
 
