@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 
 from bayesprune import estimators
 from bayesprune.errors import UnsupportedModelError
+from bayesprune.foundation.kinds import kind_of
 from bayesprune.foundation.text import as_text
 from bayesprune.layers import (
     STRUCTURES,
@@ -249,7 +250,7 @@ def _convert(
     weights = [mean for name, mean in posteriors.items() if module.is_weight(name)]
     log_std = _initial_log_std(weights, relative_std)
     for name, mean in posteriors.items():
-        shapes = part_shapes(std, tuple(mean.shape), module.unit_dims, num_stacked=module.num_stacked)
+        shapes = part_shapes(std, tuple(mean.shape), kind_of(module).unit_dims, num_stacked=module.num_stacked)
         for position, (suffix, shape) in enumerate(shapes.items()):
             key = (id(mean), position)  # tied weights have tied stds
             if key not in parts:

@@ -14,6 +14,7 @@ from torch.distributions import HalfCauchy
 import bayesprune as bp
 from bayesprune import register_layer
 from bayesprune.errors import UnsupportedModelError
+from bayesprune.foundation.kinds import TRANSPOSED_LINEAR
 from bayesprune.layers import VariationalLayer, registry
 from bayesprune.priors import ARD, Binding, DependencyGroup, Gaussian, Horseshoe, Member
 from bayesprune.prune import dependency_groups
@@ -362,7 +363,7 @@ def test_inputs_of_layers_that_multiply_otherwise(monkeypatch):
 
     @register_layer(Transposed)
     class VariationalTransposed(VariationalLayer, Transposed):
-        unit_dims = (1,)
+        layer_kind = TRANSPOSED_LINEAR
 
     for layer, shape in (
         (nn.MultiheadAttention(4, 2), (1, 4)),

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from rich.table import Table
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
+from bayesprune.foundation.kinds import kind_of
 from bayesprune.foundation.text import as_text
 from bayesprune.gates.trial import reasons_against
 from bayesprune.layers import GateOptions
@@ -125,12 +125,12 @@ def _build(model: nn.Module, group: ChannelGroup, options: GateOptions) -> Chann
         if member.axis[1] == "out":
             gate.add_side(layer, units, parameters=parameters)
         elif is_root(layer):
-            is_conv = isinstance(layer, _ConvNd)
+            kind = kind_of(layer)
             gate.add_side(
                 layer,
                 units,
                 parameters=parameters,
-                feature_dim=-len(layer.kernel_size) - 1 if is_conv else -1,
-                blocks=layer.groups if is_conv else 1,
+                feature_dim=kind.feature_dim,
+                blocks=kind.num_groups,
             )
     return gate

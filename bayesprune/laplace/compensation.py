@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bayesprune.foundation.batches import Batch, device_of, on_device, split
+from bayesprune.foundation.kinds import kind_of
 from bayesprune.foundation.model import eval_mode
 from bayesprune.laplace.calibration import counted_positions
 from bayesprune.laplace.flow import LayerCall, Walk, layer_calls, watched
@@ -325,7 +326,7 @@ def _regression_rows(
 
 
 def _num_positions(call: LayerCall, num_examples: int) -> int:
-    return call.output.numel() // (num_examples * call.output.shape[call.layer.feature_dim])
+    return call.output.numel() // (num_examples * call.output.shape[kind_of(call.layer).feature_dim])
 
 
 def _wide(values: Tensor) -> Tensor:

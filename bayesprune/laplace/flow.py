@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from bayesprune.foundation.batches import split
+from bayesprune.foundation.kinds import kind_of
 from bayesprune.foundation.model import eval_mode
 from bayesprune.layers import VariationalLayer
 
@@ -309,5 +310,5 @@ def _is_by_channel(factor: Tensor, call: LayerCall) -> bool:
     num_dims = call.output.dim()
     sizes = [1] * (num_dims - factor.dim()) + list(factor.shape)
     return len(sizes) == num_dims and all(
-        size == 1 or dim == call.layer.feature_dim % num_dims for dim, size in enumerate(sizes)
+        size == 1 or dim == kind_of(call.layer).feature_dim % num_dims for dim, size in enumerate(sizes)
     )

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 
+from bayesprune.foundation.kinds import kind_of
 from bayesprune.layers import VariationalLayer
 
 
@@ -16,23 +17,18 @@ def is_matrix_product(layer: VariationalLayer) -> bool:
     """Whether the layer has this form: linear layers and convolutions, transposed ones apart."""
     if not layer.is_linear_in_weight or "weight" not in layer.active_names():
         return False
-    return not layer.transposed if isinstance(layer, _ConvNd) else layer.get_parameter("weight").dim() == 2
+    kind = kind_of(layer)
+    return kind.is_linear or (isinstance(layer, _ConvNd) and not kind.is_transposed)
 
 
 def to_matrix(layer: VariationalLayer, weight: Tensor) -> Tensor:
     """A tensor of the weight's shape as (G, R, C)."""
-    if layer.unit_dims == (1,):
-        weight = weight.T  # a linear layer of weight (I, O)
-    groups = layer.groups if isinstance(layer, _ConvNd) else 1
-    return weight.reshape(groups, weight.shape[0] // groups, -1)
+    return kind_of(layer).matrices(weight)
 
 
 def from_matrix(layer: VariationalLayer, matrix: Tensor) -> Tensor:
     """The opposite of `to_matrix`."""
-    weight = layer.get_parameter("weight")
-    if layer.unit_dims == (1,):
-        return matrix.flatten(0, 1).T
-    return matrix.reshape(weight.shape)
+    return kind_of(layer).from_matrices(matrix, layer.get_parameter("weight").shape)
 
 
 def input_rows(layer: VariationalLayer, inputs: Tensor, num_examples: int, chosen: Tensor | None = None) -> Tensor:
@@ -65,9 +61,9 @@ def input_rows(layer: VariationalLayer, inputs: Tensor, num_examples: int, chose
 
 def output_rows(layer: VariationalLayer, outputs: Tensor, num_examples: int, chosen: Tensor | None = None) -> Tensor:
     """Outputs, or gradients at them, as (N, T, G, R); of the chosen positions T where they are given."""
-    groups = layer.groups if isinstance(layer, _ConvNd) else 1
-    outputs = outputs.movedim(layer.feature_dim, -1)
-    rows = outputs.reshape(num_examples, -1, groups, outputs.shape[-1] // groups)
+    kind = kind_of(layer)
+    outputs = outputs.movedim(kind.feature_dim, -1)
+    rows = outputs.reshape(num_examples, -1, kind.num_groups, outputs.shape[-1] // kind.num_groups)
     return rows if chosen is None else rows[:, chosen]
 
 
@@ -81,8 +77,9 @@ def drawn_positions(num_positions: int, number: int) -> Tensor | None:
 
 def removed_columns(layer: VariationalLayer, channels: list[int]) -> Tensor:
     """Which columns, (G, C), belong to these input channels of the layer."""
-    groups, _, columns = to_matrix(layer, layer.get_parameter("weight")).shape
-    num_inputs = getattr(layer, "in_channels", columns)
+    weight = layer.get_parameter("weight")
+    groups, _, columns = to_matrix(layer, weight).shape
+    num_inputs, _ = kind_of(layer).sizes(weight.shape)
     removed = torch.zeros(num_inputs, dtype=torch.bool)
     removed[channels] = True
     taps = columns * groups // num_inputs

@@ -1,6 +1,7 @@
 """Variational layers, the structures of their stds, and the registry of stock types."""
 
 from bayesprune.estimators import Gaussian
+from bayesprune.foundation.kinds import LayerKind
 from bayesprune.layers import stock  # noqa: F401  (registers torch's layers)
 from bayesprune.layers.base import VariationalLayer
 from bayesprune.layers.closing import close_gates, drop_gates, fold_gates
@@ -15,6 +16,7 @@ __all__ = [
     "Gate",
     "GateOptions",
     "Gaussian",
+    "LayerKind",
     "Posterior",
     "VariationalLayer",
     "close_gates",

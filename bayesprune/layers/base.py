@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from bayesprune import estimators
 from bayesprune.errors import UnsupportedModelError
 from bayesprune.estimators import Factors, Gaussian, LogGaussian
+from bayesprune.foundation.kinds import kind_of
 from bayesprune.foundation.sharding import sharded_as
 from bayesprune.layers import gates, masks
 from bayesprune.layers.operations import LayerOperation
@@ -59,22 +60,7 @@ class VariationalLayer(nn.Module):
         weight = self.posterior("weight")
         bias = self.posterior("bias") if self._part_names("bias") else None
         operation = LayerOperation(self, rest, kwargs)
-        return estimators.run(estimator, operation, x, weight, bias, self.feature_dim)
-
-    @property
-    def feature_dim(self) -> int:
-        """The (negative) dimension of the input and the output that holds features or channels."""
-        return -1
-
-    @property
-    def unit_dims(self) -> tuple[int, ...]:
-        """Dimensions of the weight that number its output units."""
-        return (0,)
-
-    @property
-    def input_dims(self) -> tuple[int, ...]:
-        """Dimensions of the weight that number inputs."""
-        return (1 - self.unit_dims[-1],)
+        return estimators.run(estimator, operation, x, weight, bias, kind_of(self).feature_dim)
 
     def operation(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         """The stock forward with these tensors in place of weight and bias."""
@@ -105,12 +91,13 @@ class VariationalLayer(nn.Module):
     def running_estimator(self, x: Tensor) -> str:
         """The estimator that a forward on `x` uses now, with "auto" and fallbacks resolved."""
         chosen = self.estimator_override or (self.estimator if self.training else "mean")
+        is_linear = self.is_linear_in_weight and x.is_floating_point()  # a lookup table takes numbers of entries
         if chosen == "auto":
-            local = self.is_linear_in_weight and self.meets_one_position(x)
+            local = is_linear and self.meets_one_position(x)
             return "local_reparameterization" if local else "weight_sampling"
         if chosen == "moments" and is_drawing():
             return "weight_sampling"
-        if chosen not in ("mean", "moments") and not self.is_linear_in_weight:
+        if chosen not in ("mean", "moments") and not is_linear:
             return "weight_sampling"
         return chosen
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from bayesprune.foundation.kinds import LayerKind
 from bayesprune.layers.drawn import DrawnLayer
 from bayesprune.layers.registry import is_registered, register_layer, variational_type
 from bayesprune.layers.stacks import STACKED_NAMES, stack_of
@@ -24,20 +25,11 @@ class VariationalExperts(DrawnLayer):
     fallback_reason = "experts read their stacked weights: weight sampling, whatever the estimator"
 
     @property
-    def unit_dims(self) -> tuple[int, ...]:
-        """The experts and their outputs."""
-        return (0, self._stack.out_dim)
-
-    @property
-    def input_dims(self) -> tuple[int, ...]:
-        """The experts and their inputs."""
-        return (0, self._stack.in_dim)
-
-    @property
-    def _stack(self) -> Any:
-        found = stack_of(self)
-        assert found is not None, "it was when it was converted, and every expert loses as much"
-        return found
+    def layer_kind(self) -> LayerKind:
+        """The layout of their weights, whose first dimension numbers the experts."""
+        stack = stack_of(self)
+        assert stack is not None, "it was when it was converted, and every expert loses as much"
+        return LayerKind("experts", output_dim=stack.out_dim, input_dim=stack.in_dim, num_stacked=self.num_stacked)
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         return _rebuild, (self.stock_type,), self.__dict__.copy()

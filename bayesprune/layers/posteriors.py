@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from bayesprune.foundation.kinds import kind_of
 from bayesprune.layers.base import VariationalLayer
 
 
@@ -55,7 +56,7 @@ class Posterior:
     @property
     def unit_dims(self) -> tuple[int, ...]:
         """Dimensions that number output units; empty for what is no weight."""
-        return self.layer.unit_dims if self.is_weight else ()
+        return kind_of(self.layer).unit_dims if self.is_weight else ()
 
 
 def variational_layers(model: nn.Module) -> Iterator[tuple[str, VariationalLayer]]:

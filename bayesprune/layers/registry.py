@@ -20,9 +20,10 @@ def register_layer(stock_type: type[nn.Module]) -> Callable[[_Layer], _Layer]:
     """Class decorator: registers a variational type for a stock layer type.
 
     The class derives from `VariationalLayer` and the stock type, in this order. It overrides what differs:
-    `posterior_names`, `feature_dim`, `unit_dims`, `operation`, `meets_one_position`, `is_linear_in_weight`. A layer
-    that does more than multiply inputs by weights and add (a factor on its output, a normalisation) says
-    `is_linear_in_weight = False`.
+    `posterior_names`, `operation`, `meets_one_position`, `is_linear_in_weight`. A layer that does more than multiply
+    inputs by weights and add (a factor on its output, a normalisation) says `is_linear_in_weight = False`. One that
+    derives from no layer of torch says how its weight is laid out: `layer_kind = LayerKind("mine", output_dim=1,
+    input_dim=0)` for a linear layer of weight (I, O). Without it, it is trained, but not looked into.
 
     Example:
         >>> class Scaled(nn.Linear):
@@ -83,5 +84,7 @@ def _derived(stock_type: type[nn.Module], base: type[nn.Module]) -> type[Variati
     members |= {"is_linear_in_weight": False, "fallback_reason": reason}
     if not registered.is_linear_in_weight:
         return None  # attention with a forward of its own: nothing is known of how it uses its weights
-    members["unit_dims"] = registered.unit_dims
+    said = getattr(registered, "layer_kind", None)
+    if said is not None:
+        members["layer_kind"] = said
     return type(name, (VariationalLayer, stock_type), members)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from bayesprune.estimators import Factors
+from bayesprune.foundation.kinds import kind_of
 from bayesprune.layers.base import VariationalLayer
 from bayesprune.layers.drawn import DrawnLayer
 from bayesprune.layers.registry import register_layer
@@ -46,14 +47,9 @@ class VariationalLinear(VariationalLayer, nn.Linear):
 class _VariationalConv(VariationalLayer, _ConvNd):
     """What convolutions share: weight (O, I / groups, *K), input (N, I, *spatial)."""
 
-    @property
-    def feature_dim(self) -> int:
-        """Channels stand before the spatial dimensions."""
-        return -len(self.kernel_size) - 1
-
     def std_factors(self, log_stds: tuple[Tensor, ...]) -> Factors | None:
         """The groups of the convolution."""
-        return factors(log_stds, unit_dim=self.unit_dims[-1], groups=self.groups)
+        return factors(log_stds, unit_dim=kind_of(self).output_dim, groups=self.groups)
 
     def reach_kernel(self, energy: Tensor) -> Tensor:
         """A box of the kernel's size for every group."""
@@ -61,7 +57,7 @@ class _VariationalConv(VariationalLayer, _ConvNd):
 
     def meets_one_position(self, x: Tensor) -> bool:
         """An input of one pixel, as in squeeze-and-excitation blocks."""
-        return all(size == 1 for size in x.shape[self.feature_dim + 1 :])
+        return all(size == 1 for size in x.shape[-len(self.kernel_size) :])
 
 
 class _VariationalForwardConv(_VariationalConv):
@@ -97,11 +93,6 @@ class VariationalConv3d(_VariationalForwardConv, nn.Conv3d):
 
 class _VariationalTransposedConv(_VariationalConv, _ConvTransposeNd):
     """Transposed convolutions: weight (I, O / groups, *K); the default `operation` keeps their `output_size`."""
-
-    @property
-    def unit_dims(self) -> tuple[int, ...]:
-        """The second dimension; with groups both, since each group has outputs of its own."""
-        return (1,) if self.groups == 1 else (0, 1)
 
 
 @register_layer(nn.ConvTranspose1d)

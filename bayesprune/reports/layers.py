@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from bayesprune.foundation.kinds import kind_of
 from bayesprune.reports.measure import deterministic_parameters, matrix_of
 
 SNR_LOG10_EDGES = tuple(step / 4 for step in range(-12, 13))
@@ -110,9 +111,4 @@ def _type_name(module: nn.Module) -> str:
 
 def _channels(module: nn.Module, weight: Tensor) -> int:
     """Number of output channels or units; of a lookup table, the length of its entries."""
-    if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
-        return weight.shape[1] * module.groups
-    # transformers' Conv1D stores its weight as (in, out) and has its output size as `nf`.
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag) or hasattr(module, "nf"):
-        return weight.shape[1]
-    return weight.shape[0]
+    return kind_of(module).sizes(weight.shape)[1]

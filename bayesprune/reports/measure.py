@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bayesprune.foundation import macs
 from bayesprune.foundation.batches import device_of, given, logits_of, on_device, split
+from bayesprune.foundation.kinds import EMBEDDING, kind_of
 from bayesprune.foundation.macs import COUNTER
 from bayesprune.reports.running import ExampleInputs, evaluating
 
@@ -121,7 +122,7 @@ def uncounted_layers(model: nn.Module, counts: Mapping[str, int]) -> list[str]:
         name
         for name, module in model.named_modules()
         if not any(counts[ancestor] for ancestor in _with_ancestors(name))
-        and not isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        and kind_of(module) != EMBEDDING
         and matrix_of(module) is not None
     ]
 

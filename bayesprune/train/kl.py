@@ -5,8 +5,8 @@ from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
+from bayesprune.foundation.kinds import kind_of
 from bayesprune.foundation.sharding import whole
 from bayesprune.layers import Posterior, VariationalLayer, named_posteriors
 from bayesprune.priors import Binding, BoundDependency, BoundPrior, Gaussian, Prior, refresh
@@ -81,27 +81,15 @@ def _binding(posterior: Posterior) -> Binding:
     scale = _rms(layer, [posterior.parameter])
     if not posterior.is_weight:
         scale = max(scale, _rms(layer, weights))
-    input_dims, num_blocks = _inputs(posterior)
+    kind = kind_of(posterior.layer)
     return Binding(
         mean=mean,
         layer_rms=scale or getattr(layer, weights[0])[0].numel() ** -0.5,
         unit_dims=posterior.unit_dims,
-        input_dims=input_dims,
-        num_blocks=num_blocks,
+        input_dims=kind.input_dims if posterior.is_weight else (),
+        num_blocks=kind.num_input_blocks if posterior.is_weight else 1,
         name=posterior.name,
     )
-
-
-def _inputs(posterior: Posterior) -> tuple[tuple[int, ...], int]:
-    """Dimensions that number input channels, and the blocks of rows that each have inputs of their own."""
-    layer = posterior.layer
-    if not posterior.is_weight:
-        return (), 1
-    if isinstance(layer, _ConvNd):
-        return ((0,), 1) if layer.transposed else ((1,), layer.groups)
-    if isinstance(layer, nn.Embedding):
-        return (0,), 1  # the words are its inputs
-    return layer.input_dims, 1
 
 
 def _rms(layer: VariationalLayer, names: list[str]) -> float:

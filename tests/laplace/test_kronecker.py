@@ -5,6 +5,7 @@ from torch.autograd.functional import jacobian
 
 import bayesprune as bp
 from bayesprune.errors import UnsupportedModelError
+from bayesprune.foundation.kinds import LayerKind, kind_of
 from bayesprune.laplace import (
     condition_on_channels,
     condition_on_zeros,
@@ -39,11 +40,13 @@ def test_factors_are_the_products_of_what_the_weight_meets(case):
     outputs = torch.zeros(num_groups, num_rows, num_rows, dtype=torch.float64)
     num_positions = 0
     for example in x:
-        output = layer(example[None])[0].detach().movedim(layer.feature_dim, -1).reshape(-1, num_groups, num_rows)
+        output = (
+            layer(example[None])[0].detach().movedim(kind_of(layer).feature_dim, -1).reshape(-1, num_groups, num_rows)
+        )
 
         def run(weight, example=example):
             output = layer.operation(example[None], weight, layer.bias)
-            return output.movedim(layer.feature_dim, -1).flatten(0, -2)
+            return output.movedim(kind_of(layer).feature_dim, -1).flatten(0, -2)
 
         by_weight = jacobian(run, weight)  # (T, O, *weight)
         num_positions += len(output)
@@ -138,9 +141,7 @@ class Transposed(nn.Module):
 
 @register_layer(Transposed)
 class VariationalTransposed(VariationalLayer, Transposed):
-    @property
-    def unit_dims(self):
-        return (1,)
+    layer_kind = LayerKind(output_dim=1, input_dim=0)
 
 
 def test_a_transposed_linear_layer_is_a_linear_layer():

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import bayesprune as bp
+from bayesprune.foundation.kinds import kind_of
 from bayesprune.layers import registered_types
 from tests.cases import LAYERS, LayerCase, layers, structures
 from tests.oracles import assert_covariance, linear_map, output_covariance
@@ -68,7 +69,7 @@ def test_moments_with_timms_same_padding(estimator):
 
 def assert_moments(case: LayerCase, estimator: str, std: str) -> None:
     layer, x = variational(case, std), case.input()
-    posteriors, feature_dim = layer.posteriors(), layer.feature_dim
+    posteriors, feature_dim = layer.posteriors(), kind_of(layer).feature_dim
     with torch.no_grad(), bp.sampling(layer, estimator):
         output = layer(x, **case.kwargs)
         samples = torch.stack([layer(x, **case.kwargs).flatten() for _ in range(NUM_DRAWS)])
@@ -82,7 +83,8 @@ def assert_moments(case: LayerCase, estimator: str, std: str) -> None:
 def test_the_weights_of_a_unit_reach_one_output_channel(case):
     """What `unit_dims` promises to structures, priors and pruning."""
     layer, x = variational(case), case.input()
-    feature_dim, unit_dims, shape = layer.feature_dim, layer.unit_dims, layer.weight.shape
+    kind, shape = kind_of(layer), layer.weight.shape
+    feature_dim, unit_dims = kind.feature_dim, kind.unit_dims
     output = layer.eval()(x, **case.kwargs)
     function, means = stock_function(layer, x, case.kwargs)
     reached = (linear_map(function, *means)[0] != 0).view(*output.shape, *shape)

@@ -8,11 +8,11 @@ from bayesprune.reports.layers import SNR_LOG10_EDGES, LayerSize, LayerSNR, laye
 
 
 class TransposedLinear(nn.Module):
-    """Weight as (in, out) and the output size as `nf`, like transformers' Conv1D."""
+    """Weight as (in, out) and the sizes as `nx` and `nf`, like transformers' Conv1D."""
 
     def __init__(self, nf, nx):
         super().__init__()
-        self.nf = nf
+        self.nx, self.nf = nx, nf
         self.weight, self.bias = nn.Parameter(torch.ones(nx, nf)), nn.Parameter(torch.zeros(nf))
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bayesprune.foundation.kinds import TRANSPOSED_LINEAR
 from bayesprune.layers import VariationalLayer, register_layer
 
 try:
@@ -24,10 +25,7 @@ _PLAIN = (Tensor, nn.Parameter)
 class VariationalHFConv1D(VariationalLayer, Conv1D):
     """Linear layer with a posterior over weight (I, O) and bias (O)."""
 
-    @property
-    def unit_dims(self) -> tuple[int, ...]:
-        """The second dimension."""
-        return (1,)
+    layer_kind = TRANSPOSED_LINEAR
 
     def operation(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x weight + bias."""

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from bayesprune.foundation.model import eval_mode, requires_grad, run_forward
-from bayesprune.prune.graph.roots import is_linear, linear_sizes
+from bayesprune.prune.graph.roots import is_linear, layer_sizes
 from bayesprune.prune.graph.state_space import mixer_of
 from bayesprune.prune.graph.trace import HEAD_ATTRIBUTES, has_heads, last_layers, reached, tensors_in, without_cache
 
@@ -82,7 +82,7 @@ def _described(name: str, module: nn.Module, behind: list[nn.Module], layers: li
     """The attention module, or why its heads stay."""
     if len(behind) != 1:
         return f"its heads stay whole: {len(behind)} linear layers were found behind the heads, one is expected"
-    size = linear_sizes(behind[0])[0]
+    size = layer_sizes(behind[0])[0]
     dim = _first(module, _DIM_ATTRIBUTES)
     heads = _first(module, [key for key in HEAD_ATTRIBUTES if key != "num_key_value_groups"]) or (dim and size // dim)
     if not heads or size % heads:

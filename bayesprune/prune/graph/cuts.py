@@ -5,21 +5,20 @@ from dataclasses import dataclass
 
 import torch_pruning as tp
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils.parametrize import is_parametrized
 from torch_pruning.dependency import Dependency
 
+from bayesprune.foundation.kinds import STOCK_KINDS, kind_of
 from bayesprune.layers import VariationalLayer
 from bayesprune.layers.stacks import stack_of
 from bayesprune.layers.structures import SUFFIXES
-from bayesprune.prune.graph.roots import ROOT_TYPES, is_root, is_transposed_linear
+from bayesprune.prune.graph.roots import is_root, layer_sizes
 
 Axis = tuple[str, str]
 """A layer's name, and "out" or "in"."""
 
-CUTTABLE = (*ROOT_TYPES, _BatchNorm, _InstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.PReLU, nn.Embedding, nn.Parameter)
+CUTTABLE = (*STOCK_KINDS, nn.Parameter)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,15 +60,12 @@ def axis_size(graph: tp.DependencyGraph, dependency: Dependency) -> int | None:
 
 def cut_parameters(layer: nn.Module, side: str) -> list[tuple[str, int]]:
     """Name and dimension of the parameters of a layer that its side cuts."""
-    if isinstance(layer, nn.Embedding):
-        return [("weight", 1)]
     if (stack := stack_of(layer)) is not None:
         return stack.cut_parameters(layer, side)
-    transposed = isinstance(layer, _ConvNd) and layer.transposed and not is_depthwise(layer)
-    transposed = transposed or is_transposed_linear(layer)
+    dim = 0 if side == "out" and is_depthwise(layer) else kind_of(layer).side_dim(side)
     if side == "in":
-        return [("weight", 0 if transposed else 1)]
-    found = [("weight", 1 if transposed else 0), ("bias", 0), *((name, 0) for name in gains(layer))]
+        return [("weight", dim)]
+    found = [("weight", dim), ("bias", 0), *((name, 0) for name in gains(layer))]
     return [(name, dim) for name, dim in found if layer._parameters.get(name) is not None]
 
 
@@ -85,9 +81,9 @@ def has_outputs(layer: object) -> bool:
 
 def gains(layer: nn.Module | Tensor) -> list[str]:
     """Further parameters with an entry for each output, as `ScaledStdConv2d` has; torch-pruning does not cut them."""
-    if not isinstance(layer, ROOT_TYPES):
+    if not is_root(layer):
         return []
-    size = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+    size = layer_sizes(layer)[1]
     names = _further_parameters(layer)
     return [name for name in names if layer._parameters[name].shape[:1].numel() == size]  # type: ignore[union-attr]
 
@@ -99,10 +95,7 @@ def is_depthwise(layer: nn.Module | Tensor) -> bool:
 
 def num_blocks(member: Member) -> int:
     """Equal blocks that an axis falls into, and that must stay equal: those of grouped convolutions and group norms."""
-    layer = member.layer
-    if isinstance(layer, nn.GroupNorm):
-        return layer.num_groups
-    return layer.groups if isinstance(layer, _ConvNd) and not is_depthwise(layer) else 1
+    return 1 if is_depthwise(member.layer) else kind_of(member.layer).num_groups
 
 
 def misfit(member: Member) -> str | None:
@@ -115,7 +108,7 @@ def misfit(member: Member) -> str | None:
     if isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) > 1:
         return f"{name} normalises over more than channels"
     if num_blocks(member) > 1:
-        if isinstance(layer, _ConvNd) and layer.transposed:
+        if kind_of(layer).is_transposed:
             return f"torch-pruning cannot cut {name}, a grouped transposed convolution"
         if member.num_covered != member.size:
             return f"{name} works on blocks of channels of which only some are in this group"

@@ -24,7 +24,7 @@ from torch_pruning.pruner import function
 
 from bayesprune.prune.graph.attention import Attention, find_attention
 from bayesprune.prune.graph.cuts import Member
-from bayesprune.prune.graph.roots import TRANSPOSED_LINEAR, is_linear, is_transposed_linear, linear_sizes
+from bayesprune.prune.graph.roots import LINEAR_PRUNER, is_linear, is_unknown_linear, layer_sizes
 from bayesprune.prune.graph.silenced import disagreement
 from bayesprune.prune.graph.structure import ChannelGroup, ChannelStructure, written_down
 
@@ -178,7 +178,7 @@ class _Finder:
             if module is attention.behind:
                 continue
             if is_linear(module):
-                if positions := _axis(attention, linear_sizes(module)[1], layout):
+                if positions := _axis(attention, layer_sizes(module)[1], layout):
                     yield _linear(attention, name, module, "out", positions)
             elif isinstance(module, nn.Embedding):
                 if module.embedding_dim == attention.num_heads:
@@ -195,7 +195,7 @@ def _layouts(place: Iterable[Attention]) -> list[Layout]:
     alike = all(attention.num_heads == attention.num_units for attention in place)
     for attention in place:
         q, whole = attention.num_heads, attention.num_heads * attention.head_dim
-        sizes = {linear_sizes(layer)[1] for layer in attention.module.modules() if is_linear(layer)}
+        sizes = {layer_sizes(layer)[1] for layer in attention.module.modules() if is_linear(layer)}
         fused |= not sizes <= {q, whole, attention.num_kv_heads * attention.head_dim}
         named |= any(vars(attention.module).get(name) == whole for name in _WIDTHS)
     fits = (x for x in _LAYOUTS if (fused or not x.by_head) and (named or not x.with_width))
@@ -254,10 +254,10 @@ def _embedding(attention: Attention, name: str, layer: nn.Embedding) -> Member:
 
 
 def _linear(attention: Attention, name: str, layer: nn.Module, side: str, positions: Mapping[int, list[int]]) -> Member:
-    pruner: Any = TRANSPOSED_LINEAR if is_transposed_linear(layer) else function.PrunerBox[ops.OPTYPE.LINEAR]
+    pruner: Any = LINEAR_PRUNER if is_unknown_linear(layer) else function.PrunerBox[ops.OPTYPE.LINEAR]
     cut = pruner.prune_in_channels if side == "in" else pruner.prune_out_channels
     node = Node(layer, None, name)  # type: ignore[arg-type]
-    return Member((name, side), Dependency(cut, cut, node, node), linear_sizes(layer)[side == "out"], dict(positions))
+    return Member((name, side), Dependency(cut, cut, node, node), layer_sizes(layer)[side == "out"], dict(positions))
 
 
 def _group(place: list[Attention], members: list[Member], layout: Layout) -> ChannelGroup:

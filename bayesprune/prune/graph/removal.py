@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from bayesprune.layers import VariationalLayer
 from bayesprune.prune.graph.companions import TAG, install
-from bayesprune.prune.graph.cuts import Axis, Member, cut_parameters, gains, is_depthwise, tied_parameters
+from bayesprune.prune.graph.cuts import Axis, Member, cut_parameters, gains, num_blocks, tied_parameters
 from bayesprune.prune.graph.structure import ChannelGroup
 
 # What a model's own code raises when its sizes no longer fit each other.
@@ -161,7 +160,7 @@ def _untag(parameter: nn.Parameter | None) -> None:
 
 def _cut_companions(layer: VariationalLayer, member: Member, positions: list[int]) -> None:
     kept = sorted(set(range(member.size)) - set(positions))
-    blocks = layer.groups if isinstance(layer, _ConvNd) and member.axis[1] == "in" and not is_depthwise(layer) else 1
+    blocks = num_blocks(member) if member.axis[1] == "in" else 1
     for name, dim in ((n, dim) for n, dim in cut_parameters(layer, member.axis[1]) if n in layer.active_names()):
         layer.cut(name, dim, kept[: len(kept) // blocks], member.size // blocks)
 

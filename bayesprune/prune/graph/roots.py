@@ -1,8 +1,4 @@
-"""The layers that channels start from, and how one that torch-pruning does not know is cut.
-
-`Conv1D` of transformers (GPT-2) is a linear layer whose weight stands the other way round. It is known by its sizes
-`nx`, `nf`, which it keeps as attributes, so that nothing of transformers is imported here.
-"""
+"""The layers that channels start from, and how a linear layer that torch-pruning does not know is cut."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -12,17 +8,16 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch_pruning.pruner.function import BasePruningFunc
 
+from bayesprune.foundation.kinds import kind_of
 from bayesprune.layers.stacks import stacked_weights
 
 Layers = Iterable[nn.Module | str] | nn.Module | str
 """Modules of a model, or their names."""
 
-ROOT_TYPES = (_ConvNd, nn.Linear)
-
 
 def is_root(layer: Any) -> bool:
-    """Whether a layer has output channels of its own making."""
-    return isinstance(layer, ROOT_TYPES) or is_transposed_linear(layer)
+    """Whether a layer has output channels of its own making, and can be cut: of convolutions, torch's alone can."""
+    return isinstance(layer, _ConvNd) or kind_of(layer).is_linear
 
 
 def is_frozen(layer: Any) -> bool:
@@ -62,47 +57,49 @@ def layer_names(model: nn.Module, layers: Layers) -> list[str]:
 
 def is_linear(layer: Any) -> bool:
     """Whether a layer is a linear one, with its weight (O, I) or (I, O)."""
-    return isinstance(layer, nn.Linear) or is_transposed_linear(layer)
+    return kind_of(layer).is_linear
 
 
-def is_transposed_linear(layer: Any) -> bool:
-    """Whether a layer is a linear one of weight (I, O), with attributes nx = I and nf = O."""
-    if not isinstance(layer, nn.Module) or isinstance(layer, ROOT_TYPES):
-        return False
-    weight, sizes = layer._parameters.get("weight"), (vars(layer).get("nx"), vars(layer).get("nf"))
-    return weight is not None and tuple(weight.shape) == sizes
+def is_unknown_linear(layer: Any) -> bool:
+    """Whether a layer is a linear one that torch-pruning would not cut, or not rightly."""
+    kind = kind_of(layer)
+    return kind.is_linear and (kind.is_transposed or not isinstance(layer, nn.Linear))
 
 
-def linear_sizes(layer: Any) -> tuple[int, int]:
-    """Numbers of inputs and outputs of a linear layer."""
-    return (layer.in_features, layer.out_features) if isinstance(layer, nn.Linear) else (layer.nx, layer.nf)
+def layer_sizes(layer: Any) -> tuple[int, int]:
+    """Numbers of inputs and outputs of a linear layer or a convolution."""
+    return kind_of(layer).sizes(layer.weight.shape)
 
 
-class TransposedLinearPruner(BasePruningFunc):
-    """Cuts a linear layer of weight (I, O)."""
+class LinearPruner(BasePruningFunc):
+    """Cuts a linear layer of any kind."""
 
     def prune_out_channels(self, layer: Any, idxs: Sequence[int]) -> nn.Module:
         """The layer without these outputs."""
-        kept = sorted(set(range(layer.nf)) - set(idxs))
-        layer.nf = len(kept)
-        layer.weight = self._prune_parameter_and_grad(layer.weight, kept, 1)
-        layer.bias = self._prune_parameter_and_grad(layer.bias, kept, 0)
+        kept = self._cut(layer, "out", ("out_features", "nf"), idxs)
+        if layer._parameters.get("bias") is not None:
+            layer.bias = self._prune_parameter_and_grad(layer.bias, kept, 0)
         return layer
 
     def prune_in_channels(self, layer: Any, idxs: Sequence[int]) -> nn.Module:
         """The layer without these inputs."""
-        kept = sorted(set(range(layer.nx)) - set(idxs))
-        layer.nx = len(kept)
-        layer.weight = self._prune_parameter_and_grad(layer.weight, kept, 0)
+        self._cut(layer, "in", ("in_features", "nx"), idxs)
         return layer
 
     def get_out_channels(self, layer: Any) -> int:
         """Number of outputs."""
-        return layer.nf
+        return layer_sizes(layer)[1]
 
     def get_in_channels(self, layer: Any) -> int:
         """Number of inputs."""
-        return layer.nx
+        return layer_sizes(layer)[0]
+
+    def _cut(self, layer: Any, side: str, names: Sequence[str], idxs: Sequence[int]) -> list[int]:
+        """What is kept of a side, whose size the layer has under one of these names."""
+        kept = sorted(set(range(layer_sizes(layer)[side == "out"])) - set(idxs))
+        layer.weight = self._prune_parameter_and_grad(layer.weight, kept, kind_of(layer).side_dim(side))
+        vars(layer).update({name: len(kept) for name in names if name in vars(layer)})
+        return kept
 
 
-TRANSPOSED_LINEAR = TransposedLinearPruner()
+LINEAR_PRUNER = LinearPruner()

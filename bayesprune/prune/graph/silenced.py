@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
+from bayesprune.foundation.kinds import EMBEDDING, kind_of
 from bayesprune.foundation.model import run_forward
 from bayesprune.prune.graph.cuts import cut_parameters, num_stacked
 from bayesprune.prune.graph.removal import SHAPE_ERRORS, Selection, remove, snapshot
@@ -75,7 +75,7 @@ def randomise(model: nn.Module, group: ChannelGroup, generator: torch.Generator)
             weight = layer._parameters[name]
             if weight is None:
                 continue
-            is_matrix = weight.dim() > 1 + stacked and not isinstance(layer, nn.Embedding)
+            is_matrix = weight.dim() > 1 + stacked and kind_of(layer) != EMBEDDING
             other = 2 * stacked + 1 - dim if member.axis[1] == "in" else dim
             fan_in = weight[(0,) * stacked].numel() / weight.shape[other] if is_matrix else 1
             _replace(layer, name, fan_in**-0.5, generator)
@@ -114,7 +114,7 @@ def silence_inputs(layer: nn.Module, positions: Sequence[int]) -> None:
     """Zeroes what a layer reads at these positions of its inputs, in place, by a new parameter."""
     name, dim = cut_parameters(layer, "in")[0]
     weight, stacked = layer.get_parameter(name), num_stacked(layer)
-    groups = layer.groups if isinstance(layer, _ConvNd) and not layer.transposed else 1
+    groups = kind_of(layer).num_input_blocks
     values = weight.data.unflatten(0, (groups, -1)) if groups > 1 else weight.data
     own = {0, 2} if groups > 1 else {*range(stacked), dim}  # dimensions that number inputs
     shape = [size if d in own else 1 for d, size in enumerate(values.shape)]

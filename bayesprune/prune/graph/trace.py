@@ -17,7 +17,7 @@ from bayesprune.foundation.model import eval_mode, requires_grad, run_forward
 from bayesprune.layers import VariationalLayer
 from bayesprune.prune.graph.links import unlink
 from bayesprune.prune.graph.mapping import Graph, map_parts
-from bayesprune.prune.graph.roots import TRANSPOSED_LINEAR, is_linear, is_root, is_transposed_linear, linear_sizes
+from bayesprune.prune.graph.roots import LINEAR_PRUNER, is_linear, is_root, is_unknown_linear, layer_sizes
 from bayesprune.prune.graph.seeing import buffers_as_parameters, everything_seen
 
 _LOGGER = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ def _trace(
                 model,
                 example_inputs,
                 forward_fn=run_forward,
-                customized_pruners={type(m): TRANSPOSED_LINEAR for m in model.modules() if is_transposed_linear(m)},
+                customized_pruners={type(m): LINEAR_PRUNER for m in model.modules() if is_unknown_linear(m)},
                 output_transform=outputs_with_history,
                 unwrapped_parameters=unwrapped,
                 ignored_layers=ignored_layers,
@@ -268,5 +268,5 @@ def last_layers(output: Tensor, layer_of: dict[Any, nn.Module], inside: Collecti
     if not found:  # tokens may be put back into rows and columns, while the size of the last dimension stays
         behind = reached(output.grad_fn, layer_of, (*PASS_THROUGH, *_MOVING_TOKENS))
         linear = [layer for layer in behind if layer in inside and is_linear(layer)]
-        found = [layer for layer in linear if linear_sizes(layer)[1] == output.shape[-1]]
+        found = [layer for layer in linear if layer_sizes(layer)[1] == output.shape[-1]]
     return found

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from bayesprune.foundation.kinds import EMBEDDING, kind_of
 from bayesprune.foundation.model import requires_grad, run_forward
 from bayesprune.prune.graph.removal import snapshot
-from bayesprune.prune.graph.roots import is_linear, is_root, linear_sizes
+from bayesprune.prune.graph.roots import is_linear, is_root, layer_sizes
 from bayesprune.prune.graph.structure import ChannelGroup
 from bayesprune.prune.graph.trace import tensors_in, walk
 
@@ -40,7 +41,7 @@ def whole_for_uncalled(
                 why = f"it feeds {names[layer]}, which the model calls only in training: {_NEXT}"
                 reasons.setdefault(group, why)
     for layer in _first_of_their_kind([layer for layer in uncalled if layer not in fed_by], model):
-        size = _sizes(layer)[0]
+        size = layer_sizes(layer)[0]
         why = f"{names[layer]} reads {size} channels, maybe these, and is not called with example_inputs: {_NEXT}"
         alike = [group for group in groups if size in (member.size for member in group.members)]
         if not alike and is_linear(layer):  # behind a flatten
@@ -66,7 +67,7 @@ def _feeders_in_training(
     modes = {module: module.training for module in model.modules()}
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     undo = snapshot(model)
-    handles = [m.register_forward_hook(leave) for m in model.modules() if is_root(m) or isinstance(m, nn.Embedding)]
+    handles = [m.register_forward_hook(leave) for m in model.modules() if is_root(m) or kind_of(m) == EMBEDDING]
     handles += [layer.register_forward_pre_hook(enter) for layer in layers]
     try:
         for module in model.modules():  # running statistics and their like are written in place
@@ -98,13 +99,8 @@ def _first_of_their_kind(layers: Sequence[nn.Module], model: nn.Module) -> Itera
                 part.setdefault(root, module)
     before: dict[nn.Module, list[int]] = {}
     for layer in layers:
-        size, made = _sizes(layer)
+        size, made = layer_sizes(layer)
         earlier = before.setdefault(part[layer], [])
         if not any(size == other or (is_linear(layer) and other > 1 and not size % other) for other in earlier):
             yield layer
         earlier.append(made)
-
-
-def _sizes(layer: Any) -> tuple[int, int]:
-    """Channels that a layer reads and makes."""
-    return linear_sizes(layer) if is_linear(layer) else (layer.in_channels, layer.out_channels)

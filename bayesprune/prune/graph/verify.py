@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
+from bayesprune.foundation.kinds import kind_of
 from bayesprune.foundation.model import run_forward
 from bayesprune.layers.stacks import select
 from bayesprune.prune.graph.cuts import Axis, Member, cut_parameters, is_depthwise, num_blocks, num_stacked
@@ -335,8 +335,9 @@ def _by_channel(layer: Any, difference: Tensor) -> Tensor:
 
 def _dim(layer: Any, tensor: Tensor) -> int:
     """The dimension of the channels in what a layer reads; a convolution of one's own may move it itself."""
-    if not isinstance(layer, _ConvNd):
-        return tensor.dim() - 1
-    usual = tensor.dim() - 1 - len(layer.kernel_size)
+    kind = kind_of(layer)
+    usual = tensor.dim() + kind.feature_dim
+    if not kind.num_spatial_dims:
+        return usual
     others = [dim for dim, size in enumerate(tensor.shape) if size == layer.in_channels]
     return usual if usual in others or not others else others[-1]

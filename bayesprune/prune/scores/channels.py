@@ -19,12 +19,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch_pruning.dependency import Group
 
 from bayesprune import estimators
+from bayesprune.foundation.kinds import kind_of
 from bayesprune.layers import VariationalLayer
-from bayesprune.layers.stacks import stack_of
 from bayesprune.prune.graph.companions import install
 from bayesprune.prune.graph.cuts import cut_parameters, num_stacked
 from bayesprune.prune.graph.roots import is_frozen
@@ -149,18 +148,7 @@ def per_channel_sums(layer: nn.Module, values: Tensor, *, into_inputs: bool) -> 
     Of a grouped convolution, an input channel takes along its column in the rows of its own group alone. Channels of
     stacked experts are numbered through.
     """
-    if (stack := stack_of(layer)) is not None:
-        return values.sum(stack.out_dim if into_inputs else stack.in_dim).flatten()
-    is_conv = isinstance(layer, _ConvNd)
-    groups = layer.groups if is_conv else 1
-    transposed = is_conv and layer.transposed
-    if isinstance(layer, nn.Embedding):
-        into_inputs = True  # (vocabulary, features): its features stand where inputs do
-    rows, columns = values.shape[0] // groups, values.shape[1] if values.dim() > 1 else 1
-    if isinstance(layer, VariationalLayer) and not is_conv and layer.unit_dims == (1,):
-        into_inputs = not into_inputs  # a linear layer of weight (I, O)
-    blocks = values.reshape(groups, rows, columns, -1)
-    return blocks.sum((2, 3) if into_inputs == transposed else (1, 3)).flatten()
+    return kind_of(layer).sums(values, "in" if into_inputs else "out")
 
 
 class Scored(NamedTuple):

@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from bayesprune.convert import FROZEN, reasons_to_leave
+from bayesprune.foundation.kinds import EMBEDDING, kind_of
 from bayesprune.foundation.sharding import whole
 from bayesprune.foundation.target import PATTERN, Target
 from bayesprune.foundation.text import as_text, first_names
@@ -287,7 +288,7 @@ def keep_pattern(posterior: Posterior, pattern: tuple[int, int], score: Score) -
     """The best N of every M consecutive inputs; None where the number of inputs is not a multiple of M."""
     n, m = pattern
     dim, num_inputs = _inputs(posterior)
-    if num_inputs % m:
+    if num_inputs % m or kind_of(posterior.layer) == EMBEDDING:
         return None
     scores = _scores(posterior, score).movedim(dim, -1)
     groups = scores.reshape(-1, m)
@@ -298,15 +299,16 @@ def keep_pattern(posterior: Posterior, pattern: tuple[int, int], score: Score) -
 
 def whole_note(posterior: Posterior, pattern: tuple[int, int]) -> str:
     """Why a pattern leaves a tensor as it is, or nothing."""
+    if kind_of(posterior.layer) == EMBEDDING:
+        return "a lookup table multiplies nothing"
     num_inputs, multiple = _inputs(posterior)[1], pattern[1]
     return f"{num_inputs} inputs are not a multiple of {multiple}" if num_inputs % multiple else ""
 
 
 def _inputs(posterior: Posterior) -> tuple[int, int]:
     """The dimension of the weight that numbers inputs, and how many of them each output has."""
-    dim = posterior.layer.input_dims[-1]
-    groups = getattr(posterior.layer, "groups", 1) if dim == 0 else 1
-    return dim, posterior.mean.shape[dim] // groups
+    kind = kind_of(posterior.layer)
+    return kind.input_dim, posterior.mean.shape[kind.input_dim] // (kind.num_groups if kind.input_dim == 0 else 1)
 
 
 def holders_of(model: nn.Module) -> dict[int, list[tuple[VariationalLayer, str]]]:
