@@ -8,7 +8,6 @@ from torch.utils.checkpoint import checkpoint
 import bayesprune as bp
 from bayesprune import estimators
 from bayesprune.foundation.kinds import kind_of
-from bayesprune.layers.operations import LayerOperation
 from tests.cases import LAYERS, LayerCase, layers, structures
 
 RANDOM = ("weight_sampling", "local_reparameterization")
@@ -26,7 +25,7 @@ def variational(case, std, dtype):
 
 def plain(layer, estimator, x, **kwargs):
     """The reference: Gaussians whose stds are computed, in the graph."""
-    posteriors, operation = layer.posteriors(), LayerOperation(layer, (), kwargs)
+    posteriors, operation = layer.posteriors(), layer.bilinear(**kwargs)
     return estimators.run(
         estimator, operation, x, posteriors["weight"], posteriors.get("bias"), kind_of(layer).feature_dim
     )

@@ -2,13 +2,13 @@
 
 from bayesprune.estimators.draws import sample
 from bayesprune.estimators.functions import ESTIMATORS, center, check, run, uncertain
-from bayesprune.estimators.types import Bilinear, Factors, Gaussian, LogGaussian, Operation, Posterior, as_gaussian
+from bayesprune.estimators.types import Bilinear, Gaussian, Gradients, LogGaussian, Operation, Posterior, as_gaussian
 
 __all__ = [
     "ESTIMATORS",
     "Bilinear",
-    "Factors",
     "Gaussian",
+    "Gradients",
     "LogGaussian",
     "Operation",
     "Posterior",

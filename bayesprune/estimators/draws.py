@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayesprune.estimators.repeatable import LOG2_E
+from bayesprune.estimators.seeded import LOG2_E
 from bayesprune.estimators.types import LogGaussian, Posterior, as_gaussian, is_plain
 from bayesprune.foundation import noise
 

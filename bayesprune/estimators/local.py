@@ -1,7 +1,7 @@
 """The noise of local reparameterization, with as little kept for the backward pass as it needs.
 
 The variance of an output is f(x^2, std^2). With a std for every weight that is a second product, and the derivative of
-the noise by it, one number an output, is kept; where the std is an outer product, see `outer`.
+the noise by it, one number an output, is kept; where the std is an outer product, see `factored`.
 """
 
 from collections.abc import Sequence
@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 
-from bayesprune.estimators.outer import LinearNoise, Outer, outer_noise
-from bayesprune.estimators.repeatable import (
-    Repeatable,
+from bayesprune.estimators.factored import FactoredNoise, LinearNoise, factored_noise
+from bayesprune.estimators.seeded import (
+    SeededNoise,
     differentiated,
     in_float32,
     scaled_noise,
@@ -27,8 +27,8 @@ def with_local_noise(
 ) -> Tensor:
     """The output with noise of variance f(x^2, std^2), computed in float32 or better."""
     bias_log_std = None if bias is None else bias.log_stds[0]
-    factors = operation.factors(weight.log_stds)
-    draw = Repeatable.of(output, feature_dim)
+    factors = operation.std_factors(weight.log_stds)
+    draw = SeededNoise.of(output, feature_dim)
     with without_autocast(x.device):
         if factors is None:
             options = draw, operation, weight.mean.shape
@@ -36,19 +36,19 @@ def with_local_noise(
                 return _FullNoise.apply(output, options, x, bias_log_std, *weight.log_stds)
             return output + full_noise(options, x, bias_log_std, *weight.log_stds).to(output.dtype)
         rows, columns = factors
-        options = Outer(draw, operation, len(rows))
+        options = FactoredNoise(draw, operation, tuple(weight.mean.shape[2:]))
         if draw.seed is not None and feature_dim == -1:
             return LinearNoise.apply(output, options, x, rows, columns, bias_log_std)
-        return output + outer_noise(options, x, rows, columns, bias_log_std).to(output.dtype)
+        return output + factored_noise(options, x, rows, columns, bias_log_std).to(output.dtype)
 
 
 def add_noise(output: Tensor, variance: Tensor, feature_dim: int) -> Tensor:
     """The output with independent noise of that variance."""
-    return output + scaled_noise(variance, Repeatable.of(output, feature_dim)).to(output.dtype)
+    return output + scaled_noise(variance, SeededNoise.of(output, feature_dim)).to(output.dtype)
 
 
 def full_noise(
-    options: tuple[Repeatable, Bilinear, Size], x: Tensor, bias_log_std: Tensor | None, *log_stds: Tensor
+    options: tuple[SeededNoise, Bilinear, Size], x: Tensor, bias_log_std: Tensor | None, *log_stds: Tensor
 ) -> Tensor:
     """Noise of variance f(x^2, std^2), for a weight of this shape."""
     draw, operation, shape = options

@@ -1,12 +1,17 @@
 """What an estimator works on: posteriors of a layer's weight and bias, and the layer's operation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from bayesprune.foundation.kinds import LayerKind
+
 Operation = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Gradients = tuple[Tensor | None, Tensor | None]
+Pullback = Callable[[Tensor, Tensor, Tensor, tuple[bool, bool]], Gradients | None]
 
 
 class Gaussian(NamedTuple):
@@ -54,20 +59,34 @@ class Factors(NamedTuple):
     columns: Tensor | None
 
 
+@dataclass(frozen=True, eq=False)
 class Bilinear:
-    """An operation that is linear in its input and in its weight, with what makes the noise of its output cheap."""
+    """An operation that is linear in its input and in its weight, with what makes the noise of its output cheap.
+
+    Attributes:
+        operation: The operation.
+        kind: How its weight is laid out.
+        known_pullback: Gradients as of `pullback`, or None in place of both where it does not know them.
+        has_factors: Whether its output is that of its kind, so that stds that are outer products may be used as such.
+    """
+
+    operation: Operation
+    kind: LayerKind
+    known_pullback: Pullback
+    has_factors: bool
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The output."""
-        raise NotImplementedError
+        return self.operation(x, weight, bias)
 
-    def pullback(
-        self, gradient: Tensor, x: Tensor, weight: Tensor, needed: tuple[bool, bool]
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def pullback(self, gradient: Tensor, x: Tensor, weight: Tensor, needed: tuple[bool, bool]) -> Gradients:
         """Gradients of an output without bias with respect to x and weight, None where not needed.
 
-        This one runs the operation once more; an operation that knows its gradients overrides it.
+        Where they are not known, the operation runs once more and is differentiated.
         """
+        known = self.known_pullback(gradient, x, weight, needed)
+        if known is not None:
+            return known
         with torch.enable_grad():
             x, weight = x.detach().requires_grad_(needed[0]), weight.detach().requires_grad_(needed[1])
             output = self(x, weight, None)
@@ -76,13 +95,24 @@ class Bilinear:
         of_x, of_weight = (next(gradients) if need else None for need in needed)
         return of_x, of_weight
 
-    def factors(self, log_stds: tuple[Tensor, ...]) -> Factors | None:
-        """The parts of the weight's log std as rows and columns; None where they are no outer product."""
-        return None
+    def std_factors(self, log_stds: tuple[Tensor, ...]) -> Factors | None:
+        """The parts of the weight's log std as rows and columns of its groups; None where they are no outer product.
 
-    def spread(self, energy: Tensor) -> Tensor:
-        """What weights of one reach of a quantity with one channel for each group (N, G, ...), at each output."""
-        raise NotImplementedError
+        What dimension 0 of the weight counts, it counts for all groups.
+        """
+        rows, columns = log_stds[0], log_stds[1] if len(log_stds) > 1 else None
+        output_dim, groups = self.kind.output_dim, self.kind.num_groups
+        others = [size for dim, size in enumerate(rows.shape) if dim != output_dim]
+        if not self.has_factors or any(size != 1 for size in others):
+            return None
+        by_group = rows.view(groups, -1) if output_dim == 0 else rows.view(1, -1).expand(groups, -1)
+        if columns is None:
+            return Factors(by_group, None)
+        return Factors(by_group, columns.view(1, -1) if output_dim == 0 else columns.view(groups, -1))
+
+    def receptive_field_sum(self, energies: Tensor, kernel_size: Sequence[int]) -> Tensor:
+        """Sums of energies with one channel for each group, (N, G, *spatial), within reach of each output."""
+        return self(energies, energies.new_ones((self.kind.num_groups, 1, *kernel_size)), None)
 
 
 def is_plain(*tensors: Tensor) -> bool:

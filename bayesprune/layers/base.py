@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from bayesprune import estimators
 from bayesprune.errors import UnsupportedModelError
-from bayesprune.estimators import Factors, Gaussian, LogGaussian
+from bayesprune.estimators import Bilinear, Gaussian, Gradients, LogGaussian
 from bayesprune.foundation.kinds import kind_of
 from bayesprune.foundation.sharding import sharded_as
 from bayesprune.layers import gates, masks
-from bayesprune.layers.operations import LayerOperation
 from bayesprune.layers.stacks import axis_size, select
 from bayesprune.layers.structures import SUFFIXES, not_narrowed
 from bayesprune.moments.sampled import is_drawing
@@ -59,30 +58,38 @@ class VariationalLayer(nn.Module):
             return super().forward(*args, **kwargs)
         weight = self.posterior("weight")
         bias = self.posterior("bias") if self._part_names("bias") else None
-        operation = LayerOperation(self, rest, kwargs)
-        return estimators.run(estimator, operation, x, weight, bias, kind_of(self).feature_dim)
+        operation = self.bilinear(*rest, **kwargs)
+        return estimators.run(estimator, operation, x, weight, bias, operation.kind.feature_dim)
+
+    def bilinear(self, *args: Any, **kwargs: Any) -> Bilinear:
+        """Its operation as the estimators take it, with what else its forward is called with."""
+        knows_pullback = type(self).pullback is not VariationalLayer.pullback
+        kind = kind_of(self)
+        has_factors = knows_pullback or bool(kind.num_spatial_dims)
+
+        def operation(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return self.operation(x, weight, bias, *args, **kwargs)
+
+        return Bilinear(operation, kind, self.pullback, has_factors)
 
     def operation(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         """The stock forward with these tensors in place of weight and bias."""
         with self.substituted(weight=weight, bias=bias):
             return super().forward(x, *args, **kwargs)
 
-    def pullback(
-        self, gradient: Tensor, x: Tensor, weight: Tensor, needed: tuple[bool, bool]
-    ) -> tuple[Tensor | None, Tensor | None] | None:
+    def pullback(self, gradient: Tensor, x: Tensor, weight: Tensor, needed: tuple[bool, bool]) -> Gradients | None:
         """Gradients of the operation without bias by x and weight, None where not needed.
 
-        None in place of both has the operation run once more and be differentiated.
+        None in place of both has the operation run once more and be differentiated. A class that overrides `operation`
+        has another pullback: its own, or this one. A linear layer that has one of its own is x W^T and no more.
         """
         return None
 
-    def std_factors(self, log_stds: tuple[Tensor, ...]) -> Factors | None:
-        """The parts of the weight's log std by groups where the std is an outer product, with `reach_kernel`."""
-        return None
-
-    def reach_kernel(self, energy: Tensor) -> Tensor:
-        """The weight of ones that sums energies (N, G, ...) for every output."""
-        raise NotImplementedError
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        first = next(base for base in cls.__mro__ if {"operation", "pullback"} & vars(base).keys())
+        if "pullback" not in vars(first):
+            cls.pullback = VariationalLayer.pullback
 
     def meets_one_position(self, x: Tensor) -> bool:
         """Whether each weight meets one position of each example, so that its noise is not shared."""

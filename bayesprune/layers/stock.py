@@ -9,15 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from bayesprune.estimators import Factors
-from bayesprune.foundation.kinds import kind_of
+from bayesprune.estimators import Gradients
 from bayesprune.layers.base import VariationalLayer
 from bayesprune.layers.drawn import DrawnLayer
 from bayesprune.layers.registry import register_layer
-from bayesprune.layers.structures import factors
 
 Needed = tuple[bool, bool]
-Pullback = tuple[Tensor | None, Tensor | None]
 
 
 @register_layer(nn.Linear)
@@ -28,16 +25,11 @@ class VariationalLinear(VariationalLayer, nn.Linear):
         """x weight^T + bias."""
         return F.linear(x, weight, bias)
 
-    def pullback(self, gradient: Tensor, x: Tensor, weight: Tensor, needed: Needed) -> Pullback:
+    def pullback(self, gradient: Tensor, x: Tensor, weight: Tensor, needed: Needed) -> Gradients:
         """Two products."""
         rows = gradient.reshape(-1, gradient.shape[-1])
         of_x = gradient @ weight if needed[0] else None
         return of_x, rows.t() @ x.reshape(-1, x.shape[-1]) if needed[1] else None
-
-    def std_factors(self, log_stds: tuple[Tensor, ...]) -> Factors | None:
-        """One group, where no subclass has another operation."""
-        is_plain = type(self).operation is VariationalLinear.operation
-        return factors(log_stds, unit_dim=0, groups=1) if is_plain else None
 
     def meets_one_position(self, x: Tensor) -> bool:
         """An input of (N, I), not of tokens (N, T, I)."""
@@ -46,14 +38,6 @@ class VariationalLinear(VariationalLayer, nn.Linear):
 
 class _VariationalConv(VariationalLayer, _ConvNd):
     """What convolutions share: weight (O, I / groups, *K), input (N, I, *spatial)."""
-
-    def std_factors(self, log_stds: tuple[Tensor, ...]) -> Factors | None:
-        """The groups of the convolution."""
-        return factors(log_stds, unit_dim=kind_of(self).output_dim, groups=self.groups)
-
-    def reach_kernel(self, energy: Tensor) -> Tensor:
-        """A box of the kernel's size for every group."""
-        return energy.new_ones((self.groups, 1, *self.kernel_size))
 
     def meets_one_position(self, x: Tensor) -> bool:
         """An input of one pixel, as in squeeze-and-excitation blocks."""
@@ -65,7 +49,7 @@ class _VariationalForwardConv(_VariationalConv):
         """The convolution, padding mode included."""
         return self._conv_forward(x, weight, bias)  # type: ignore[attr-defined]
 
-    def pullback(self, gradient: Tensor, x: Tensor, weight: Tensor, needed: Needed) -> Pullback | None:
+    def pullback(self, gradient: Tensor, x: Tensor, weight: Tensor, needed: Needed) -> Gradients | None:
         """Two convolutions, where zeros are padded alike on both sides."""
         if self.padding_mode != "zeros" or isinstance(self.padding, str):
             return None

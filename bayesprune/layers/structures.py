@@ -10,8 +10,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bayesprune.estimators import Factors
-
 Shape = tuple[int, ...]
 Structure = Callable[[Shape, Shape], dict[str, Shape]]
 
@@ -46,22 +44,6 @@ def part_shapes(std: str, shape: Shape, unit_dims: Shape, *, num_stacked: int = 
     structure = STRUCTURES["per_weight" if len(own) < 2 else std]
     parts = structure(own, tuple(dim - num_stacked for dim in unit_dims if dim >= num_stacked))
     return {suffix: (*stacked, *part) for suffix, part in parts.items()}
-
-
-def factors(log_stds: tuple[Tensor, ...], *, unit_dim: int, groups: int) -> Factors | None:
-    """The parts of a weight's log std as rows and columns of its groups; None where they are no outer product.
-
-    Of the first two dimensions `unit_dim` counts output units (of one group, where it is 1), the other one inputs; what
-    dimension 0 counts, it counts for all groups.
-    """
-    rows, columns = log_stds[0], log_stds[1] if len(log_stds) > 1 else None
-    others = [size for dim, size in enumerate(rows.shape) if dim != unit_dim]
-    if any(size != 1 for size in others):
-        return None
-    by_group = rows.view(groups, -1) if unit_dim == 0 else rows.view(1, -1).expand(groups, -1)
-    if columns is None:
-        return Factors(by_group, None)
-    return Factors(by_group, columns.view(1, -1) if unit_dim == 0 else columns.view(groups, -1))
 
 
 def _broadcastable(shape: Shape, dims: Shape) -> Shape:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bayesprune.estimators.repeatable import LOG2_E
+from bayesprune.estimators.seeded import LOG2_E
 from bayesprune.foundation.sharding import placed_as, whole
 from bayesprune.priors import BoundNormal, BoundPrior
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bayesprune.estimators import Gradients
 from bayesprune.foundation.kinds import TRANSPOSED_LINEAR
 from bayesprune.layers import VariationalLayer, register_layer
 
@@ -33,6 +34,12 @@ class VariationalHFConv1D(VariationalLayer, Conv1D):
             return F.linear(x, weight.t(), bias)  # moments follow the positions of (N, T, I)
         output = torch.addmm(bias, x.reshape(-1, x.size(-1)), weight)  # as the stock forward, to the last bit
         return output.view(*x.shape[:-1], weight.shape[1])
+
+    def pullback(self, gradient: Tensor, x: Tensor, weight: Tensor, needed: tuple[bool, bool]) -> Gradients:
+        """Two products."""
+        rows = x.reshape(-1, x.shape[-1])
+        of_x = gradient @ weight.t() if needed[0] else None
+        return of_x, rows.t() @ gradient.reshape(-1, gradient.shape[-1]) if needed[1] else None
 
     def meets_one_position(self, x: Tensor) -> bool:
         """An input of (N, I), not of tokens (N, T, I)."""

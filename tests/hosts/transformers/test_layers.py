@@ -156,3 +156,30 @@ def test_only_adapters_may_be_converted():
     names = [name for name, layer in model.named_modules() if isinstance(layer, VariationalLayer)]
     assert len(names) == 4
     assert all(isinstance(model.get_submodule(name), nn.Linear) for name in names)
+
+
+@pytest.mark.parametrize("std", STRUCTURES)
+def test_gradients_of_the_noise_of_conv1d_are_those_of_a_linear_layer(std):
+    layer, linear = variational_conv1d(std).train(), torch.nn.Linear(4, 3).double()
+    linear = bp.to_variational(linear, std=std).train()
+    for name, parameter in linear.named_parameters():
+        other = layer.get_parameter(name).data
+        parameter.data = other.t().clone() if other.dim() == 2 else other.clone()
+    found, x = [], torch.randn(5, 4).double()
+    for each in (layer, linear):
+        inputs = x.clone().requires_grad_()
+        torch.manual_seed(1)
+        with bp.sampling(each, "local_reparameterization"):
+            output = each(inputs)
+        gradients = torch.autograd.grad(output.square().sum(), [inputs, *each.parameters()])
+        names = [name for name, _ in each.named_parameters()]
+        turned = each is layer
+        found.append(
+            (output, gradients[0], *(_turned(g, turned) for _, g in sorted(zip(names, gradients[1:], strict=True))))
+        )
+    for got, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-7)
+
+
+def _turned(gradient: torch.Tensor, is_turned: bool) -> torch.Tensor:
+    return gradient.t() if is_turned and gradient.dim() == 2 else gradient

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bayesprune.estimators.repeatable import (
-    Repeatable,
+from bayesprune.estimators.seeded import (
+    SeededNoise,
     along,
     differentiated,
     in_float32,
@@ -23,29 +23,31 @@ from bayesprune.estimators.repeatable import (
 from bayesprune.estimators.types import Bilinear
 
 
-class Outer(NamedTuple):
+class FactoredNoise(NamedTuple):
     """What the noise depends on beside tensors that are differentiated.
 
     Attributes:
         draw: The noise.
         operation: The layer's operation, whose reach it is.
-        num_groups: G.
+        kernel_size: K, of the weight.
     """
 
-    draw: Repeatable
+    draw: SeededNoise
     operation: Bilinear
-    num_groups: int
+    kernel_size: tuple[int, ...]
 
 
-def outer_noise(options: Outer, x: Tensor, rows: Tensor, columns: Tensor | None, bias_log_std: Tensor | None) -> Tensor:
+def factored_noise(
+    options: FactoredNoise, x: Tensor, rows: Tensor, columns: Tensor | None, bias_log_std: Tensor | None
+) -> Tensor:
     """Noise of variance s_o^2 (the sum of s_i^2 x_i^2 within reach) + the bias's."""
     draw, dim = options.draw, options.draw.feature_dim
-    squares = in_float32(x).square().unflatten(dim, (options.num_groups, -1))
+    squares = in_float32(x).square().unflatten(dim, (options.operation.kind.num_groups, -1))
     if columns is not None:
         squares = squares * along(square_of(columns, squares), dim)
     reach = squares.sum(dim)
     if dim != -1:
-        reach = options.operation.spread(reach)
+        reach = options.operation.receptive_field_sum(reach, options.kernel_size)
     row_squares = along(square_of(rows, reach), dim)
     if bias_log_std is None:  # a root for each position, in place of one for each output
         stds = (_root(reach).unsqueeze(dim) * row_squares.sqrt()).flatten(dim - 1, dim)
@@ -55,13 +57,13 @@ def outer_noise(options: Outer, x: Tensor, rows: Tensor, columns: Tensor | None,
 
 
 class LinearNoise(torch.autograd.Function):
-    """Adds the `outer_noise` of a linear layer; keeps x and what is small."""
+    """Adds the `factored_noise` of a linear layer; keeps x and what is small."""
 
     @staticmethod
     def forward(
         ctx: Any,
         output: Tensor,
-        options: Outer,
+        options: FactoredNoise,
         x: Tensor,
         rows: Tensor,
         columns: Tensor | None,
@@ -95,7 +97,7 @@ class LinearNoise(torch.autograd.Function):
         (gradient,), needed, draw = gradients, ctx.needs_input_grad[2:], ctx.options.draw
         if torch.is_grad_enabled():
             parts = (x, rows, columns, bias_log_std)
-            return gradient, None, *differentiated(outer_noise, ctx.options, parts, needed, gradient)
+            return gradient, None, *differentiated(factored_noise, ctx.options, parts, needed, gradient)
         of_x, of_columns, of_bias = None, None, None
         with without_autocast(x.device):
             product = draw.multiplied(_rows_of(gradient).to(energy.dtype).contiguous())

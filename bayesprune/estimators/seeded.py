@@ -14,7 +14,7 @@ LOG2_E = 1 / math.log(2)
 """exp(x) = exp2(LOG2_E x); on a processor torch's exp2 takes a quarter of the time of its exp."""
 
 
-class Repeatable(NamedTuple):
+class SeededNoise(NamedTuple):
     """Noise of an output that can be drawn again.
 
     Attributes:
@@ -28,7 +28,7 @@ class Repeatable(NamedTuple):
     is_last: bool
 
     @classmethod
-    def of(cls, output: Tensor, feature_dim: int) -> "Repeatable":
+    def of(cls, output: Tensor, feature_dim: int) -> "SeededNoise":
         """New noise for this output."""
         seed = noise.draw_seed() if noise.can_repeat(output.device) else None
         return cls(seed, feature_dim, seed is not None and noise.has_channels_last(output))
@@ -70,7 +70,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     return nullcontext()
 
 
-def scaled_noise(variance: Tensor, draw: Repeatable) -> Tensor:
+def scaled_noise(variance: Tensor, draw: SeededNoise) -> Tensor:
     """Noise of that variance."""
     eps = draw.normal(variance.shape, variance)
     # The clamp keeps the gradient of the root finite where an input is all zeros.
