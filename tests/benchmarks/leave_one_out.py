@@ -41,17 +41,17 @@ INTRODUCTION = """# CIFAR-10, channels removed one by one
 
     python tests/benchmarks/leave_one_out.py --data-dir DATA [--float32]
 
-Written from `leave_one_out.json`. The trained ResNet-20, fine-tuned for {budget} steps as in
-[the criterion beside its controls](criterion.md); each of its {channels} inner channels is silenced alone, and two things are measured on {images:,} held-out training images: by how
-much the loss rises, and how far the predictions move (KL divergence from those of the whole network). Spearman's rank
-correlation of the scores with both, mean ± standard deviation over the seeds: over all channels, and inside layers (mean
-over the {layers} layers). "ours" reads
-its stds off the training's gradients, "ours, variational" and "SNR^2 at temperature 10" score networks that were
-trained with noise, whose increases are their own. Rows about Kronecker factors read 1,024 training images: "unit SNR"
-is what removing a channel costs once the others have made up for it, "Kronecker cost" what it costs when nothing does,
-which is what is measured here; the metric is that of the logits, or the Fisher information with sampled labels.
-"{again}" is as far as any score can come: **the loss on so few images is
-noise**, since labels decide its sign; the divergence is not. The file says which rows were trained in float32.
+Written from `leave_one_out.json`. The trained ResNet-20, fine-tuned for {budget} steps as in [the criterion beside
+its controls](criterion.md); each of its {channels} inner channels is silenced alone, and two things are measured on
+{images:,} held-out training images: by how much the loss rises, and how far the predictions move (KL divergence from
+those of the whole network). Spearman's rank correlation of the scores with both, mean ± standard deviation over the
+seeds: over all channels, and inside layers (mean over the {layers} layers). "ours" reads its stds off the training's
+gradients, "ours, variational" and "SNR^2 at temperature 10" score networks that were trained with noise, whose
+increases are their own. Rows about Kronecker factors read 1,024 training images: "unit SNR" is what removing a
+channel costs once the others have made up for it, "Kronecker cost" what it costs when nothing does, which is what is
+measured here; the metric is that of the logits, or the Fisher information with sampled labels. "{again}" is as far as
+any score can come: **the loss on so few images is noise**, since labels decide its sign; the divergence is not. The
+file says which rows were trained in float32.
 
 | score | divergence: all channels | inside layers | loss: all channels | inside layers |
 |---|---|---|---|---|
