@@ -11,14 +11,13 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, DistributedSampler
 
 from bayesprune.app.data.images import Data
 from bayesprune.app.tasks.task import Checkpoint, Progress, Split, Task, check_finite
 from bayesprune.foundation.batches import device_of
 from bayesprune.foundation.model import load_values
-from bayesprune.foundation.sharding import sharded_as, values_sharded_as, whole
+from bayesprune.foundation.sharding import sharded_as, values_sharded_as, whole, whole_values
 from bayesprune.prune import PruneSchedule
 from bayesprune.reports import ACCURACY, accuracy
 from bayesprune.train import Distillation, attach
@@ -198,8 +197,7 @@ class _Batches:
 
     def state(self) -> dict[str, Any]:
         """All that a checkpoint needs, whole; under FSDP 2 every process calls it."""
-        parts = {name: part.state_dict() for name, part in self._parts.items()}
-        return {"order": self._order} | tree_map(lambda v: whole(v) if isinstance(v, Tensor) else v, parts)
+        return {"order": self._order, **whole_values({name: part.state_dict() for name, part in self._parts.items()})}
 
 
 def _restore(part: Any, state: dict[str, Any]) -> None:

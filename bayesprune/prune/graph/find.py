@@ -213,9 +213,7 @@ class _Finder:
     def _warn_of(self, uncalled: list[nn.Module], feeding: Collection[ChannelGroup]) -> None:
         whole = [layer for group in feeding for layer in group.layers]
         fed = (
-            f"What may feed them stays whole: {first_names(whole)}"
-            if whole
-            else "No channels that feed them are known"
+            f"What may feed them stays whole: {first_names(whole)}" if whole else "No channels that feed them are known"
         )
         warnings.warn(
             f"example_inputs do not call {first_names([self.names[id(layer)] for layer in uncalled])}. {fed}. Pass "
