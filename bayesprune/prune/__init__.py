@@ -1,5 +1,6 @@
 """Scores of weights and channels, and their removal."""
 
+from bayesprune.layers import make_masks
 from bayesprune.prune.batch_norm import recalibrate_batch_norm
 from bayesprune.prune.channels.measured import MeasuredImportance, layer_sparsities
 from bayesprune.prune.channels.prune import ChannelReport, prune_channels
@@ -32,6 +33,7 @@ __all__ = [
     "discover_mask",
     "evidence",
     "layer_sparsities",
+    "make_masks",
     "prune_channels",
     "prune_one_shot",
     "prune_weights",

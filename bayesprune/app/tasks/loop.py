@@ -63,8 +63,15 @@ class LoaderTask(Task):
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=num_steps)
         parts: dict[str, Any] = {"model": trained, "optimizer": optimizer, "schedule": schedule}
         if learn_stds:
-            parts["attachment"] = attach(optimizer, trained, num_data=self.data.num_data, warmup_steps=num_steps // 5)
-        removal = None if sparsity is None else PruneSchedule(sparsity, begin=0.2, end=0.7, num_updates=10)
+            parts["attachment"] = attach(
+                optimizer,
+                trained,
+                num_data=self.data.num_data,
+                num_steps=num_steps,
+                temperature=0.1,
+                warmup=0.2,
+                prune=None if sparsity is None else PruneSchedule(sparsity, begin=0.2, end=0.7, num_updates=10),
+            )
         if self.accelerator.scaler is not None:
             parts["scaler"] = self.accelerator.scaler
         batches = _Batches(loader, num_epochs, parts, checkpoint)
@@ -82,9 +89,6 @@ class LoaderTask(Task):
                 self.accelerator.backward(loss)
                 stepper.step()
                 schedule.step()
-                target = None if removal is None else removal.removal_after(step, num_steps)
-                if removal is not None and target is not None:
-                    removal.remove(trained, target)
                 advance(number)
                 if checkpoint is not None and self._is_agreed(checkpoint.is_due(step)):
                     checkpoint.keep(step, batches.state())
