@@ -3,7 +3,7 @@
 The first adds the closed-form gradient of temperature * KL / num_data to the gradients of the means, moves the log stds
 with an Adam of its own and hides them from the user's optimizer. It runs once per optimizer step, so gradient
 accumulation and data-parallel training need no correction, and the loss stays the plain mean negative log-likelihood.
-The second removes weights when it is time.
+The second removes weights when it is time, and sets to zero again what was removed.
 """
 
 import logging
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from bayesprune.foundation.sharding import values_sharded_as
-from bayesprune.layers import Posterior, VariationalLayer
+from bayesprune.layers import Posterior, VariationalLayer, variational_layers
+from bayesprune.layers.masks import Keeper
 from bayesprune.priors import BoundPrior
 from bayesprune.train.checks import collapsed_layers
 from bayesprune.train.fused import Target, add_kl_gradients, bound_log_std, has_kl, mark_with_kl
@@ -77,7 +78,8 @@ class Attachment:
         """Use `attach`."""
         self.num_data, self.temperature, self.warmup_steps = num_data, temperature, warmup_steps
         self.max_noise_cost, self.noise_cost = max_noise_cost, None
-        self._bound, self._gates, self._removal, self._steps = bound, gates, removal, StepCount()
+        self._bound, self._gates, self._model = bound, gates, model
+        self._removal, self._steps = removal, StepCount()
         self._train({posterior: posterior.log_std_parts for posterior in trained})
         self._statistics = MeanStatistics(model, self._steps)
         self._std_optimizer = Adam(self._stds, lr=std_lr, fused=has_fused_kernel(self._stds))
@@ -129,6 +131,7 @@ class Attachment:
         for handle in self._handles:
             handle.remove()
         self._watch.end()
+        self._masks.end()
         self._statistics.end()
         ATTACHMENTS.discard(self)
         take_out(self._optimizer, self._added)
@@ -208,6 +211,7 @@ class Attachment:
         return args[:1], {**kwargs, "closure": closure_and_update}
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        self._masks.apply()
         if self._removal is not None:
             self._removal.update(self._steps, optimizer)
 
@@ -293,8 +297,14 @@ class Attachment:
         self._noise = NoiseCost(parts)
 
     def _look(self) -> None:
-        """Begins to look out for others: who steps what the optimizer holds, and who moves the rest."""
+        """Begins to keep the zeros of what the optimizer holds, and to look out for others: who moves what when."""
         held = held_by(self._optimizer)
+        trained = held & {id(posterior.mean) for posterior in self._parts}
+        self._masks = Keeper(
+            layer
+            for _, layer in variational_layers(self._model)
+            if trained.issuperset(id(getattr(layer, name)) for name in layer.active_names())
+        )
         self._watch = Watch([p for p in self._parts if id(p.mean) in held], type(self._optimizer).__name__)
         self._probes = Probes(posterior for posterior in self._parts if id(posterior.mean) not in held)
 
@@ -311,6 +321,7 @@ class Attachment:
         self._added = [part for part in self._added if id(part) not in gone]
         self._taken_out += take_out(self._optimizer, gone.values())
         self._watch.end()
+        self._masks.end()
         self._look()
 
     def _targets(self) -> Iterator[Target]:

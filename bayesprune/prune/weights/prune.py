@@ -110,9 +110,10 @@ def prune_weights(
 
     Frozen weights (`requires_grad=False`) stay, whatever the score; call `requires_grad_(True)` on what may go.
     What was removed before stays removed and counts. Removed weights are zeros, draw no noise, do not count in the KL,
-    and stay zeros through further training with any torch optimizer, attached or not; where something moves weights
-    outside a step, they are zeros in evaluation and wherever the model's state is written. With FSDP 2 every process
-    calls it, has all scores for a moment, and keeps the masks whole.
+    and stay zeros through further training with any torch optimizer: an attachment sets them to zero again after the
+    steps of its optimizer, and for layers that none trains a hook does so after the steps of every optimizer in the
+    process. Where something moves weights outside a step, they are zeros in evaluation and wherever the model's state
+    is written. With FSDP 2 every process calls it, has all scores for a moment, and keeps the masks whole.
 
     Args:
         model: A variational model.
