@@ -13,25 +13,26 @@ from bayesprune.priors import Prior
 from bayesprune.prune.weights.schedule import PruneSchedule
 from bayesprune.train.attach import attach
 from bayesprune.train.attachment import Attachment
-from bayesprune.train.checks import check_warmup
+from bayesprune.train.checks import check_schedule, check_warmup
 
 
 @dataclass
 class TrainingOptions:
-    """The options of `BayesPruneCallback` and `BayesPruneTask`; a fraction as `prune` becomes a schedule."""
+    """The options of `BayesPruneCallback` and `BayesPruneTask`; a target as `prune` becomes a schedule."""
 
     prior: Prior | None
     temperature: float | Literal["auto"]
     warmup: float
     std_lr: float
     max_noise_cost: float | None
-    prune: float | PruneSchedule | None
+    prune: str | PruneSchedule | None
     convert: Mapping[str, Any] | None
     schedule: PruneSchedule | None = field(init=False)
 
     def __post_init__(self) -> None:
         check_warmup(self.warmup)
-        self.schedule = PruneSchedule(self.prune) if isinstance(self.prune, float | int) else self.prune
+        self.schedule = PruneSchedule(self.prune) if isinstance(self.prune, str) else self.prune
+        check_schedule(self.schedule)
 
     def convert_model(self, model: nn.Module) -> None:
         """Makes it variational, with masks where weights are to go, before anything copies, wraps or loads it.

@@ -65,7 +65,7 @@ def fit_laplace(
         >>> import torch, bayesprune as bp
         >>> model = bp.to_variational(torch.nn.Linear(4, 3))
         >>> batches = [(torch.randn(32, 4), torch.randint(3, (32,)))]
-        >>> model = bp.fit_laplace(model, batches, num_data=50_000)
+        >>> model = bp.laplace.fit_laplace(model, batches, num_data=50_000)
     """
     precisions = prior_precisions(model, prior)
     squares, seen = sums_of_squares(model, loader, loss=loss, num_batches=num_batches)

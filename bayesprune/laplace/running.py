@@ -42,7 +42,7 @@ class RunningLaplace:
         >>> loss.backward()
         >>> optimizer.step()
         >>> posterior.update()
-        >>> report = bp.prune_weights(model, sparsity=0.5, score=bp.prune.SNRScore(power=0.5))
+        >>> report = bp.prune_weights(model, "weights=0.5", score=bp.prune.SNRScore(power=0.5))
 
     Raises:
         ValueError: a number is out of range, or the model has no variational layer.

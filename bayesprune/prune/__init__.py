@@ -2,7 +2,7 @@
 
 from bayesprune.layers import make_masks
 from bayesprune.prune.batch_norm import recalibrate_batch_norm
-from bayesprune.prune.channels.measured import MeasuredImportance, layer_sparsities
+from bayesprune.prune.channels.measured import MeasuredImportance, layer_shares
 from bayesprune.prune.channels.prune import ChannelReport, prune_channels
 from bayesprune.prune.graph.dependency import dependency_groups
 from bayesprune.prune.scores.channels import SNRImportance
@@ -10,11 +10,11 @@ from bayesprune.prune.scores.evidence import EvidenceImportance, evidence
 from bayesprune.prune.scores.inclusion import InclusionImportance
 from bayesprune.prune.scores.unit_snr import UnitSNRImportance
 from bayesprune.prune.scores.weights import SNRScore, signal_to_noise
-from bayesprune.prune.search import Compression, Trial, compress
+from bayesprune.prune.search import Compression, Trial, smallest_within
 from bayesprune.prune.weights.discovery import discover_mask
 from bayesprune.prune.weights.one_shot import prune_one_shot
 from bayesprune.prune.weights.prune import WeightReport, prune_weights
-from bayesprune.prune.weights.schedule import PruneSchedule, sparsities
+from bayesprune.prune.weights.schedule import PruneSchedule, shares
 
 __all__ = [
     "ChannelReport",
@@ -28,16 +28,16 @@ __all__ = [
     "Trial",
     "UnitSNRImportance",
     "WeightReport",
-    "compress",
     "dependency_groups",
     "discover_mask",
     "evidence",
-    "layer_sparsities",
+    "layer_shares",
     "make_masks",
     "prune_channels",
     "prune_one_shot",
     "prune_weights",
     "recalibrate_batch_norm",
+    "shares",
     "signal_to_noise",
-    "sparsities",
+    "smallest_within",
 ]

@@ -61,10 +61,10 @@ def attach(
         temperature: Weight of the KL; below 1 the posterior is colder than Bayes' rule says. "auto" is 0.1, or less
             where there are more than 16 weights for an example; see `default_temperature`.
         warmup: Share of the training, 0 to 1, over which the weight of the KL rises linearly from zero.
-        prune: When how much is removed of the single weights, `prune.PruneSchedule(0.8)` say; None removes none. The
-            step at which weights go sets them to zero and clears what this optimizer remembers of them. The masks are
-            made now, so that averages of the weights that are made later, and checkpoints, have them. Where several
-            optimizers share the model, one attachment is given it.
+        prune: When how much is removed of the single weights, `prune.PruneSchedule("weights=0.2")` say; None removes
+            none. After the steps at which it is time, weights are set to zero, and what this optimizer remembers of
+            them is cleared. The masks are made now, so that averages of the weights which are made later have them.
+            Where several optimizers share the model, one attachment is given it.
         std_lr: Learning rate of the log stds, about what one step moves them by. Short fine-tuning needs 1e-2; tens of
             thousands of steps rank better with 1e-3.
         max_noise_cost: What the noise may add to the loss of the means, in nats; it is measured from gradients over

@@ -43,6 +43,18 @@ def check_warmup(warmup: float) -> None:
         raise ValueError(f"warmup is {warmup!r}; expected a share of the training, 0 to 1, not a number of steps.")
 
 
+def check_schedule(prune: Any) -> None:
+    """Refuses what says not when how much is removed.
+
+    Raises:
+        TypeError: `prune` is no schedule, nor None.
+    """
+    if prune is not None and not (hasattr(prune, "sparsity_at") and hasattr(prune, "remove")):
+        raise TypeError(
+            f'prune is {prune!r}; expected a schedule, such as bayesprune.prune.PruneSchedule("weights=0.2"), or None.'
+        )
+
+
 def check_length(num_steps: int | None, warmup: float, prune: Any) -> None:
     """Refuses shares of a training whose length is not known, and what is no schedule.
 
@@ -51,10 +63,7 @@ def check_length(num_steps: int | None, warmup: float, prune: Any) -> None:
         ValueError: `warmup` is no share, or `num_steps` is missing or out of range.
     """
     check_warmup(warmup)
-    if prune is not None and not (hasattr(prune, "sparsity_at") and hasattr(prune, "remove")):
-        raise TypeError(
-            f"prune is {prune!r}; expected a schedule, such as bayesprune.prune.PruneSchedule(0.8), or None."
-        )
+    check_schedule(prune)
     if num_steps is None and (warmup or prune is not None):
         raise ValueError(
             f"warmup={warmup!r} and prune={prune!r} go by shares of the training, whose length is not known; pass "

@@ -42,7 +42,7 @@ distillation from the dense network (logits, temperature 4, weight 0.9) to choos
   isomorphic class, that is of groups with equal layers and sizes; measured (`MeasuredImportance`); tilted, scores for
   each MAC times exp(t depth), with the t by which the whole cut and compensated network has the lowest loss; the same
   of measured costs.
-- **Compensation**: none; conditioned (`fit_kronecker` and `condition_on_channels`); layer by layer (`bp.compensate`).
+- **Compensation**: none; conditioned (`fit_kronecker`, `condition_on_channels`); layer by layer (`laplace.compensate`).
 - **Choice**, on validation images with seed 0, for each score and level: {cut} settings of option and allocation,
   conditioned, by the accuracy right after the cut, then {further} more with the best option (no compensation; layer by
   layer with the best allocation and with the tilted ones). Where there is training, then {spending} settings of when to

@@ -22,9 +22,13 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import bayesprune as bp
+from bayesprune.laplace import KroneckerPosterior, output_metric, sampled_cross_entropy
+from bayesprune.laplace.matrices import removed_columns
 from bayesprune.prune.graph.find import find_groups
 from bayesprune.prune.graph.removal import snapshot
 from bayesprune.prune.graph.silenced import silence
+from bayesprune.prune.graph.structure import ChannelGroup
 
 SETTINGS: dict[str, Any] = {"images": 128, "budget": CHANNELS["20"].before, "lr": CHANNELS["20"].lr}
 SKIPPED = ("magnitude after L1", "DepGraph, group norm")  # they train otherwise and score as magnitude does
@@ -39,7 +43,10 @@ Written from `leave_one_out.json`. The trained ResNet-20, fine-tuned for {budget
 measured on {images:,} held-out training images. Spearman's rank correlation of the scores with the increases, mean ±
 standard deviation over the seeds: over all channels, and inside layers (mean over the {layers} layers). "ours" reads
 its stds off the training's gradients, "ours, variational" and "SNR^2 at temperature 10" score networks that were
-trained with noise, whose increases are their own. The file says which rows were trained in float32.
+trained with noise, whose increases are their own. Rows about Kronecker factors read 1,024 training images: "unit SNR"
+is what removing a channel costs once the others have made up for it, "Kronecker cost" what it costs when nothing does,
+which is what is measured here; the metric is that of the logits, or the Fisher information with sampled labels. The
+file says which rows were trained in float32.
 
 | score | all channels | inside layers |
 |---|---|---|
@@ -68,19 +75,67 @@ def increases(model: nn.Module, groups: Any, batches: list[tuple[Tensor, Tensor]
     return found
 
 
+def kronecker_costs(posterior: KroneckerPosterior, group: ChannelGroup) -> list[float]:
+    """Half of tr(G W_S A_SS W_S^T) over the layers that read each unit S: what its removal adds to the loss."""
+    costs = [0.0] * len(group.units)
+    for member in group.members:
+        if member.axis[1] != "in" or member.axis[0] not in posterior:
+            continue
+        factors = posterior[member.axis[0]]
+        columns = [
+            removed_columns(member.layer, [p for root in unit for p in member.positions.get(root, ())])
+            for unit in group.units
+        ]
+        start = 0
+        for block in factors.inputs:
+            stop = start + block.shape[-1]
+            for index, between in enumerate(block):
+                weights = factors.mean[index, :, start:stop].double()
+                sides = weights.split([side.shape[-1] for side in factors.outputs])
+                gram = sum(part.mT @ side[index] @ part for side, part in zip(factors.outputs, sides, strict=True))
+                for number, mask in enumerate(columns):
+                    own = mask[index, start:stop]
+                    costs[number] += 0.5 * float((gram[own][:, own] * between[own][:, own]).sum())
+            start = stop
+    return costs
+
+
+def run_kronecker(
+    model: nn.Module, measured: list[list[float]], groups: Any, train: Images, seed: int
+) -> dict[str, dict[str, float]]:
+    """Both correlations of the scores that read Kronecker factors, by name."""
+    batches, found = list(train.random(16, 2_000 + seed, augment=False)), {}
+    bp.to_variational(model, estimator="mean")
+    for suffix, loss in (("", output_metric), (", sampled labels", sampled_cross_entropy)):
+        torch.manual_seed(seed)
+        posterior = bp.laplace.fit_kronecker(model, batches, num_data=len(train.labels), loss=loss)
+        scores = {"Kronecker cost": [kronecker_costs(posterior, group) for group in groups]}
+        importance = bp.prune.UnitSNRImportance(model, posterior)
+        by_channel = [importance.of_group(group).tolist() for group in groups]
+        scores["unit SNR"] = [[c[unit[0]] for unit in g.units] for g, c in zip(groups, by_channel, strict=True)]
+        found |= {f"{name}{suffix}": correlations(values, measured) for name, values in scores.items()}
+    return found
+
+
 def run(method: Method, model: nn.Module, measured: list[list[float]], groups: Any, train: Images) -> dict[str, float]:
     """Both correlations of one score."""
     importance, _ = channel_importance(method.score, model, train.random(8, 1_000, augment=True))
     scores = [importance(group.group).tolist() for group in groups]
     ordered = [[values[unit[0]] for unit in group.units] for group, values in zip(groups, scores, strict=True)]
-    flat = [[x for layer in layers for x in layer] for layers in (ordered, measured)]
-    inside = [spearmanr(one, other).statistic for one, other in zip(ordered, measured, strict=True)]
+    return correlations(ordered, measured)
+
+
+def correlations(scores: list[list[float]], measured: list[list[float]]) -> dict[str, float]:
+    """Spearman's correlation over all units, and its mean inside groups."""
+    flat = [[x for layer in layers for x in layer] for layers in (scores, measured)]
+    inside = [spearmanr(one, other).statistic for one, other in zip(scores, measured, strict=True)]
     return {"all": float(spearmanr(*flat).statistic), "inside": mean(map(float, inside))}
 
 
 def main() -> None:
     """Runs what is missing, then writes the page."""
     options = parser(__doc__ or "", "docs/benchmarks/leave_one_out.json")
+    options.add_argument("--kronecker", action="store_true", help="only the scores that read Kronecker factors")
     options.add_argument("--float32", action="store_true", help="train in float32, not with bfloat16 products")
     args = options.parse_args()
     torch.set_num_threads(1)
@@ -93,8 +148,12 @@ def main() -> None:
         precision = torch.float32 if args.float32 else torch.bfloat16
         for seed, network in product(args.seeds, NETWORKS):
             methods = [m for m in METHODS if (m.std, m.temperature) == (network.std, network.temperature)]
-            if any(row["seed"] == seed and row["method"] == methods[0].name for row in rows):
+            made = {row["method"] for row in rows if row["seed"] == seed}
+            methods = [method for method in methods if method.name not in made]
+            is_plain = network == NETWORKS[0] and "unit SNR" not in made
+            if (args.kronecker or not methods) and not is_plain:
                 continue
+            methods = [] if args.kronecker else methods
             torch.manual_seed(seed)
             budget = CHANNELS["20"]
             random = train.random(budget.before, seed, augment=True)
@@ -104,6 +163,9 @@ def main() -> None:
             sizes = {"channels": sum(map(len, measured)), "layers": len(measured), "seed": seed}
             sizes["precision"] = str(precision).removeprefix("torch.")
             rows += [{"method": m.name} | run(m, model, measured, groups, train) | sizes for m in methods]
+            if is_plain:
+                found = run_kronecker(model, measured, groups, train, seed)
+                rows += [{"method": name} | both | sizes for name, both in found.items()]
             write(args.out, SETTINGS, rows)
     by_method: dict[str, list[dict[str, Any]]] = {}
     for row in (row for row in rows if "conditioned" not in row["method"]):  # the score is that without

@@ -177,7 +177,7 @@ class Benchmark:
     def phased(self, seed: int, *, is_uniform: bool) -> dict[str, Any]:
         model = self.variational(seed)
         options = {"importance": bp.SNRImportance(), "uniform": is_uniform, "before_cut": None}
-        bp.prune_channels(model, EXAMPLE, {"macs": 0.5}, data=list(self.train.random(20, seed + 100)), **options)
+        bp.prune_channels(model, EXAMPLE, "macs=0.5", data=list(self.train.random(20, seed + 100)), **options)
         at_once = accuracy(model, self.images)
         train(bp.to_deterministic(model), self.train.random(AFTER, seed + 1_000))
         return self.measured(model) | {"at_once": at_once}

@@ -48,7 +48,7 @@ def run(prior: str, norm_scales: bool, temperature: float, seed: int, data: tupl
     errors, channels = {"1": error(recalibrate_batch_norm(model, [x]), *test)}, {}
     for target in TARGETS:
         smaller = copy.deepcopy(model)
-        bp.prune_channels(smaller, x[:1], target={"params": target})
+        bp.prune_channels(smaller, x[:1], target=f"params={target}")
         errors[str(target)] = error(recalibrate_batch_norm(smaller, [x]), *test)
         channels[str(target)] = [layer.out_channels for layer in smaller if isinstance(layer, nn.Conv2d)]
     found = {"prior": prior, "norm_scales": norm_scales, "temperature": temperature, "seed": seed}

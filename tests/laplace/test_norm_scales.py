@@ -33,21 +33,21 @@ def gamma_stds(net: nn.Module) -> list[Tensor]:
 def test_a_kronecker_posterior_leaves_them_alone():
     net, loader = variational().train(), [batch()]
     before = gamma_stds(net)
-    posterior = bp.fit_kronecker(net, loader)
+    posterior = bp.laplace.fit_kronecker(net, loader)
     assert posterior.keys() == {"conv", "second", "linear", "head"}
     bp.laplace.set_marginal_stds(net, posterior)
     assert all(map(torch.equal, gamma_stds(net), before))
-    bp.prune_weights(net, sparsity=0.3)
-    bp.condition_on_zeros(net, posterior)
-    compensate = partial(bp.condition_on_channels, net, posterior)
-    bp.prune_channels(net, batch()[0], target={"params": 0.7}, before_cut=compensate)
+    bp.prune_weights(net, "weights=0.7")
+    bp.laplace.condition_on_zeros(net, posterior)
+    compensate = partial(bp.laplace.condition_on_channels, net, posterior)
+    bp.prune_channels(net, batch()[0], target="params=0.7", before_cut=compensate)
     assert net.layer.weight_log_std.shape == net.layer.weight.shape
 
 
 def test_a_diagonal_posterior_has_them():
     net = variational().train()
     before, statistics = gamma_stds(net), copy.deepcopy(dict(net.batch.named_buffers()))
-    bp.fit_laplace(net, [batch()], num_data=1000)
+    bp.laplace.fit_laplace(net, [batch()], num_data=1000)
     for now, old in zip(gamma_stds(net), before, strict=True):
         assert now.isfinite().all()
         assert (now != old).all()

@@ -35,7 +35,7 @@ def train(model, optimizer, number, posterior=None, sparsity=None):
         optimizer.step()
         if sparsity is not None:
             posterior.update()
-            bp.prune_weights(model, sparsity=sparsity, score=SNRScore(0.5))
+            bp.prune_weights(model, f"weights={1 - sparsity}", score=SNRScore(0.5))
 
 
 def test_it_agrees_with_adams_moments_and_leaves_the_training_alone():

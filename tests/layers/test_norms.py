@@ -172,7 +172,7 @@ def test_the_filter_sees_norms_and_a_second_call_adds_them():
     model = variational(norm_net(), filter_fn=lambda module, name: not isinstance(module, nn.BatchNorm2d))
     assert type(model[1]) is nn.BatchNorm2d
     variational(model)
-    assert isinstance(model[1], bp.VariationalLayer)
+    assert isinstance(model[1], bp.layers.VariationalLayer)
 
 
 def test_norms_of_timm():
@@ -243,12 +243,12 @@ def test_training(prior):
     assert not torch.equal(model[1].weight_log_std, before)
     assert {"1.weight"} < bp.signal_to_noise(model).keys()
     assert "1.bias" not in bp.signal_to_noise(model)
-    assert not isinstance(prior, bp.priors.Gaussian) or bp.evidence(model)["1.weight"].isfinite().all()
+    assert not isinstance(prior, bp.priors.Gaussian) or bp.prune.evidence(model)["1.weight"].isfinite().all()
 
 
 def test_single_weights_are_removed_from_matrices_alone():
     model = variational(norm_net())
-    bp.prune_weights(model, sparsity=0.5)
+    bp.prune_weights(model, "weights=0.5")
     assert model[0].masked_names()
     assert not model[1].masked_names()
 

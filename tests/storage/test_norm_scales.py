@@ -15,7 +15,7 @@ def test_a_model_comes_back_with_the_posteriors_that_it_had(tmp_path, norm_scale
     x = torch.randn(2, 3, 8, 8)
     net = bp.to_variational(NormNet(), norm_scales=norm_scales)
     net(x)
-    bp.prune_channels(net.eval(), x, target={"params": 0.6})
+    bp.prune_channels(net.eval(), x, target="params=0.6")
     bp.save(net, tmp_path)
     recorded = json.loads((tmp_path / "bayesprune.json").read_text())
     assert ("batch" in json.dumps(recorded["spec"]["variational"])) == norm_scales

@@ -142,7 +142,7 @@ def test_a_weight_without_noise_is_said(how):
         ({"num_data": 1, "temperature": "warm"}, "temperature is 'warm'"),
         ({"num_data": 1, "warmup": 100}, "warmup is 100; expected a share of the training, 0 to 1, not a number of st"),
         ({"num_data": 1, "warmup": 0.1}, "warmup=0.1 .* go by shares of the training, .*; pass num_steps"),
-        ({"num_data": 1, "prune": PruneSchedule(0.5)}, r"prune=PruneSchedule\(.* pass num_steps"),
+        ({"num_data": 1, "prune": PruneSchedule("weights=0.5")}, r"prune=PruneSchedule\(.* pass num_steps"),
         ({"num_data": 1, "num_steps": 0}, "num_steps is 0; expected the optimizer steps of the whole training"),
         ({"num_data": 1, "std_lr": -1.0}, r"std_lr is -1\.0"),
     ],

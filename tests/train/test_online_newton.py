@@ -189,7 +189,7 @@ def test_a_variational_model_draws_once_and_keeps_what_was_removed(training):
     )
     assert all(any(p is mean for p in model.parameters()) for mean in means)
     bp.laplace.online_newton_posterior(model, optimizer)
-    bp.prune_weights(model, sparsity=0.5)
+    bp.prune_weights(model, "weights=0.5")
     removed = [~layer.weight_mask for layer in (model[0], model[2])]
     stds = {name: p.clone() for name, p in model.named_parameters() if name.endswith("log_std")}
     x, _ = batches(1)[0]

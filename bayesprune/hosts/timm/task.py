@@ -53,7 +53,7 @@ class BayesPruneTask(nn.Module):
         warmup: float = 0.1,
         std_lr: float = 1e-2,
         max_noise_cost: float | None = 0.2,
-        prune: float | PruneSchedule | None = None,
+        prune: str | PruneSchedule | None = None,
         convert: Mapping[str, Any] | None = None,
     ) -> None:
         """Converts the task's model, in place.
@@ -65,7 +65,8 @@ class BayesPruneTask(nn.Module):
             warmup: Share of the updates, 0 to 1, over which the weight of the KL rises linearly from zero.
             std_lr: Learning rate of the log stds; see `attach`.
             max_noise_cost: What the noise may add to the loss, in nats; see `attach`.
-            prune: Final fraction to remove of the weights that can go, or a schedule; None removes none.
+            prune: "weights=0.2", the fraction that is kept in the end of the weights that can go, or a schedule; None
+                removes none.
             convert: Options of `to_variational`, for a model that is not variational yet.
 
         Raises:

@@ -33,7 +33,7 @@ _LOGGER = logging.getLogger(__name__)
 
 
 class BayesPruneCallback(TrainerCallback):
-    """Trains posteriors with the stock Trainer: `Trainer(..., callbacks=[BayesPruneCallback(prune=0.8)])`.
+    """Trains posteriors with the stock Trainer: `Trainer(..., callbacks=[BayesPruneCallback(prune="weights=0.2")])`.
 
     Each step is one on mean NLL + temperature * KL / num_data. The Trainer's loss stays the NLL; `max_grad_norm` clips
     the NLL's gradient, with that of the stds in the norm, and not the KL's, which weighs more where it clips often.
@@ -59,7 +59,7 @@ class BayesPruneCallback(TrainerCallback):
         warmup: float = 0.1,
         std_lr: float = 1e-2,
         max_noise_cost: float | None = 0.2,
-        prune: float | PruneSchedule | None = None,
+        prune: str | PruneSchedule | None = None,
         tolerance: Tolerance | None = None,
         convert: Mapping[str, Any] | None = None,
     ) -> None:
@@ -73,7 +73,8 @@ class BayesPruneCallback(TrainerCallback):
             warmup: Share of the training, 0 to 1, over which the weight of the KL rises linearly from zero.
             std_lr: Learning rate of the log stds; see `attach`.
             max_noise_cost: What the noise may add to the loss, in nats; see `attach`.
-            prune: Final fraction to remove of the weights that can go, or a schedule; None removes none.
+            prune: "weights=0.2", the fraction that is kept in the end of the weights that can go, or a schedule; None
+                removes none.
             tolerance: When compression has cost too much accuracy, and what happens then; None never looks.
             convert: Options of `to_variational`, for a model that is not variational yet.
 

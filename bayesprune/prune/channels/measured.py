@@ -18,6 +18,7 @@ from torch_pruning.dependency import Group
 
 from bayesprune.foundation.macs import macs_by_module
 from bayesprune.foundation.model import eval_mode
+from bayesprune.foundation.target import Target
 from bayesprune.layers import Posterior
 from bayesprune.prune.channels import plan
 from bayesprune.prune.graph.find import find_groups
@@ -122,31 +123,30 @@ class MeasuredImportance(tp.importance.Importance):
 
 
 @torch.no_grad()
-def layer_sparsities(
+def layer_shares(
     model: nn.Module,
-    sparsity: float,
+    target: str | Target,
     loss: Loss,
     *,
     score: Score = snr,
     levels: Sequence[float] = WEIGHT_LEVELS,
 ) -> dict[str, float]:
-    """The sparsity of each layer, by its weight's name, with which the measured losses add up to least.
+    """The fraction that each layer keeps, by its weight's name, with which the measured losses add up to least.
 
-    For `prune_weights(model, sparsity=...)`. Number of layers times levels evaluations of the loss; the model is as
+    A target for `prune_weights`. Number of layers times levels evaluations of the loss; the model is as
     before afterwards.
 
     Args:
         model: A variational model.
-        sparsity: Fraction to remove of all weights that can go, below 1.
+        target: "weights=0.2", the fraction of all weights that can go which is kept.
         loss: Mean loss of a model on calibration data; called in evaluation mode, without gradients.
         score: Score of a posterior's weights, the lowest going first.
         levels: Fractions of a layer's weights that are removed for measuring, rising.
 
     Raises:
-        ValueError: the sparsity or a level is out of range, or the loss is not a number.
+        ValueError: the target or a level is out of range, or the loss is not a number.
     """
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity is {sparsity!r}; expected a fraction of the weights, below 1.")
+    goal = Target.parse(target, ("weights",), "layer_shares")
     _check_levels(levels)
     posteriors = removable_weights(model)
     with eval_mode(model):
@@ -154,9 +154,9 @@ def layer_sparsities(
         costs = [_weight_costs(model, posterior, score, loss, base, levels) for posterior in posteriors]
     flat = torch.cat(costs)
     gone = torch.zeros(len(flat), dtype=torch.bool)
-    gone[flat.argsort(stable=True)[: round(sparsity * len(flat))]] = True
+    gone[flat.argsort(stable=True)[: round(goal.removed * len(flat))]] = True
     pieces = gone.split([len(cost) for cost in costs])
-    return {p.name: float(piece.float().mean()) for p, piece in zip(posteriors, pieces, strict=True)}
+    return {p.name: 1 - float(piece.float().mean()) for p, piece in zip(posteriors, pieces, strict=True)}
 
 
 def _unit_costs(

@@ -17,7 +17,9 @@ ADDED = {"sparsity", "snr_median", "snr_below_1", "compression_score"}
 @pytest.mark.parametrize("tolerance", [None, Tolerance(1.0)])
 def test_a_deterministic_model_is_evaluated_and_predicts(tolerance, tmp_path):
     """In the documented order; what is no posterior has no SNR, and says none."""
-    made = tiny.trainer(tiny.bert(), tmp_path, BayesPruneCallback(prune=0.5, tolerance=tolerance), max_steps=3)
+    made = tiny.trainer(
+        tiny.bert(), tmp_path, BayesPruneCallback(prune="weights=0.5", tolerance=tolerance), max_steps=3
+    )
     made.train()
     means = made.predict(made.eval_dataset)
     assert "test_sparsity" not in means.metrics

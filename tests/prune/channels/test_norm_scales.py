@@ -82,7 +82,7 @@ def test_prune_channels_cuts_gammas_stds(case):
     assert num_norms(net) > 0
     tie_means_to_stds(net)
     sizes = {name: len(layer.weight) for name, layer in variational_layers(net) if layer.is_norm}
-    bp.prune_channels(net, case.input(), target={"params": 0.5})
+    bp.prune_channels(net, case.input(), target="params=0.5")
     assert_stds_follow(net)
     assert any(len(net.get_submodule(name).weight) < size for name, size in sizes.items())
     train(net, case.input())
@@ -150,10 +150,10 @@ def test_other_importances():
     (group, *_) = find_groups(net, case.input()).groups
     with_gamma = bp.prune.EvidenceImportance()(group.group)
     without = bp.prune.EvidenceImportance()(find_groups(bp.to_variational(case.net()), case.input()).groups[0].group)
-    torch.testing.assert_close(with_gamma - without, -bp.evidence(net)["1.weight"], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(with_gamma - without, -bp.prune.evidence(net)["1.weight"], rtol=1e-3, atol=1e-3)
     bp.gates.add_channel_gates(net, case.input(), initial_inclusion=0.6)
     assert bp.kl_divergence(net).isfinite()
-    bp.prune_channels(net, case.input(), target={"inclusion": 0.5})
+    bp.prune_channels(net, case.input(), target="inclusion=0.5")
     bp.gates.close(net)
 
 
@@ -162,5 +162,5 @@ def test_channels_go_without_the_hook_into_torch_pruning(monkeypatch):
     case = CASES[-1]
     net = variational(case)
     tie_means_to_stds(net)
-    bp.prune_channels(net, case.input(), target={"params": 0.6})
+    bp.prune_channels(net, case.input(), target="params=0.6")
     assert_stds_follow(net)
