@@ -328,7 +328,7 @@ def test_weights_that_are_written_over(how):
     model = net()
     optimizer = OPTIMIZERS["sgd_momentum"](model.parameters())
     x = torch.randn(5, 6)
-    bp.prune_weights(model, "weights=1")
+    bp.prune.make_masks(model)
     average = torch.optim.swa_utils.AveragedModel(model)
     old = {name: value.clone() for name, value in model.state_dict().items()}
     average.update_parameters(model)
