@@ -1,7 +1,7 @@
 """Scores of weights and channels, and their removal."""
 
 from bayesprune.layers import make_masks
-from bayesprune.prune.batch_norm import recalibrate_batch_norm
+from bayesprune.prune.batch_norm import FrozenStatistics, freeze_batch_norm, recalibrate_batch_norm
 from bayesprune.prune.channels.measured import MeasuredImportance, layer_shares
 from bayesprune.prune.channels.prune import ChannelReport, prune_channels
 from bayesprune.prune.graph.dependency import dependency_groups
@@ -20,6 +20,7 @@ __all__ = [
     "ChannelReport",
     "Compression",
     "EvidenceImportance",
+    "FrozenStatistics",
     "InclusionImportance",
     "MeasuredImportance",
     "PruneSchedule",
@@ -31,6 +32,7 @@ __all__ = [
     "dependency_groups",
     "discover_mask",
     "evidence",
+    "freeze_batch_norm",
     "layer_shares",
     "make_masks",
     "prune_channels",

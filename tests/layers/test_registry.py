@@ -40,7 +40,7 @@ def restored_registry():
     yield
     registry._REGISTERED.clear()
     registry._REGISTERED.update(before)
-    registry._any_variational_type.cache_clear()
+    registry.variational_type.cache_clear()
 
 
 def test_exact_types_come_first():

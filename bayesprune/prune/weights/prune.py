@@ -182,7 +182,7 @@ def _untouched(model: nn.Module, removable: Sequence[Posterior]) -> tuple[Weight
     others = {id(posterior.mean) for posterior in removable}
     others |= {id(part) for posterior in posteriors.values() for part in posterior.log_std_parts}
     others |= {id(logits) for _, gate in named_gates(model) for logits in gate.parameters()}
-    reasons = reasons_to_leave(model, None, norm_scales=False)
+    reasons = reasons_to_leave(model, None)
     rows = []
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1 and id(parameter) not in others:

@@ -37,15 +37,6 @@ def test_a_model_that_was_never_variational_has_no_summary():
     assert summarize(tiny.bert()) == {}
 
 
-def test_posteriors_over_norms_alone_are_no_weights(tmp_path):
-    """All three numbers are of weights, of which there are none."""
-    options = {"norm_scales": True, "filter_fn": lambda module, name: isinstance(module, torch.nn.LayerNorm)}
-    made = tiny.trainer(tiny.bert(), tmp_path, BayesPruneCallback(convert=options), max_steps=2, logging_steps=1)
-    made.train()
-    assert "kl_nats" in made.state.log_history[0]
-    assert "eval_sparsity" not in made.evaluate()
-
-
 def gated(kind: str, directory, *others):
     """A run whose gates stand on weights, or on the heads and neurons."""
     model = bp.to_variational(tiny.llama())
