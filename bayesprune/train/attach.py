@@ -90,11 +90,11 @@ def attach(
     bound = bind_prior(model, Gaussian() if prior is None else prior, gates)
     owners = [getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_pre_hooks.values()]
     check_groups(optimizer, bound, [owner._parts for owner in owners if isinstance(owner, Attachment)])
-    trained = _claim(optimizer, bound, has_gates=bool(gates.gates))
     if prune is not None:
         if not has_masks(model):
             warn_of_averages(model)
         make_masks(model)
+    trained = _claim(optimizer, bound, has_gates=bool(gates.gates))
     temperature = default_temperature(model, num_data) if temperature == "auto" else temperature
     _LOGGER.info("the KL weighs temperature %g / num_data %d", temperature, num_data)
     return Attachment(
