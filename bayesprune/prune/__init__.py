@@ -1,5 +1,6 @@
 """Scores of weights and channels, and their removal."""
 
+from bayesprune.layers import make_masks
 from bayesprune.prune.batch_norm import FrozenStatistics, freeze_batch_norm, recalibrate_batch_norm
 from bayesprune.prune.channels.measured import MeasuredImportance, layer_shares
 from bayesprune.prune.channels.prune import ChannelReport, prune_channels
@@ -33,6 +34,7 @@ __all__ = [
     "evidence",
     "freeze_batch_norm",
     "layer_shares",
+    "make_masks",
     "prune_channels",
     "prune_one_shot",
     "prune_weights",
