@@ -16,11 +16,11 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch_pruning.dependency import Group
 
-from bayesprune.foundation.macs import macs_by_module
 from bayesprune.foundation.model import eval_mode
 from bayesprune.layers import Posterior
 from bayesprune.prune.channels import plan
-from bayesprune.prune.graph.find import find_groups
+from bayesprune.prune.graph.find import groups_in
+from bayesprune.prune.graph.observe import Observed
 from bayesprune.prune.graph.removal import snapshot
 from bayesprune.prune.graph.roots import Layers
 from bayesprune.prune.graph.silenced import silence
@@ -94,8 +94,9 @@ class MeasuredImportance(tp.importance.Importance):
         _check_levels(levels)
         if per not in ("macs", "channels"):
             raise ValueError(f'per is {per!r}; expected "macs" or "channels".')
-        structure = find_groups(model, example_inputs, granularity=granularity, ignored_layers=ignored_layers)
-        costs = plan.cost_model(model, structure.groups, macs_by_module(model, example_inputs))
+        observed = Observed(model, example_inputs)
+        structure = groups_in(observed, granularity=granularity, ignored_layers=ignored_layers)
+        costs = plan.cost_model(model, structure.groups, observed.macs)
         importance = importance or SNRImportance()
         self._scores: dict[str, Tensor] = {}
         self._names = {id(module): name for name, module in model.named_modules()}

@@ -23,7 +23,8 @@ from bayesprune.prune.channels.calibrated import Calibration, recalibrate_if_bet
 from bayesprune.prune.channels.checks import check_model, checked_target
 from bayesprune.prune.channels.config import follow_config
 from bayesprune.prune.channels.report import ChannelReport, ChannelRow, holdings
-from bayesprune.prune.graph.find import find_groups
+from bayesprune.prune.graph.find import groups_in
+from bayesprune.prune.graph.observe import Observed
 from bayesprune.prune.graph.removal import SHAPE_ERRORS, Selection, lost_inputs, remove, restore_point
 from bayesprune.prune.graph.roots import Layers
 from bayesprune.prune.graph.structure import GRANULARITY, ChannelGroup
@@ -118,8 +119,9 @@ def prune_channels(
             partial(compensate, model, calibration.batches, progress=None) if calibration and compensates else None
         )
     before_cut = folding(model, before_cut)
-    macs = macs_by_module(model, example_inputs)
-    structure = find_groups(model, example_inputs, granularity=granularity, ignored_layers=ignored_layers)
+    observed = Observed(model, example_inputs)
+    structure = groups_in(observed, granularity=granularity, ignored_layers=ignored_layers)
+    macs = observed.macs
     left_whole = dict(structure.left_whole)
     default = {"evidence": EvidenceImportance, "inclusion": InclusionImportance}.get(what, SNRImportance)
     score = _rms_snr if what == "snr" else partial(unit_scores, importance or default())

@@ -2,7 +2,10 @@
 
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 
+import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -43,10 +46,31 @@ class Member:
         """The layer, or a parameter or buffer that stands in the model by itself."""
         return self.dependency.layer
 
-    @property
+    @cached_property
+    def every_position(self) -> Tensor:
+        """All positions, one root channel after the other."""
+        return torch.tensor([*chain.from_iterable(self.positions.values())], dtype=torch.long)
+
+    @cached_property
     def num_covered(self) -> int:
         """How much of the axis the group covers."""
-        return len({position for positions in self.positions.values() for position in positions})
+        return len(self.every_position.unique())
+
+    @cached_property
+    def _by_root(self) -> Tensor | None:
+        """Positions by root channel, (C, n), where root channels are 0 to C - 1 with n positions each."""
+        roots = torch.tensor(list(self.positions), dtype=torch.long)
+        counts = set(map(len, self.positions.values()))
+        if len(counts) != 1 or not torch.equal(roots.sort().values, torch.arange(len(roots))):
+            return None
+        places = self.every_position.view(len(roots), -1)
+        return torch.empty_like(places).index_copy_(0, roots, places)
+
+    def positions_of(self, roots: Tensor) -> Tensor:
+        """Positions along the axis that these root channels take along, one root channel after the other."""
+        if self._by_root is not None and int(roots.max()) < len(self._by_root):
+            return self._by_root[roots].flatten()
+        return torch.tensor([p for root in roots.tolist() for p in self.positions.get(root, ())], dtype=torch.long)
 
 
 def side(dependency: Dependency) -> str:
@@ -124,8 +148,9 @@ def misfit(member: Member) -> str | None:
 
 def overflows(member: Member) -> bool:
     """Whether the graph gives this side positions that it has not, or a parameter too few."""
-    highest = max(position for positions in member.positions.values() for position in positions)
-    return highest >= member.size or (isinstance(member.layer, nn.Parameter) and member.num_covered != member.size)
+    return int(member.every_position.max()) >= member.size or (
+        isinstance(member.layer, nn.Parameter) and member.num_covered != member.size
+    )
 
 
 def _computed_weight(name: str, layer: nn.Module) -> str:

@@ -14,7 +14,6 @@ from torch_pruning import ops
 from torch_pruning.dependency import Group
 
 from bayesprune.convert import FROZEN
-from bayesprune.foundation.calls import layers_called
 from bayesprune.foundation.text import first_names
 from bayesprune.prune.graph.cuts import (
     CUTTABLE,
@@ -32,12 +31,13 @@ from bayesprune.prune.graph.experts import find_experts
 from bayesprune.prune.graph.heads import find_heads
 from bayesprune.prune.graph.held_sizes import with_sizes
 from bayesprune.prune.graph.links import moving
+from bayesprune.prune.graph.observe import Observed
 from bayesprune.prune.graph.residual import Streams
 from bayesprune.prune.graph.residual_heads import attention_left, with_heads
 from bayesprune.prune.graph.roots import Layers, is_frozen, is_root, layer_names
 from bayesprune.prune.graph.state_space import find_mixers
 from bayesprune.prune.graph.structure import GRANULARITY, ChannelGroup, ChannelStructure
-from bayesprune.prune.graph.trace import Trace, quiet, trace
+from bayesprune.prune.graph.trace import quiet
 from bayesprune.prune.graph.uncalled import whole_for_uncalled
 from bayesprune.prune.graph.verify import unverified
 from bayesprune.prune.graph.walk import Reached, largest_axis, walk
@@ -82,17 +82,18 @@ def find_groups(
         UnsupportedModelError: torch-pruning cannot trace the model.
         ValueError: a layer to ignore is not in the model.
     """
-    with layers_called(model):
-        return _find_groups(model, example_inputs, granularity, ignored_layers)
+    return groups_in(Observed(model, example_inputs), granularity=granularity, ignored_layers=ignored_layers)
 
 
-def _find_groups(
-    model: nn.Module, example_inputs: Any, granularity: Collection[str], ignored_layers: Layers
+def groups_in(
+    observed: Observed, *, granularity: Collection[str] = GRANULARITY, ignored_layers: Layers = ()
 ) -> ChannelStructure:
+    """What `find_groups` finds in a model that was looked at already."""
+    model, example_inputs = observed.model, observed.example_inputs
     ignored_layers = [model.get_submodule(name) for name in layer_names(model, ignored_layers)]
     heads = experts = ChannelStructure((), {})
     if "heads" in granularity:
-        heads = find_heads(model, example_inputs, ignored_layers=ignored_layers)
+        heads = find_heads(observed, ignored_layers=ignored_layers)
         mixers = find_mixers(model, ignored_layers=ignored_layers)
         heads = _without_frozen(ChannelStructure((*heads.groups, *mixers.groups), heads.left_whole | mixers.left_whole))
     groups = {group.name: group for group in heads.groups}
@@ -103,15 +104,15 @@ def _find_groups(
         others = {n: _not_asked_for("heads") for n, module in model.named_modules() if is_root(module)}
         left_whole = others | heads.left_whole
     else:
-        finder = _Finder(model, example_inputs, trace(model, example_inputs), ignored_layers, heads.groups)
+        finder = _Finder(observed, ignored_layers, heads.groups)
         found, left_whole = finder.find(granularity)
         if set(granularity) >= {"heads", "width"}:
-            attention = attention_left(model, example_inputs, heads, ignored_layers)
+            attention = attention_left(observed, heads, ignored_layers)
             found = with_heads(model, example_inputs, found, attention, finder.members_of)
         groups |= {group.name: group for group in with_sizes(model, example_inputs, found)}
         left_whole |= {n: reason for n, reason in heads.left_whole.items() if left_whole.get(n) in _OF_HEADS}
     left_whole |= experts.left_whole
-    for group, reason in unverified(model, list(groups.values()), example_inputs).items():
+    for group, reason in unverified(observed, list(groups.values())).items():
         left_whole |= dict.fromkeys(group.layers, reason)
         del groups[group.name]
     covered = {layer for group in groups.values() for layer in (group.name, *(group.layers if group.attention else ()))}
@@ -151,15 +152,9 @@ class _LeftWholeError(Exception):
 class _Finder:
     """Examines one root layer after the other."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        example_inputs: Any,
-        trace: Trace,
-        ignored_layers: Iterable[nn.Module],
-        heads: Iterable[ChannelGroup],
-    ) -> None:
-        self.model, self.example_inputs = model, example_inputs
+    def __init__(self, observed: Observed, ignored_layers: Iterable[nn.Module], heads: Iterable[ChannelGroup]) -> None:
+        model, trace = observed.model, observed.trace
+        self.model, self.example_inputs = model, observed.example_inputs
         self.trace, self.bound = trace, largest_axis(trace.graph)
         self.names = {id(module): name for name, module in model.named_modules()}
         self.names |= {id(parameter): name for name, parameter in model.named_parameters()}
@@ -213,9 +208,7 @@ class _Finder:
     def _warn_of(self, uncalled: list[nn.Module], feeding: Collection[ChannelGroup]) -> None:
         whole = [layer for group in feeding for layer in group.layers]
         fed = (
-            f"What may feed them stays whole: {first_names(whole)}"
-            if whole
-            else "No channels that feed them are known"
+            f"What may feed them stays whole: {first_names(whole)}" if whole else "No channels that feed them are known"
         )
         warnings.warn(
             f"example_inputs do not call {first_names([self.names[id(layer)] for layer in uncalled])}. {fed}. Pass "

@@ -24,6 +24,7 @@ from torch_pruning.pruner import function
 
 from bayesprune.prune.graph.attention import Attention, find_attention
 from bayesprune.prune.graph.cuts import Member
+from bayesprune.prune.graph.observe import Observed
 from bayesprune.prune.graph.roots import TRANSPOSED_LINEAR, is_linear, is_transposed_linear, linear_sizes
 from bayesprune.prune.graph.silenced import disagreement
 from bayesprune.prune.graph.structure import ChannelGroup, ChannelStructure, written_down
@@ -63,10 +64,10 @@ _LAYOUTS = (*_LAYOUTS, Layout(interleaved=True))
 _OUTSIDE = Layout(outside=True)
 
 
-def find_heads(model: nn.Module, example_inputs: Any, *, ignored_layers: Iterable[nn.Module] = ()) -> ChannelStructure:
+def find_heads(observed: Observed, *, ignored_layers: Iterable[nn.Module] = ()) -> ChannelStructure:
     """The heads of a model as groups, checked by experiment; the model is as before afterwards."""
-    found, left_whole = find_attention(model, example_inputs, ignored_layers)
-    finder = _Finder(model, example_inputs)
+    found, left_whole = find_attention(observed, ignored_layers)
+    finder = _Finder(observed.model, observed.example_inputs)
     places: dict[str, list[Attention]] = defaultdict(list)
     for attention in found:
         places[re.sub(r"\d+", "#", attention.name)].append(attention)
@@ -141,11 +142,9 @@ class _Finder:
 
     def independent(self, groups: list[ChannelGroup]) -> str | None:
         """What goes wrong when every second group loses a head, another one in each, and the others keep all."""
-        for half in (0, 1):
-            chosen = groups[half::2]
-            if chosen and (problem := self.disagreement(chosen, shift=half)) is not None:
-                return problem
-        return None
+        chosen = [(group, [group.units[(-(-n // 2)) % len(group.units)]]) for n, group in enumerate(groups)]
+        parts = [part for part in (chosen[::2], chosen[1::2]) if part]
+        return disagreement(self.model, chosen, self.example_inputs, parts=parts) if chosen else None
 
     def disagreement(self, groups: list[ChannelGroup], *, shift: int) -> str | None:
         chosen = [(group, [group.units[(index + shift) % len(group.units)]]) for index, group in enumerate(groups)]

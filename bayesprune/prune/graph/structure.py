@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -42,6 +43,11 @@ class ChannelGroup:
     heads: tuple[tuple[int, ...], ...] = ()
     num_experts: int = 0
     multiple: int = 1
+
+    @cached_property
+    def roots(self) -> Tensor:
+        """Root channels by unit, (units, channels of a unit)."""
+        return torch.tensor(self.units, dtype=torch.long)
 
     @property
     def unit_size(self) -> int:

@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from bayesprune.foundation.model import run_forward
 from bayesprune.prune.graph.removal import SHAPE_ERRORS, remove, snapshot
 from bayesprune.prune.graph.silenced import disagreement
-from bayesprune.prune.graph.steady import steady
+from bayesprune.prune.graph.steady import steady_forward
 from bayesprune.prune.graph.structure import ChannelGroup
 
 
@@ -42,8 +41,7 @@ def _runs(model: nn.Module, groups: Sequence[ChannelGroup], example_inputs: Any)
     undo = snapshot(model)
     try:
         remove(model, [(group, group.units[:1]) for group in groups])
-        with steady(model):
-            run_forward(model, example_inputs)
+        steady_forward(model, example_inputs)
     except SHAPE_ERRORS:
         return False
     finally:
