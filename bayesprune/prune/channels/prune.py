@@ -269,9 +269,9 @@ def _choose(
     """Units that leave each group; none is an answer where the target is a threshold."""
     if what in ("snr", "evidence", "inclusion"):
         return plan.below(costs.groups, scores, -value if what == "evidence" else value, round_to)
-    levels = plan.blocks(costs.groups, scores, uniform=uniform, round_to=round_to)
+    order = plan.order(costs.groups, scores, uniform=uniform, round_to=round_to)
     dense = costs.cost(what, [0] * len(scores))
-    counts = plan.fewest(costs, levels, what, value * dense, gives_back=not uniform)
+    counts = plan.fewest(costs, order, what, value * dense, gives_back=not uniform)
     if (reached := costs.cost(what, counts)) <= value * dense:
         return counts
     held = holdings(model, costs.parts(what, counts), dense, costs.layers, left_whole)

@@ -64,7 +64,7 @@ def tagging(prune: PruneParameter) -> PruneParameter:
     def prune_and_tag(
         pruner: BasePruningFunc, weight: nn.Parameter, keep_idxs: Sequence[int], pruning_dim: int
     ) -> nn.Parameter:
-        keep_idxs = sorted(int(index) for index in keep_idxs)  # torch-pruning 1.6 leaves them unsorted for layer norms
+        keep_idxs = sorted(map(int, keep_idxs))  # torch-pruning 1.6 leaves them unsorted for layer norms
         pruned = prune(pruner, weight, keep_idxs, pruning_dim)
         pruned.requires_grad_(weight.requires_grad)
         setattr(pruned, TAG, (pruning_dim % weight.dim(), tuple(keep_idxs)))

@@ -329,19 +329,11 @@ class _Finder:
 
     def _units(self, reached: Reached, members: list[Member]) -> list[tuple[int, ...]]:
         channels = reached.group[0].idxs
-        parents = {channel: channel for channel in channels}
-        for member in members:
-            block = member.size // num_blocks(member)
-            first: dict[int, int] = {}
-            for root, positions in member.positions.items() if block < member.size else ():
-                for position in positions:
-                    _join(parents, root, first.setdefault(position % block, root))
-        for one, other in reached.linked:
-            _join(parents, one, other)
-        found: dict[int, list[int]] = defaultdict(list)
-        for channel in channels:
-            found[_representative(parents, channel)].append(channel)
-        units = [tuple(unit) for unit in found.values()]
+        blocks = [member for member in members if num_blocks(member) > 1]
+        if reached.linked or blocks:
+            units = self._linked(channels, reached, blocks)
+        else:
+            units = [(channel,) for channel in channels]
         if len(units) < 2:
             raise _LeftWholeError("its channels can only leave all together, or there is one alone")
         sizes = [[len(unit) for unit in units]]
@@ -354,6 +346,23 @@ class _Finder:
                 "its channels hang together in sets of different sizes, as where fewer are repeated to meet them"
             )
         return units
+
+    @staticmethod
+    def _linked(channels: list[int], reached: Reached, members: Iterable[Member]) -> list[tuple[int, ...]]:
+        """Sets of channels that leave together: each other's, and those of one place in the blocks of members."""
+        parents = {channel: channel for channel in channels}
+        for member in members:
+            block = member.size // num_blocks(member)
+            first: dict[int, int] = {}
+            for root, positions in member.positions.items():
+                for position in positions:
+                    _join(parents, root, first.setdefault(position % block, root))
+        for one, other in reached.linked:
+            _join(parents, one, other)
+        found: dict[int, list[int]] = defaultdict(list)
+        for channel in channels:
+            found[_representative(parents, channel)].append(channel)
+        return [tuple(unit) for unit in found.values()]
 
 
 def _overflow(member: Member, group: Group) -> str:

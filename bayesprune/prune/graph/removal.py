@@ -101,12 +101,14 @@ def lost_inputs(selection: Selection) -> dict[str, list[int]]:
 
 def _positions(selection: Selection) -> Iterable[tuple[Member, list[int]]]:
     members: dict[Axis, Member] = {}
-    positions: dict[Axis, set[int]] = defaultdict(set)
+    positions: dict[Axis, list[Tensor]] = defaultdict(list)
     for group, units in selection:
+        roots = torch.tensor(units, dtype=torch.long).flatten()
         for member in group.members if units else ():
             members[member.axis] = member
-            positions[member.axis].update(p for unit in units for root in unit for p in member.positions.get(root, ()))
-    return [(member, sorted(positions[axis])) for axis, member in members.items() if positions[axis]]
+            positions[member.axis].append(member.positions_of(roots))
+    found = {axis: torch.cat(some).unique().tolist() for axis, some in positions.items()}
+    return [(member, found[axis]) for axis, member in members.items() if found[axis]]
 
 
 def _cut(model: nn.Module, member: Member, positions: list[int], *, follows: bool) -> None:

@@ -45,6 +45,8 @@ def with_heads(
         attention: Modules whose heads do not leave by themselves.
         members_of: All that leaves with the outputs of a layer.
     """
+    if not attention:
+        return list(groups)
     return [_with_heads(model, example_inputs, group, attention, members_of) or group for group in groups]
 
 

@@ -1,7 +1,7 @@
 """torch-pruning's dependency graph of a model that was run, with what else its calls show about layers."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -74,7 +74,7 @@ def trace(model: nn.Module, calls: Iterable[Call], outputs: Iterable[Made], buff
     )
 
 
-def _graph(model: nn.Module, calls: Sequence[Call], ends: Sequence[Made], buffers: Iterable[nn.Parameter]) -> Graph:
+def _graph(model: nn.Module, calls: Sequence[Call], ends: Sequence[Made], buffers: Collection[nn.Parameter]) -> Graph:
     before = {module: set(module._forward_hooks) for module in model.modules()}
 
     def replay(*_: Any) -> None:

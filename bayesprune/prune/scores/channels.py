@@ -205,7 +205,7 @@ def unit_scores(importance: Importance, group: ChannelGroup) -> Scored | None:
         raise ValueError(f"{name} gave NaN for channels of {group.name}; check its weights and gradients.")
     values = scores.double().cpu()
     group = group.by_rank(values)
-    return Scored(group, values[torch.tensor(group.units)].mean(1).tolist())
+    return Scored(group, values[group.roots].mean(1).tolist())
 
 
 def has_gradients(layers: Iterable[nn.Module | Tensor]) -> bool:
