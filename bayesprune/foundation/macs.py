@@ -6,12 +6,12 @@ torch's `FlopCounterMode` counts two FLOPs for one MAC, in matrix products, conv
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Size, nn
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, shape_wrapper
 
 from bayesprune.foundation.calls import layers_called
 from bayesprune.foundation.model import eval_mode, run_forward, without_fast_path
@@ -46,7 +46,7 @@ def counting_macs(model: nn.Module) -> Iterator[dict[str, int]]:
     macs: dict[str, int] = {}
     inside = [0]
     handles = []
-    with _Counter(display=False, custom_mapping=_further_products()) as counter:
+    with _Counter() as counter:
         try:
             for name, module in model.named_modules():
                 enter, leave = _hooks(name, counter, inside, macs)
@@ -58,22 +58,33 @@ def counting_macs(model: nn.Module) -> Iterator[dict[str, int]]:
                 handle.remove()
 
 
-class _Counter(FlopCounterMode):
-    """Counts all together: torch's way to tell modules apart hooks tensors, and fails on some views of parameters."""
+class _Counter(TorchDispatchMode):
+    """Counts the FLOPs of all operations together: torch's counter tells modules apart by hooks on every tensor."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.mod_tracker: Any = _NoModules()
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops, self.flops_of = 0, flop_registry | _further_products()
+        self.known: dict[int, Callable[..., int] | None] = {}
 
-
-class _NoModules:
-    parents = frozenset({"Global"})
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        pass
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if id(func) not in self.known:
+            operator = getattr(func, "_overloadpacket", None)
+            if operator is None:  # one of higher order, which runs a function
+                with FlopCounterMode(display=False) as inside:
+                    result = func(*args, **kwargs)
+                self.flops += inside.get_total_flops()
+                return result
+            if operator not in self.flops_of:  # in inference mode operations arrive as they were called
+                with self:
+                    result = func.decompose(*args, **kwargs)
+                if result is not NotImplemented:
+                    return result
+            self.known[id(func)] = self.flops_of.get(operator)
+        result, flops = func(*args, **kwargs), self.known[id(func)]
+        if flops is not None:
+            self.flops += flops(*args, **kwargs, out_val=result)
+        return result
 
 
 def _further_products() -> dict[Any, Callable[..., int]]:
@@ -81,7 +92,11 @@ def _further_products() -> dict[Any, Callable[..., int]]:
     found = {}
     for operators, flops in ((_GROUPED_PRODUCTS, _grouped_flops), (_ATTENTION, _attention_flops)):
         known = (getattr(getattr(torch.ops, library), name, None) for library, name in operators)
-        found |= {operator: flops for operator in known if operator is not None and operator not in flop_registry}
+        found |= {
+            operator: shape_wrapper(flops)
+            for operator in known
+            if operator is not None and operator not in flop_registry
+        }
     return found
 
 
@@ -98,17 +113,17 @@ def _attention_flops(query: Size, key: Size, value: Size, *_: Any, **__: Any) ->
 
 
 def _hooks(
-    name: str, counter: FlopCounterMode, inside: list[int], macs: dict[str, int]
+    name: str, counter: _Counter, inside: list[int], macs: dict[str, int]
 ) -> tuple[Callable[..., None], Callable[..., None]]:
     """Book what was counted between entering and leaving a module, less what its children booked."""
     entered: list[int] = []
 
     def enter(*_: Any) -> None:
-        entered.append(counter.get_total_flops())
+        entered.append(counter.flops)
         inside.append(0)
 
     def leave(*_: Any) -> None:
-        total = counter.get_total_flops() - entered.pop()
+        total = counter.flops - entered.pop()
         macs[name] = macs.get(name, 0) + (total - inside.pop()) // 2
         inside[-1] += total
 

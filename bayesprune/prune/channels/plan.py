@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -62,15 +63,22 @@ class CostModel:
         dense = self.cost(what, none)
         return [dense - self.cost(what, [int(other == group) for other in self.groups]) for group in self.groups]
 
+    @cached_property
+    def _sizes(self) -> dict[Axis, int]:
+        return {member.axis: member.size for group in self.groups for member in group.members}
+
+    @cached_property
+    def _steps(self) -> list[tuple[int, Axis, int]]:
+        """Group, axis, and how much of the axis leaves with a unit of the group."""
+        members = ((number, group, member) for number, group in enumerate(self.groups) for member in group.members)
+        return [(number, member.axis, group.positions_per_unit(member)) for number, group, member in members]
+
     def parts(self, what: str, removed: Counts) -> dict[str, int]:
         """The cost by layer after these numbers of units were removed."""
-        sizes: dict[Axis, int] = {}
-        kept: dict[Axis, int] = {}
-        for group, count in zip(self.groups, removed, strict=True):
-            for member in group.members:
-                sizes[member.axis] = member.size
-                kept.setdefault(member.axis, member.size)
-                kept[member.axis] -= count * group.positions_per_unit(member)
+        sizes = self._sizes
+        kept = dict(sizes)
+        for group, axis, each in self._steps:
+            kept[axis] -= removed[group] * each
         parts: dict[str, int] = defaultdict(int)
         for term in self.terms[what]:
             axes = [axis for axis in term.axes if axis in sizes]

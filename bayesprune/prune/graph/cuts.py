@@ -2,10 +2,7 @@
 
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import chain
 
-import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -17,6 +14,7 @@ from torch_pruning.dependency import Dependency
 from bayesprune.layers import VariationalLayer
 from bayesprune.layers.stacks import stack_of
 from bayesprune.layers.structures import SUFFIXES
+from bayesprune.prune.graph.positions import Positions
 from bayesprune.prune.graph.roots import ROOT_TYPES, is_root, is_transposed_linear
 
 Axis = tuple[str, str]
@@ -39,38 +37,12 @@ class Member:
     axis: Axis
     dependency: Dependency
     size: int
-    positions: dict[int, list[int]]
+    positions: Positions
 
     @property
     def layer(self) -> nn.Module | Tensor:
         """The layer, or a parameter or buffer that stands in the model by itself."""
         return self.dependency.layer
-
-    @cached_property
-    def every_position(self) -> Tensor:
-        """All positions, one root channel after the other."""
-        return torch.tensor([*chain.from_iterable(self.positions.values())], dtype=torch.long)
-
-    @cached_property
-    def num_covered(self) -> int:
-        """How much of the axis the group covers."""
-        return len(self.every_position.unique())
-
-    @cached_property
-    def _by_root(self) -> Tensor | None:
-        """Positions by root channel, (C, n), where root channels are 0 to C - 1 with n positions each."""
-        roots = torch.tensor(list(self.positions), dtype=torch.long)
-        counts = set(map(len, self.positions.values()))
-        if len(counts) != 1 or not torch.equal(roots.sort().values, torch.arange(len(roots))):
-            return None
-        places = self.every_position.view(len(roots), -1)
-        return torch.empty_like(places).index_copy_(0, roots, places)
-
-    def positions_of(self, roots: Tensor) -> Tensor:
-        """Positions along the axis that these root channels take along, one root channel after the other."""
-        if self._by_root is not None and int(roots.max()) < len(self._by_root):
-            return self._by_root[roots].flatten()
-        return torch.tensor([p for root in roots.tolist() for p in self.positions.get(root, ())], dtype=torch.long)
 
 
 def side(dependency: Dependency) -> str:
@@ -141,15 +113,15 @@ def misfit(member: Member) -> str | None:
     if num_blocks(member) > 1:
         if isinstance(layer, _ConvNd) and layer.transposed:
             return f"torch-pruning cannot cut {name}, a grouped transposed convolution"
-        if member.num_covered != member.size:
+        if member.positions.num_places != member.size:
             return f"{name} works on blocks of channels of which only some are in this group"
     return None
 
 
 def overflows(member: Member) -> bool:
     """Whether the graph gives this side positions that it has not, or a parameter too few."""
-    return int(member.every_position.max()) >= member.size or (
-        isinstance(member.layer, nn.Parameter) and member.num_covered != member.size
+    return int(member.positions.places.max()) >= member.size or (
+        isinstance(member.layer, nn.Parameter) and member.positions.num_places != member.size
     )
 
 

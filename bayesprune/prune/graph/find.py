@@ -9,7 +9,8 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch_pruning import ops
 from torch_pruning.dependency import Group
 
@@ -32,6 +33,7 @@ from bayesprune.prune.graph.heads import find_heads
 from bayesprune.prune.graph.held_sizes import with_sizes
 from bayesprune.prune.graph.links import moving
 from bayesprune.prune.graph.observe import Observed
+from bayesprune.prune.graph.positions import Positions
 from bayesprune.prune.graph.residual import Streams
 from bayesprune.prune.graph.residual_heads import attention_left, with_heads
 from bayesprune.prune.graph.roots import Layers, is_frozen, is_root, layer_names
@@ -162,7 +164,7 @@ class _Finder:
         self.ignored = {module for layer in ignored_layers for module in layer.modules()}
         self.holders = tied_parameters(model)
         self.tied = {id(module) for holders in self.holders.values() for module, _ in holders}
-        self.claimed: dict[Axis, set[int]] = defaultdict(set)
+        self.claimed: dict[Axis, list[Tensor]] = defaultdict(list)
         for group in heads:
             self._claim(group.members)
 
@@ -242,7 +244,7 @@ class _Finder:
 
     def _claim(self, members: Iterable[Member]) -> None:
         for member in members:
-            self.claimed[member.axis] |= {p for positions in member.positions.values() for p in positions}
+            self.claimed[member.axis].append(member.positions.places)
 
     def _reached(self, root: nn.Module) -> Reached:
         try:
@@ -282,13 +284,8 @@ class _Finder:
                 continue
             if None in item.root_idxs:
                 raise _LeftWholeError(_SHARED_BY_HEADS)
-            in_order = {root: [position] for position, root in zip(item.idxs, item.root_idxs, strict=True)}
-            if len(in_order) < len(item.idxs):
-                positions: dict[int, list[int]] = defaultdict(list)
-                for position, root in zip(item.idxs, item.root_idxs, strict=True):
-                    positions[root].append(position)
-                in_order = {root: sorted(found) for root, found in positions.items()}
-            yield Member((self.names[id(layer)], side(item.dep)), item.dep, size, in_order)
+            positions = Positions(item.root_idxs, item.idxs)
+            yield Member((self.names[id(layer)], side(item.dep)), item.dep, size, positions)
 
     @staticmethod
     def _turned(item: Any) -> int | None:
@@ -308,8 +305,7 @@ class _Finder:
                 raise _LeftWholeError(_overflow(member, group))
             if reason := misfit(member):
                 raise _LeftWholeError(reason)
-            claimed = self.claimed.get(member.axis)
-            if claimed and not all(map(claimed.isdisjoint, member.positions.values())):
+            if any(torch.isin(places, member.positions.places).any() for places in self.claimed.get(member.axis, ())):
                 raise _LeftWholeError(
                     f"{member.axis[0]} would lose one channel to two groups, for several layers write to it by turns"
                 )
@@ -337,9 +333,7 @@ class _Finder:
         if len(units) < 2:
             raise _LeftWholeError("its channels can only leave all together, or there is one alone")
         sizes = [[len(unit) for unit in units]]
-        uneven = [
-            m for m in members if len(m.positions) < len(channels) or len(set(map(len, m.positions.values()))) > 1
-        ]
+        uneven = [m for m in members if m.positions.num_roots < len(channels) or not m.positions.is_even]
         sizes += [[sum(len(m.positions.get(root, ())) for root in unit) for unit in units] for m in uneven]
         if any(len(set(counts)) > 1 for counts in sizes):
             raise _LeftWholeError(
@@ -367,7 +361,7 @@ class _Finder:
 
 def _overflow(member: Member, group: Group) -> str:
     """Why the graph gives a layer channels that it has not."""
-    name, length = member.axis[0], 1 + max(p for positions in member.positions.values() for p in positions)
+    name, length = member.axis[0], 1 + int(member.positions.places.max())
     if isinstance(member.layer, nn.Parameter):
         return (
             f"the parameter {name} meets its channels and has {member.size} entries for {len(member.positions)} of "

@@ -25,6 +25,7 @@ from torch_pruning.pruner import function
 from bayesprune.prune.graph.attention import Attention, find_attention
 from bayesprune.prune.graph.cuts import Member
 from bayesprune.prune.graph.observe import Observed
+from bayesprune.prune.graph.positions import Positions
 from bayesprune.prune.graph.roots import TRANSPOSED_LINEAR, is_linear, is_transposed_linear, linear_sizes
 from bayesprune.prune.graph.silenced import disagreement
 from bayesprune.prune.graph.structure import ChannelGroup, ChannelStructure, written_down
@@ -243,20 +244,21 @@ def _tensor(attention: Attention, name: str, tensor: Tensor) -> Iterator[Member]
     node.pruning_dim = dims[0]
     node.type = ops.OPTYPE.PARAMETER
     cut = function.prune_parameter_out_channels
-    yield Member((name, "out"), Dependency(cut, cut, node, node), tensor.shape[dims[0]], positions)
+    yield Member((name, "out"), Dependency(cut, cut, node, node), tensor.shape[dims[0]], Positions.by_root(positions))
 
 
 def _embedding(attention: Attention, name: str, layer: nn.Embedding) -> Member:
     cut, node = function.prune_embedding_out_channels, Node(layer, None, name)  # type: ignore[arg-type]
     positions = _positions(attention, [(attention.num_heads, 1)])
-    return Member((name, "out"), Dependency(cut, cut, node, node), attention.num_heads, positions)
+    return Member((name, "out"), Dependency(cut, cut, node, node), attention.num_heads, Positions.by_root(positions))
 
 
 def _linear(attention: Attention, name: str, layer: nn.Module, side: str, positions: Mapping[int, list[int]]) -> Member:
     pruner: Any = TRANSPOSED_LINEAR if is_transposed_linear(layer) else function.PrunerBox[ops.OPTYPE.LINEAR]
     cut = pruner.prune_in_channels if side == "in" else pruner.prune_out_channels
     node = Node(layer, None, name)  # type: ignore[arg-type]
-    return Member((name, side), Dependency(cut, cut, node, node), linear_sizes(layer)[side == "out"], dict(positions))
+    size = linear_sizes(layer)[side == "out"]
+    return Member((name, side), Dependency(cut, cut, node, node), size, Positions.by_root(positions))
 
 
 def _group(place: list[Attention], members: list[Member], layout: Layout) -> ChannelGroup:

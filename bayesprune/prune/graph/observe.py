@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from bayesprune.errors import UnsupportedModelError
 from bayesprune.foundation.calls import layers_called
@@ -95,6 +96,7 @@ class Observed:
             see = stack.enter_context(reading(layers, self._keep))
             self.buffers: dict[nn.Parameter, str] = {}
             if sees_everything:
+                stack.enter_context(saved_tensors_hooks(_forgotten, _forgotten))
                 stack.enter_context(everything_seen())
                 self.buffers = stack.enter_context(buffers_as_parameters(model))
             output = run_forward(model, self.example_inputs)
@@ -171,6 +173,10 @@ def reading(layers: Mapping[str, nn.Module], see: See) -> Iterator[Callable[[str
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _forgotten(_: Any) -> None:
+    """Nothing of what autograd saves for a backward, which is not run: its graph alone is read."""
 
 
 def _copy(tensor: Tensor) -> Tensor:

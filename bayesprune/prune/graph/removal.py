@@ -94,8 +94,9 @@ def lost_inputs(selection: Selection) -> dict[str, list[int]]:
     """Positions of the inputs that each layer loses."""
     lost: dict[str, set[int]] = defaultdict(set)
     for group, units in selection:
-        for member in (m for m in group.members if m.axis[1] == "in"):
-            lost[member.axis[0]].update(p for unit in units for root in unit for p in member.positions.get(root, ()))
+        roots = torch.tensor(units, dtype=torch.long).flatten()
+        for member in (m for m in group.members if m.axis[1] == "in" and units):
+            lost[member.axis[0]].update(member.positions.of(roots).tolist())
     return {name: sorted(positions) for name, positions in lost.items() if positions}
 
 
@@ -106,7 +107,7 @@ def _positions(selection: Selection) -> Iterable[tuple[Member, list[int]]]:
         roots = torch.tensor(units, dtype=torch.long).flatten()
         for member in group.members if units else ():
             members[member.axis] = member
-            positions[member.axis].append(member.positions_of(roots))
+            positions[member.axis].append(member.positions.of(roots))
     found = {axis: torch.cat(some).unique().tolist() for axis, some in positions.items()}
     return [(member, found[axis]) for axis, member in members.items() if found[axis]]
 

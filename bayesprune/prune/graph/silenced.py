@@ -117,8 +117,9 @@ def silence(model: nn.Module, group: ChannelGroup, units: Any) -> None:
 
     Layers behind read them, and parameters of the model's own may, as the gate of an additive attention does.
     """
-    for member in group.members:
-        gone = [p for unit in units for root in unit for p in member.positions.get(root, ())]
+    roots = torch.tensor(units, dtype=torch.long).flatten()
+    for member in group.members if len(roots) else ():
+        gone = member.positions.of(roots).tolist()
         if member.axis[1] == "in":
             assert isinstance(member.layer, nn.Module), "the layer behind the heads is linear"
             silence_inputs(member.layer, gone)

@@ -84,7 +84,7 @@ class ChannelGroup:
 
     def positions_per_unit(self, member: Member) -> int:
         """Positions along the member's axis that one unit takes along."""
-        return sum(len(member.positions.get(channel, ())) for channel in self.units[0])
+        return len(member.positions.of(self.roots[0]))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ Units leave one at a time, and what is left is conditioned on it (Frantar & Alis
 so that of two units which say the same the first is free and the second is not.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -78,7 +78,9 @@ class UnitSNRImportance(tp.importance.Importance):
         return self._scores(readers, group.units)
 
     def _scores(
-        self, readers: dict[tuple[str, VariationalLayer], dict[int, list[int]]], units: Sequence[Sequence[int]]
+        self,
+        readers: Mapping[tuple[str, VariationalLayer], Mapping[int, Sequence[int]]],
+        units: Sequence[Sequence[int]],
     ) -> Tensor | None:
         systems = [
             system

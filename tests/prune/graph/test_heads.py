@@ -17,6 +17,7 @@ from bayesprune.prune.graph.cuts import cut_parameters
 from bayesprune.prune.graph.find import find_groups
 from bayesprune.prune.graph.heads import find_heads
 from bayesprune.prune.graph.observe import Observed
+from bayesprune.prune.graph.positions import Positions
 from bayesprune.prune.graph.removal import remove
 from bayesprune.prune.graph.silenced import disagreement
 from bayesprune.prune.graph.verify import permute
@@ -233,7 +234,9 @@ def test_a_wrong_layout_is_found_out():
     right, *_ = find_heads(Observed(net, x)).groups
     assert disagreement(net, [(right, [right.units[1]])], x) is None
     (fused,) = [member for member in right.members if member.axis[1] == "out"]
-    apart = replace(fused, positions={c: [c, c + 32, c + 64] for c in range(32)})  # all queries, all keys, all values
+    apart = replace(
+        fused, positions=Positions.by_root({c: [c, c + 32, c + 64] for c in range(32)})
+    )  # all queries, all keys, all values
     wrong = replace(right, members=tuple(apart if member is fused else member for member in right.members))
     assert "not the model that ignores it" in disagreement(net, [(wrong, [wrong.units[1]])], x)
 
