@@ -91,12 +91,9 @@ def _further_products() -> dict[Any, Callable[..., int]]:
     """FLOPs of products by operator, for those that the counter does not know itself."""
     found = {}
     for operators, flops in ((_GROUPED_PRODUCTS, _grouped_flops), (_ATTENTION, _attention_flops)):
-        known = (getattr(getattr(torch.ops, library), name, None) for library, name in operators)
-        found |= {
-            operator: shape_wrapper(flops)
-            for operator in known
-            if operator is not None and operator not in flop_registry
-        }
+        there = (getattr(getattr(torch.ops, library), name, None) for library, name in operators)
+        unknown = (operator for operator in there if operator is not None and operator not in flop_registry)
+        found |= {operator: shape_wrapper(flops) for operator in unknown}
     return found
 
 

@@ -3,6 +3,7 @@
 from bayesprune.prune.batch_norm import recalibrate_batch_norm
 from bayesprune.prune.channels.measured import MeasuredImportance, layer_sparsities
 from bayesprune.prune.channels.prune import ChannelReport, prune_channels
+from bayesprune.prune.graph.companions import follow_stds
 from bayesprune.prune.graph.dependency import dependency_groups
 from bayesprune.prune.scores.channels import SNRImportance
 from bayesprune.prune.scores.evidence import EvidenceImportance, evidence
@@ -31,6 +32,7 @@ __all__ = [
     "dependency_groups",
     "discover_mask",
     "evidence",
+    "follow_stds",
     "layer_sparsities",
     "prune_channels",
     "prune_one_shot",

@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Collection, Sequence
 
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
 from torch_pruning.dependency import Group
 
@@ -26,6 +25,7 @@ from bayesprune.prune.graph.roots import Layers
 from bayesprune.prune.graph.silenced import silence
 from bayesprune.prune.graph.structure import GRANULARITY, ChannelGroup
 from bayesprune.prune.scores.channels import Importance, SNRImportance, lowest, unit_scores
+from bayesprune.prune.scores.criterion import Criterion
 from bayesprune.prune.scores.weights import snr
 from bayesprune.prune.weights.prune import Score, removable_weights
 
@@ -56,7 +56,7 @@ def slopes(removed: Sequence[int], increases: Sequence[float], total: int) -> Te
     return found
 
 
-class MeasuredImportance(tp.importance.Importance):
+class MeasuredImportance(Criterion):
     """A torch-pruning importance: channels ranked by another one inside each group, by measured losses between groups.
 
     The score of a channel is the increase of the loss that its place in the group's order costs, for each MAC that it
@@ -98,7 +98,7 @@ class MeasuredImportance(tp.importance.Importance):
         structure = groups_in(observed, granularity=granularity, ignored_layers=ignored_layers)
         costs = plan.cost_model(model, structure.groups, observed.macs)
         importance = importance or SNRImportance()
-        self._scores: dict[str, Tensor] = {}
+        self._by_name: dict[str, Tensor] = {}
         self._names = {id(module): name for name, module in model.named_modules()}
         with eval_mode(model), torch.no_grad():
             base = _measured(loss, model)
@@ -110,15 +110,15 @@ class MeasuredImportance(tp.importance.Importance):
                 if per == "macs":
                     one = [int(number == index) for number in range(len(structure.groups))]
                     saved = costs.cost("macs", [0] * len(one)) - costs.cost("macs", one)
-                self._scores[group.name] = _unit_costs(model, *scored, loss, base, levels) / saved
+                self._by_name[group.name] = _unit_costs(model, *scored, loss, base, levels) / saved
 
     def of_group(self, group: ChannelGroup) -> Tensor | None:
         """Scores (C,) of the root channels of a group, of the model or of a copy; None where it was not measured."""
-        return self._scores.get(group.name)
+        return self._by_name.get(group.name)
 
-    def __call__(self, group: Group) -> Tensor | None:  # type: ignore[override]
+    def scores(self, group: Group) -> Tensor | None:
         """Scores (C,) of the root channels of a group; None where it was not measured."""
-        scores = self._scores.get(self._names.get(id(group[0].dep.layer), ""))
+        scores = self._by_name.get(self._names.get(id(group[0].dep.layer), ""))
         return None if scores is None else scores[torch.as_tensor(group[0].root_idxs)]
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch_pruning import ops
 from torch_pruning.dependency import Group
 
 from bayesprune.convert import FROZEN
@@ -31,6 +30,7 @@ from bayesprune.prune.graph.cuts import (
 from bayesprune.prune.graph.experts import find_experts
 from bayesprune.prune.graph.heads import find_heads
 from bayesprune.prune.graph.held_sizes import with_sizes
+from bayesprune.prune.graph.internals import ElementwiseOperation
 from bayesprune.prune.graph.links import moving
 from bayesprune.prune.graph.observe import Observed
 from bayesprune.prune.graph.positions import Positions
@@ -266,7 +266,7 @@ class _Finder:
             raise _LeftWholeError(_INSIDE_ATTENTION)
 
     def _check_node(self, node: Any, cut_side: str) -> None:
-        if isinstance(node, ops._ElementWiseOp) and any(part in str(node._grad_fn) for part in _PRODUCTS):
+        if isinstance(node, ElementwiseOperation) and any(part in str(node._grad_fn) for part in _PRODUCTS):
             raise _LeftWholeError(_IN_A_PRODUCT)
         if cut_side == "out" and isinstance(node, nn.Module):
             self._check_layer(node)

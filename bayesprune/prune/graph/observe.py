@@ -175,7 +175,7 @@ def reading(layers: Mapping[str, nn.Module], see: See) -> Iterator[Callable[[str
             handle.remove()
 
 
-def _forgotten(_: Any) -> None:
+def _forgotten(_: Any) -> Any:
     """Nothing of what autograd saves for a backward, which is not run: its graph alone is read."""
 
 

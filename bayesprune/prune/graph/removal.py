@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from bayesprune.layers import VariationalLayer
-from bayesprune.prune.graph.companions import TAG, install
+from bayesprune.prune.graph.companions import TAG, following
 from bayesprune.prune.graph.cuts import Axis, Member, cut_parameters, gains, is_depthwise, tied_parameters
 from bayesprune.prune.graph.structure import ChannelGroup
 
@@ -41,12 +41,12 @@ def remove(model: nn.Module, selection: Selection) -> Callable[[], None]:
     Stds, masks and gradients follow their means, numbers of heads the heads; `requires_grad`, ties and modes stay as
     they were. Optimizers keep the old parameters.
     """
-    follows = install()
     undo = snapshot(model)
     try:
         ties, frozen = tied_parameters(model), _frozen(model)
-        for member, positions in _positions(selection):
-            _cut(model, member, positions, follows=follows)
+        with following() as follows:
+            for member, positions in _positions(selection):
+                _cut(model, member, positions, follows=follows)
         for group, units in selection:
             for module, name, each in group.attributes if units else ():
                 setattr(module, name, getattr(module, name) - each * len(units))

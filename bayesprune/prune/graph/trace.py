@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch_pruning._helpers import UnwrappedParameters
 
 from bayesprune.foundation.model import eval_mode
 from bayesprune.prune.graph.history import Call, Made, has_heads, last_layers, walk
+from bayesprune.prune.graph.internals import UnwrappedParameters
 from bayesprune.prune.graph.links import unlink
 from bayesprune.prune.graph.mapping import Graph, map_parts
 from bayesprune.prune.graph.roots import TRANSPOSED_LINEAR, is_root, is_transposed_linear

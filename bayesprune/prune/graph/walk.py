@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 from torch import nn
-from torch_pruning._helpers import _HybridIndex as HybridIndex
 from torch_pruning.dependency import Dependency, Group
 from torch_pruning.pruner import function
 
 from bayesprune.prune.graph.cuts import axis_size, is_depthwise
+from bayesprune.prune.graph.internals import HybridIndex
 from bayesprune.prune.graph.mapping import Graph
 
 _NOBODY, _UNKNOWN = -2, -1  # in place of a root channel

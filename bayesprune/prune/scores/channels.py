@@ -25,11 +25,11 @@ from torch_pruning.dependency import Group
 from bayesprune import estimators
 from bayesprune.layers import VariationalLayer
 from bayesprune.layers.stacks import stack_of
-from bayesprune.prune.graph.companions import install
 from bayesprune.prune.graph.cuts import cut_parameters, num_stacked
 from bayesprune.prune.graph.roots import is_frozen
 from bayesprune.prune.graph.structure import ChannelGroup
 from bayesprune.prune.graph.trace import quiet
+from bayesprune.prune.scores.criterion import Criterion
 
 GRADIENTS = "A criterion that needs gradients, as Taylor's does, needs loss.backward() before."
 
@@ -48,13 +48,13 @@ class RemovedWeights(NamedTuple):
     number: Tensor
 
 
-class SNRImportance(tp.importance.Importance):
+class SNRImportance(Criterion):
     """Score per channel: sum of mu^2 / (s^min(1, 2 - power) sigma^power) over the weights that leave with it.
 
     s is the root mean square of a layer's means at scoring time. Deterministic layers of a group contribute nothing,
     and a group without any variational layer, or with a frozen one, gets no score (None): torch-pruning then leaves it
     alone. Scales of norms count where they have a posterior; biases do not, nor do the projections inside
-    `nn.MultiheadAttention`. Constructing it makes stds and masks follow their means through torch-pruning from then on.
+    `nn.MultiheadAttention`. In a torch-pruning pruner of your own stds and masks follow their means, see `follow_stds`.
 
     torch-pruning's own global ranking skips a group whole once all of its channels fall under the threshold, so that
     it removes less than asked for; `bayesprune.prune_channels` keeps a share of every group instead and meets the
@@ -87,10 +87,9 @@ class SNRImportance(tp.importance.Importance):
             raise ValueError(f"power is {power!r}; expected 0 (stds ignored), 1, 2 (SNR^2), or between.")
         self.power = power
         self.reduction = reduction
-        install()
 
     @torch.no_grad()
-    def __call__(self, group: Group) -> Tensor | None:  # type: ignore[override]
+    def scores(self, group: Group) -> Tensor | None:
         """Scores (C,) of the root channels of a dependency group; None where nothing in it is variational."""
         removed = removed_weights(group, partial(weight_scores, power=self.power))
         if removed is None:
