@@ -2,23 +2,12 @@
 
 from importlib.util import find_spec as _find_spec
 
-from bayesprune import evi, gates, laplace, moments, priors
+from bayesprune import errors, evi, gates, laplace, layers, moments, prediction, priors, prune, reports
+from bayesprune.app.pipeline import compress
 from bayesprune.convert import conversion_table, to_deterministic, to_variational
-from bayesprune.laplace import compensate, condition_on_channels, condition_on_zeros, fit_kronecker, fit_laplace
-from bayesprune.layers import VariationalLayer, register_layer
-from bayesprune.prediction import Prediction, compile_moments, predict, sampling
-from bayesprune.prune import (
-    EvidenceImportance,
-    InclusionImportance,
-    SNRImportance,
-    UnitSNRImportance,
-    compress,
-    evidence,
-    prune_channels,
-    prune_one_shot,
-    prune_weights,
-    signal_to_noise,
-)
+from bayesprune.layers import register_layer
+from bayesprune.prediction import predict, sampling
+from bayesprune.prune import SNRImportance, prune_channels, prune_one_shot, prune_weights, signal_to_noise
 from bayesprune.reports import report
 from bayesprune.storage import load, save
 from bayesprune.train import attach, distillation, kl_divergence
@@ -32,36 +21,29 @@ if _find_spec("transformers"):
     _on_import.register()  # transformers' `from_pretrained` will know us, once it is imported
 
 __all__ = [
-    "EvidenceImportance",
-    "InclusionImportance",
-    "Prediction",
     "SNRImportance",
-    "UnitSNRImportance",
-    "VariationalLayer",
     "attach",
-    "compensate",
-    "compile_moments",
     "compress",
-    "condition_on_channels",
-    "condition_on_zeros",
     "conversion_table",
     "distillation",
+    "errors",
     "evi",
-    "evidence",
-    "fit_kronecker",
-    "fit_laplace",
     "gates",
     "kl_divergence",
     "laplace",
+    "layers",
     "load",
     "moments",
     "predict",
+    "prediction",
     "priors",
+    "prune",
     "prune_channels",
     "prune_one_shot",
     "prune_weights",
     "register_layer",
     "report",
+    "reports",
     "sampling",
     "save",
     "signal_to_noise",

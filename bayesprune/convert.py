@@ -68,23 +68,19 @@ class ConversionTable(list[ConversionRow]):
         return ", ".join(f"{count} {status}" for status, count in counts.items())
 
 
-def conversion_table(
-    model: nn.Module, *, filter_fn: Filter | None = None, norm_scales: bool = False
-) -> ConversionTable:
+def conversion_table(model: nn.Module, *, filter_fn: Filter | None = None) -> ConversionTable:
     """What `to_variational` does, or did, with each module that holds parameters of its own; changes nothing.
 
     Args:
         model: The model, before or after conversion.
         filter_fn: As for `to_variational`.
-        norm_scales: As for `to_variational`; norms without a scale have a row then, too.
     """
-    reasons = reasons_to_leave(model, filter_fn, norm_scales=norm_scales)
+    reasons = reasons_to_leave(model, filter_fn)
     rows = ConversionTable()
     for name, module in model.named_modules():
         stock = module.stock_type if isinstance(module, VariationalLayer) else type(module)
-        found = variational_type(type(module), norm_scales=norm_scales)
-        is_norm = found is not None and found.is_norm
-        if not is_norm and not any(parameter is not None for parameter in module._parameters.values()):
+        found = variational_type(type(module))
+        if not any(parameter is not None for parameter in module._parameters.values()):
             continue
         if found is None or module in reasons:
             rows.append(ConversionRow(name, stock.__name__, "left", reasons[module]))
@@ -96,7 +92,7 @@ def conversion_table(
     return rows
 
 
-def reasons_to_leave(model: nn.Module, filter_fn: Filter | None, *, norm_scales: bool) -> dict[nn.Module, str]:
+def reasons_to_leave(model: nn.Module, filter_fn: Filter | None) -> dict[nn.Module, str]:
     """Why each module that is not variational stays so; modules that can be converted are not in it."""
     reasons: dict[nn.Module, str] = {}
     holders: dict[int, list[tuple[str, nn.Module]]] = defaultdict(list)
@@ -110,7 +106,7 @@ def reasons_to_leave(model: nn.Module, filter_fn: Filter | None, *, norm_scales:
         if isinstance(module, VariationalLayer):
             continue
         register_experts(module)
-        found = variational_type(type(module), norm_scales=norm_scales)
+        found = variational_type(type(module))
         if reason := _reason_of_its_own(module, name, found, filter_fn):
             reasons[module] = reason
     for projection, attention in attention_of.items():
@@ -155,11 +151,7 @@ def _reason_of_its_own(
     no_parameters = [key for key in found.posterior_names if key not in module._parameters]
     computed = [key for key in no_parameters if getattr(module, key, None) is not None]
     weights = _posteriors_of(module, found)
-    if found.is_norm and not computed and not weights:
-        return "it has no scale of its own"
-    if found.is_norm and weights and weights[0].dim() > 1:
-        return f"its scale has the shape {tuple(weights[0].shape)}; expected one dimension"
-    weights = [weight for weight in weights if found.is_norm or weight.dim() > 1 + found.num_stacked]
+    weights = [weight for weight in weights if weight.dim() > 1 + found.num_stacked]
     if computed or not weights:
         return f"its {(computed or ['weight'])[0]} is not a parameter (computed, quantized or pruned by another tool)"
     if not all(weight.is_floating_point() for weight in weights):
@@ -183,7 +175,6 @@ def to_variational(
     relative_std: float = 0.1,
     filter_fn: Filter | None = None,
     estimator: str = "auto",
-    norm_scales: bool = False,
 ) -> nn.Module:
     """The same model with Gaussian posteriors over its weights, whose means are the trained weights; in place.
 
@@ -201,9 +192,6 @@ def to_variational(
         filter_fn: `filter_fn(module, name)` is False for a module that is to stay deterministic.
         estimator: What a training forward uses: "auto" is "local_reparameterization" where each weight meets one
             position per example, else "weight_sampling"; "flipout" and "mean" may be named as well.
-        norm_scales: Whether batch, layer, group and RMS norms get posteriors over their scales too, so that a prior
-            over dependency groups acts on what a norm would undo. They are drawn, whatever the estimator; shifts and
-            statistics stay as they are.
 
     Returns:
         The model itself. `conversion_table(model)` says what was converted, left, or falls back, and why.
@@ -214,12 +202,12 @@ def to_variational(
     """
     check_options(std, relative_std, estimator)
     _check_plain(model)
-    reasons = reasons_to_leave(model, filter_fn, norm_scales=norm_scales)
+    reasons = reasons_to_leave(model, filter_fn)
     names = {module: name for name, module in model.named_modules()}
     chosen = [module for module in names if module not in reasons and not isinstance(module, VariationalLayer)]
     already = [layer for _, layer in variational_layers(model)]
     if not chosen and not already:
-        raise ValueError(_nothing_matched(model, reasons, norm_scales=norm_scales))
+        raise ValueError(_nothing_matched(model, reasons))
     for layer in already:
         if layer.std != std:
             raise ValueError(
@@ -231,7 +219,7 @@ def to_variational(
     parts = {(id(p.mean), i): part for p in named_posteriors(model) for i, part in enumerate(p.log_std_parts)}
     for module in chosen:
         _convert(module, std, relative_std, estimator, parts)
-    _LOGGER.info("to_variational: %s", conversion_table(model, filter_fn=filter_fn, norm_scales=norm_scales).summary())
+    _LOGGER.info("to_variational: %s", conversion_table(model, filter_fn=filter_fn).summary())
     return model
 
 
@@ -252,14 +240,14 @@ def to_deterministic(model: nn.Module) -> nn.Module:
 def _convert(
     module: nn.Module, std: str, relative_std: float, estimator: str, parts: dict[tuple[int, int], nn.Parameter]
 ) -> None:
-    found = variational_type(type(module), norm_scales=True)
+    found = variational_type(type(module))
     assert found is not None, "only modules with a variational type are chosen"
     module.__class__ = found
     assert isinstance(module, VariationalLayer)
     module.std, module.estimator, module.estimator_override = std, estimator, None
     posteriors = {name: p for name in module.posterior_names if (p := module._parameters.get(name)) is not None}
     weights = [mean for name, mean in posteriors.items() if module.is_weight(name)]
-    log_std = _initial_log_std(weights or list(posteriors.values()), relative_std)  # a norm has its scale alone
+    log_std = _initial_log_std(weights, relative_std)
     for name, mean in posteriors.items():
         shapes = part_shapes(std, tuple(mean.shape), module.unit_dims, num_stacked=module.num_stacked)
         for position, (suffix, shape) in enumerate(shapes.items()):
@@ -317,14 +305,14 @@ def _check_finite(module: nn.Module, name: str) -> None:
             )
 
 
-def _nothing_matched(model: nn.Module, reasons: dict[nn.Module, str], *, norm_scales: bool) -> str:
+def _nothing_matched(model: nn.Module, reasons: dict[nn.Module, str]) -> str:
     counts: dict[str, int] = defaultdict(int)
     for module in model.modules():
         if any(parameter is not None for parameter in module._parameters.values()):
             counts[type(module).__name__] += 1
     has = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items())) or "no module with parameters"
-    why = sorted({r for m, r in reasons.items() if variational_type(type(m), norm_scales=norm_scales)})
-    types = ", ".join(found.__name__ for found in registered_types(norm_scales=norm_scales))
+    why = sorted({r for m, r in reasons.items() if variational_type(type(m))})
+    types = ", ".join(found.__name__ for found in registered_types())
     return (
         f"to_variational matched no layer: the model has {has}; registered types are {types}."
         + (f" Left because: {'; '.join(why)}." if why else "")

@@ -65,20 +65,6 @@ def small_net() -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2))
 
 
-class NormNet(nn.Module):
-    """Norms of three kinds, each behind a layer whose channels can go; images are (N, 3, 8, 8), classes three."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.group = nn.Conv2d(3, 8, 3), nn.GroupNorm(4, 8)
-        self.second, self.batch = nn.Conv2d(8, 6, 3), nn.BatchNorm2d(6)
-        self.linear, self.layer, self.head = nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3)
-
-    def forward(self, x):
-        x = self.batch(self.second(self.group(self.conv(x)).relu())).relu()
-        return self.head(self.layer(self.linear(x.mean((2, 3)))))
-
-
 class Tied(nn.Module):
     """Two layers with one weight, as in an autoencoder or a language model."""
 

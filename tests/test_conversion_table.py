@@ -48,7 +48,9 @@ def test_the_table_says_what_becomes_of_each_module():
     ]
     before = bp.conversion_table(model, filter_fn=keep_last)
     assert list(before) == expected
-    assert not any(isinstance(module, bp.VariationalLayer) for module in model.modules()), "the table changes nothing"
+    assert not any(isinstance(module, bp.layers.VariationalLayer) for module in model.modules()), (
+        "the table changes nothing"
+    )
     bp.to_variational(model, filter_fn=keep_last)
     assert list(bp.conversion_table(model, filter_fn=keep_last)) == expected
     assert before.summary() == "1 converted, 0 fallback, 2 left"
@@ -84,7 +86,7 @@ def test_leaving_one_layer_leaves_those_tied_to_it_by_others():
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
     model[1].weight, model[2].bias = model[0].weight, model[1].bias
     bp.to_variational(model, filter_fn=lambda module, name: name != "0")
-    assert [isinstance(layer, bp.VariationalLayer) for layer in model] == [False, False, False, True]
+    assert [isinstance(layer, bp.layers.VariationalLayer) for layer in model] == [False, False, False, True]
 
 
 PARAMETRIZED = {
@@ -105,7 +107,7 @@ def test_computed_weights_are_left(name):
     assert [row.status for row in rows if row.name == "0"] == ["left"]
     assert next(row.reason for row in rows if row.name == "0").startswith(reason)
     bp.to_variational(model)
-    assert not isinstance(model[0], bp.VariationalLayer)
+    assert not isinstance(model[0], bp.layers.VariationalLayer)
     assert torch.equal(model(x), expected)
 
 

@@ -22,7 +22,7 @@ def test_timm_models(case: TimmCase):
         expected = model(x)
         assert bp.to_variational(model) is model
         assert torch.equal(model(x), expected)
-    layers = [module for module in model.modules() if isinstance(module, bp.VariationalLayer)]
+    layers = [module for module in model.modules() if isinstance(module, bp.layers.VariationalLayer)]
     assert all(layer.stock_type in types for layer in layers)
     assert {id(p) for p in parameters} <= {id(p) for p in model.parameters()}
     state = copy.deepcopy(model.state_dict())
@@ -51,7 +51,7 @@ def test_a_layer_alone(case, std):
     expected, state, stock = layer(x, **case.kwargs), copy.deepcopy(layer.state_dict()), type(layer)
     assert bp.to_variational(layer, std=std) is layer
     assert isinstance(layer, stock)
-    assert isinstance(layer, bp.VariationalLayer)
+    assert isinstance(layer, bp.layers.VariationalLayer)
     assert torch.equal(layer(x, **case.kwargs), expected)
     bp.to_deterministic(layer)
     assert type(layer) is stock
@@ -73,10 +73,10 @@ def test_converting_twice_changes_nothing_but_the_estimator():
 def test_a_second_call_converts_what_the_first_left():
     model = small_net()
     bp.to_variational(model, filter_fn=lambda module, name: name == "4")
-    assert not isinstance(model[0], bp.VariationalLayer)
+    assert not isinstance(model[0], bp.layers.VariationalLayer)
     bp.to_variational(model)
-    assert isinstance(model[0], bp.VariationalLayer)
-    assert isinstance(model[4], bp.VariationalLayer)
+    assert isinstance(model[0], bp.layers.VariationalLayer)
+    assert isinstance(model[4], bp.layers.VariationalLayer)
 
 
 def test_shared_modules_stay_shared():

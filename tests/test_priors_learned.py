@@ -12,9 +12,9 @@ from torch import nn
 from torch.distributions import HalfCauchy
 
 import bayesprune as bp
-from bayesprune import VariationalLayer, register_layer
+from bayesprune import register_layer
 from bayesprune.errors import UnsupportedModelError
-from bayesprune.layers import registry
+from bayesprune.layers import VariationalLayer, registry
 from bayesprune.priors import ARD, Binding, DependencyGroup, Gaussian, Horseshoe, Member
 from bayesprune.prune import dependency_groups
 from bayesprune.train.gates import sum_kl

@@ -20,7 +20,6 @@ from bayesprune.app.checkpoints import Checkpoints, Interval, ResumableTask
 from bayesprune.app.jobs import DEFAULTS, Request, library_of, prepare
 from bayesprune.app.progress import ConsoleProgress
 from bayesprune.errors import BayespruneError, StorageError
-from bayesprune.prune.channels.checks import as_mapping
 from bayesprune.reports import Report
 from bayesprune.reports.plots import require_matplotlib
 from bayesprune.reports.printable import printable
@@ -123,19 +122,19 @@ def compress(
     After a kill the same command goes on from the checkpoints in OUT.checkpoints, a folder beside OUT.
     """
     default = DEFAULTS[library_of(model)]
-    wanted, what = _target(target, tolerance)
+    wanted, by = _target(target, tolerance)
     recipe = pipeline.Recipe(
         target=wanted,
         tolerance=tolerance,
         num_epochs=epochs or default.num_epochs,
         train_lr=default.train_lr if train_lr is None else train_lr,
         lr=default.lr if lr is None else lr,
-        std=std or ("per_weight" if what == "weights" else "per_channel"),
+        std=std or ("per_weight" if by == "weights" else "per_channel"),
         estimator=estimator,
         granularity=default.granularity if granularity is None else tuple(granularity.split(",")),
         uniform=uniform,
         distill=distill,
-        what=what,
+        by=by,
     )
     if not recipe.learns_stds and (std is not None or estimator != "auto"):
         raise typer.BadParameter(
@@ -174,7 +173,8 @@ def compress(
     progress.say(f"{model} on {job.task.description}")
     if job.untrained is not None:
         progress.say(f"the model is trained first: {job.untrained}")
-    result = pipeline.run(job.model, resumable, recipe, out, progress, name=model, is_trained=job.untrained is None)
+    is_trained = job.untrained is None
+    result = pipeline.run(job.model, resumable, recipe, out, progress, name=model, is_trained=is_trained).report
     if result is not None:
         _CONSOLE.print(result.table())
         progress.say(f"report: {out / 'report.html'}")
@@ -229,24 +229,18 @@ def _nonzero(tensor: Tensor) -> int:
         raise StorageError(f"a tensor of dtype {tensor.dtype} cannot be inspected: {error}") from error
 
 
-def _target(
-    target: str | None, tolerance: float | None
-) -> tuple[dict[str, float] | None, Literal["channels", "weights"]]:
-    """The target, None where a tolerance stands in its place, and what goes."""
+def _target(target: str | None, tolerance: float | None) -> tuple[str | None, Literal["macs", "weights"]]:
+    """The target, None where a tolerance stands in its place, and what is counted."""
     wanted = target or ("macs=0.5" if tolerance is None else "macs")
-    name = wanted.partition("=")[0].strip()
-    what = "weights" if name == "weights" else "channels"
+    by = "weights" if wanted.partition("=")[0].strip() == "weights" else "macs"
     if tolerance is not None:
         if wanted not in ("macs", "weights"):
             raise typer.BadParameter(
                 f"got --target {target} and --tolerance {tolerance}; give one of them, or --target macs or weights, "
                 "which says what goes and leaves it to the tolerance how much."
             )
-        return None, what
-    if not (given := as_mapping(wanted)):
-        expected = "expected macs=0.5, params=0.5, snr=1 or weights=0.2."
-        raise typer.BadParameter(f"{target!r}; {expected}", param_hint="--target")
-    return given, what
+        return None, by
+    return wanted, by
 
 
 def _check_writable(directory: Path) -> None:

@@ -7,27 +7,31 @@ training before the cut costs is better spent after it (docs/criterion.md). Sing
 import copy
 import itertools
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
-from bayesprune.app.tasks.task import Progress, Task
+from bayesprune.app.data.splits import Loaders
+from bayesprune.app.tasks.task import LoggedProgress, Progress, Task
 from bayesprune.convert import check_options, conversion_table, to_deterministic, to_variational
-from bayesprune.foundation.batches import device_of, on_device
+from bayesprune.foundation.batches import device_of, first_example, on_device
+from bayesprune.foundation.target import Target
 from bayesprune.layers import named_posteriors
 from bayesprune.prediction.predict import sampling
-from bayesprune.prune import compress, prune_channels, signal_to_noise
+from bayesprune.prune import prune_channels, signal_to_noise, smallest_within
 from bayesprune.prune.channels.checks import checked_target
-from bayesprune.reports import HistoryPoint, Report, count_parameters, report
+from bayesprune.prune.graph.structure import GRANULARITY
+from bayesprune.reports import ACCURACY, HistoryPoint, Metric, Report, count_parameters, report
 from bayesprune.storage import save
 from bayesprune.storage.base import describe
 from bayesprune.train import Distillation, distillation
 
-_SMALL_CUT = {"macs": 0.95}  # a search needs one at least
+_SMALL_CUT = "macs=0.95"  # a search needs one at least
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Recipe:
     """How to compress.
 
     Attributes:
-        target: {"weights": f}, the fraction of single weights that is kept, or a target of `prune_channels`; None
+        target: "weights=0.2", the fraction of single weights that is kept, or a target of `prune_channels`; None
             searches for the smallest model within `tolerance`.
         tolerance: Largest accepted loss on validation data, a fraction: by so much accuracy may fall, or by such a part
             of itself perplexity rise.
@@ -48,10 +52,10 @@ class Recipe:
         uniform: Whether the same fraction of every group goes, so that a config can say the sizes.
         relative_std: Initial std as a fraction of the root mean square of the layer's weights.
         distill: Whether the smaller model learns from the dense one, too, in each training after a removal.
-        what: What the search removes, channels and heads or single weights; a target says it itself.
+        by: What the search counts: "macs", and removes channels and heads, or "weights". A target says it itself.
     """
 
-    target: dict[str, float] | None
+    target: str | None
     tolerance: float | None
     num_epochs: int
     train_lr: float
@@ -62,7 +66,7 @@ class Recipe:
     uniform: bool = False
     relative_std: float = 0.1
     distill: bool = True
-    what: Literal["channels", "weights"] = "channels"
+    by: Literal["macs", "weights"] = "macs"
 
     def __post_init__(self) -> None:
         """Refuses now what would be refused after minutes of training."""
@@ -70,22 +74,27 @@ class Recipe:
         if self.tolerance is not None and self.tolerance < 0:
             raise ValueError(f"tolerance is {self.tolerance!r}; expected the largest accepted loss, 0 or more.")
         if not self.removes_weights:
-            checked_target(self.target or _SMALL_CUT, None, self.granularity, self.uniform, 1)
-        elif self.target is not None and not 0 < self.target["weights"] < 1:
-            kept = self.target["weights"]
-            raise ValueError(f"target weights is {kept!r}; expected the fraction to keep, between 0 and 1.")
+            checked_target(self.goal, None, self.granularity, self.uniform, 1)
+        elif self.target is not None and not 0 < self.goal.value < 1:
+            raise ValueError(f"compress got the target {self.target!r}; expected a fraction between 0 and 1.")
         elif self.uniform:
             raise ValueError("single weights were to be removed, which changes no size; leave uniform out.")
 
     @property
+    def goal(self) -> Target:
+        """The target, or in a search a small cut of its kind."""
+        text = self.target or ("weights=0.95" if self.by == "weights" else _SMALL_CUT)
+        return Target.parse(text, ("macs", "params", "snr", "weights"), "compress")
+
+    @property
     def removes_weights(self) -> bool:
         """Whether single weights go, by a target or in a search."""
-        return self.what == "weights" if self.target is None else "weights" in self.target
+        return self.goal.kind == "weights"
 
     @property
     def learns_stds(self) -> bool:
         """Whether stds say what goes, so that they have to be learned first."""
-        return self.removes_weights or not (self.target or _SMALL_CUT).keys() <= {"macs", "params"}
+        return self.goal.kind not in ("macs", "params")
 
     @property
     def num_stages(self) -> int:
@@ -95,8 +104,7 @@ class Recipe:
     @property
     def sparsity(self) -> float | None:
         """Fraction of single weights to remove; None where there is no such target."""
-        kept = (self.target or {}).get("weights")
-        return None if kept is None else 1 - kept
+        return self.goal.removed if self.target is not None and self.removes_weights else None
 
     @property
     def removal(self) -> str:
@@ -107,10 +115,89 @@ class Recipe:
         return f"Remove {' and '.join(names.get(kind, 'channels') for kind in self.granularity)}"
 
 
+class Compressed(NamedTuple):
+    """What came out: the smaller model, and its report, which the main process alone has."""
+
+    model: nn.Module
+    report: Report | None
+
+
+def compress(
+    model: nn.Module,
+    data: Mapping[str, Iterable[Any]],
+    target: str | None = "macs=0.5",
+    *,
+    out: str | Path,
+    tolerance: float | None = None,
+    num_epochs: int = 3,
+    lr: float = 1e-4,
+    metric: Metric = ACCURACY,
+    **options: Any,
+) -> Compressed:
+    """Cuts, fine-tunes, saves and reports a trained model, as `bayesprune compress` does; needs accelerate.
+
+    A target of MACs or parameters is met at once, from calibration data; single weights and thresholds read stds that a
+    variational fine-tuning learns first. The dense model teaches the smaller one (`distillation`). What decides is
+    measured on the validation batches; the test batches give the report's figures.
+
+    Args:
+        model: A trained classifier, or causal language model, on its device; changed in place, but for a search.
+        data: Batches under "train", a DataLoader, "validation" and "test", in any form that
+            `bayesprune.foundation.batches` names, with labels.
+        target: What is kept: "macs=0.5", "params=0.5", "snr=1" or "weights=0.2". None searches for the smallest model
+            within the tolerance, by MACs, or by weights with `by="weights"`.
+        out: Directory for the model and its report; `bayesprune.load` or the library's own call reads it.
+        tolerance: With a target of None, the largest accepted loss: by so much accuracy may fall, or by such a part of
+            itself perplexity rise.
+        num_epochs: Epochs of each fine-tuning.
+        lr: Its highest learning rate, of AdamW and one cycle.
+        metric: `reports.ACCURACY`, or `reports.PERPLEXITY` of a causal language model.
+        **options: Further fields of the recipe: `granularity`, `uniform`, `distill`, `std`, `estimator`,
+            `relative_std`, `by`.
+
+    Raises:
+        ValueError: an option is out of range, a split is missing, or both target and tolerance are given.
+        InfeasibleTargetError: the target cannot be reached; nothing was trained.
+
+    Example:
+        >>> import tempfile, torch, bayesprune as bp
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> examples = TensorDataset(torch.randn(64, 8), torch.randint(3, (64,)))
+        >>> data = {split: DataLoader(examples, 16) for split in ("train", "validation", "test")}
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 40), torch.nn.ReLU(), torch.nn.Linear(40, 3))
+        >>> with tempfile.TemporaryDirectory() as out:
+        ...     small, report = bp.compress(model, data, "macs=0.5", out=out, num_epochs=1)
+        >>> small[0].out_features
+        20
+    """
+    from accelerate import Accelerator
+
+    from bayesprune.app.tasks.loop import LoaderTask
+
+    if missing := [split for split in ("train", "validation", "test") if split not in data]:
+        raise ValueError(f"data has no {missing[0]!r} batches; expected a mapping of train, validation and test.")
+    if (target is None) == (tolerance is None):
+        raise ValueError(f"got target={target!r} and tolerance={tolerance!r}; expected one of them.")
+    defaults = {"granularity": GRANULARITY, "std": "per_channel", "estimator": "auto"}
+    if (target or options.get("by", "macs")).partition("=")[0].strip() == "weights":
+        defaults["std"] = "per_weight"
+    recipe = Recipe(target, tolerance, num_epochs, lr, lr, **(defaults | options))
+    train = data["train"]
+    if not isinstance(train, DataLoader):
+        raise ValueError(f"the training batches are a {type(train).__name__}; expected a torch.utils.data.DataLoader.")
+    examples: Any = train.dataset
+    described = f"{len(examples):,} training examples"
+    loaders = Loaders(train, data["validation"], data["test"], len(examples), described)
+    accelerator = Accelerator(cpu=device_of(model).type == "cpu", device_placement=False)
+    example = first_example(model, next(iter(loaders.validation)))
+    task = LoaderTask(loaders, accelerator, metric=metric, example_inputs=example)
+    return run(model, task, recipe, Path(out), LoggedProgress(), name=type(model).__name__, is_trained=True)
+
+
 def run(
     model: nn.Module, task: Task, recipe: Recipe, out: Path, progress: Progress, *, name: str, is_trained: bool
-) -> Report | None:
-    """Compresses the model, saves it to `out` with a report, and returns the report; None where another process does.
+) -> Compressed:
+    """Compresses the model and saves it to `out` with a report.
 
     What decides anything is measured on the validation split; the test split gives the report's two figures.
 
@@ -178,7 +265,7 @@ def run(
     validate(model, "fine-tuned")
 
     if not task.is_main:
-        return None
+        return Compressed(model, None)
     progress.stage("Save and report")
     points = [{"nonzero_parameters": p.nonzero_parameters, task.metric.name: p.accuracy} for p in history]
     said = [{"label": p.label, **point} for p, point in zip(history, points, strict=True)]
@@ -199,7 +286,7 @@ def run(
         )
     result.save(out)
     task.save_beside(out)
-    return result
+    return Compressed(model, result)
 
 
 def _check_feasible(model: nn.Module, task: Task, recipe: Recipe) -> None:
@@ -239,7 +326,7 @@ def _smallest(
     tolerance = recipe.tolerance * (reference if task.metric.is_lower_better else 1)
     labels = (f"cut {number}" if number else "learned" for number in itertools.count())
     options = {} if recipe.removes_weights else {"granularity": recipe.granularity, "uniform": recipe.uniform}
-    found = compress(
+    found = smallest_within(
         model,
         _example(model, task),
         evaluate=lambda candidate: sign * validate(candidate, next(labels)),
@@ -248,7 +335,7 @@ def _smallest(
             candidate, task, max(1, recipe.num_epochs // 2), recipe.lr, progress, distill
         ),
         reference=sign * reference,
-        what=recipe.what,
+        by=recipe.by,
         data=task.calibration,
         **options,
     )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 
-from bayesprune.estimators.outer import Outer, OuterNoise, outer_noise
+from bayesprune.estimators.outer import LinearNoise, Outer, outer_noise
 from bayesprune.estimators.repeatable import (
     Repeatable,
     differentiated,
@@ -37,8 +37,8 @@ def with_local_noise(
             return output + full_noise(options, x, bias_log_std, *weight.log_stds).to(output.dtype)
         rows, columns = factors
         options = Outer(draw, operation, len(rows))
-        if draw.seed is not None:
-            return OuterNoise.apply(output, options, x, rows, columns, bias_log_std)
+        if draw.seed is not None and feature_dim == -1:
+            return LinearNoise.apply(output, options, x, rows, columns, bias_log_std)
         return output + outer_noise(options, x, rows, columns, bias_log_std).to(output.dtype)
 
 

@@ -1,16 +1,16 @@
 """The noise of outputs whose weights have stds s_o s_i: no second product is needed for its variance.
 
-It is s_o^2 times the energies s_i^2 x_i^2 within the unit's reach, the same for all units of a group. The noise is
-drawn again in the backward pass. The plain function is the reference, and what is differentiated where a graph of the
-gradients is wanted. Energies and reaches have G channels, one for each group, in place of I and O.
+It is s_o^2 times the energies s_i^2 x_i^2 within the unit's reach, the same for all units of a group. The plain
+function serves convolutions, whose reach is a convolution of one channel for each group. Linear layers draw the noise
+again in the backward pass; the plain function is their reference, and differentiated where a graph of the gradients is
+wanted.
 """
 
 from typing import Any, NamedTuple
 
 import torch
-from torch import Size, Tensor
+from torch import Tensor
 
-from bayesprune.estimators.grouped import Layout, over_channels, over_positions
 from bayesprune.estimators.repeatable import (
     Repeatable,
     along,
@@ -43,15 +43,19 @@ def outer_noise(options: Outer, x: Tensor, rows: Tensor, columns: Tensor | None,
     squares = in_float32(x).square().unflatten(dim, (options.num_groups, -1))
     if columns is not None:
         squares = squares * along(square_of(columns, squares), dim)
-    reach = options.operation.spread(squares.sum(dim))
-    variance = (reach.unsqueeze(dim) * along(square_of(rows, reach), dim)).flatten(dim - 1, dim)
-    if bias_log_std is not None:
-        variance = variance + along(square_of(bias_log_std, reach), dim)
-    return scaled_noise(variance, draw)
+    reach = squares.sum(dim)
+    if dim != -1:
+        reach = options.operation.spread(reach)
+    row_squares = along(square_of(rows, reach), dim)
+    if bias_log_std is None:  # a root for each position, in place of one for each output
+        stds = (_root(reach).unsqueeze(dim) * row_squares.sqrt()).flatten(dim - 1, dim)
+        return stds * draw.normal(stds.shape, stds)
+    variance = (reach.unsqueeze(dim) * row_squares).flatten(dim - 1, dim)
+    return scaled_noise(variance + along(square_of(bias_log_std, reach), dim), draw)
 
 
-class OuterNoise(torch.autograd.Function):
-    """Adds `outer_noise`; keeps x and what is small."""
+class LinearNoise(torch.autograd.Function):
+    """Adds the `outer_noise` of a linear layer; keeps x and what is small."""
 
     @staticmethod
     def forward(
@@ -63,72 +67,59 @@ class OuterNoise(torch.autograd.Function):
         columns: Tensor | None,
         bias_log_std: Tensor | None,
     ) -> Tensor:
-        """The value."""
-        draw, operation, num_groups = ctx.options = options
-        values, inputs = in_float32(x), Layout.of(x, draw.feature_dim, num_groups)
-        column_squares = None if columns is None else square_of(columns, values).expand(num_groups, -1)
-        energy = over_channels(inputs.view(values.square()), column_squares)
-        reach = operation.spread(inputs.unview(energy, _with_channels(x, draw.feature_dim, num_groups)))
-        outputs = Layout(draw.feature_dim, num_groups, draw.is_last or draw.feature_dim == -1)
-        seen, squares = outputs.view(reach), square_of(rows, reach)
-        bias_squares = None
-        if bias_log_std is not None:
-            tiny = torch.finfo(reach.dtype).tiny
-            bias_squares = square_of(bias_log_std, reach).clamp_min_(tiny).view(num_groups, -1, 1)
+        """The value, of inputs (..., I), rows (1, O) and columns (1, I)."""
+        draw, ctx.options = options.draw, options
+        values = _rows_of(in_float32(x))
+        column_squares = None if columns is None else square_of(columns, values).view(-1)
+        energy = values.square()
+        energy = energy.sum(1) if column_squares is None else torch.mv(energy, column_squares)
+        squares, bias_squares = square_of(rows, energy).view(-1), None
         # Written through a view: FSDP 2 wants no view for a module's output.
-        memory_format = {4: torch.channels_last, 5: torch.channels_last_3d}[output.dim()] if draw.is_last else None
-        noisy = torch.empty_like(output, dtype=reach.dtype, memory_format=memory_format or torch.contiguous_format)
-        deviation = outputs.view(noisy)
-        if bias_squares is None:
-            torch.mul(_root(seen), squares.sqrt().unsqueeze(-1), out=deviation)
+        noisy = torch.empty_like(output, dtype=energy.dtype, memory_format=torch.contiguous_format)
+        deviation = noisy.view(-1, len(squares))
+        if bias_log_std is None:
+            torch.outer(_root(energy), squares.sqrt(), out=deviation)
             draw.multiplied(deviation, out=deviation)
         else:
-            torch.addcmul(bias_squares, seen, squares.unsqueeze(-1), out=deviation)
+            bias_squares = square_of(bias_log_std, energy).clamp_min_(torch.finfo(energy.dtype).tiny)
+            torch.addcmul(bias_squares, energy.unsqueeze(1), squares, out=deviation)
             slope = deviation.rsqrt()  # a processor's root takes longer
             deviation.mul_(draw.multiplied(slope, out=slope))
-        ctx.layouts = inputs, outputs
-        ctx.save_for_backward(x, rows, columns, bias_log_std, reach, column_squares, squares, bias_squares)
+        ctx.save_for_backward(x, rows, columns, bias_log_std, energy, column_squares, squares, bias_squares)
         return noisy.add_(output) if noisy.dtype == output.dtype else output + noisy.to(output.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of the inputs."""
-        x, rows, columns, bias_log_std, reach, column_squares, squares, bias_squares = ctx.saved_tensors
-        (gradient,), needed = gradients, ctx.needs_input_grad[2:]
+        x, rows, columns, bias_log_std, energy, column_squares, squares, bias_squares = ctx.saved_tensors
+        (gradient,), needed, draw = gradients, ctx.needs_input_grad[2:], ctx.options.draw
         if torch.is_grad_enabled():
             parts = (x, rows, columns, bias_log_std)
             return gradient, None, *differentiated(outer_noise, ctx.options, parts, needed, gradient)
-        (draw, operation, num_groups), (inputs, outputs) = ctx.options, ctx.layouts
         of_x, of_columns, of_bias = None, None, None
         with without_autocast(x.device):
-            seen = outputs.view(reach)
-            product = draw.multiplied(outputs.view(gradient).to(reach.dtype).contiguous())
+            product = draw.multiplied(_rows_of(gradient).to(energy.dtype).contiguous())
             if bias_squares is None:
-                root, stds = _root(seen), squares.sqrt()
-                of_rows, twice_of_reach = over_positions(product, root) * stds, over_channels(product, stds) / root
+                root, stds = _root(energy), squares.sqrt()
+                of_rows, twice = torch.mv(product.t(), root) * stds, torch.mv(product, stds) / root
             else:
-                product.mul_(torch.addcmul(bias_squares, seen, squares.unsqueeze(-1)).rsqrt_())
-                of_rows, twice_of_reach = over_positions(product, seen) * squares, over_channels(product, squares)
-                of_bias = (product.sum((0, 3)).unsqueeze(-1) * bias_squares).flatten().to(bias_log_std.dtype)
-            if needed[0] or needed[2]:
-                shape = _with_channels(x, draw.feature_dim, num_groups)
-                twice = inputs.view(operation.gather(outputs.unview(twice_of_reach, reach.shape), shape))
-                values = inputs.view(in_float32(x))
-                if columns is not None and needed[2]:
-                    of_columns = over_positions(values.square(), twice).mul_(column_squares)
-                    of_columns = of_columns.sum_to_size(columns.shape).to(columns.dtype)
-                if needed[0]:
-                    scaled = values * twice if columns is None else (values * twice).mul_(column_squares.unsqueeze(-1))
-                    of_x = inputs.unview(scaled, x.shape).to(x.dtype)
-        return gradient, None, of_x, of_rows.to(rows.dtype), of_columns, of_bias
+                product.mul_(torch.addcmul(bias_squares, energy.unsqueeze(1), squares).rsqrt_())
+                of_rows, twice = torch.mv(product.t(), energy) * squares, torch.mv(product, squares)
+                of_bias = (product.sum(0) * bias_squares).to(bias_log_std.dtype)
+            values = _rows_of(in_float32(x))
+            if columns is not None and needed[2]:
+                of_columns = (torch.mv(values.square().t(), twice) * column_squares).view_as(columns).to(columns.dtype)
+            if needed[0]:
+                scaled = values * twice.unsqueeze(1)
+                of_x = (scaled if columns is None else scaled.mul_(column_squares)).view(x.shape).to(x.dtype)
+        return gradient, None, of_x, of_rows.view_as(rows).to(rows.dtype), of_columns, of_bias
+
+
+def _rows_of(tensor: Tensor) -> Tensor:
+    """(..., I) as (N, I)."""
+    return tensor.reshape(-1, tensor.shape[-1])
 
 
 def _root(reach: Tensor) -> Tensor:
     """Where nothing is within reach, all that is multiplied by a gradient divided by this is zero."""
     return reach.clamp_min(torch.finfo(reach.dtype).tiny).sqrt()
-
-
-def _with_channels(x: Tensor, feature_dim: int, num_channels: int) -> Size:
-    """The shape of x with so many channels."""
-    dim = x.dim() + feature_dim
-    return Size((*x.shape[:dim], num_channels, *x.shape[dim + 1 :]))

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Size, Tensor, nn
+from torch import Tensor, nn
 
 Operation = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -82,10 +82,6 @@ class Bilinear:
 
     def spread(self, energy: Tensor) -> Tensor:
         """What weights of one reach of a quantity with one channel for each group (N, G, ...), at each output."""
-        raise NotImplementedError
-
-    def gather(self, gradient: Tensor, shape: Size) -> Tensor:
-        """The gradient of a quantity of this shape from that of its `spread`."""
         raise NotImplementedError
 
 

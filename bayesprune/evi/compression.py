@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayesprune.prune import compress
+from bayesprune.prune import smallest_within
 from bayesprune.prune.search import Compression
 
 
 @torch.no_grad()
 def kernel_norm(group: Any) -> Tensor:
-    """The paper's criterion, for `prune_channels` and `compress`: Frobenius norm of each kernel's mean, (C,).
+    """The paper's criterion, for `prune_channels` and `smallest_within`: Frobenius norm of each kernel's mean, (C,).
 
     Args:
         group: A dependency group of torch-pruning; its first layer is the one whose kernels are ranked.
@@ -37,7 +37,7 @@ def self_compress(
 ) -> Compression:
     """Trains, then removes kernels and trains on, while the validation score stays within the tolerance.
 
-    It is `compress` behind a first training, with the paper's criterion.
+    It is `smallest_within` behind a first training, with the paper's criterion.
 
     Args:
         model: A network to start from; it is trained in place.
@@ -46,10 +46,10 @@ def self_compress(
         evaluate: Score on validation data, higher is better; never the test split.
         tolerance: Largest loss of that score that is accepted, in its own unit.
         importance: `kernel_norm`, `bayesprune.SNRImportance()`, or another criterion of `prune_channels`.
-        **options: Further options of `compress` (`step`, `min_step`, `reference`, ...).
+        **options: Further options of `smallest_within` (`step`, `min_step`, `reference`, ...).
     """
     train(model)
-    return compress(
+    return smallest_within(
         model,
         example_inputs,
         evaluate=evaluate,

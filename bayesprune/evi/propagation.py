@@ -52,6 +52,6 @@ def propagate(model: nn.Module, x: Tensor, *, covariance: Literal["diagonal", "s
 
 
 def _diagonal(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    with sampling(model, "moments"), settings(covariance="diagonal", taylor=True, max_pool="argmax"):
+    with sampling(model, "moments"), settings(covariance="diagonal", taylor=True):
         mean, variance, _ = parts(model(x))
     return mean, torch.diag_embed(torch.zeros_like(mean) if variance is None else variance)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 LABELS = ("labels", "label", "label_ids", "targets", "target")
 """Keys of a mapping that are no inputs, unless the forward cannot do without them."""
@@ -98,6 +99,19 @@ def given(model: nn.Module, inputs: Any) -> Batch:
     if isinstance(inputs, Mapping):
         return Batch((), dict(inputs), None)
     return Batch(_Forward(model).arguments(inputs, None), {}, None)
+
+
+def first_example(model: Callable[..., Any], batch: Any) -> Any:
+    """The first example of a batch as example inputs: the arguments of the forward, or a mapping of them.
+
+    Raises:
+        ValueError: as for `split`.
+    """
+    found = split(model, batch)
+    args, kwargs = (tree_map(lambda v: v[:1] if isinstance(v, Tensor) and v.dim() else v, part) for part in found[:2])
+    if kwargs:
+        return kwargs
+    return args[0] if len(args) == 1 and isinstance(args[0], Tensor) else args
 
 
 def on_device(value: Any, device: torch.device) -> Any:

@@ -62,7 +62,7 @@ def add_channel_gates(
     """Gives every channel and head that can leave the model a gate; in place.
 
     Until training the output in evaluation mode is what it was. `attach` finds the gates, adds their KL and moves them.
-    `prune_channels(model, example_inputs, target={"inclusion": 0.5})` removes what they closed; `close` sets its
+    `prune_channels(model, example_inputs, "inclusion=0.5")` removes what they closed; `close` sets its
     weights to zero instead. Every group was tried: where a closed gate gives another output than the removed channel,
     as with layer norm, whose statistics the channel leaves, the group has no gates, and the report says so.
 

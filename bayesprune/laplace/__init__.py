@@ -3,9 +3,9 @@
 from bayesprune.laplace.calibration import cross_entropy, output_metric, sampled_cross_entropy
 from bayesprune.laplace.compensation import compensate
 from bayesprune.laplace.conditioning import condition_on_channels, condition_on_zeros, conditional_mean
-from bayesprune.laplace.diagonal import adam_laplace, fit_laplace
+from bayesprune.laplace.diagonal import fit_laplace
+from bayesprune.laplace.ivon import ivon_posterior
 from bayesprune.laplace.kronecker import KroneckerFactors, KroneckerPosterior, fit_kronecker, set_marginal_stds
-from bayesprune.laplace.online_newton import online_newton_posterior
 from bayesprune.laplace.running import RunningLaplace
 from bayesprune.laplace.stds import collapse
 
@@ -13,7 +13,6 @@ __all__ = [
     "KroneckerFactors",
     "KroneckerPosterior",
     "RunningLaplace",
-    "adam_laplace",
     "collapse",
     "compensate",
     "condition_on_channels",
@@ -22,7 +21,7 @@ __all__ = [
     "cross_entropy",
     "fit_kronecker",
     "fit_laplace",
-    "online_newton_posterior",
+    "ivon_posterior",
     "output_metric",
     "sampled_cross_entropy",
     "set_marginal_stds",

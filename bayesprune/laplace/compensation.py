@@ -95,7 +95,7 @@ def compensate(
         ...     data[0],
         ...     "macs=0.5",
         ...     importance=tp.importance.MagnitudeImportance(),
-        ...     before_cut=functools.partial(bp.compensate, model, data),
+        ...     before_cut=functools.partial(bp.laplace.compensate, model, data),
         ... )
     """
     batches = [on_device(batch, device_of(model)) for batch in data]

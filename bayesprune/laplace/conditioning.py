@@ -81,9 +81,9 @@ def condition_on_zeros(model: nn.Module, posterior: KroneckerPosterior, *, dampi
         >>> import torch, bayesprune as bp
         >>> model = bp.to_variational(torch.nn.Linear(8, 3))
         >>> batches = [(torch.randn(32, 8), torch.randint(3, (32,)))]
-        >>> posterior = bp.fit_kronecker(model, batches)
-        >>> report = bp.prune_weights(model, pattern="2:4")
-        >>> model = bp.condition_on_zeros(model, posterior)
+        >>> posterior = bp.laplace.fit_kronecker(model, batches)
+        >>> report = bp.prune_weights(model, "2:4")
+        >>> model = bp.laplace.condition_on_zeros(model, posterior)
     """
     for name, factors in posterior.items():
         layer = variational_layer(model, name)
@@ -106,8 +106,8 @@ def condition_on_channels(
     One factorisation a layer (and block, and group). The weights of the channels become zero; cut them then. As
     `prune_channels(before_cut=...)` it runs with what the layers lose:
 
-        compensate = functools.partial(bp.condition_on_channels, model, bp.fit_kronecker(model, loader))
-        bp.prune_channels(model, x, target={"macs": 0.5}, before_cut=compensate)
+        compensate = functools.partial(bp.laplace.condition_on_channels, model, bp.laplace.fit_kronecker(model, loader))
+        bp.prune_channels(model, x, "macs=0.5", before_cut=compensate)
 
     Args:
         model: The variational model that the posterior was fitted to.

@@ -6,7 +6,7 @@ is then twice the saliency of Optimal Brain Damage (LeCun et al., 1989), with th
 
 Squares are of true per-example gradients, summed over an example's positions first. They come layer by layer from
 inputs and output gradients, one batched matrix product a layer; layers that are no matrix product (transposed or
-weight-standardised convolutions, norms whose scale has a posterior) run backward once for each example.
+weight-standardised convolutions) run backward once for each example.
 """
 
 import warnings
@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from bayesprune.foundation.model import eval_mode
 from bayesprune.foundation.text import first_names
@@ -65,7 +64,7 @@ def fit_laplace(
         >>> import torch, bayesprune as bp
         >>> model = bp.to_variational(torch.nn.Linear(4, 3))
         >>> batches = [(torch.randn(32, 4), torch.randint(3, (32,)))]
-        >>> model = bp.fit_laplace(model, batches, num_data=50_000)
+        >>> model = bp.laplace.fit_laplace(model, batches, num_data=50_000)
     """
     precisions = prior_precisions(model, prior)
     squares, seen = sums_of_squares(model, loader, loss=loss, num_batches=num_batches)
@@ -74,52 +73,6 @@ def fit_laplace(
         if posterior.name in squares:
             set_precision(posterior, scale * squares[posterior.name] + precision)
     _warn_of_others(precisions, squares)
-    return model
-
-
-def adam_laplace(
-    model: nn.Module,
-    optimizer: Optimizer,
-    *,
-    num_data: int,
-    batch_size: int,
-    prior: Prior | None = None,
-) -> nn.Module:
-    """The model with stds from Adam's second moments, in place: a diagonal Laplace posterior at no cost at all.
-
-    batch_size times the (bias-corrected) average of squared batch gradients stands for the Fisher information (as in
-    Khan et al., 2018). Its bias is known: a batch gradient has variance Var(g) / B around its mean m, so B E[g_B^2] =
-    Var(g) + B m^2, where the Fisher information is Var(g) + m^2. It is too large by (B - 1) m^2, little only where
-    training has converged, and whatever else stands in the gradients (clipping, weight decay in `Adam`, a KL, sampled
-    weights) is in it too.
-
-    Args:
-        model: A variational model.
-        optimizer: Adam, AdamW or their like (with `exp_avg_sq` in the state), having trained these very parameters.
-        num_data: Size of the training set.
-        batch_size: Examples in each optimizer step, over all processes and accumulated batches.
-        prior: A `priors.Gaussian`; None is `Gaussian("layer_rms")`.
-
-    Raises:
-        ValueError: the optimizer has no second moment of any posterior mean.
-    """
-    precisions = prior_precisions(model, prior)
-    betas = {id(p): group.get("betas", (0.0, 0.0)) for group in optimizer.param_groups for p in group["params"]}
-    moments: dict[str, Tensor] = {}
-    for posterior in precisions:
-        state = optimizer.state.get(posterior.mean, {})
-        if "exp_avg_sq" in state:
-            correction = 1 - betas[id(posterior.mean)][1] ** float(state["step"])
-            moments[posterior.name] = state["exp_avg_sq"].double() / correction
-    if not moments:
-        raise ValueError(
-            f"{type(optimizer).__name__} has no exp_avg_sq for any of the model's {len(precisions)} posterior means; "
-            "expected Adam or AdamW after training this very model."
-        )
-    for posterior, precision in precisions.items():
-        if posterior.name in moments:
-            set_precision(posterior, num_data * batch_size * moments[posterior.name] + precision)
-    _warn_of_others(precisions, moments)
     return model
 
 
@@ -190,7 +143,7 @@ def _one_by_one(call: Call, parameter: str, num_examples: int) -> Tensor:
     found = []
     for index in range(num_examples):
         _, inputs, gradients, operation = _examples(call, index, 1, num_examples)
-        with eval_mode(layer), layer.substituted(**others):  # a norm in training would go by this example alone
+        with eval_mode(layer), layer.substituted(**others):
             output = operation(_wide(inputs), tensors["weight"], tensors.get("bias"))
         found += torch.autograd.grad(output, tensors[parameter], _wide(gradients))
     return torch.stack(found)

@@ -102,9 +102,9 @@ def fit_kronecker(
     """A matrix normal posterior of each linear layer and convolution, around its present means; the model stays as is.
 
     `set_marginal_stds` makes its marginals the model's stds; `condition_on_zeros` and `condition_on_channels` remove
-    weights and move those that remain. Transposed and weight-standardised convolutions, scales of norms and
-    `nn.MultiheadAttention` are not in it and keep their stds, nor are layers that did not run. Fit again after training
-    and after channels were cut.
+    weights and move those that remain. Transposed and weight-standardised convolutions and `nn.MultiheadAttention` are
+    not in it and keep their stds, nor are layers that did not run. Fit again after training and after channels were
+    cut.
 
     Cost: a forward and a backward over the data, and C^2 + R^2 multiplications for each position that a layer of R
     outputs and C inputs (times taps) meets, where its forward has R C. Memory: 8 (C b + R b) bytes a layer, on the CPU,

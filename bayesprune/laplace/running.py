@@ -1,9 +1,10 @@
 """A Laplace posterior that is kept up to date during ordinary training, from the gradients that it computes anyway.
 
 The training stays as it is: no noise, no KL, no second pass. A hook before each step of the user's optimizer keeps an
-exponential moving average of the squared batch gradients, from which the stds follow as in `adam_laplace`, for any
-optimizer. Under gradual removal the curvature is that of the present, partly removed network: that of a trained network
-alone, whose gradients have almost vanished, says little about removing most of its weights.
+exponential moving average of the squared batch gradients, from which the stds follow (Khan et al., 2018, arXiv
+1806.04854, have it from Adam's second moments). Under gradual removal the curvature is that of the present, partly
+removed network: that of a trained network alone, whose gradients have almost vanished, says little about removing most
+of its weights.
 """
 
 from typing import Any
@@ -21,8 +22,11 @@ from bayesprune.train.optimizers import grad_scaler_state, unwrapped
 class RunningLaplace:
     """Stds from a moving average of squared gradients; `update` writes them.
 
-    batch_size times the average stands for the Fisher information, with the bias that `adam_laplace` states. Cost: one
-    number a weight, and a few element-wise operations a step.
+    batch_size times the average stands for the Fisher information. Its bias is known: a batch gradient has variance
+    Var(g) / B around its mean m, so B E[g_B^2] = Var(g) + B m^2, where the Fisher information is Var(g) + m^2. It is
+    too large by (B - 1) m^2, little only where training has converged, and whatever else stands in the gradients (a KL,
+    sampled weights, weight decay that is added to them) is in it too. Cost: one number a weight, and a few element-wise
+    operations a step.
 
     Args:
         optimizer: Any torch optimizer, or accelerate's wrapper of one.
@@ -42,7 +46,7 @@ class RunningLaplace:
         >>> loss.backward()
         >>> optimizer.step()
         >>> posterior.update()
-        >>> report = bp.prune_weights(model, sparsity=0.5, score=bp.prune.SNRScore(power=0.5))
+        >>> report = bp.prune_weights(model, "weights=0.5", score=bp.prune.SNRScore(power=0.5))
 
     Raises:
         ValueError: a number is out of range, or the model has no variational layer.

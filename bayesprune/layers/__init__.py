@@ -6,7 +6,6 @@ from bayesprune.layers.base import VariationalLayer
 from bayesprune.layers.closing import close_gates, drop_gates, fold_gates
 from bayesprune.layers.experts import register_experts
 from bayesprune.layers.gates import Gate, GateOptions, named_gates, passing_gates
-from bayesprune.layers.norms import VariationalNorm
 from bayesprune.layers.posteriors import Posterior, named_posteriors, variational_layers
 from bayesprune.layers.registry import register_layer, registered_types, variational_type
 from bayesprune.layers.structures import STRUCTURES, part_shapes
@@ -18,7 +17,6 @@ __all__ = [
     "Gaussian",
     "Posterior",
     "VariationalLayer",
-    "VariationalNorm",
     "close_gates",
     "drop_gates",
     "fold_gates",

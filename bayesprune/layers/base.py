@@ -31,7 +31,6 @@ class VariationalLayer(nn.Module):
     Attributes:
         is_linear_in_weight: Whether the layer multiplies inputs by weights, adds, and does no more; the variance of its
             output is then the same operation on squares.
-        is_norm: Whether its posterior is one over the scale of a norm, which is converted on request alone.
         num_stacked: How many leading dimensions of its parameters number layers of their own, such as experts.
         std: Structure of the stds: "per_weight", "rank_one" or "per_channel".
         estimator: What runs while the layer is in training mode.
@@ -41,7 +40,6 @@ class VariationalLayer(nn.Module):
     stock_type: ClassVar[type[nn.Module]]
     posterior_names: ClassVar[tuple[str, ...]] = ("weight", "bias")
     is_linear_in_weight: ClassVar[bool] = True
-    is_norm: ClassVar[bool] = False
     num_stacked: ClassVar[int] = 0
     fallback_reason: ClassVar[str | None] = None
 
@@ -96,8 +94,8 @@ class VariationalLayer(nn.Module):
         """The parts of the weight's log std by groups where the std is an outer product, with `reach_kernel`."""
         return None
 
-    def reach_kernel(self, energy: Tensor) -> Tensor | None:
-        """The weight of ones that sums energies (N, G, ...) for every output; None where nothing is to be summed."""
+    def reach_kernel(self, energy: Tensor) -> Tensor:
+        """The weight of ones that sums energies (N, G, ...) for every output."""
         raise NotImplementedError
 
     def meets_one_position(self, x: Tensor) -> bool:
@@ -132,7 +130,7 @@ class VariationalLayer(nn.Module):
         return [name for name in self.posterior_names if self._part_names(name)]
 
     def is_weight(self, name: str) -> bool:
-        """Whether a parameter is a weight, not a bias or the scale of a norm."""
+        """Whether a parameter is a weight, not a bias."""
         return getattr(self, name).dim() > 1 + self.num_stacked
 
     def masked_names(self) -> list[str]:
@@ -287,6 +285,6 @@ class VariationalLayer(nn.Module):
 def _rebuild(stock_type: type[nn.Module]) -> VariationalLayer:
     from bayesprune.layers.registry import variational_type  # the registry needs this module
 
-    found = variational_type(stock_type, norm_scales=True)
+    found = variational_type(stock_type)
     assert found is not None, f"{stock_type.__name__} was converted once, so it has a variational type"
     return found.__new__(found)

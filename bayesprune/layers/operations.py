@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import Size, Tensor
+from torch import Tensor
 
 from bayesprune.estimators import Bilinear, Factors
 
@@ -45,15 +45,4 @@ class LayerOperation(Bilinear):
 
     def spread(self, energy: Tensor) -> Tensor:
         """Sum of the energies within the reach of each output."""
-        kernel = self.layer.reach_kernel(energy)
-        return energy if kernel is None else self(energy, kernel, None)
-
-    def gather(self, gradient: Tensor, shape: Size) -> Tensor:
-        """Sum of the gradients of the outputs within whose reach an energy is."""
-        kernel = self.layer.reach_kernel(gradient)
-        if kernel is None:
-            return gradient
-        energy = gradient.new_zeros(shape)  # for its shape: what is linear has the same gradient everywhere
-        found, _ = self.pullback(gradient, energy, kernel, (True, False))
-        assert found is not None, "it was asked for"
-        return found
+        return self(energy, self.layer.reach_kernel(energy), None)

@@ -49,7 +49,7 @@ class Posterior:
 
     @property
     def is_weight(self) -> bool:
-        """Whether it is a weight, not a bias or the scale of a norm."""
+        """Whether it is a weight, not a bias."""
         return self.layer.is_weight(self.parameter)
 
     @property

@@ -22,7 +22,7 @@ def register_layer(stock_type: type[nn.Module]) -> Callable[[_Layer], _Layer]:
     The class derives from `VariationalLayer` and the stock type, in this order. It overrides what differs:
     `posterior_names`, `feature_dim`, `unit_dims`, `operation`, `meets_one_position`, `is_linear_in_weight`. A layer
     that does more than multiply inputs by weights and add (a factor on its output, a normalisation) says
-    `is_linear_in_weight = False`; a norm derives from `bayesprune.layers.VariationalNorm` in the mixin's place.
+    `is_linear_in_weight = False`.
 
     Example:
         >>> class Scaled(nn.Linear):
@@ -44,7 +44,7 @@ def register_layer(stock_type: type[nn.Module]) -> Callable[[_Layer], _Layer]:
             )
         cls.stock_type = stock_type
         _REGISTERED[stock_type] = cls
-        _any_variational_type.cache_clear()
+        variational_type.cache_clear()
         return cls
 
     return decorate
@@ -55,21 +55,16 @@ def is_registered(stock_type: type[nn.Module]) -> bool:
     return stock_type in _REGISTERED
 
 
-def registered_types(*, norm_scales: bool = False) -> list[type[nn.Module]]:
-    """The registered stock types; with `norm_scales` norms too."""
-    return [stock for stock, found in _REGISTERED.items() if norm_scales or not found.is_norm]
-
-
-def variational_type(stock_type: type[nn.Module], *, norm_scales: bool = False) -> type[VariationalLayer] | None:
-    """The variational class for this exact stock type; None where there is no way, and for norms unless asked for."""
-    if issubclass(stock_type, VariationalLayer):
-        return stock_type  # converted already
-    found = _any_variational_type(stock_type)
-    return None if found is not None and found.is_norm and not norm_scales else found
+def registered_types() -> list[type[nn.Module]]:
+    """The registered stock types."""
+    return list(_REGISTERED)
 
 
 @cache
-def _any_variational_type(stock_type: type[nn.Module]) -> type[VariationalLayer] | None:
+def variational_type(stock_type: type[nn.Module]) -> type[VariationalLayer] | None:
+    """The variational class for this exact stock type; None where there is no way."""
+    if issubclass(stock_type, VariationalLayer):
+        return stock_type  # converted already
     if stock_type in _REGISTERED:
         return _REGISTERED[stock_type]
     for base in stock_type.__mro__[1:]:
@@ -86,8 +81,6 @@ def _derived(stock_type: type[nn.Module], base: type[nn.Module]) -> type[Variati
         return type(name, (registered, stock_type), members)
     reason = f"{stock_type.__name__} has a forward of its own: weight sampling, whatever the estimator"
     members |= {"is_linear_in_weight": False, "fallback_reason": reason}
-    if registered.is_norm:
-        return type(name, (registered, stock_type), members)  # a norm's draw goes through any forward as it is
     if not registered.is_linear_in_weight:
         return None  # attention with a forward of its own: nothing is known of how it uses its weights
     members["unit_dims"] = registered.unit_dims

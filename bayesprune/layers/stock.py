@@ -34,12 +34,9 @@ class VariationalLinear(VariationalLayer, nn.Linear):
         return of_x, rows.t() @ x.reshape(-1, x.shape[-1]) if needed[1] else None
 
     def std_factors(self, log_stds: tuple[Tensor, ...]) -> Factors | None:
-        """One group."""
-        return factors(log_stds, unit_dim=0, groups=1)
-
-    def reach_kernel(self, energy: Tensor) -> Tensor | None:
-        """One position reaches one position."""
-        return None if type(self).operation is VariationalLinear.operation else energy.new_ones((1, 1))
+        """One group, where no subclass has another operation."""
+        is_plain = type(self).operation is VariationalLinear.operation
+        return factors(log_stds, unit_dim=0, groups=1) if is_plain else None
 
     def meets_one_position(self, x: Tensor) -> bool:
         """An input of (N, I), not of tokens (N, T, I)."""
@@ -58,7 +55,7 @@ class _VariationalConv(VariationalLayer, _ConvNd):
         """The groups of the convolution."""
         return factors(log_stds, unit_dim=self.unit_dims[-1], groups=self.groups)
 
-    def reach_kernel(self, energy: Tensor) -> Tensor | None:
+    def reach_kernel(self, energy: Tensor) -> Tensor:
         """A box of the kernel's size for every group."""
         return energy.new_ones((self.groups, 1, *self.kernel_size))
 

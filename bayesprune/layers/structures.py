@@ -38,7 +38,7 @@ SUFFIXES = ("log_std", "row_log_std", "column_log_std")
 
 
 def part_shapes(std: str, shape: Shape, unit_dims: Shape, *, num_stacked: int = 0) -> dict[str, Shape]:
-    """The shapes of the log-std parts by suffix; a bias or a norm's scale (one dimension) has one for every entry.
+    """The shapes of the log-std parts by suffix; a bias (one dimension) has one for every entry.
 
     Of layers stacked in one tensor, which the first dimensions number, each has its own.
     """

@@ -11,16 +11,14 @@ means drawn with the std in brackets:
 | 100     | < 1 %   | 0.1 % (0.5)   | 1 %, 2 % (3)  | 6 %, 8 % (3)   | 16 %, 16 % (3) |
 
 It is too high for wide logits, so it is hard on variances. The bound of Knowles and Minka (2011), iterated, was no
-better: 46 % for ten classes at s = 3 (69 % for sharp ones). Drawing S logits is unbiased, with a standard error of
-about s / sqrt(S) an example.
+better: 46 % for ten classes at s = 3 (69 % for sharp ones).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from bayesprune.foundation import noise
 from bayesprune.moments.gaussian import gauss_hermite, std, total
 from bayesprune.moments.shared import aligned
 from bayesprune.moments.tensor import Known, Moments
@@ -43,23 +41,6 @@ def log_normaliser_excess(x: Known, dim: int) -> Tensor:
     return 0.5 * (p * (1 - p) * variance).sum(dim)
 
 
-def drawn(x: Known, num_samples: int) -> Iterator[Tensor]:
-    """Gaussian draws of a tensor, from torch's generators."""
-    (mean, variance, shared), directions, residual = x
-    assert variance is not None, "a certain tensor needs no draws"
-    alone = residual if directions is not None else variance if shared is None else (variance - shared).clamp_min(0)
-    for _ in range(num_samples):
-        draw = mean.to(variance.dtype)
-        if alone is not None:
-            draw = draw + std(alone) * _normal(alone)
-        if directions is not None:
-            weights = _normal(directions[(slice(None), *[slice(1)] * mean.dim())])
-            draw = draw + (weights * directions).sum(0)
-        elif shared is not None:
-            draw = draw + std(shared) * _normal(shared)
-        yield draw
-
-
 def expected(x: Moments, function: Callable[[Tensor], Tensor]) -> Tensor:
     """E f(x) of an elementwise function, by quadrature over the tensor that x was made of."""
     source = x.source if x.source.is_gaussian else x.source.base
@@ -69,7 +50,3 @@ def expected(x: Moments, function: Callable[[Tensor], Tensor]) -> Tensor:
     nodes, weights = gauss_hermite(_NUM_NODES)
     values = (function(m + s * node if source is x.source else x.source.value(m + s * node)) for node in nodes)
     return total([weight * value for weight, value in zip(weights, values, strict=True)])
-
-
-def _normal(like: Tensor) -> Tensor:
-    return noise.normal(like.shape, device=like.device, dtype=like.dtype)

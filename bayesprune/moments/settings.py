@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 COVARIANCES = ("shared", "diagonal", "low_rank")
-MAX_POOLS = ("argmax", "clark")
-LIKELIHOODS = ("second_order", "sampling")
 
 
 @dataclass(frozen=True)
@@ -21,29 +19,19 @@ class Settings:
             "low_rank": that of all entries, along random directions, at the cost of as many samples.
         taylor: First-order rules for elementwise functions, f(m) and f'(m)^2 v (Dera et al., 2019), in place of the
             expectations under a Gaussian.
-        max_pool: "argmax": the variance where the mean is largest (Dera et al., 2019); "clark": the moments of the
-            maximum (Clark, 1961).
         num_nodes: Gauss-Hermite nodes of elementwise functions without a closed form.
         num_directions: Directions K of the low-rank covariance.
-        likelihood: Expected cross-entropy of uncertain logits; "second_order": in their variances, without noise;
-            "sampling": the average over draws of the logits, unbiased however wide they are.
-        num_logit_samples: Draws of the logits.
     """
 
     covariance: str = "shared"
     taylor: bool = False
-    max_pool: str = "argmax"
     num_nodes: int = 5
     num_directions: int = 8
-    likelihood: str = "second_order"
-    num_logit_samples: int = 8
 
     def __post_init__(self) -> None:
-        choices = {"covariance": COVARIANCES, "max_pool": MAX_POOLS, "likelihood": LIKELIHOODS}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}.")
-        for name, least in (("num_nodes", 2), ("num_directions", 1), ("num_logit_samples", 1)):
+        if self.covariance not in COVARIANCES:
+            raise ValueError(f"covariance is {self.covariance!r}; expected one of {', '.join(COVARIANCES)}.")
+        for name, least in (("num_nodes", 2), ("num_directions", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected at least {least}.")
 
@@ -69,8 +57,8 @@ def settings(**changes: Any) -> Iterator[Settings]:
     Example:
         >>> import bayesprune as bp
         >>> with bp.moments.settings(covariance="diagonal", taylor=True) as chosen:
-        ...     chosen.max_pool
-        'argmax'
+        ...     chosen.num_nodes
+        5
 
     Raises:
         TypeError: there is no such setting.

@@ -36,7 +36,7 @@ def compile_moments(model: nn.Module, **options: Any) -> Callable[..., Any]:
         >>> import torch
         >>> import bayesprune as bp
         >>> model = bp.to_variational(torch.nn.Linear(3, 2))
-        >>> forward = bp.compile_moments(model, backend="eager")
+        >>> forward = bp.prediction.compile_moments(model, backend="eager")
         >>> forward(torch.randn(5, 3)).variance.shape
         torch.Size([5, 2])
 

@@ -89,7 +89,7 @@ def sampling(model: nn.Module, estimator: str = "weight_sampling") -> Iterator[n
 
     "moments" makes the model return tensors with mean and variance, `bayesprune.moments.Moments`; of the others, layers
     that are not linear in their weight use weight sampling in its place. Under "moments" what `torch.compile` made runs
-    uncompiled; `bayesprune.compile_moments` compiles.
+    uncompiled; `bayesprune.prediction.compile_moments` compiles.
 
     Raises:
         ValueError: the estimator is unknown or the model has no variational layer.

@@ -1,7 +1,7 @@
 """Scores of weights and channels, and their removal."""
 
-from bayesprune.prune.batch_norm import recalibrate_batch_norm
-from bayesprune.prune.channels.measured import MeasuredImportance, layer_sparsities
+from bayesprune.prune.batch_norm import FrozenStatistics, freeze_batch_norm, recalibrate_batch_norm
+from bayesprune.prune.channels.measured import MeasuredImportance, layer_shares
 from bayesprune.prune.channels.prune import ChannelReport, prune_channels
 from bayesprune.prune.graph.companions import follow_stds
 from bayesprune.prune.graph.dependency import dependency_groups
@@ -10,16 +10,17 @@ from bayesprune.prune.scores.evidence import EvidenceImportance, evidence
 from bayesprune.prune.scores.inclusion import InclusionImportance
 from bayesprune.prune.scores.unit_snr import UnitSNRImportance
 from bayesprune.prune.scores.weights import SNRScore, signal_to_noise
-from bayesprune.prune.search import Compression, Trial, compress
+from bayesprune.prune.search import Compression, Trial, smallest_within
 from bayesprune.prune.weights.discovery import discover_mask
 from bayesprune.prune.weights.one_shot import prune_one_shot
 from bayesprune.prune.weights.prune import WeightReport, prune_weights
-from bayesprune.prune.weights.schedule import PruneSchedule, sparsities
+from bayesprune.prune.weights.schedule import PruneSchedule, shares
 
 __all__ = [
     "ChannelReport",
     "Compression",
     "EvidenceImportance",
+    "FrozenStatistics",
     "InclusionImportance",
     "MeasuredImportance",
     "PruneSchedule",
@@ -28,16 +29,17 @@ __all__ = [
     "Trial",
     "UnitSNRImportance",
     "WeightReport",
-    "compress",
     "dependency_groups",
     "discover_mask",
     "evidence",
     "follow_stds",
-    "layer_sparsities",
+    "freeze_batch_norm",
+    "layer_shares",
     "prune_channels",
     "prune_one_shot",
     "prune_weights",
     "recalibrate_batch_norm",
+    "shares",
     "signal_to_noise",
-    "sparsities",
+    "smallest_within",
 ]

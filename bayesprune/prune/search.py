@@ -21,6 +21,7 @@ from rich.table import Table
 from torch import nn
 
 from bayesprune.errors import InfeasibleTargetError
+from bayesprune.foundation.target import Target
 from bayesprune.foundation.text import as_text
 from bayesprune.prune.channels.prune import prune_channels
 from bayesprune.prune.graph.roots import layer_names
@@ -45,14 +46,14 @@ class Compression:
     Attributes:
         model: The very model that was evaluated, or a copy of the uncut one where no trial was accepted.
         trials: In the order of the search, the uncut model first.
-        what: What was removed, "channels" or "weights".
+        by: What was counted, "macs" or "weights".
         reference: The score that the others were compared with.
         tolerance: Largest loss of it that was accepted.
     """
 
     model: nn.Module
     trials: tuple[Trial, ...]
-    what: str
+    by: str
     reference: float
     tolerance: float
 
@@ -63,13 +64,13 @@ class Compression:
 
     def to_dict(self) -> dict[str, Any]:
         """All but the model, for JSON: the curve under "trials"."""
-        options = {"what": self.what, "reference": self.reference, "tolerance": self.tolerance}
+        options = {"by": self.by, "reference": self.reference, "tolerance": self.tolerance}
         return options | {"trials": [asdict(trial) for trial in self.curve]}
 
     def __str__(self) -> str:
         """The curve as plain text."""
         smallest = min((trial.kept for trial in self.trials if trial.accepted), default=None)
-        found = "nothing within the tolerance" if smallest is None else f"{smallest:.2%} of the {UNITS[self.what]} kept"
+        found = "nothing within the tolerance" if smallest is None else f"{smallest:.2%} of the {UNITS[self.by]} kept"
         table = Table("kept", "score", "loss", "")
         for trial in self.curve:
             verdict = "smallest" if trial.accepted and trial.kept == smallest else "" if trial.accepted else "too low"
@@ -80,14 +81,14 @@ class Compression:
 _SMALLEST = 1e-4  # the size that counts as failed before any did
 
 
-def compress(
+def smallest_within(
     model: nn.Module,
     example_inputs: Any = None,
     *,
     evaluate: Callable[[nn.Module], float],
     tolerance: float,
     fine_tune: Callable[[nn.Module], object] | None = None,
-    what: Literal["channels", "weights"] = "channels",
+    by: Literal["macs", "weights"] = "macs",
     reference: float | None = None,
     step: float = 0.3,
     min_step: float = 0.05,
@@ -106,7 +107,7 @@ def compress(
         evaluate: Score of a model on validation data, higher is better, in evaluation mode. Never the test split.
         tolerance: Largest loss of that score that is accepted, in its own unit.
         fine_tune: Trains a model in place after each cut, with an optimizer of its own.
-        what: Whether channels or single weights go.
+        by: What is counted: "macs", and channels are removed, or "weights", and single weights are.
         reference: The score that is compared with; None is that of `model`.
         step: Fraction of what is there that one cut removes at most, between 0 and 1. Without `fine_tune` cuts may be
             larger, since nothing is learned between them.
@@ -120,26 +121,28 @@ def compress(
     """
     if tolerance < 0:
         raise ValueError(f"tolerance is {tolerance!r}; expected the largest accepted loss of the score, 0 or more.")
-    if what not in UNITS:
-        raise ValueError(f"what is {what!r}; expected one of {', '.join(UNITS)}.")
-    if what == "channels" and example_inputs is None:
-        raise ValueError("compress needs example_inputs to remove channels; they are counted and traced with them.")
+    if by not in UNITS:
+        raise ValueError(f"by is {by!r}; expected one of {', '.join(UNITS)}.")
+    if by == "macs" and example_inputs is None:
+        raise ValueError(
+            "smallest_within needs example_inputs to remove channels; they are counted and traced with them."
+        )
     if not 0 < min_step <= step < 1:
         raise ValueError(f"step={step!r}, min_step={min_step!r}; expected 0 < min_step <= step < 1.")
     if "ignored_layers" in options:  # of the model, where copies of it are cut
         options["ignored_layers"] = layer_names(model, options["ignored_layers"])
     score = evaluate(model)
     reference = score if reference is None else reference
-    kept = 1.0 if what == "channels" else _share_of_weights(model)
+    kept = 1.0 if by == "macs" else _share_of_weights(model)
     smallest, trials = model, [Trial(kept, score, score >= reference - tolerance)]
     passed, failed, failed_sizes = kept, _SMALLEST, set[float]()
     while passed * (1 - min_step) > failed:
         fraction = max(math.sqrt(failed * passed), 0 if fine_tune is None else passed * (1 - step))
         candidate = copy.deepcopy(smallest)
         try:
-            size = _cut(candidate, example_inputs, what, kept, fraction, data=data, **options)
+            size = _cut(candidate, example_inputs, by, kept, fraction, data=data, **options)
         except InfeasibleTargetError as error:
-            _LOGGER.info("compress: %s", error)
+            _LOGGER.info("smallest_within: %s", error)
             failed = fraction
             continue
         if size in failed_sizes:  # the same cut of the same model
@@ -150,7 +153,7 @@ def compress(
         score = evaluate(candidate)
         trials.append(Trial(size, score, score >= reference - tolerance))
         verdict = "kept" if trials[-1].accepted else "undone"
-        _LOGGER.info("compress: %.2f%% of the %s, score %.4f, %s", 100 * size, UNITS[what], score, verdict)
+        _LOGGER.info("smallest_within: %.2f%% of the %s, score %.4f, %s", 100 * size, UNITS[by], score, verdict)
         if trials[-1].accepted:
             smallest, kept, passed = candidate, size, min(size, fraction)
             failed_sizes.clear()
@@ -159,21 +162,21 @@ def compress(
             failed_sizes.add(size)
     if not any(trial.accepted for trial in trials):
         _LOGGER.warning(
-            "compress found no model within %g of the score %.4f; the uncut one has %.4f and is returned.",
+            "smallest_within found no model within %g of the score %.4f; the uncut one has %.4f and is returned.",
             tolerance,
             reference,
             trials[0].score,
         )
     found = copy.deepcopy(model) if smallest is model else smallest
-    return Compression(found, tuple(trials), what, reference, tolerance)
+    return Compression(found, tuple(trials), by, reference, tolerance)
 
 
-def _cut(model: nn.Module, example_inputs: Any, what: str, kept: float, fraction: float, **options: Any) -> float:
+def _cut(model: nn.Module, example_inputs: Any, by: str, kept: float, fraction: float, **options: Any) -> float:
     """The size of the model after a cut from `kept` down to `fraction`."""
-    if what == "weights":
-        weights = prune_weights(model, sparsity=1 - fraction, **options).removable
+    if by == "weights":
+        weights = prune_weights(model, Target("weights", fraction), **options).removable
         return weights.kept / weights.total
-    channels = prune_channels(model, example_inputs, target={"macs": fraction / kept}, **options)
+    channels = prune_channels(model, example_inputs, Target("macs", fraction / kept), **options)
     return kept * channels.macs_after / channels.macs_before
 
 
@@ -184,5 +187,5 @@ def _share_of_weights(model: nn.Module) -> float:
     return kept / sum(total for _, total in masks)
 
 
-UNITS = {"channels": "MACs", "weights": "weights"}
+UNITS = {"macs": "MACs", "weights": "weights"}
 """What is counted where these are removed."""

@@ -134,9 +134,9 @@ def compression_curve(found: Compression) -> str:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * x:.3g} %"))
         axes.margins(0.09, 0.16)
         axes.grid(alpha=0.25, linewidth=0.6)
-        axes.set_xlabel(f"{UNITS[found.what]} kept")
+        axes.set_xlabel(f"{UNITS[found.by]} kept")
         axes.set_ylabel("score")
-        return _svg(figure, f"Score against {UNITS[found.what]} kept")
+        return _svg(figure, f"Score against {UNITS[found.by]} kept")
 
 
 def require_matplotlib() -> ModuleType:

@@ -35,20 +35,17 @@ def tensor_header(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return {KEY: json.dumps({name: tensor_digest(tensor) for name, tensor in tensors.items()})}
 
 
-def check_tensors(tensors: Mapping[str, Tensor], header: Mapping[str, str], where: str, *, required: bool) -> None:
+def check_tensors(tensors: Mapping[str, Tensor], header: Mapping[str, str], where: str) -> None:
     """Refuses tensors that are not those whose digests the header holds.
 
     Args:
         tensors: Of one file.
         header: Its metadata.
         where: The file's name, for the message.
-        required: False accepts a header without digests, as format version 1 wrote it.
 
     Raises:
         StorageError: a tensor has another digest, or none.
     """
-    if KEY not in header and not required:
-        return
     recorded = parse_json(header.get(KEY, "null").encode(), f"the entry {KEY!r} in the header of {where}")
     if not isinstance(recorded, dict):
         raise StorageError(f"the header of {where} holds no digests of its tensors under {KEY!r}. {_ADVICE}")

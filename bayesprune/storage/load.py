@@ -11,15 +11,8 @@ from bayesprune.errors import StorageError
 from bayesprune.storage import base as bases
 from bayesprune.storage.base import Base
 from bayesprune.storage.bounds import bounded_building
-from bayesprune.storage.digests import KEY, check_json, check_seal
-from bayesprune.storage.reading import (
-    FORMAT_VERSION,
-    READABLE_VERSIONS,
-    RECORD,
-    TENSORS,
-    read_all_tensors,
-    read_json,
-)
+from bayesprune.storage.digests import check_json, check_seal
+from bayesprune.storage.reading import FORMAT_VERSION, RECORD, TENSORS, read_all_tensors, read_json
 from bayesprune.storage.rebuild import rebuild, shape_differences
 from bayesprune.storage.spec import Spec
 
@@ -34,7 +27,6 @@ class Record:
         save_id: The same in all files of one save.
         versions: Of the packages that wrote it.
         files: Digests of the JSON files beside it, which its library reads.
-        has_digests: Whether the tensors must have digests; not so in format version 1.
     """
 
     base: Base | None
@@ -42,7 +34,6 @@ class Record:
     save_id: str
     versions: dict[str, str]
     files: dict[str, Any]
-    has_digests: bool
 
 
 @dataclass(frozen=True)
@@ -110,7 +101,7 @@ def read(directory: Path) -> Saved:
         StorageError: a file is missing or damaged, or the files do not fit each other.
     """
     record = read_record(directory)
-    tensors, header = read_all_tensors(directory, digests=record.has_digests)
+    tensors, header = read_all_tensors(directory)
     check_same_save(str(directory / TENSORS), header.get("save_id"), str(directory / RECORD), record.save_id)
     recorded = {name: shape for name, shape in record.spec.shapes.items() if name not in record.spec.tied}
     recorded |= record.spec.computed
@@ -129,10 +120,10 @@ def read_record(directory: Path) -> Record:
     path = directory / RECORD
     record = read_json(path)
     version = record.get("format_version")
-    if type(version) is not int or version not in READABLE_VERSIONS:
+    if type(version) is not int or version != FORMAT_VERSION:
         raise StorageError(
-            f"{path} has format_version {reprlib.repr(version)}; this version of bayesprune reads {FORMAT_VERSION} and "
-            f"earlier. It was written with bayesprune {_versions(record).get('bayesprune', '(unknown version)')}: use "
+            f"{path} has format_version {reprlib.repr(version)}; this version of bayesprune reads {FORMAT_VERSION}. "
+            f"It was written with bayesprune {_versions(record).get('bayesprune', '(unknown version)')}: use "
             "that one."
         )
     save_id = record.get("save_id")
@@ -140,10 +131,9 @@ def read_record(directory: Path) -> Record:
         raise StorageError(f"{path} holds no save_id but {reprlib.repr(save_id)}. The file is damaged.")
     base = None if record.get("base") is None else Base.from_json(record["base"], str(path))
     spec = Spec.from_json(record.get("spec"), str(path))
-    if version > 1 or KEY in record:
-        check_seal(record, str(path))
+    check_seal(record, str(path))
     files = record.get("files")
-    return Record(base, spec, save_id, _versions(record), files if isinstance(files, dict) else {}, version > 1)
+    return Record(base, spec, save_id, _versions(record), files if isinstance(files, dict) else {})
 
 
 def check_file(record: Record, path: Path) -> None:
@@ -152,8 +142,7 @@ def check_file(record: Record, path: Path) -> None:
     Raises:
         StorageError: it is missing, damaged or changed.
     """
-    if record.has_digests:
-        check_json(read_json(path), record.files.get(path.name), str(path))
+    check_json(read_json(path), record.files.get(path.name), str(path))
 
 
 def check_same_save(first: str, first_id: Any, second: str, second_id: Any) -> None:

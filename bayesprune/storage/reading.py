@@ -16,8 +16,7 @@ from bayesprune.storage.parsing import MAX_BYTES, parse_json
 TENSORS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 RECORD = "bayesprune.json"
-FORMAT_VERSION = 2  # 1 had no digests; it is read without that check
-READABLE_VERSIONS = (1, 2)
+FORMAT_VERSION = 2
 _SHARD_NAME = re.compile(r"[\w-]+(\.[\w-]+)*\.safetensors")
 _DTYPES = {
     "F64": torch.float64,
@@ -59,14 +58,10 @@ def read_bounded(path: Path) -> bytes:
         raise StorageError(f"{path} cannot be read: {error}.") from error
 
 
-def read_tensors(path: Path, *, digests: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a safetensors file, on the CPU, and its header's metadata without their digests.
 
     What a header claims to hold is compared with the file's size before anything is allocated (by safetensors).
-
-    Args:
-        path: The file.
-        digests: False accepts a file without any; see `check_tensors`.
 
     Raises:
         StorageError: the file is missing, truncated or damaged, or a tensor is not the one that was saved.
@@ -80,7 +75,7 @@ def read_tensors(path: Path, *, digests: bool) -> tuple[dict[str, Tensor], dict[
         raise StorageError(
             f"{path} cannot be read: {error}. It is truncated, damaged or not a safetensors file: save or copy it anew."
         ) from error
-    check_tensors(tensors, header, str(path), required=digests)
+    check_tensors(tensors, header, str(path))
     return tensors, {key: value for key, value in header.items() if key != KEY}
 
 
@@ -98,21 +93,21 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise StorageError(f"{path} cannot be read: {error}. Save or copy it anew.") from error
 
 
-def read_all_tensors(directory: Path, *, digests: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_all_tensors(directory: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a directory, from one file or from those that its index names, and their common metadata.
 
     Raises:
         StorageError: a file is missing or damaged, or the files come from several saves.
     """
     if (directory / TENSORS).is_file() or not (directory / INDEX).is_file():
-        return read_tensors(directory / TENSORS, digests=digests)
+        return read_tensors(directory / TENSORS)
     found = read_json(directory / INDEX).get("weight_map")
     if not isinstance(found, dict) or not all(isinstance(n, str) and _SHARD_NAME.fullmatch(n) for n in found.values()):
         raise StorageError(f"{directory / INDEX} holds no weight_map of tensor names to file names. It is damaged.")
     tensors: dict[str, Tensor] = {}
     headers: list[dict[str, str]] = []
     for name in sorted(set(found.values())):
-        part, header = read_tensors(directory / name, digests=digests)
+        part, header = read_tensors(directory / name)
         tensors |= part
         headers.append(header)
     if tensors.keys() != found.keys() or any(header != headers[0] for header in headers):

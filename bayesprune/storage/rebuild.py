@@ -205,7 +205,7 @@ def _make_variational(model: nn.Module, variational: Mapping[str, Mapping[str, s
     if variational.keys() - _names(variational_layers(model)):
         std = next(iter(variational.values()))["std"]
         with requires_grad(model, True):  # what was saved has posteriors, frozen now or not
-            to_variational(model, std=std, filter_fn=lambda _, name: name in variational, norm_scales=True)
+            to_variational(model, std=std, filter_fn=lambda _, name: name in variational)
         for posterior in named_posteriors(model):
             for part in posterior.log_std_parts:
                 part.requires_grad_(part.requires_grad and not posterior.is_frozen)

@@ -169,7 +169,7 @@ def _check_unwrapped(model: nn.Module) -> None:
     if gates := [name for name, _ in named_gates(model)]:
         raise UnsupportedModelError(
             f"save got a model with gates ({', '.join(gates[:3])}), which take part in training alone. Decide first: "
-            'prune_channels(model, x, target={"inclusion": 0.5}) or gates.close(model); to go on training later, '
+            'prune_channels(model, x, "inclusion=0.5") or gates.close(model); to go on training later, '
             "torch.save the state_dict() of model, optimizer and attachment."
         )
 

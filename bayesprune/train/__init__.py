@@ -4,13 +4,11 @@ from bayesprune.train.attach import attach
 from bayesprune.train.attachment import Attachment
 from bayesprune.train.distillation import Distillation, distillation
 from bayesprune.train.kl import kl_divergence
-from bayesprune.train.online_newton import OnlineNewton
 from bayesprune.train.temperature import default_temperature
 
 __all__ = [
     "Attachment",
     "Distillation",
-    "OnlineNewton",
     "attach",
     "default_temperature",
     "distillation",

@@ -77,7 +77,7 @@ def collapsed_groups(bound: dict[Posterior, BoundPrior]) -> list[str]:
 
 def _binding(posterior: Posterior) -> Binding:
     layer, mean = posterior.layer, posterior.mean
-    weights = [name for name in layer.active_names() if layer.is_weight(name)] or layer.active_names()
+    weights = [name for name in layer.active_names() if layer.is_weight(name)]
     scale = _rms(layer, [posterior.parameter])
     if not posterior.is_weight:
         scale = max(scale, _rms(layer, weights))

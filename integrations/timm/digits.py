@@ -41,7 +41,7 @@ def run(out: Path, *, name: str = "resnet10t", num_epochs: int = 5, data: Data |
     bp.to_variational(model, std="per_channel")
     train(model, data.train, num_epochs=num_epochs, lr=1e-3, num_data=data.num_data)
     images = next(iter(data.train))[0]
-    report = bp.prune_channels(model, images[:1], target={"macs": 0.5}, data=[images])
+    report = bp.prune_channels(model, images[:1], target="macs=0.5", data=[images])
     bp.to_deterministic(model)
     train(model, data.train, num_epochs=num_epochs, lr=1e-3)
 

@@ -41,7 +41,7 @@ parser.add_argument("--clip-mode", default="norm")
 parser.add_argument("--model-ema-decay", type=float)
 parser.add_argument("--channels-last", action="store_true")
 parser.add_argument("--device", default="cpu")
-parser.add_argument("--prune", type=float, help="fraction of the weights to remove")
+parser.add_argument("--prune", help="weights=0.2, say: the fraction of the weights that is kept")
 
 
 def main(*argv: str) -> dict[str, float]:

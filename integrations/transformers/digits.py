@@ -72,7 +72,7 @@ def run(out: Path, *, num_epochs: int = 10, data: Data | None = None) -> dict[st
     trainer(model, data, callback, num_train_epochs=num_epochs, learning_rate=1e-3).train()
     images = next(iter(data.test))[0]
     report = bp.prune_channels(
-        model, {"pixel_values": images[:1]}, target={"macs": 0.5}, granularity=("heads", "mlp"), uniform=True
+        model, {"pixel_values": images[:1]}, target="macs=0.5", granularity=("heads", "mlp"), uniform=True
     )
     bp.to_deterministic(model)
     trainer(model, data, num_train_epochs=num_epochs, learning_rate=1e-3).train()

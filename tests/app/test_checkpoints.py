@@ -40,7 +40,7 @@ def data():
         Images(NUM_IMAGES, 0.1), BATCH, shuffle=True, drop_last=True, generator=torch.Generator().manual_seed(3)
     )
     others = [DataLoader(Images(count, 0.0), BATCH) for count in (20, 21)]
-    return Data(train, *others, NUM_IMAGES, (1, 6, 6), ("a", "b", "c"), "noise")
+    return Data(train, *others, NUM_IMAGES, "noise", (1, 6, 6), ("a", "b", "c"))
 
 
 class Killed(BaseException):
@@ -85,7 +85,7 @@ def job(folder, progress, *, target, tolerance=None, every=3):
         std="per_weight",
         estimator="auto",
         granularity=("mlp", "width"),
-        what="weights" if target == {"weights": 0.4} else "channels",
+        by="weights" if target else "macs",
     )
     task = LoaderTask(data(), accelerate.Accelerator(cpu=True))
     request = {"target": str(target), "tolerance": tolerance}
@@ -98,7 +98,7 @@ def job(folder, progress, *, target, tolerance=None, every=3):
     return load_file(folder / "out" / "model.safetensors")
 
 
-@pytest.mark.parametrize(("target", "tolerance"), [({"weights": 0.4}, None), (None, 0.6)], ids=["weights", "channels"])
+@pytest.mark.parametrize(("target", "tolerance"), [("weights=0.4", None), (None, 0.6)], ids=["weights", "channels"])
 def test_a_killed_job_goes_on_to_the_last_bit(target, tolerance, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules["bayesprune.reports.measure"], "_SECONDS_PER_REPEAT", 0.0)
     expected = job(tmp_path / "whole", Until(10**6), target=target, tolerance=tolerance)
@@ -119,13 +119,13 @@ def test_a_killed_job_goes_on_to_the_last_bit(target, tolerance, tmp_path, monke
 
 def test_other_options_and_damaged_files_are_refused(tmp_path):
     with pytest.raises(Killed):
-        job(tmp_path, Until(5), target={"macs": 0.6})
+        job(tmp_path, Until(5), target="macs=0.6")
     with pytest.raises(StorageError, match=r"target .*macs.*weights.*delete"):
-        job(tmp_path, Until(5), target={"weights": 0.4})
+        job(tmp_path, Until(5), target="weights=0.4")
     path = tmp_path / "checkpoints" / "running.pt"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(StorageError, match=r"running\.pt.*delete"):
-        job(tmp_path, Until(5), target={"macs": 0.6})
+        job(tmp_path, Until(5), target="macs=0.6")
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def task(batch_size):
     labels = torch.randint(3, (NUM_IMAGES,), generator=generator)
     images = torch.randn(NUM_IMAGES, 6, generator=generator) + labels.view(-1, 1)
     loader = DataLoader(TensorDataset(images, labels), batch_size, shuffle=True, generator=torch.Generator())
-    data = Data(loader, loader, loader, NUM_IMAGES, (1, 2, 3), ("a", "b", "c"), "noise")
+    data = Data(loader, loader, loader, NUM_IMAGES, "noise", (1, 2, 3), ("a", "b", "c"))
     return LoaderTask(data, accelerate.Accelerator(cpu=True))
 
 

@@ -6,11 +6,14 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
+import bayesprune as bp
 from bayesprune.app.pipeline import Recipe, run
 from bayesprune.reports import ACCURACY, PERPLEXITY, Report
 
 pytest.importorskip("matplotlib")
+pytest.importorskip("accelerate")
 
 
 class Silent:
@@ -54,7 +57,7 @@ class BySize:
         return "load"
 
 
-def smallest(metric, score, tolerance, out, monkeypatch, what="channels", **options):
+def smallest(metric, score, tolerance, out, monkeypatch, by="macs", **options):
     monkeypatch.setattr(sys.modules["bayesprune.reports.measure"], "_SECONDS_PER_REPEAT", 0.0)
     model = nn.Sequential(nn.Linear(8, 40), nn.ReLU(), nn.Linear(40, 4))
     recipe = Recipe(
@@ -66,11 +69,11 @@ def smallest(metric, score, tolerance, out, monkeypatch, what="channels", **opti
         std="per_channel",
         estimator="auto",
         granularity=("width",),
-        what=what,
+        by=by,
         **options,
     )
     task, progress = BySize(metric, score), Silent()
-    report = run(model, task, recipe, out, progress, name="two layers", is_trained=True)
+    report = run(model, task, recipe, out, progress, name="two layers", is_trained=True).report
     return report, task, progress.said
 
 
@@ -95,7 +98,7 @@ def test_accuracy_may_fall_by_the_tolerance_in_its_own_unit(tmp_path, monkeypatc
 
 
 def test_single_weights_go_where_the_search_is_for_them(tmp_path, monkeypatch):
-    report, task, said = smallest(ACCURACY, lambda kept: 0.4 + kept / 2, 0.1, tmp_path, monkeypatch, what="weights")
+    report, task, said = smallest(ACCURACY, lambda kept: 0.4 + kept / 2, 0.1, tmp_path, monkeypatch, by="weights")
     assert 0.8 <= report.after.accuracy < 0.82
     assert report.after.parameters == report.before.parameters == 524
     assert report.after.nonzero_parameters < 450
@@ -105,12 +108,12 @@ def test_single_weights_go_where_the_search_is_for_them(tmp_path, monkeypatch):
     assert task.trained[-1] == (2, False, None)
 
 
-@pytest.mark.parametrize("what", ["channels", "weights"])
-def test_the_dense_model_teaches_in_each_training_after_a_removal(what, tmp_path, monkeypatch):
-    options = {"what": what, "relative_std": 0.1}
+@pytest.mark.parametrize("by", ["macs", "weights"])
+def test_the_dense_model_teaches_in_each_training_after_a_removal(by, tmp_path, monkeypatch):
+    options = {"by": by, "relative_std": 0.1}
     _, task, _ = smallest(ACCURACY, lambda kept: 0.4 + kept / 2, 0.1, tmp_path / "taught", monkeypatch, **options)
     others = task.teachers
-    if what == "weights":
+    if by == "weights":
         first, *others = others
         assert first is None, "the posteriors are learned without it"
     assert len(others) > 2
@@ -120,3 +123,48 @@ def test_the_dense_model_teaches_in_each_training_after_a_removal(what, tmp_path
         ACCURACY, lambda kept: 0.4 + kept / 2, 0.1, tmp_path / "alone", monkeypatch, distill=False, **options
     )
     assert task.teachers == [None] * len(task.teachers)
+
+
+def batches(rows: int = 96) -> dict[str, DataLoader]:
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randint(3, (rows,), generator=generator)
+    inputs = torch.randn(rows, 8, generator=generator) + 2 * labels.view(-1, 1)
+    return {split: DataLoader(TensorDataset(inputs, labels), 16) for split in ("train", "validation", "test")}
+
+
+@pytest.mark.parametrize("target", ["macs=0.5", "weights=0.5"])
+def test_compress_does_the_job_from_python(target, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(sys.modules["bayesprune.reports.measure"], "_SECONDS_PER_REPEAT", 0.0)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 40), nn.ReLU(), nn.Linear(40, 3))
+    data = batches()
+    with caplog.at_level("INFO", logger="bayesprune"):
+        small, report = bp.compress(model, data, target, out=tmp_path / "small", num_epochs=4, lr=0.02)
+    assert small is model
+    assert report.after.accuracy == bp.reports.accuracy(small, data["test"]) > report.before.accuracy
+    kept = report.after.macs / report.before.macs
+    if target == "weights=0.5":
+        kept = float(torch.cat([small[0].weight.flatten(), small[2].weight.flatten()]).ne(0).float().mean())
+    assert 0.4 < kept <= 0.55
+    loaded = bp.load(tmp_path / "small", model=nn.Sequential(nn.Linear(8, 40), nn.ReLU(), nn.Linear(40, 3)))
+    x = torch.randn(4, 8)
+    assert torch.equal(loaded.eval()(x), small.eval()(x))
+    assert any("Fine-tune the smaller model" in record.message for record in caplog.records)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": {"train": []}}, "data has no 'validation' batches"),
+        ({"target": None}, "expected one of them"),
+        ({"tolerance": 0.1}, "expected one of them"),
+        ({"target": "flops=0.5"}, "compress got the target 'flops=0.5'"),
+        ({"granularity": ("hands",)}, "expected some of"),
+        ({"data": {split: [torch.zeros(2, 8)] for split in ("train", "validation", "test")}}, "DataLoader"),
+    ],
+)
+def test_compress_refuses_before_any_training(options, message, tmp_path):
+    model = nn.Sequential(nn.Linear(8, 40), nn.ReLU(), nn.Linear(40, 3))
+    with pytest.raises(ValueError, match=message):
+        bp.compress(model, **{"data": batches(), "out": tmp_path / "small"} | options)
+    assert not (tmp_path / "small").exists()

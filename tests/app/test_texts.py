@@ -4,15 +4,15 @@ import json
 
 import pytest
 
-from bayesprune.app.data.text_files import Columns, read_rows
-from bayesprune.app.data.texts import classified_texts, plain_texts
+from bayesprune.app.data.texts import Columns, Rows, classified_texts, plain_texts, read_rows
 
+pytest.importorskip("datasets")
 ROWS = [(f"text number {number}", number % 2) for number in range(40)]
 PLAIN = Columns(has_labels=False)
 
 
 def write(path, rows=ROWS, header="sentence\tlabel"):
-    lines = [header, *(f"{text}\t{label}" for text, label in rows)] if header else [f"{t}\t{n}" for t, n in rows]
+    lines = [header, *(f"{text}\t{label}" for text, label in rows)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return str(path)
 
@@ -51,10 +51,17 @@ def test_all_kinds_of_files_say_the_same(tmp_path):
     assert found[0].texts == [text for text, _ in rows]
 
 
-def test_two_columns_without_names_are_told_apart_by_their_numbers(tmp_path):
-    found = read_rows(tmp_path / "a.tsv", Columns()) if write(tmp_path / "a.tsv", header="") else None
-    assert found is not None
-    assert (found.texts[0], found.labels[0], len(found.texts)) == ("text number 0", "0", 40)
+def test_cells_of_tables_are_strings_whatever_they_look_like(tmp_path):
+    path = tmp_path / "with [brackets] *.csv"
+    path.write_text("text,label\n12,01\nNA,2\n\nnull,03\n")
+    assert read_rows(path, Columns()) == Rows(["12", "NA", "null"], ["01", "2", "03"])
+
+
+def test_a_file_that_changed_is_read_anew(tmp_path):
+    path = tmp_path / "a.json"
+    for text in ("old", "newer"):
+        path.write_text(json.dumps([{"text": text, "label": 1}]))
+        assert read_rows(path, Columns()).texts == [text]
 
 
 def test_names_of_classes_are_in_order_of_numbers_or_of_the_alphabet(tmp_path):
@@ -82,27 +89,35 @@ def test_texts_without_labels(tmp_path):
     (tmp_path / "test.txt").unlink()
     (tmp_path / "train.txt").write_text("train")
     (tmp_path / "val.txt").write_text("val")
+    (tmp_path / "b.txt").write_text("")
     assert plain_texts(str(tmp_path), PLAIN) == {"train": ["train"], "test": ["val"]}
 
 
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.tsv", "utterance\tintent\nhi\t0\n", "names no column that is known"),
-        ("a.tsv", "text\tlabel\nhi\t0\nhi\n", "line 3: 1 columns"),
+        ("a.tsv", "utterance\tintent\nhi\t0\n", "no column of texts, such as text, sentence; it has 'utterance'"),
+        ("a.tsv", "hi\t0\nho\t1\n", "no column of texts"),
+        ("a.tsv", "text\tlabel\nhi\t0\nhi\n", "row 2 has no label"),
         ("a.tsv", "text\tlabel\nhi\t\n", "row 1 has no label"),
-        ("a.tsv", "text\tlabel\n", "holds no rows"),
+        ("a.tsv", "text\tlabel\n", r"a\.tsv cannot be read .* expected a first line of names, then rows"),
         ("a.csv", "", "is empty"),
+        ("a.csv", "text,label\na,1\nb,c,2\n", "line 3, saw 3.* expected .* texts with commas in quotes"),
+        ("a.csv", "text,label\na,b,1\nc,d,2\n", r"a\.csv cannot be read .* texts with commas in quotes"),
         ("a.csv", "text,score\nhi,0\n", "no column of labels"),
         ("a.json", '[{"text": "hi", "label": 0.5}, {"text": "ho", "label": 1.5}]', "0.5 are no classes"),
         ("a.json", '[{"text": 7, "label": 0}]', "the text of row 1 is 7"),
-        ("a.json", "[1, 2", "is no JSON"),
-        ("a.jsonl", '{"text": "hi", "label": 0}\nlabel 1\n', "line 2"),
+        ("a.json", "[1, 2", r"a\.json cannot be read .* expected a list of objects"),
+        ("a.json", "[]", r"a\.json cannot be read .* expected a list of objects"),
+        ("a.json", "\n", r"a\.json cannot be read .* expected a list of objects"),
+        ("a.json", b'[{"text": "\xff\xfe", "label": 0}]', r"a\.json cannot be read .* in UTF-8"),
+        ("a.jsonl", '{"text": "hi", "label": 0}\nlabel 1\n', r"a\.jsonl cannot be read .* one of them per line"),
         ("a.tsv", "text\tlabel\nhi\t0\nho\t0\n", "all labels are '0'"),
         ("a.tsv", "text\tlabel\na\tx1\nb\tx2\nc\tx3\nd\tx4\n", "4 different labels in 4 rows"),
         ("a.tsv", "text\tlabel\na\t0\nb\t0\nc\t1\n", "one training text of class 1"),
         ("a.txt", "hello", "ends with '.txt'; expected .csv"),
-        ("a.csv", b"text,label\n\xff\xfe,1\n", "not in UTF-8"),
+        ("a.csv", b"text,label\n\xff\xfe,1\n", r"a\.csv is not in UTF-8"),
+        ("a.csv", b"text,label\n" + b"good text,1\n" * 2000 + b"\xff\xfe,1\n", r"a\.csv is not in UTF-8"),
     ],
 )
 def test_what_cannot_be_read_is_said(name, content, said, tmp_path):

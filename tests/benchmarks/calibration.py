@@ -90,7 +90,7 @@ def train(model: nn.Module, split: tuple[Tensor, Tensor], steps: int, settings: 
     means = [parameter for name, parameter in model.named_parameters() if not name.endswith("log_std")]
     optimizer = torch.optim.Adam(means, lr=settings.lr, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    if any(isinstance(module, bp.VariationalLayer) for module in model.modules()):
+    if any(isinstance(module, bp.layers.VariationalLayer) for module in model.modules()):
         bp.attach(optimizer, model, num_data=len(labels), temperature=settings.temperature, std_lr=settings.std_lr)
     model.train()
     for _ in range(steps):

@@ -256,7 +256,7 @@ class Benchmark:
             bp.prune_channels(
                 model,
                 EXAMPLE,
-                target={"macs": MACS_KEPT},
+                target=f"macs={MACS_KEPT}",
                 importance=importance(removal),
                 uniform=removal.uniform,
                 data=calibration,

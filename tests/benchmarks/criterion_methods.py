@@ -168,7 +168,7 @@ def prune_weights(dense: nn.Module, method: Method, sparsity: float, batches: Ba
     model = converted(dense, method)
     num_cuts = 10 if method.conditioned else 30
     num_steps = budget.total - num_cuts * method.conditioned
-    schedule = PruneSchedule(sparsity, begin=0.1, end=0.7, num_updates=num_cuts)
+    schedule = PruneSchedule(f"weights={1 - sparsity}", begin=0.1, end=0.7, num_updates=num_cuts)
     gradients, laplace = Gradients(model), None
     score = weight_score(method.score, gradients)
 
@@ -190,12 +190,12 @@ def prune_weights(dense: nn.Module, method: Method, sparsity: float, batches: Ba
         if laplace is not None:
             laplace.update()
         if not method.conditioned:
-            bp.prune_weights(model, sparsity=removal, score=score)
+            bp.prune_weights(model, f"weights={1 - removal}", score=score)
             return
         calibration = list(islice(batches, method.conditioned))
-        posterior = bp.fit_kronecker(model.eval(), calibration, num_data=NUM_DATA)
-        bp.prune_weights(model, sparsity=removal, score=score)
-        bp.condition_on_zeros(model, posterior)
+        posterior = bp.laplace.fit_kronecker(model.eval(), calibration, num_data=NUM_DATA)
+        bp.prune_weights(model, f"weights={1 - removal}", score=score)
+        bp.laplace.condition_on_zeros(model, posterior)
         model.train()
 
     train(
@@ -291,10 +291,10 @@ def prune_channels(
     importance, spent = channel_importance(method.score, cut, batches)
     compensate = None
     if method.conditioned:
-        posterior = bp.fit_kronecker(cut.eval(), islice(batches, method.conditioned), num_data=NUM_DATA)
-        compensate = partial(bp.condition_on_channels, cut, posterior)
+        posterior = bp.laplace.fit_kronecker(cut.eval(), islice(batches, method.conditioned), num_data=NUM_DATA)
+        compensate = partial(bp.laplace.condition_on_channels, cut, posterior)
     spent += method.conditioned
-    bp.prune_channels(cut, EXAMPLE, target={"macs": macs}, importance=importance, before_cut=compensate)
+    bp.prune_channels(cut, EXAMPLE, target=f"macs={macs}", importance=importance, before_cut=compensate)
     bp.to_deterministic(cut).zero_grad()
     tuned = converted(cut)
     train(tuned, batches, budget.after - spent, budget.lr, precision=precision)

@@ -56,7 +56,7 @@ def stop(rule: str, model: nn.Module, prior: bp.priors.Prior) -> None:
     """Removes what the rule says, in place."""
     kind = rule.partition(", ")[0]
     if rule == "SNR, weights":
-        bp.prune_weights(model, snr_below=1)
+        bp.prune_weights(model, "snr=1")
     elif rule == "evidence, weights":
         found = evidence(model, prior)
         for posterior in named_posteriors(model):
@@ -65,7 +65,7 @@ def stop(rule: str, model: nn.Module, prior: bp.priors.Prior) -> None:
     elif rule == "inclusion, weights":
         gates.close(model)
     else:
-        target = {"SNR": {"snr": 1.0}, "evidence": {"evidence": 0.0}, "inclusion": {"inclusion": 0.5}}[kind]
+        target = {"SNR": "snr=1", "evidence": "evidence=0", "inclusion": "inclusion=0.5"}[kind]
         importance = EvidenceImportance(prior) if kind == "evidence" else None
         bp.prune_channels(model, EXAMPLE, target=target, importance=importance)
 
@@ -83,7 +83,7 @@ def run(rule: str, seed: int, images: Images, test: list[Any], dense: nn.Module)
     kept = sum(int(weight.count_nonzero()) for weight in weights)
     at_once = accuracy(cut, test)
     tuned = converted(cut)
-    bp.prune_weights(tuned, sparsity=1 - kept / sum(weight.numel() for weight in weights))
+    bp.prune_weights(tuned, f"weights={kept / sum(weight.numel() for weight in weights)}")
     train(tuned, images.random(budget.after, seed + 1_000, augment=True), budget.after, budget.lr)
     after = bp.to_deterministic(tuned)
     recalibrate_batch_norm(after, images.random(20, seed + 100, augment=True))

@@ -98,7 +98,7 @@ CONTROLS: dict[str, Callable[[Tensor, Tensor, Target], tuple[Tensor, Tensor]]] =
 def ours(model: nn.Module, batches: list[Any], target: Target, *, divided: bool) -> dict[str, float]:
     """Removes weights in place; returns what share each layer lost."""
     scope = "global" if divided else "layer"
-    report = bp.prune_one_shot(model, batches, sparsity=target.sparsity, pattern=target.pattern, scope=scope)
+    report = bp.prune_one_shot(model, batches, target.pattern or f"weights={1 - target.sparsity}", scope=scope)
     return {row.name.removesuffix(".weight"): 1 - row.kept / row.total for row in report.rows}
 
 
@@ -108,7 +108,7 @@ def control(
 ) -> None:
     """Removes weights of a variational model in place, in each layer the target's sparsity or its share."""
     reference = copy.deepcopy(model)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, bp.VariationalLayer)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, bp.layers.VariationalLayer)}
     for stage in stages(model, layers, batches[0]):
         moments = input_moments(model, reference, stage, batches, with_bias=False)
         for name in stage.names:

@@ -188,7 +188,7 @@ def removal(model: nn.Sequential, images: Tensor, labels: Tensor) -> list[dict[s
 def check_removal(model: nn.Module, rows: list[dict[str, Any]], images: Tensor, labels: Tensor) -> None:
     """Half of the kernels really removed by `prune_channels`: the accuracy that the table has."""
     cut = copy.deepcopy(model)
-    bp.prune_channels(cut, images[:1], target={"macs": 0.5}, importance=evi.kernel_norm)
+    bp.prune_channels(cut, images[:1], target="macs=0.5", importance=evi.kernel_norm)
     left = cut[0].out_channels
     expected = next(row["accuracy"] for row in rows if (row["criterion"], row["kernels"]) == ("norm", left))
     found = accuracy(cut, images, labels)
@@ -199,7 +199,7 @@ def rankings(model: nn.Module) -> dict[str, list[Tensor]]:
     """Kernels by criterion, the best first; the random criterion has several orders."""
     group = find_groups(model, torch.zeros(1, 1, 28, 28)).groups[0].group
     found = {"norm": [evi.kernel_norm(group).argsort(descending=True)]}
-    if isinstance(model[0], bp.VariationalLayer):
+    if isinstance(model[0], bp.layers.VariationalLayer):
         scores = bp.SNRImportance()(group)
         assert scores is not None, "both layers are variational"
         found["snr"] = [scores.argsort(descending=True)]

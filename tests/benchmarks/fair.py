@@ -111,11 +111,11 @@ class Benchmark:
             self.measure(regime, way, level, 0, "validation", AT_CUT)
 
     def choose_spending(self, regime: str, score: str) -> None:
-        """Tries when to cut, then the other learning rates at the best moment."""
+        """Tries when to cut (at once alone, with few tries), then the other learning rates at the best moment."""
         name, level = self.task.name, LEVELS[self.task.name][-1]
         way = chosen_cut(self.rows, regime, name, score, level)
         assert way is not None, "it was chosen before"
-        for when in whens(score):
+        for when in whens(score)[: 1 if self.has_few_tries else None]:
             self.measure(
                 regime, replace(way, when=when, lr=LRS[name][0], distilled=True), level, 0, "validation", AT_END
             )
@@ -209,7 +209,9 @@ def main() -> None:
     options.add_argument("--regime", choices=("none", "short", "long"), default="none")
     options.add_argument("--only", choices=SCORES, nargs="+", default=list(SCORES), help="these scores")
     options.add_argument("--grid", action="store_true", help="every allocation and compensation, without training")
-    options.add_argument("--few-tries", action="store_true", help="choose between three allocations alone, compensated")
+    options.add_argument(
+        "--few-tries", action="store_true", help="choose between three allocations, compensated, and cut at once"
+    )
     options.add_argument("--without-distillation", action="store_true", help="test with cross-entropy alone")
     args = options.parse_args()
     torch.set_num_threads(1)

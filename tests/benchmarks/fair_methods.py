@@ -52,7 +52,7 @@ class Net:
 
     def posterior(self) -> KroneckerPosterior:
         """A copy of its Kronecker-factored posterior."""
-        fit = partial(bp.fit_kronecker, self.model, self.batches, num_data=self.task.num_data)
+        fit = partial(bp.laplace.fit_kronecker, self.model, self.batches, num_data=self.task.num_data)
         return {name: copy.copy(factors) for name, factors in self.made("kronecker", fit).items()}
 
     def scores(self, score: str, option: str) -> Scores:
@@ -86,7 +86,7 @@ class Net:
         bp.prune_channels(
             model,
             self.task.example,
-            {"macs": level},
+            f"macs={level}",
             importance=ByName(model, scores),
             before_cut=COMPENSATIONS[compensation](self, model),
             data=batches,
@@ -157,7 +157,7 @@ def without_stds(net: Net, model: nn.Module, option: str) -> Importance:
 
 
 def laplace(net: Net, model: nn.Module, option: str) -> Importance:
-    bp.fit_laplace(model, net.batches, num_data=net.task.num_data)
+    bp.laplace.fit_laplace(model, net.batches, num_data=net.task.num_data)
     return snr(net, model, option)
 
 
@@ -184,7 +184,9 @@ def hessian(net: Net, model: nn.Module, option: str) -> Importance:
 def unit_snr(net: Net, model: nn.Module, option: str) -> Importance:
     """The squared SNR of a channel as a vector, under a posterior whose metric is that of the option."""
     loss = output_metric if option == "logit metric" else sampled_cross_entropy
-    return bp.UnitSNRImportance(model, bp.fit_kronecker(model, net.batches, num_data=net.task.num_data, loss=loss))
+    return bp.prune.UnitSNRImportance(
+        model, bp.laplace.fit_kronecker(model, net.batches, num_data=net.task.num_data, loss=loss)
+    )
 
 
 def _normalizer(option: str) -> Any:
@@ -294,7 +296,7 @@ SEARCHED = ("tilted", "measured, tilted")
 
 
 def conditioned(net: Net, model: nn.Module) -> Callable[..., Any]:
-    return partial(bp.condition_on_channels, model, net.posterior())
+    return partial(bp.laplace.condition_on_channels, model, net.posterior())
 
 
 COMPENSATIONS: dict[str, Callable[[Net, nn.Module], Callable[..., Any] | Literal["compensate"] | None]] = {

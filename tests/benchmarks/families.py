@@ -86,7 +86,7 @@ def run_family(model_type: str, folder: Path) -> dict[str, Any]:
     attempt(row, "moments", lambda: moments(model, plain))
 
     def masked() -> str:
-        bp.prune_weights(model, sparsity=0.5)
+        bp.prune_weights(model, "weights=0.5")
         save_with_outputs(model, folder / "masked", inputs)
         return OK
 

@@ -126,7 +126,7 @@ def trained(
     """The network after a training in which this fraction of the weights goes, if it is above 0."""
     model, prior = prepared(trial, trained_resnet20(data_dir))
     laplace: RunningLaplace | None = None
-    schedule = PruneSchedule(sparsity, begin=0.1, end=0.7, num_updates=30) if sparsity else None
+    schedule = PruneSchedule(f"weights={1 - sparsity}", begin=0.1, end=0.7, num_updates=30) if sparsity else None
 
     def attach(optimizer: torch.optim.Optimizer) -> None:
         nonlocal laplace
@@ -150,7 +150,7 @@ def trained(
         if (removal is not None or step == num_steps) and laplace is not None:
             laplace.update()
         if removal is not None:
-            bp.prune_weights(model, sparsity=removal, score=SNRScore(trial.power))
+            bp.prune_weights(model, f"weights={1 - removal}", score=SNRScore(trial.power))
 
     train(model, batches, num_steps, lr, before=attach, each_step=each_step, precision=precision)
     return model
@@ -188,7 +188,7 @@ def run(trial: Trial, data_dir: Path, held_out: list[Any], precision: torch.dtyp
             calibration = list(images.random(4, 7, augment=True))
             importance = MeasuredImportance(cut, EXAMPLE, partial(loss, calibration), importance=importance)
         uniform = trial.allocation == "uniform"
-        bp.prune_channels(cut, EXAMPLE, target={"macs": macs}, importance=importance, uniform=uniform)
+        bp.prune_channels(cut, EXAMPLE, target=f"macs={macs}", importance=importance, uniform=uniform)
         found[f"channels {macs}"] = tested(cut)
     return found
 

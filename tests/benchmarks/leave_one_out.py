@@ -22,14 +22,19 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import bayesprune as bp
+from bayesprune.laplace import KroneckerPosterior, output_metric, sampled_cross_entropy
+from bayesprune.laplace.matrices import removed_columns
 from bayesprune.prune.graph.find import find_groups
 from bayesprune.prune.graph.removal import snapshot
 from bayesprune.prune.graph.silenced import silence
+from bayesprune.prune.graph.structure import ChannelGroup
 
 SETTINGS: dict[str, Any] = {"images": 128, "budget": CHANNELS["20"].before, "lr": CHANNELS["20"].lr}
 SKIPPED = ("magnitude after L1", "DepGraph, group norm")  # they train otherwise and score as magnitude does
 METHODS = [m for m in (*CHANNEL_METHODS, WARM) if m.name not in SKIPPED and not m.conditioned]
 NETWORKS = (Method("", ""), Method("", "", "per_channel"), WARM)
+AGAIN = "the same increases, measured on other images"
 INTRODUCTION = """# CIFAR-10, channels removed one by one
 
     python tests/benchmarks/leave_one_out.py --data-dir DATA [--float32]
@@ -39,7 +44,10 @@ Written from `leave_one_out.json`. The trained ResNet-20, fine-tuned for {budget
 measured on {images:,} held-out training images. Spearman's rank correlation of the scores with the increases, mean ±
 standard deviation over the seeds: over all channels, and inside layers (mean over the {layers} layers). "ours" reads
 its stds off the training's gradients, "ours, variational" and "SNR^2 at temperature 10" score networks that were
-trained with noise, whose increases are their own. The file says which rows were trained in float32.
+trained with noise, whose increases are their own. Rows about Kronecker factors read 1,024 training images: "unit SNR"
+is what removing a channel costs once the others have made up for it, "Kronecker cost" what it costs when nothing does,
+which is what is measured here; the metric is that of the logits, or the Fisher information with sampled labels.
+"{again}" is as far as any score can come. The file says which rows were trained in float32.
 
 | score | all channels | inside layers |
 |---|---|---|
@@ -68,19 +76,95 @@ def increases(model: nn.Module, groups: Any, batches: list[tuple[Tensor, Tensor]
     return found
 
 
+def kronecker_costs(posterior: KroneckerPosterior, group: ChannelGroup) -> list[float]:
+    """Half of tr(G W_S A_SS W_S^T) over the layers that read each unit S: what its removal adds to the loss."""
+    costs = [0.0] * len(group.units)
+    for member in group.members:
+        if member.axis[1] != "in" or member.axis[0] not in posterior:
+            continue
+        factors = posterior[member.axis[0]]
+        columns = [
+            removed_columns(member.layer, [p for root in unit for p in member.positions.get(root, ())])
+            for unit in group.units
+        ]
+        start = 0
+        for block in factors.inputs:
+            stop = start + block.shape[-1]
+            for index, between in enumerate(block):
+                weights = factors.mean[index, :, start:stop].double()
+                sides = weights.split([side.shape[-1] for side in factors.outputs])
+                gram = sum(part.mT @ side[index] @ part for side, part in zip(factors.outputs, sides, strict=True))
+                for number, mask in enumerate(columns):
+                    own = mask[index, start:stop]
+                    costs[number] += 0.5 * float((gram[own][:, own] * between[own][:, own]).sum())
+            start = stop
+    return costs
+
+
+def activation_fisher(model: nn.Module, groups: Any, batches: list[tuple[Tensor, Tensor]]) -> list[list[float]]:
+    """Half of E (sum of activation times gradient)^2 by unit, labels sampled (Theis et al., 2018, arXiv:1801.05787)."""
+    modules = dict(model.named_modules())
+    readers = [next(m for m in group.members if m.axis[1] == "in") for group in groups]
+    inputs: dict[str, Tensor] = {}
+    handles = [
+        modules[reader.axis[0]].register_forward_pre_hook(
+            lambda _, args, name=reader.axis[0]: inputs.__setitem__(name, args[0])
+        )
+        for reader in readers
+    ]
+    sums = [0.0] * len(groups)
+    model.eval()
+    for images, _ in batches:
+        loss = sampled_cross_entropy(model, (images, None)) * len(images)
+        held = [inputs[reader.axis[0]] for reader in readers]
+        for number, (x, gradient) in enumerate(zip(held, torch.autograd.grad(loss, held), strict=True)):
+            sums[number] = sums[number] + (x * gradient).sum((2, 3)).square().sum(0).detach()
+    for handle in handles:
+        handle.remove()
+    return [
+        [float(total[list(reader.positions[unit[0]])].sum()) / 2 for unit in group.units]
+        for group, reader, total in zip(groups, readers, sums, strict=True)
+    ]
+
+
+def run_kronecker(
+    model: nn.Module, measured: list[list[float]], groups: Any, train: Images, seed: int
+) -> dict[str, dict[str, float]]:
+    """Both correlations of the scores that read Kronecker factors, by name."""
+    batches = list(train.random(16, 2_000 + seed, augment=False))
+    torch.manual_seed(seed)
+    found = {"Fisher of the activations": correlations(activation_fisher(model, groups, batches), measured)}
+    bp.to_variational(model, estimator="mean")
+    for suffix, loss in (("", output_metric), (", sampled labels", sampled_cross_entropy)):
+        torch.manual_seed(seed)
+        posterior = bp.laplace.fit_kronecker(model, batches, num_data=len(train.labels), loss=loss)
+        scores = {"Kronecker cost": [kronecker_costs(posterior, group) for group in groups]}
+        importance = bp.prune.UnitSNRImportance(model, posterior)
+        by_channel = [importance.of_group(group).tolist() for group in groups]
+        scores["unit SNR"] = [[c[unit[0]] for unit in g.units] for g, c in zip(groups, by_channel, strict=True)]
+        found |= {f"{name}{suffix}": correlations(values, measured) for name, values in scores.items()}
+    return found
+
+
 def run(method: Method, model: nn.Module, measured: list[list[float]], groups: Any, train: Images) -> dict[str, float]:
     """Both correlations of one score."""
     importance, _ = channel_importance(method.score, model, train.random(8, 1_000, augment=True))
     scores = [importance(group.group).tolist() for group in groups]
     ordered = [[values[unit[0]] for unit in group.units] for group, values in zip(groups, scores, strict=True)]
-    flat = [[x for layer in layers for x in layer] for layers in (ordered, measured)]
-    inside = [spearmanr(one, other).statistic for one, other in zip(ordered, measured, strict=True)]
+    return correlations(ordered, measured)
+
+
+def correlations(scores: list[list[float]], measured: list[list[float]]) -> dict[str, float]:
+    """Spearman's correlation over all units, and its mean inside groups."""
+    flat = [[x for layer in layers for x in layer] for layers in (scores, measured)]
+    inside = [spearmanr(one, other).statistic for one, other in zip(scores, measured, strict=True)]
     return {"all": float(spearmanr(*flat).statistic), "inside": mean(map(float, inside))}
 
 
 def main() -> None:
     """Runs what is missing, then writes the page."""
     options = parser(__doc__ or "", "docs/benchmarks/leave_one_out.json")
+    options.add_argument("--kronecker", action="store_true", help="only the scores that read Kronecker factors")
     options.add_argument("--float32", action="store_true", help="train in float32, not with bfloat16 products")
     args = options.parse_args()
     torch.set_num_threads(1)
@@ -89,12 +173,19 @@ def main() -> None:
         directory = Path(args.data_dir)
         train = Images(directory / "cifar10", "train", slice(0, -500))
         held_out = Images(directory / "cifar10", "train", slice(-500, None))
-        batches = chosen(held_out, SETTINGS["images"], torch.Generator().manual_seed(0))
+        both = chosen(held_out, 2 * SETTINGS["images"], torch.Generator().manual_seed(0))
+        images, labels = (torch.cat(parts) for parts in zip(*both, strict=True))
+        batches, others = zip(images.chunk(2), labels.chunk(2), strict=True)
+        batches, others = [batches], [others]
         precision = torch.float32 if args.float32 else torch.bfloat16
         for seed, network in product(args.seeds, NETWORKS):
             methods = [m for m in METHODS if (m.std, m.temperature) == (network.std, network.temperature)]
-            if any(row["seed"] == seed and row["method"] == methods[0].name for row in rows):
+            made = {row["method"] for row in rows if row["seed"] == seed}
+            methods = [method for method in methods if method.name not in made]
+            is_plain = network == NETWORKS[0] and not {"unit SNR", AGAIN} <= made
+            if (args.kronecker or not methods) and not is_plain:
                 continue
+            methods = [] if args.kronecker else methods
             torch.manual_seed(seed)
             budget = CHANNELS["20"]
             random = train.random(budget.before, seed, augment=True)
@@ -104,11 +195,15 @@ def main() -> None:
             sizes = {"channels": sum(map(len, measured)), "layers": len(measured), "seed": seed}
             sizes["precision"] = str(precision).removeprefix("torch.")
             rows += [{"method": m.name} | run(m, model, measured, groups, train) | sizes for m in methods]
+            if is_plain:
+                found = {AGAIN: correlations(increases(model, groups, others), measured)}
+                found |= run_kronecker(model, measured, groups, train, seed)
+                rows += [{"method": name} | both | sizes for name, both in found.items() if name not in made]
             write(args.out, SETTINGS, rows)
     by_method: dict[str, list[dict[str, Any]]] = {}
     for row in (row for row in rows if "conditioned" not in row["method"]):  # the score is that without
         by_method.setdefault(row["method"], []).append(row)
-    lines = [INTRODUCTION.format(**SETTINGS, channels=rows[0]["channels"], layers=rows[0]["layers"])]
+    lines = [INTRODUCTION.format(**SETTINGS, again=AGAIN, channels=rows[0]["channels"], layers=rows[0]["layers"])]
     for name, found in sorted(by_method.items(), key=lambda item: -mean(row["all"] for row in item[1])):
         cells = [[row[key] for row in found] for key in ("all", "inside")]
         shown = [f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if values[1:] else "") for values in cells]

@@ -240,7 +240,7 @@ def _between(begin: float, end: float, done: float) -> int:
 def _without_noise(net: Network, data: Data) -> dict[str, float]:
     """Where SNR < 1 stops by itself: share of the weights that go, and the error at once."""
     cut = copy.deepcopy(net)
-    report = bp.prune_weights(cut.model, snr_below=1)
+    report = bp.prune_weights(cut.model, "snr=1")
     return {"share": report.sparsity, "error": error(cut, data)}
 
 

@@ -214,7 +214,7 @@ def keep_weights(net: Network, count: int, score: Score) -> None:
     """Removes single weights until `count` are kept."""
     numel = sum(layer.weight.numel() for layer in net.layers)
     if count < numel:
-        bp.prune_weights(net.model, sparsity=1 - count / numel, score=score)
+        bp.prune_weights(net.model, f"weights={count / numel}", score=score)
 
 
 def mask_of(layer: VariationalLayer) -> Tensor:

@@ -33,9 +33,9 @@ def stop(rule: str, start: dict[str, Tensor], data: Data, phase: Phase) -> Netwo
         for name, layer in variational_layers(net.model):
             layer.set_mask("weight", found[f"{name}.weight"] <= 0)
     elif rule == "evidence, units":
-        bp.prune_channels(net.model, EXAMPLE, target={"evidence": 0}, importance=EvidenceImportance(prior))
+        bp.prune_channels(net.model, EXAMPLE, target="evidence=0", importance=EvidenceImportance(prior))
     elif rule == "inclusion, weights":
         gates.close(net.model)
     else:
-        bp.prune_channels(net.model, EXAMPLE, target={"inclusion": 0.5})
+        bp.prune_channels(net.model, EXAMPLE, target="inclusion=0.5")
     return net

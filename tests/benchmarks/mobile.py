@@ -38,7 +38,11 @@ EXAMPLE = torch.zeros(1, 3, SIZE, SIZE)
 SETTINGS = {"size": SIZE, "batch": BATCH, "steps_before": BEFORE, "steps_after": AFTER, "lr": LR}
 PHASE, ORDINARY = "after the variational phase", "after as many steps of ordinary training"
 PHASED = {"SNRImportance after it": False, "SNRImportance after it, uniform=True": True}
-SNIPPETS = {"README's snippet": True, "README's snippet, no teacher": False}
+SNIPPETS = {  # whether there is a teacher, and whether batch norms keep their statistics
+    "README's snippet": (True, True),
+    "README's snippet, batch norms measure batches": (True, False),
+    "README's snippet, no teacher": (False, True),
+}
 CONTROLS = {"torch-pruning, magnitude, global": True, "torch-pruning, magnitude, uniform": False}
 COMPENSATED = "magnitude, uniform, compensated and with a teacher"
 
@@ -99,11 +103,14 @@ def train(
     *,
     num_data: int | None = None,
     teacher: Callable[..., Tensor] | None = None,
+    has_frozen_norms: bool = False,
 ) -> float | None:
     """The README's loop, with `attach` where the number of images is given; what the noise cost at the end."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0)
     attachment = None if num_data is None else bp.attach(optimizer, model, num_data=num_data)
     model.train()
+    if has_frozen_norms:
+        bp.prune.freeze_batch_norm(model)
     for images, labels in batches:
         logits = model(images)
         loss = F.cross_entropy(logits, labels)
@@ -139,9 +146,9 @@ class Benchmark:
         for seed in seeds:
             makes: dict[str, Callable[[], dict[str, Any]]] = {ORDINARY: partial(self.ordinary, seed)}
             makes |= {name: partial(self.phased, seed, is_uniform=each) for name, each in PHASED.items()}
-            makes |= {name: partial(self.at_once, seed, has_teacher=each) for name, each in SNIPPETS.items()}
+            makes |= {name: partial(self.at_once, seed, *each) for name, each in SNIPPETS.items()}
             options: dict[str, Any] = {"importance": tp.importance.MagnitudeImportance(), "uniform": True}
-            makes[COMPENSATED] = partial(self.at_once, seed, has_teacher=True, **options)
+            makes[COMPENSATED] = partial(self.at_once, seed, True, True, **options)
             makes |= {name: partial(self.control, seed, is_global=each) for name, each in CONTROLS.items()}
             for name, make in makes.items():
                 if self.only is None or name in self.only:
@@ -177,19 +184,24 @@ class Benchmark:
     def phased(self, seed: int, *, is_uniform: bool) -> dict[str, Any]:
         model = self.variational(seed)
         options = {"importance": bp.SNRImportance(), "uniform": is_uniform, "before_cut": None}
-        bp.prune_channels(model, EXAMPLE, {"macs": 0.5}, data=list(self.train.random(20, seed + 100)), **options)
+        bp.prune_channels(model, EXAMPLE, "macs=0.5", data=list(self.train.random(20, seed + 100)), **options)
         at_once = accuracy(model, self.images)
         train(bp.to_deterministic(model), self.train.random(AFTER, seed + 1_000))
         return self.measured(model) | {"at_once": at_once}
 
-    def at_once(self, seed: int, *, has_teacher: bool, **options: Any) -> dict[str, Any]:
+    def at_once(self, seed: int, has_teacher: bool, has_frozen_norms: bool, **options: Any) -> dict[str, Any]:
         torch.manual_seed(seed)
         model = bp.to_variational(pretrained())
         teacher = bp.distillation(model) if has_teacher else None
         start = time.perf_counter()
         bp.prune_channels(model, EXAMPLE, "macs=0.5", data=list(self.train.random(32, seed + 100)), **options)
         seconds, at_once = time.perf_counter() - start, accuracy(model, self.images)
-        train(bp.to_deterministic(model), self.train.random(BEFORE + AFTER, seed), teacher=teacher)
+        train(
+            bp.to_deterministic(model),
+            self.train.random(BEFORE + AFTER, seed),
+            teacher=teacher,
+            has_frozen_norms=has_frozen_norms,
+        )
         return self.measured(model) | {"at_once": at_once, "seconds_of_cut": round(seconds)}
 
     def control(self, seed: int, *, is_global: bool) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def passes(net: nn.Module, settings: Settings) -> Iterator[Pass]:
     for name, std, chosen in MOMENTS:
         model = bp.to_variational(copy.deepcopy(net), std=std)
         yield Pass(f"moments, {name}", model, _with(chosen, _under(model, "moments")))
-        yield Pass(f"moments, {name}, compiled", model, _with(chosen, bp.compile_moments(model)))
+        yield Pass(f"moments, {name}, compiled", model, _with(chosen, bp.prediction.compile_moments(model)))
     sampled = bp.to_variational(copy.deepcopy(net))
     yield Pass("weight sampling, 1 draw", sampled, _under(sampled, "weight_sampling"))
     forward = _under(sampled, "weight_sampling")

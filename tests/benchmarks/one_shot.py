@@ -83,9 +83,9 @@ class Calibrated:
         self.batches = list(train.random(BATCHES, seed, augment=False))
         self.seconds: dict[str, float] = {}
         self.models = {"dense": dense}
-        self.posterior = self.timed("kronecker", lambda: bp.fit_kronecker(dense, self.batches, num_data=50_000))
+        self.posterior = self.timed("kronecker", lambda: bp.laplace.fit_kronecker(dense, self.batches, num_data=50_000))
         for name, loss in (("sampled", sampled_cross_entropy), ("empirical", cross_entropy)):
-            fit = partial(bp.fit_laplace, copy.deepcopy(dense), self.batches, num_data=50_000, loss=loss)
+            fit = partial(bp.laplace.fit_laplace, copy.deepcopy(dense), self.batches, num_data=50_000, loss=loss)
             self.models[name] = self.timed(f"laplace {name}", fit)
         self.models["kronecker"] = set_marginal_stds(copy.deepcopy(dense), self.posterior)
 
@@ -107,7 +107,7 @@ class Calibrated:
                 options["scope"] = "layer"
             bp.prune_weights(model, score=weight_score(run.score), **options)
             if run.condition:
-                bp.condition_on_zeros(model, posterior, damping=run.damping)
+                bp.laplace.condition_on_zeros(model, posterior, damping=run.damping)
         return recalibrate_batch_norm(model, self.batches)
 
     def cut_channels(self, model: nn.Module, run: Run, posterior: KroneckerPosterior) -> None:
@@ -115,11 +115,11 @@ class Calibrated:
             model.eval()
             for images, labels in self.batches:
                 F.cross_entropy(model(images), labels).backward()
-        compensate = partial(bp.condition_on_channels, model, posterior, damping=run.damping)
+        compensate = partial(bp.laplace.condition_on_channels, model, posterior, damping=run.damping)
         bp.prune_channels(
             model,
             EXAMPLE,
-            target={"macs": float(run.target)},
+            target=f"macs={float(run.target)}",
             importance=channel_score(run.score, run.option),
             uniform="uniform" in run.option,
             before_cut=compensate if run.condition else None,

@@ -138,7 +138,7 @@ def as_far_as_it_goes(model: Any, inputs: Any, levels: Collection[float] = HALF_
         if kept < least:
             continue
         try:
-            return bp.prune_channels(model, inputs, target={"macs": kept}), limit
+            return bp.prune_channels(model, inputs, target=f"macs={kept}"), limit
         except InfeasibleTargetError as error:
             last, limit = error, limit or str(error)
             if found := re.search(r"at least ([\d.]+) of the macs stay", str(error)):

@@ -172,7 +172,7 @@ def _our_way(
         for _, layer in variational_layers(model):
             layer.estimator = estimator
 
-    noisy = bp.compile_moments(model) if of.compiled and estimator == "moments" else run
+    noisy = bp.prediction.compile_moments(model) if of.compiled and estimator == "moments" else run
 
     def draw() -> Any:
         with bp.sampling(model, estimator):

@@ -147,7 +147,7 @@ class Benchmark:
         def run() -> tuple[nn.Module, dict[str, Any]]:
             model, updates = self.dense(seed), self.settings.num_updates
             score = signal(method.power)
-            schedule = PruneSchedule(sparsity, num_updates=updates, scope=method.scope, score=score)
+            schedule = PruneSchedule(f"weights={1 - sparsity}", num_updates=updates, scope=method.scope, score=score)
             added = callback(method, schedule, in_encoder, seed=seed, num_data=len(self.train))
             logs = self.fine_tune(model, self.settings.steps, lr, seed + 100, added)
             bp.to_deterministic(model)

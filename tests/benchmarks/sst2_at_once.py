@@ -127,7 +127,7 @@ def _cut(benchmark: "Benchmark", score: str, kept: float, seed: int) -> tuple[nn
     report = bp.prune_channels(
         model,
         inputs,
-        {"macs": (sum(macs.values()) - (1 - kept) * inside + 0.5) / sum(macs.values())},
+        f"macs={(sum(macs.values()) - (1 - kept) * inside + 0.5) / sum(macs.values())}",
         granularity=("heads", "mlp"),
         importance=importance,
         data=data,

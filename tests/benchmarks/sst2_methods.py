@@ -197,7 +197,7 @@ def halve(model: nn.Module, inputs: dict[str, Tensor], inside: str, method: Meth
         model,
         inputs,
         granularity=("heads", "mlp"),
-        target={"macs": (sum(macs.values()) - halved / 2 + 0.5) / sum(macs.values())},
+        target=f"macs={(sum(macs.values()) - halved / 2 + 0.5) / sum(macs.values())}",
         uniform=True,
         importance=bp.SNRImportance(method.power) if method.kind == "ours" else importances[method.kind](),
     )

@@ -47,7 +47,7 @@ def run(name: str, seed: int, data: Any) -> dict[str, Any]:
     errors, units = {"1": error(model, data)}, {}
     for target in TARGETS:
         smaller = copy.deepcopy(model)
-        bp.prune_channels(smaller, example, target={"params": target})
+        bp.prune_channels(smaller, example, target=f"params={target}")
         errors[str(target)] = error(smaller, data)
         units[str(target)] = [smaller[0].out_features, smaller[2].out_features]
     return {"prior": name, "seed": seed, "errors": errors, "units": units, "seconds": round(seconds, 1)}

@@ -193,7 +193,7 @@ class Benchmark:
     def weights(self, section: str, method: Method, sparsity: float, lr: float, seed: int) -> dict[str, Any]:
         def run() -> tuple[nn.Module, dict[str, Any]]:
             model, updates, score = self.dense(), self.settings.num_updates, signal(method.power)
-            schedule = PruneSchedule(sparsity, num_updates=updates, scope=method.scope, score=score)
+            schedule = PruneSchedule(f"weights={1 - sparsity}", num_updates=updates, scope=method.scope, score=score)
             self.fine_tune(model, lr, seed, callback(method, schedule, in_layers, seed=seed))
             keep = section == "gradual" and method.kind == "ours" and sparsity == 0.5
             return model, self.generated(bp.to_deterministic(model)) if keep else {}
@@ -207,7 +207,7 @@ class Benchmark:
         def run() -> tuple[nn.Module, dict[str, Any]]:
             model = self.learned(method if method.kind == "ours" else None, lr, seed)
             score = signal(method.power) if method.kind == "ours" else magnitude
-            bp.prune_weights(in_place(model), sparsity=sparsity, scope=method.scope, score=score)
+            bp.prune_weights(in_place(model), f"weights={1 - sparsity}", scope=method.scope, score=score)
             return model, {}
 
         key = {"section": section, "method": asdict(method), "sparsity": sparsity, "lr": lr, "seed": seed}
@@ -215,7 +215,7 @@ class Benchmark:
 
     def one_shot(self, sparsity: float) -> tuple[nn.Module, dict[str, Any]]:
         model = in_place(self.dense())
-        bp.prune_weights(model, sparsity=sparsity, score=magnitude)
+        bp.prune_weights(model, f"weights={1 - sparsity}", score=magnitude)
         return model, {}
 
     def structure(self, section: str, method: Method, lr: float, seed: int) -> dict[str, Any]:
@@ -306,7 +306,7 @@ def in_layers(module: nn.Module, name: str) -> bool:
 
 def in_place(model: nn.Module) -> nn.Module:
     """The model with posteriors, those that it has or new ones that nothing was learned of."""
-    if not any(isinstance(module, bp.VariationalLayer) for module in model.modules()):
+    if not any(isinstance(module, bp.layers.VariationalLayer) for module in model.modules()):
         bp.to_variational(model, filter_fn=in_layers)
     return model
 

@@ -81,7 +81,7 @@ def test_published_kl_is_the_formula_of_the_code():
 
 def test_both_kls_are_defined_where_weights_were_removed():
     model = bp.to_variational(net())
-    bp.prune_weights(model, sparsity=0.5)
+    bp.prune_weights(model, "weights=0.5")
     for kl in (evi.gaussian_kl, evi.published_kl):
         assert torch.isfinite(kl(model))
 
@@ -144,6 +144,6 @@ def test_kernel_norm_ranks_by_the_mean_kernel():
     model[0].weight.data *= torch.arange(1.0, 9.0).reshape(-1, 1, 1, 1) / model[0].weight.flatten(1).norm(
         dim=1
     ).reshape(-1, 1, 1, 1)
-    report = bp.prune_channels(model, torch.rand(1, 1, 8, 8), target={"macs": 0.5}, importance=evi.kernel_norm)
+    report = bp.prune_channels(model, torch.rand(1, 1, 8, 8), target="macs=0.5", importance=evi.kernel_norm)
     assert report.removed == {"0": (0, 1, 2, 3)}
     torch.testing.assert_close(model[0].weight.flatten(1).norm(dim=1), torch.arange(5.0, 9.0))

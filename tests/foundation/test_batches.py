@@ -95,7 +95,7 @@ def test_what_cannot_be_read_is_said():
     with pytest.raises(ValueError, match="a batch is empty"):
         split(model(one), ())
     with pytest.raises(TypeError, match="the inputs are a NoneType; expected a tensor"):
-        bp.prune_channels(bp.to_variational(nn.Sequential(nn.Linear(2, 2))), None, target={"macs": 0.5})
+        bp.prune_channels(bp.to_variational(nn.Sequential(nn.Linear(2, 2))), None, target="macs=0.5")
 
 
 def test_example_inputs_have_no_labels():
@@ -144,11 +144,11 @@ def test_all_who_take_data_read_every_form(form):
     for batch in (((A, B), Y), FORMS[form]):
         net = bp.to_variational(TwoInputs())
         torch.manual_seed(1)
-        bp.fit_laplace(net, [batch], loss=bp.laplace.cross_entropy)
-        bp.fit_laplace(net, [batch])
-        bp.laplace.set_marginal_stds(net, bp.fit_kronecker(net, [batch]))
+        bp.laplace.fit_laplace(net, [batch], loss=bp.laplace.cross_entropy)
+        bp.laplace.fit_laplace(net, [batch])
+        bp.laplace.set_marginal_stds(net, bp.laplace.fit_kronecker(net, [batch]))
         stds.append(net.left.weight_log_std.detach())
-        bp.prune_weights(net, sparsity=0.5, data=[batch])
+        bp.prune_weights(net, "weights=0.5", data=[batch])
         statistics.append(recalibrate_batch_norm(net, [batch]).norm.running_mean)
         scores.append(accuracy(net, [batch]))
     assert torch.equal(*stds)
@@ -161,7 +161,7 @@ def test_labels_that_are_no_tensor_are_said():
     with pytest.raises(ValueError, match="the labels of a batch are NoneType; expected a tensor"):
         accuracy(net, [A])
     with pytest.raises(ValueError, match="the labels of a batch are list; expected a tensor of class numbers"):
-        bp.fit_laplace(net, [(A, ["cat"])], loss=bp.laplace.cross_entropy)
+        bp.laplace.fit_laplace(net, [(A, ["cat"])], loss=bp.laplace.cross_entropy)
 
 
 def fcos() -> nn.Module:
@@ -188,7 +188,7 @@ def test_a_detector_is_measured_reported_and_recalibrated():
     assert before.macs > 0
     norm = model.backbone.body.bn1
     statistics = norm.running_mean.clone()
-    removed = bp.prune_weights(bp.to_variational(model), sparsity=0.5, data=batches)
+    removed = bp.prune_weights(bp.to_variational(model), "weights=0.5", data=batches)
     assert removed.removable.sparsity == pytest.approx(0.5, abs=1e-4)
     assert not torch.equal(norm.running_mean, statistics)
     found = bp.report(before, model, images, evaluate=boxes, metric=Metric("boxes"), num_repeats=1)

@@ -45,7 +45,7 @@ def test_variational_saved_and_loaded(tmp_path):
 def test_rewound():
     model = bp.to_variational(net())
     early = copy.deepcopy(model.state_dict())
-    bp.prune.discover_mask(model, train=lambda *_: None, sparsity=0.5, rounds=1, rewind=early)
+    bp.prune.discover_mask(model, "weights=0.5", train=lambda *_: None, rounds=1, rewind=early)
     kept = model[0].weight_mask
     assert torch.equal(model[0].weight[kept], early["0.weight"][kept])
 

@@ -38,7 +38,7 @@ def test_a_closed_gate_is_a_removed_channel(case):
     folded = gates.close(copy.deepcopy(model))
     torch.testing.assert_close(output(folded, x), gated, rtol=0, atol=1e-12)
     assert_no_gates(folded)
-    cut = bp.prune_channels(model, x, target={"inclusion": 0.5})
+    cut = bp.prune_channels(model, x, target="inclusion=0.5")
     torch.testing.assert_close(output(model, x), gated, rtol=0, atol=1e-12)
     assert_no_gates(model)
     for row in cut.rows:
@@ -53,7 +53,7 @@ def test_gates_of_a_stream_and_of_what_reads_it():
     assert report.left_out == {"head": "it is an output of the model"}
     spread(model)
     gated = output(model, x)
-    bp.prune_channels(model, x, target={"inclusion": 0.5})
+    bp.prune_channels(model, x, target="inclusion=0.5")
     torch.testing.assert_close(output(model, x), gated, rtol=0, atol=1e-12)
 
 
@@ -82,7 +82,7 @@ def test_a_floor_leaves_closed_channels_closed():
     for _, gate in named_gates(model):
         gate.logits.data.fill_(-1.0)
     gated = output(model, x)
-    report = bp.prune_channels(model, x, target={"inclusion": 0.5})
+    report = bp.prune_channels(model, x, target="inclusion=0.5")
     assert {row.layer: row.kept for row in report.rows} == {"inner": 1, "outer": 1}
     torch.testing.assert_close(output(model, x), gated, rtol=0, atol=1e-12)
     assert not model.head.mask("weight").any()
@@ -95,7 +95,7 @@ def test_heads_have_gates_and_norms_forbid_them():
     assert report.gated["attn"] == 4
     spread(block)
     gated = output(block, x)
-    bp.prune_channels(block, x, target={"inclusion": 0.5})
+    bp.prune_channels(block, x, target="inclusion=0.5")
     torch.testing.assert_close(output(block, x), gated, rtol=0, atol=1e-12)
 
     normed = bp.to_variational(
@@ -154,7 +154,7 @@ def test_a_pruned_model_goes_to_disk(tmp_path):
     model, x = residual()
     gates.add_channel_gates(model, x)
     spread(model)
-    bp.prune_channels(model, x, target={"inclusion": 0.5})
+    bp.prune_channels(model, x, target="inclusion=0.5")
     bp.save(model, tmp_path)
     assert torch.equal(output(bp.load(tmp_path, model=Residual().double()), x), output(model, x))
 

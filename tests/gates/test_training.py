@@ -102,7 +102,7 @@ def test_useless_units_go_by_themselves():
         optimizer.zero_grad()
         (mse_loss(net.train()(x), y) / (2 * 0.1**2)).backward()
         optimizer.step()
-    assert bp.prune_channels(net, x, target={"inclusion": 0.5}).removed == {"0": tuple(range(2, 12))}
+    assert bp.prune_channels(net, x, target="inclusion=0.5").removed == {"0": tuple(range(2, 12))}
     with torch.no_grad():
         assert float(mse_loss(net.eval()(x), y) / y.var()) < 0.01
 

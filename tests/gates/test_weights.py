@@ -71,7 +71,7 @@ def test_sparsity_by_inclusion_and_copies():
     copied = copy.deepcopy(model)
     copied[0].weight_gate.logits.data.fill_(-1.0)
     assert not torch.equal(output(model, x), output(copied, x))
-    bp.prune_weights(model, sparsity=0.5, score=inclusion)
+    bp.prune_weights(model, "weights=0.5", score=inclusion)
     probabilities, mask = model[0].weight_gate.probabilities, model[0].weight_mask
     assert probabilities[mask].min() >= probabilities[~mask].max()
 
@@ -93,7 +93,7 @@ def test_channels_can_go_from_a_net_with_both_kinds():
     gates.add_channel_gates(model, x)
     spread(model)
     gated = output(model, x)
-    bp.prune_channels(model, x, target={"inclusion": 0.5})
+    bp.prune_channels(model, x, target="inclusion=0.5")
     torch.testing.assert_close(output(model, x), gated)
     assert model[2].weight_mask.shape == model[2].weight.shape == (2, model[0].out_features)
 

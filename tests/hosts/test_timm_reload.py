@@ -200,7 +200,7 @@ def test_images_are_prepared_as_before(tmp_path):
 
 def test_variational_timm_model_comes_back(tmp_path):
     model = bp.to_variational(pruned_resnet(), std="rank_one")
-    bp.prune_weights(model, sparsity=0.5)
+    bp.prune_weights(model, "weights=0.5")
     bp.save(model, tmp_path)
     state = model.state_dict()
     for loaded in by_both_routes(tmp_path):
@@ -235,7 +235,7 @@ def test_untrained_shapes_and_training_options(tmp_path):
 def test_another_number_of_classes(tmp_path, name, num_classes):
     """The trunk is the saved one, cut and variational; the head is new, as wide as the trunk is."""
     model = timm.create_model(name, num_classes=7).eval()
-    bp.prune_channels(bp.to_variational(model), images(), target={"macs": 0.5})
+    bp.prune_channels(bp.to_variational(model), images(), target="macs=0.5")
     bp.save(model.bfloat16(), tmp_path)
     x = images(dtype=torch.bfloat16)
     features = model.eval().forward_features(x)

@@ -84,7 +84,7 @@ RECIPES = [
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_recipe_of_train_py_resumes_to_the_last_bit(recipe, tmp_path):
     data = write_images(tmp_path / "images")
-    options = ["--data-dir", data, "--model", "test_resnet", "--prune", "0.6", "--epochs", "2", *recipe.split()]
+    options = ["--data-dir", data, "--model", "test_resnet", "--prune", "weights=0.4", "--epochs", "2", *recipe.split()]
     main = program().main
     torch.manual_seed(0)
     metrics = main(*options, "--output", str(tmp_path / "whole"))
@@ -158,7 +158,7 @@ def test_no_weight_decay_is_honoured(name, layer_decay):
     for is_variational in (False, True):
         model = timm.create_model(name, num_classes=3)
         if is_variational:
-            model = classification(model, prune=0.5).get_trainable_module()
+            model = classification(model, prune="weights=0.5").get_trainable_module()
         optimizer = create_optimizer_v2(model, "adamw", lr=1.0, weight_decay=0.05, layer_decay=layer_decay)
         names = {id(parameter): key for key, parameter in model.named_parameters()}
         found.append(
@@ -213,7 +213,7 @@ def test_a_model_that_was_cut_is_the_student_of_timms_own_task(with_posteriors):
     dense = timm.create_model("test_resnet", num_classes=3)
     student = bp.to_variational(copy.deepcopy(dense))
     x, y = torch.randn(4, 3, 160, 160), torch.tensor([0, 1, 2, 0])
-    bp.prune_channels(student, x[:1], target={"macs": 0.7})
+    bp.prune_channels(student, x[:1], target="macs=0.7")
     distill = bp.distillation(dense, temperature=4.0, weight=0.9)
     options = {"task_loss_weight": 0.1, "temperature": 4.0, "verbose": False}
     if not with_posteriors:
@@ -228,7 +228,7 @@ def test_a_model_that_was_cut_is_the_student_of_timms_own_task(with_posteriors):
 
 
 def test_the_average_has_the_zeros_of_the_model_at_once():
-    task = classification(net(), prune=PruneSchedule(0.5, begin=0.0, end=0.5, num_updates=2)).train()
+    task = classification(net(), prune=PruneSchedule("weights=0.5", begin=0.0, end=0.5, num_updates=2)).train()
     optimizer = create_optimizer_v2(task.get_trainable_module(), "adamw", lr=0.01, weight_decay=0.0)
     task.attach(optimizer, num_updates=4, num_data=NUM_DATA)
     task.setup_ema(decay=0.9)
@@ -253,7 +253,7 @@ def test_frozen_layers_stay_as_they_are():
     model = stock_net()
     model[0].requires_grad_(False)
     before = model[0].weight.detach().clone()
-    task = classification(model, prune=PruneSchedule(0.5, begin=0.0, end=0.5, num_updates=2)).train()
+    task = classification(model, prune=PruneSchedule("weights=0.5", begin=0.0, end=0.5, num_updates=2)).train()
     optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), lr=0.05)
     task.attach(optimizer, num_updates=4, num_data=NUM_DATA)
     for images, labels in batches():
@@ -262,13 +262,13 @@ def test_frozen_layers_stay_as_they_are():
         optimizer.step()
     assert type(model[0]) is nn.Conv2d
     assert torch.equal(model[0].weight, before)
-    assert bp.prune_weights(model, sparsity=0.0).removable.sparsity == pytest.approx(0.5, abs=0.01)
+    assert bp.prune_weights(model, "weights=1").removable.sparsity == pytest.approx(0.5, abs=0.01)
 
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_attached_before_or_after_the_checkpoint_is_loaded(gated):
     models = [gates.add_weight_gates(net()) if gated else net() for _ in range(3)]
-    tasks = [classification(model, prune=0.5) for model in models]
+    tasks = [classification(model, prune="weights=0.5") for model in models]
     optimizers = [create_optimizer_v2(task.get_trainable_module(), "adamw", lr=0.01) for task in tasks]
     trained, before, after = tasks
     for task, optimizer in zip((trained, before), optimizers, strict=False):
@@ -302,7 +302,7 @@ def test_num_data_is_what_the_loss_is_a_mean_over(criterion, factor):
 
 def test_lookahead_is_attached_inside():
     """Its slow weights are from before the removal; what was removed stays so in evaluation and in checkpoints."""
-    task = classification(net(), prune=PruneSchedule(0.5, begin=0.2, end=0.6, num_updates=2)).train()
+    task = classification(net(), prune=PruneSchedule("weights=0.5", begin=0.2, end=0.6, num_updates=2)).train()
     optimizer = create_optimizer_v2(task.get_trainable_module(), "lookahead_sgd", lr=0.01, weight_decay=0.0)
     attachment = task.attach(optimizer, num_updates=12, num_data=NUM_DATA)
     for batch in batches() * 3:
@@ -361,7 +361,7 @@ def test_a_compiled_task_takes_the_steps_of_the_eager_one(monkeypatch):
     for is_compiled in (False, True):
         torch.manual_seed(0)
         model = timm.create_model("test_resnet", num_classes=3)
-        task = classification(model, prune=PruneSchedule(0.5, begin=0.0, end=0.5, num_updates=2)).train()
+        task = classification(model, prune=PruneSchedule("weights=0.5", begin=0.0, end=0.5, num_updates=2)).train()
         optimizer = create_optimizer_v2(task.get_trainable_module(), "adamw", lr=1e-3, weight_decay=0.0)
         task.setup_ema(decay=0.5)
         if is_compiled:

@@ -27,7 +27,7 @@ pytestmark = [
 def run(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    schedule = PruneSchedule(0.4, begin=0.0, end=0.5, num_updates=2)
+    schedule = PruneSchedule("weights=0.6", begin=0.0, end=0.5, num_updates=2)
     model = one_process.net()
     prior = bp.priors.Gaussian(0.3)
     task = classification(model, prior=prior, warmup=0.0, prune=schedule).train()
@@ -43,7 +43,7 @@ def run(rank: int, folder: str) -> None:
         optimizer.step()
         torch.manual_seed(number)
         one_process.step_on_elbo(expected, batch, rank, adams)
-        bp.prune_weights(expected, sparsity=schedule.sparsity_at((number + 1) / 4))
+        bp.prune_weights(expected, f"weights={1 - schedule.sparsity_at((number + 1) / 4)}")
     assert_same_parameters(model, expected, start, rel=1e-8)
     torch.save(task.get_checkpoint_state(), Path(folder) / f"{rank}.pt")
     distributed.destroy_process_group()
@@ -60,7 +60,7 @@ def test_the_recipe_under_torchrun(tmp_path):
     """Two processes; a run that is resumed ends where the whole one does."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(PROGRAM)]
     data = write_images(tmp_path / "images")
-    options = ["--data-dir", data, "--model", "test_resnet", "--prune", "0.6", "--model-ema-decay", "0.5"]
+    options = ["--data-dir", data, "--model", "test_resnet", "--prune", "weights=0.4", "--model-ema-decay", "0.5"]
     checkpoint = tmp_path / "start.pth"
     torch.save(timm.create_model("test_resnet", num_classes=2).state_dict(), checkpoint)
     options += ["--batch-size", "2", "--grad-accum-steps", "2", "--initial-checkpoint", str(checkpoint)]

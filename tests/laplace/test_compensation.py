@@ -117,8 +117,8 @@ def test_layers_behind_and_the_stream_make_up_for_more(residual):
     x = normal(128, 3, 6, 6, seed=2)
     removed = {"second.0": [0, 3, 5], "second.1": [1, 2]}
     dense, conditioned, fitted = residual, copy.deepcopy(residual), copy.deepcopy(residual)
-    posterior = bp.fit_kronecker(conditioned, [x])
-    bp.condition_on_channels(conditioned, posterior, removed)
+    posterior = bp.laplace.fit_kronecker(conditioned, [x])
+    bp.laplace.condition_on_channels(conditioned, posterior, removed)
     compensate(fitted, [x], removed)
     assert error(fitted, dense, x) < 0.7 * error(conditioned, dense, x)
     assert error(fitted, dense, normal(64, 3, 6, 6, seed=3)) < error(conditioned, dense, normal(64, 3, 6, 6, seed=3))
@@ -246,7 +246,7 @@ def test_frozen_tied_and_earlier_layers_stay_as_they_are():
 
 def test_weights_that_a_mask_removed_stay_zero():
     model = mlp(5, 8, 3)
-    bp.prune_weights(model, sparsity=0.5)
+    bp.prune_weights(model, "weights=0.5")
     mask = model[2].mask("weight").clone()
     compensate(model, [normal(64, 5)], {"2": [0]})
     assert not model[2].weight[~mask].any()

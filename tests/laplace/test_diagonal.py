@@ -1,5 +1,3 @@
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +6,7 @@ from torch.distributions import Normal, kl_divergence
 
 import bayesprune as bp
 from bayesprune.errors import UnsupportedModelError
-from bayesprune.laplace import adam_laplace, collapse, cross_entropy, fit_laplace
+from bayesprune.laplace import collapse, cross_entropy, fit_laplace
 from bayesprune.laplace.diagonal import sums_of_squares
 from bayesprune.layers import part_shapes
 from tests.cases import LAYERS, Tied, structures
@@ -170,30 +168,3 @@ def test_what_is_not_known_is_said_and_stays():
     assert torch.equal(model["unused"].weight_log_std, before)
     with pytest.raises(UnsupportedModelError, match="BoundLearned, which has no precision"):
         fit_laplace(model, batches, prior=bp.priors.ARD())
-
-
-def test_adams_second_moment_is_the_squared_gradient_of_a_batch():
-    model, batches = classifier()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
-    squares = {}
-    for batch in batches:
-        optimizer.zero_grad()
-        cross_entropy(model.eval(), batch).backward()
-        optimizer.step()
-        for name, parameter in model.named_parameters():
-            if parameter.grad is not None:
-                old = squares.get(name, 0.0)
-                squares[name] = 0.999 * old + 0.001 * parameter.grad.square()
-    correction = 1 - 0.999 ** len(batches)
-    expected = copy.deepcopy(model)
-    assert adam_laplace(model, optimizer, num_data=100, batch_size=6, prior=bp.priors.Gaussian(2.0)) is model
-    for name, snr in bp.signal_to_noise(model).items():
-        precision = 100 * 6 * squares[name] / correction + 0.25
-        mean = expected.get_parameter(name).detach()
-        torch.testing.assert_close(snr, mean.abs() * precision.sqrt(), rtol=1e-4, atol=1e-7)
-
-
-def test_adam_refuses_an_optimizer_without_moments():
-    model, _ = classifier()
-    with pytest.raises(ValueError, match="SGD has no exp_avg_sq"):
-        adam_laplace(model, torch.optim.SGD(model.parameters(), lr=0.1), num_data=10, batch_size=2)

@@ -24,7 +24,7 @@ class Attention(nn.Module):
 
 
 def layers(model):
-    return {name: module for name, module in model.named_modules() if isinstance(module, bp.VariationalLayer)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, bp.layers.VariationalLayer)}
 
 
 def test_layers_come_in_the_order_of_the_forward_and_those_that_read_one_tensor_together():

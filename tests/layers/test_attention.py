@@ -72,7 +72,7 @@ def test_extra_tokens_stay_deterministic():
     """bias_k and bias_v are tokens beside the keys and values, not weights of a projection."""
     layer = bp.to_variational(attention(add_bias_kv=True))
     assert layer.active_names() == ["in_proj_weight", "in_proj_bias"]
-    report = bp.prune_weights(layer, sparsity=0.5)
+    report = bp.prune_weights(layer, "weights=0.5")
     assert [row.name for row in report.rows] == ["in_proj_weight", "out_proj.weight"]
 
 
@@ -103,7 +103,7 @@ def test_leaving_the_attention_leaves_its_output_projection():
 
 def test_leaving_the_output_projection_alone():
     layer = bp.to_variational(attention(), filter_fn=lambda module, name: name != "out_proj")
-    assert not isinstance(layer.out_proj, bp.VariationalLayer)
+    assert not isinstance(layer.out_proj, bp.layers.VariationalLayer)
     x = inputs(layer)
     assert not torch.equal(layer(*x)[0], layer(*x)[0])
 
@@ -147,9 +147,9 @@ def test_encoder_samples_all_of_its_layers():
     bp.to_variational(encoder)
     x = torch.randn(2, 4, 8)
     for _, layer in list(encoder.named_modules()):
-        if isinstance(layer, bp.VariationalLayer):
+        if isinstance(layer, bp.layers.VariationalLayer):
             for other in encoder.modules():
-                if isinstance(other, bp.VariationalLayer):
+                if isinstance(other, bp.layers.VariationalLayer):
                     for name in other.active_names():
                         other.log_std_parts(name)[0].data.fill_(0.0 if other is layer else -40.0)
             with torch.no_grad(), bp.sampling(encoder):

@@ -68,7 +68,7 @@ def test_training_computes_with_one_draw_of_every_parameter(arrangement):
 @pytest.mark.parametrize("std", STRUCTURES)
 def test_a_step_of_training_moves_the_stds_and_removed_weights_stay_zero(std):
     model = bp.to_variational(ARRANGEMENTS[2].build(), std=std)
-    report = bp.prune_weights(model, sparsity=0.5)
+    report = bp.prune_weights(model, "weights=0.5")
     assert {row.name for row in report.rows} == {
         *("first.weight", "router.weight", "last.weight", "experts.gate_up_proj", "experts.down_proj")
     }
@@ -106,7 +106,7 @@ def test_the_kl_is_that_of_one_linear_layer_for_each_expert(prior):
 
 def test_patterns_run_along_the_inputs_of_each_expert():
     model = bp.to_variational(ARRANGEMENTS[1].build())
-    report = bp.prune_weights(model, pattern="2:4")
+    report = bp.prune_weights(model, "2:4")
     kept = model.experts.down_proj_mask.unflatten(1, (HIDDEN // 4, 4)).sum(2)
     assert (kept == 2).all()
     assert {row.name: row.note for row in report.rows}["experts.gate_up_proj"] == "6 inputs are not a multiple of 4"
@@ -125,7 +125,7 @@ def test_copies_and_pickles_are_experts_again():
 
 def test_saved_experts_load_with_masks_and_stds(tmp_path):
     model = bp.to_variational(ARRANGEMENTS[2].build(), std="rank_one")
-    bp.prune_weights(model, sparsity=0.5)
+    bp.prune_weights(model, "weights=0.5")
     bp.save(model, tmp_path)
     loaded = bp.load(tmp_path, model=ARRANGEMENTS[2].build())
     assert torch.equal(loaded(X), model(X))
@@ -145,9 +145,9 @@ def test_laplace_leaves_the_stds_of_experts_and_says_so():
     before = model.experts.down_proj_log_std.clone()
     batches = [(X, torch.randint(5, (len(X),)))]
     with pytest.warns(UserWarning, match=r"experts\.gate_up_proj"):
-        bp.fit_laplace(model, batches)
+        bp.laplace.fit_laplace(model, batches)
     assert torch.equal(model.experts.down_proj_log_std, before)
-    assert "experts" not in bp.fit_kronecker(model, batches)
+    assert "experts" not in bp.laplace.fit_kronecker(model, batches)
 
 
 class Frozen(nn.Module):

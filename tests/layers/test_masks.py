@@ -53,7 +53,7 @@ def test_zeros_stay_zeros_with_momentum_from_before(name):
     model = net()
     optimizer = OPTIMIZERS[name](model.parameters())
     step(model, optimizer)
-    bp.prune_weights(model, sparsity=0.5)
+    bp.prune_weights(model, "weights=0.5")
     assert_zeros_stay(model)
     before = model[0].weight.detach().clone()
     step(model, optimizer)
@@ -71,10 +71,10 @@ def test_zeros_stay_zeros_when_attached(name, attached):
     if attached == "before":
         bp.attach(optimizer, model, num_data=50)
         step(model, optimizer)
-        bp.prune_weights(model, sparsity=0.5)
+        bp.prune_weights(model, "weights=0.5")
     else:
         step(model, optimizer)
-        bp.prune_weights(model, sparsity=0.5)
+        bp.prune_weights(model, "weights=0.5")
         bp.attach(optimizer, model, num_data=50)
     step(model, optimizer)
     assert_zeros_stay(model)
@@ -82,7 +82,7 @@ def test_zeros_stay_zeros_when_attached(name, attached):
 
 def test_zeros_stay_zeros_with_updates_by_hand():
     model = net()
-    bp.prune_weights(model, sparsity=0.5)
+    bp.prune_weights(model, "weights=0.5")
     for _ in range(3):
         model.zero_grad()
         model(torch.randn(5, 6)).square().mean().backward()
@@ -95,7 +95,7 @@ def test_zeros_stay_zeros_with_updates_by_hand():
 @pytest.mark.parametrize("estimator", ["auto", "mean", "weight_sampling", "flipout", "local_reparameterization"])
 def test_removed_weights_have_no_gradient(estimator):
     model = net()
-    bp.prune_weights(model, sparsity=0.5)
+    bp.prune_weights(model, "weights=0.5")
     with bp.sampling(model, estimator):
         model(torch.randn(5, 6)).square().sum().backward()
     for layer in (model[0], model[2]):
@@ -108,7 +108,7 @@ def test_removed_weights_have_no_gradient(estimator):
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_keep_their_zeros(again):
     model = net()
-    bp.prune_weights(model, sparsity=0.5)
+    bp.prune_weights(model, "weights=0.5")
     other = again(model)
     del model
     optimizer = OPTIMIZERS["sgd_momentum"](other.parameters())
@@ -122,7 +122,7 @@ def test_copies_keep_their_zeros(again):
 @pytest.mark.parametrize("assign", [False, True])
 def test_a_reloaded_state_keeps_its_zeros(assign):
     model, other = net(), net()
-    bp.prune_weights(model, sparsity=0.5)
+    bp.prune_weights(model, "weights=0.5")
     other.load_state_dict(copy.deepcopy(model.state_dict()), assign=assign)
     optimizer = OPTIMIZERS["adamw"](other.parameters())
     for parameter in optimizer.param_groups[0]["params"]:
@@ -140,7 +140,7 @@ def test_training_goes_on_after_the_stock_classes_are_back():
     model = net()
     optimizer = OPTIMIZERS["adamw"](model.parameters())
     step(model, optimizer)
-    bp.prune_weights(model, sparsity=0.5)
+    bp.prune_weights(model, "weights=0.5")
     step(model, optimizer)
     zeros = model[0].weight == 0
     bp.to_deterministic(model)
@@ -240,7 +240,7 @@ def test_an_optimizer_that_moves_weights_outside_its_step(case, first):
 
     for number in range(4):
         if number == 2:
-            bp.prune_weights(model, sparsity=0.5)
+            bp.prune_weights(model, "weights=0.5")
         optimizer.step(closure)
     for part in (model, optimizer) if first == "model" else (optimizer, model):
         part.eval()
@@ -265,12 +265,12 @@ def test_weights_that_are_written_over(how):
     model = net()
     optimizer = OPTIMIZERS["sgd_momentum"](model.parameters())
     x = torch.randn(5, 6)
-    bp.prune_weights(model, sparsity=0.0)
+    bp.prune_weights(model, "weights=1")
     average = torch.optim.swa_utils.AveragedModel(model)
     old = {name: value.clone() for name, value in model.state_dict().items()}
     average.update_parameters(model)
     step(model, optimizer)
-    bp.prune_weights(model, sparsity=0.5)
+    bp.prune_weights(model, "weights=0.5")
     model.eval()
     if how == "swapped in":
         for name, parameter in model.named_parameters():
@@ -309,7 +309,7 @@ def test_slow_weights_do_not_bring_removed_ones_back():
     model = net()
     optimizer = Slow(OPTIMIZERS["sgd_momentum"](model.parameters()))
     step(model, optimizer)
-    bp.prune_weights(model, sparsity=0.5)
+    bp.prune_weights(model, "weights=0.5")
     step(model, optimizer)
     assert model[0].weight[~model[0].weight_mask].any(), "they are mixed in"
     model.eval()

@@ -40,7 +40,7 @@ def restored_registry():
     yield
     registry._REGISTERED.clear()
     registry._REGISTERED.update(before)
-    registry._any_variational_type.cache_clear()
+    registry.variational_type.cache_clear()
 
 
 def test_exact_types_come_first():
@@ -98,7 +98,7 @@ def test_registering_a_layer(restored_registry):
     assert variational_type(Doubled).fallback_reason is not None
 
     @bp.register_layer(Doubled)
-    class VariationalDoubled(bp.VariationalLayer, Doubled):
+    class VariationalDoubled(bp.layers.VariationalLayer, Doubled):
         """Linear in its weight, but it multiplies the output too: f(x^2, std^2) is not the variance of f(x, w)."""
 
         is_linear_in_weight = False
@@ -119,5 +119,5 @@ def test_registering_a_class_that_is_no_such_layer_is_refused():
     with pytest.raises(TypeError, match="Wrong is registered for Conv2d; expected a class that derives from Var"):
 
         @bp.register_layer(nn.Conv2d)
-        class Wrong(bp.VariationalLayer, nn.Linear):
+        class Wrong(bp.layers.VariationalLayer, nn.Linear):
             pass

@@ -61,7 +61,7 @@ class Counter:
 def test_output_gradients_and_buffers_are_those_of_the_eager_pass(covariance, is_training):
     model, x = net().train(is_training), torch.randn(2, 3, 5, 5)
     other = copy.deepcopy(model)
-    forward = bp.compile_moments(model, backend="eager")
+    forward = bp.prediction.compile_moments(model, backend="eager")
     with bp.moments.settings(covariance=covariance):
         torch.manual_seed(1)
         got = forward(x, scale=2.0)
@@ -87,7 +87,7 @@ def test_compiled_by_inductor():
     torch.manual_seed(0)
     model, x = bp.to_variational(nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU())), torch.randn(4, 3)
     other = copy.deepcopy(model)
-    got, expected = bp.compile_moments(model)(x), eager(other, x)
+    got, expected = bp.prediction.compile_moments(model)(x), eager(other, x)
     assert_same(got, expected, rtol=1e-5, atol=1e-6)
     for output in (got, expected):
         (parts(output).mean.square().sum() + (100 * parts(output).variance).sum()).backward()
@@ -99,7 +99,7 @@ def test_compiled_by_inductor():
 def test_compiles_once_for_each_shape_mode_and_setting():
     model = bp.to_variational(nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5)))
     backend, x = Counter(), torch.randn(2, 3)
-    forward = bp.compile_moments(model, backend=backend)
+    forward = bp.prediction.compile_moments(model, backend=backend)
 
     def count(call, *args, **kwargs):
         before = backend.count
@@ -118,7 +118,7 @@ def test_compiles_once_for_each_shape_mode_and_setting():
     assert count(forward, x) == 1
     model[0].weight.requires_grad_(False)
     assert count(forward, x) == 1
-    bp.prune_weights(model.requires_grad_(True), sparsity=0.5)
+    bp.prune_weights(model.requires_grad_(True), "weights=0.5")
     assert count(forward, x) == 1
     assert_same(forward(x), eager(model, x))
 
@@ -126,7 +126,10 @@ def test_compiles_once_for_each_shape_mode_and_setting():
 def test_training_with_it_follows_the_eager_training():
     model, x = net().train(), torch.randn(4, 3, 5, 5)
     other = copy.deepcopy(model)
-    for trained, forward in ((model, bp.compile_moments(model, backend="eager")), (other, lambda x: eager(other, x))):
+    for trained, forward in (
+        (model, bp.prediction.compile_moments(model, backend="eager")),
+        (other, lambda x: eager(other, x)),
+    ):
         optimizer = torch.optim.SGD(trained.parameters(), lr=1e-2)
         for _ in range(3):
             loss(forward(x)).backward()
@@ -166,7 +169,7 @@ def test_gradients_stop_and_pass_where_the_forward_says():
     torch.manual_seed(0)
     model = bp.to_variational(Mixed())
     other, x = copy.deepcopy(model), torch.randn(2, 3)
-    for output in (bp.compile_moments(model, backend="eager")(x), eager(other, x)):
+    for output in (bp.prediction.compile_moments(model, backend="eager")(x), eager(other, x)):
         (parts(output).mean.sum() + parts(output).variance.sum()).backward()
     assert other.frozen.grad is None
     assert model.frozen.grad is None or not model.frozen.grad.any()
@@ -177,13 +180,13 @@ def test_gradients_stop_and_pass_where_the_forward_says():
 def test_uncertain_and_named_inputs():
     model = bp.to_variational(nn.Linear(3, 2))
     x = Moments(torch.randn(5, 3), torch.rand(5, 3))
-    got = bp.compile_moments(model, backend="eager")(input=x)
+    got = bp.prediction.compile_moments(model, backend="eager")(input=x)
     assert_same(got, eager(model, x))
 
 
 def test_autocast_is_recorded_once():
     model, x = bp.to_variational(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))), torch.randn(4, 8)
-    forward = bp.compile_moments(model, backend="eager")
+    forward = bp.prediction.compile_moments(model, backend="eager")
     with torch.autocast("cpu", torch.bfloat16):
         got, expected = forward(x), eager(model, x)
     assert got.dtype == torch.bfloat16
@@ -194,7 +197,7 @@ def test_autocast_is_recorded_once():
 
 def test_training_goes_on_after_inference_mode():
     model, x = net().eval(), torch.randn(2, 3, 5, 5)
-    forward = bp.compile_moments(model, backend="eager")
+    forward = bp.prediction.compile_moments(model, backend="eager")
     with torch.inference_mode():
         first = parts(forward(x)["logits"]).mean.clone()
     output = forward(x)
@@ -215,7 +218,7 @@ def test_model_output_keeps_its_type():
             return outputs.SequenceClassifierOutput(logits=self.linear(x), hidden_states=(x,))
 
     model, x = bp.to_variational(Classifier()), torch.randn(4, 3)
-    got = bp.compile_moments(model, backend="eager")(x)
+    got = bp.prediction.compile_moments(model, backend="eager")(x)
     assert isinstance(got, outputs.SequenceClassifierOutput)
     assert_same(got.logits, eager(model, x).logits)
     assert torch.equal(got.hidden_states[0], x)
@@ -224,7 +227,7 @@ def test_model_output_keeps_its_type():
 
 def test_what_cannot_be_compiled_is_told():
     with pytest.raises(ValueError, match="without variational layers"):
-        bp.compile_moments(nn.Linear(2, 2), backend="eager")(torch.randn(1, 2))
+        bp.prediction.compile_moments(nn.Linear(2, 2), backend="eager")(torch.randn(1, 2))
 
     class Odd(nn.Linear):
         def forward(self, x, cache=None):
@@ -232,10 +235,10 @@ def test_what_cannot_be_compiled_is_told():
 
     model = bp.to_variational(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(TypeError, match="input with a set in it.*register"):
-        bp.compile_moments(model, backend="eager")({1})
+        bp.prediction.compile_moments(model, backend="eager")({1})
     model.append(Odd(2, 2))
     with pytest.raises(TypeError, match="output with a object in it"):
-        bp.compile_moments(model, backend="eager")(torch.randn(1, 2))
+        bp.prediction.compile_moments(model, backend="eager")(torch.randn(1, 2))
 
 
 def test_torch_compile_of_the_model_falls_back_with_the_right_results():

@@ -1,7 +1,10 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
 
+import bayesprune as bp
 from bayesprune import to_variational
 from bayesprune.prune.batch_norm import recalibrate_batch_norm
 
@@ -68,3 +71,24 @@ def test_takes_keyword_batches():
 
     model = recalibrate_batch_norm(Keyword(), [{"features": torch.full((4, 3), 2.0), "labels": None}])
     assert model.norm.running_mean.tolist() == [2.0] * 3
+
+
+def test_frozen_norms_keep_their_statistics_and_learn_their_scales():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2), nn.BatchNorm1d(2, track_running_stats=False)
+    )
+    x = torch.randn(16, 3) * 5 + 2
+    expected = copy.deepcopy(model).eval()
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    frozen = bp.prune.freeze_batch_norm(model)
+    for _ in range(2):
+        output = model.train()(x)
+        torch.testing.assert_close(output, nn.Sequential(*expected[:3], copy.deepcopy(model[3]).train())(x))
+    output.square().sum().backward()
+    assert model[1].weight.grad.abs().sum() > 0
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
+    frozen.remove()
+    model.train()(x)
+    assert not torch.equal(model[1].running_mean, buffers["1.running_mean"])
+    assert bp.prune.recalibrate_batch_norm(model, [x])[1].running_mean.abs().sum() > 0

@@ -1,4 +1,4 @@
-"""The search of `compress`: how it bisects, what it keeps, what it says, what it refuses."""
+"""The search of `smallest_within`: how it bisects, what it keeps, what it says, what it refuses."""
 
 import json
 
@@ -37,7 +37,9 @@ def test_stops_at_the_smallest_model_that_passes(fine_tune):
     def evaluate(net):
         return 1.0 if hidden(net) >= 60 else 0.0
 
-    found = bp.compress(model(), X, evaluate=evaluate, tolerance=0.5, fine_tune=fine_tune, step=0.3, min_step=0.05)
+    found = bp.prune.smallest_within(
+        model(), X, evaluate=evaluate, tolerance=0.5, fine_tune=fine_tune, step=0.3, min_step=0.05
+    )
     accepted = [trial for trial in found.trials if trial.accepted]
     assert 60 <= hidden(found.model) < 64
     assert found.trials[0].kept == 1.0
@@ -49,9 +51,9 @@ def test_stops_at_the_smallest_model_that_passes(fine_tune):
 @pytest.mark.parametrize("smallest", [4800, 1234, 57, 4])
 def test_finds_the_smallest_number_of_weights_of_a_monotone_score(fine_tune, smallest):
     """Within `min_step` of the true one, whatever it is, in few trials."""
-    found = bp.compress(
+    found = bp.prune.smallest_within(
         model(),
-        what="weights",
+        by="weights",
         evaluate=lambda net: float(num_weights(net) >= smallest),
         tolerance=0.5,
         fine_tune=fine_tune,
@@ -62,8 +64,8 @@ def test_finds_the_smallest_number_of_weights_of_a_monotone_score(fine_tune, sma
     assert min(trial.kept for trial in found.trials if trial.accepted) == num_weights(found.model) / 4800
 
 
-@pytest.mark.parametrize("what", ["channels", "weights"])
-def test_a_score_that_is_not_monotone_still_gives_a_model_within_the_tolerance(what):
+@pytest.mark.parametrize("by", ["macs", "weights"])
+def test_a_score_that_is_not_monotone_still_gives_a_model_within_the_tolerance(by):
     scores: dict[int, float] = {}
 
     def evaluate(net):
@@ -71,8 +73,8 @@ def test_a_score_that_is_not_monotone_still_gives_a_model_within_the_tolerance(w
         return scores.setdefault(id(net), float(torch.rand(()))) if scores else scores.setdefault(id(net), 0.7)
 
     kept_alive = []
-    found = bp.compress(
-        model(), X, what=what, evaluate=evaluate, tolerance=0.4, fine_tune=kept_alive.append, data=[X.expand(4, 8)]
+    found = bp.prune.smallest_within(
+        model(), X, by=by, evaluate=evaluate, tolerance=0.4, fine_tune=kept_alive.append, data=[X.expand(4, 8)]
     )
     assert scores[id(found.model)] >= found.reference - found.tolerance
     best = min((trial for trial in found.trials if trial.accepted), key=lambda trial: trial.kept)
@@ -91,7 +93,7 @@ def test_cuts_go_on_from_what_was_learned():
         steps.append((getattr(net, "trained", 0), num_weights(net)))
         return 1.0 if num_weights(net) >= 1000 else 0.0
 
-    bp.compress(model(), what="weights", evaluate=evaluate, tolerance=0.5, fine_tune=fine_tune, step=0.5)
+    bp.prune.smallest_within(model(), by="weights", evaluate=evaluate, tolerance=0.5, fine_tune=fine_tune, step=0.5)
     assert steps[:4] == [(0, 4800), (1, 2400), (2, 1200), (3, 600)]
     assert all(trained == 3 for trained, _ in steps[3:5])
 
@@ -99,7 +101,7 @@ def test_cuts_go_on_from_what_was_learned():
 def test_leaves_the_given_model_alone_even_when_nothing_passes():
     net = model()
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    found = bp.compress(net, X, evaluate=lambda candidate: float(hidden(candidate)), tolerance=0.0)
+    found = bp.prune.smallest_within(net, X, evaluate=lambda candidate: float(hidden(candidate)), tolerance=0.0)
     assert found.model is not net
     assert hidden(found.model) == hidden(net) == 128
     assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
@@ -107,7 +109,7 @@ def test_leaves_the_given_model_alone_even_when_nothing_passes():
 
 def test_fine_tunes_each_candidate_before_it_is_judged():
     seen = []
-    found = bp.compress(
+    found = bp.prune.smallest_within(
         model(),
         X,
         evaluate=lambda net: 1.0 if hidden(net) > 90 else 0.0,
@@ -120,7 +122,9 @@ def test_fine_tunes_each_candidate_before_it_is_judged():
 
 
 def test_compares_with_the_reference_that_is_given(caplog):
-    found = bp.compress(model(), X, evaluate=lambda net: 0.9, tolerance=0.05, reference=1.0, step=0.3, min_step=0.2)
+    found = bp.prune.smallest_within(
+        model(), X, evaluate=lambda net: 0.9, tolerance=0.05, reference=1.0, step=0.3, min_step=0.2
+    )
     assert not any(trial.accepted for trial in found.trials)
     assert "no model within 0.05 of the score 1.0000; the uncut one has 0.9000 and is returned" in caplog.text
     assert "nothing within the tolerance" in str(found)
@@ -128,9 +132,9 @@ def test_compares_with_the_reference_that_is_given(caplog):
 
 def test_weights_that_were_removed_before_count_and_options_reach_the_removal():
     net = model()
-    bp.prune_weights(net, sparsity=0.5, score=magnitude)
-    found = bp.compress(
-        net, what="weights", evaluate=lambda n: 1.0, tolerance=0.1, score=magnitude, scope="layer", min_kept=0.1
+    bp.prune_weights(net, "weights=0.5", score=magnitude)
+    found = bp.prune.smallest_within(
+        net, by="weights", evaluate=lambda n: 1.0, tolerance=0.1, score=magnitude, scope="layer", min_kept=0.1
     )
     assert found.trials[0].kept == 0.5
     counts = [int(found.model[i].weight.count_nonzero()) for i in (0, 2, 4)]
@@ -139,14 +143,14 @@ def test_weights_that_were_removed_before_count_and_options_reach_the_removal():
 
 
 def test_the_curve_is_said_from_large_to_small():
-    found = bp.compress(
-        model(), what="weights", evaluate=lambda net: num_weights(net) / 4800, tolerance=0.25, fine_tune=learn
+    found = bp.prune.smallest_within(
+        model(), by="weights", evaluate=lambda net: num_weights(net) / 4800, tolerance=0.25, fine_tune=learn
     )
     sizes = [trial.kept for trial in found.curve]
     assert sizes == sorted(sizes, reverse=True)
     assert sorted(trial.accepted for trial in found.curve) == [trial.accepted for trial in found.curve][::-1]
     document = json.loads(json.dumps(found.to_dict()))
-    assert (document["what"], document["reference"], document["tolerance"]) == ("weights", 1.0, 0.25)
+    assert (document["by"], document["reference"], document["tolerance"]) == ("weights", 1.0, 0.25)
     assert document["trials"][0] == {"kept": 1.0, "score": 1.0, "accepted": True}
     assert len(document["trials"]) == len(found.trials)
     text = str(found)
@@ -162,17 +166,17 @@ def test_the_curve_is_said_from_large_to_small():
         {"tolerance": -0.1},
         {"tolerance": 0.1, "step": 1.0},
         {"tolerance": 0.1, "min_step": 0.5},
-        {"tolerance": 0.1, "what": "heads"},
+        {"tolerance": 0.1, "by": "heads"},
     ],
 )
 def test_refuses_options_out_of_range(options):
     with pytest.raises(ValueError, match="expected"):
-        bp.compress(model(), X, evaluate=lambda net: 1.0, **options)
+        bp.prune.smallest_within(model(), X, evaluate=lambda net: 1.0, **options)
 
 
 def test_channels_need_example_inputs():
-    with pytest.raises(ValueError, match="compress needs example_inputs to remove channels"):
-        bp.compress(model(), evaluate=lambda net: 1.0, tolerance=0.1)
+    with pytest.raises(ValueError, match="smallest_within needs example_inputs to remove channels"):
+        bp.prune.smallest_within(model(), evaluate=lambda net: 1.0, tolerance=0.1)
 
 
 def test_the_curve_is_drawn():
@@ -184,5 +188,5 @@ def test_the_curve_is_drawn():
     assert drawn.startswith('<svg role="img" aria-label="Score against weights kept"')
     assert "weights kept" in drawn
     assert "2 %" in drawn
-    nothing = compression_curve(Compression(nn.Identity(), trials[2:], "channels", 0.9, 0.02))
+    nothing = compression_curve(Compression(nn.Identity(), trials[2:], "macs", 0.9, 0.02))
     assert "MACs kept" in nothing

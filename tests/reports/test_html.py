@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from bayesprune import evaluate
+from bayesprune import reports
 from bayesprune.reports import HistoryPoint
 from bayesprune.reports.layers import LayerSize, LayerSNR
 
@@ -48,7 +48,7 @@ def network(width):
 
 @pytest.fixture
 def report():
-    return evaluate.report(
+    return reports.report(
         network(8),
         network(4),
         torch.zeros(4, 6),
@@ -110,8 +110,8 @@ def test_a_hundred_layers_are_all_labelled(report):
 
 
 def test_page_without_accuracy_snr_or_layers_says_so():
-    measured = [evaluate.measure(nn.ReLU(), torch.zeros(1, 2), label=label, num_repeats=0) for label in ("a", "b")]
-    page = Page(evaluate.report(*measured).to_html())
+    measured = [reports.measure(nn.ReLU(), torch.zeros(1, 2), label=label, num_repeats=0) for label in ("a", "b")]
+    page = Page(reports.report(*measured).to_html())
     assert "svg" not in page.tags
     assert "No accuracy was measured; pass evaluate=... to measure it." in page.texts
     assert "The models have no layers." in page.texts
@@ -137,7 +137,7 @@ def test_save_writes_three_files_and_leaves_nothing_else(report, tmp_path):
     report.save(target)
     report.save(target)
     assert sorted(path.name for path in target.iterdir()) == ["report.csv", "report.html", "report.json"]
-    assert evaluate.Report.from_json((target / "report.json").read_text(encoding="utf-8")) == report
+    assert reports.Report.from_json((target / "report.json").read_text(encoding="utf-8")) == report
     assert (target / "report.html").read_text(encoding="utf-8") == report.to_html()
     assert (target / "report.csv").read_text(encoding="utf-8") == report.to_csv()
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bayesprune import evaluate
+from bayesprune import reports
 from bayesprune.foundation.batches import given
 from bayesprune.reports.measure import tensor_bytes, uncounted_layers
 
@@ -46,15 +46,15 @@ def test_parameters_are_counted_with_and_without_zeros():
         model.weight[1] = 0
         model.bias[:] = 1
         model.weight[[0, 2, 3]] = 1
-    assert evaluate.count_parameters(model) == (16, 13)
+    assert reports.count_parameters(model) == (16, 13)
 
 
 def test_shared_parameters_count_once_and_stds_never():
     model = Tied()
-    assert evaluate.count_parameters(model).total == 7 * 5 + 7
+    assert reports.count_parameters(model).total == 7 * 5 + 7
     assert tensor_bytes(model) == 4 * (7 * 5 + 7)
     add_companions(model.head)
-    assert evaluate.count_parameters(model).total == 7 * 5 + 7
+    assert reports.count_parameters(model).total == 7 * 5 + 7
     assert tensor_bytes(model) == 4 * (7 * 5 + 7)
 
 
@@ -71,10 +71,10 @@ def test_file_bytes_of_a_file_and_of_a_directory_without_reports(tmp_path):
     (tmp_path / "parts").mkdir()
     (tmp_path / "parts" / "config.json").write_bytes(b"12")
     (tmp_path / "report.html").write_bytes(b"1" * 1000)
-    assert evaluate.file_bytes(tmp_path / "model.safetensors") == 5
-    assert evaluate.file_bytes(str(tmp_path)) == 7
+    assert reports.file_bytes(tmp_path / "model.safetensors") == 5
+    assert reports.file_bytes(str(tmp_path)) == 7
     with pytest.raises(FileNotFoundError, match=r"missing.*save the model"):
-        evaluate.file_bytes(tmp_path / "missing")
+        reports.file_bytes(tmp_path / "missing")
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_file_bytes_of_a_file_and_of_a_directory_without_reports(tmp_path):
     ],
 )
 def test_macs_of_a_layer_by_formula(layer, shape, macs):
-    assert evaluate.count_macs(layer, torch.randn(shape)) == (macs, shape[0], "torch.utils.flop_counter, FLOPs / 2")
+    assert reports.count_macs(layer, torch.randn(shape)) == (macs, shape[0], "torch.utils.flop_counter, FLOPs / 2")
 
 
 @pytest.mark.parametrize("is_fast", [True, False])
@@ -98,7 +98,7 @@ def test_macs_of_an_encoder_layer_hold_its_attention_and_the_fast_path_is_left_a
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(is_fast)
-        by_module = evaluate.macs_by_module(layer, torch.randn(batch, tokens, width))
+        by_module = reports.macs_by_module(layer, torch.randn(batch, tokens, width))
         assert torch.backends.mha.get_fastpath_enabled() == is_fast
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
@@ -119,24 +119,24 @@ def test_macs_of_a_module_that_runs_twice_and_of_one_that_never_runs():
             return self.used(self.used(x)) @ torch.ones(3, 2)
 
     model = Twice()
-    by_module = evaluate.macs_by_module(model, torch.randn(1, 3))
+    by_module = reports.macs_by_module(model, torch.randn(1, 3))
     assert by_module == {"": 6, "used": 18, "idle": 0, "lookup": 0}
     assert uncounted_layers(model, by_module) == ["idle"]
 
 
 def test_layers_that_the_counter_does_not_know_are_named():
     model = nn.Sequential(nn.LSTM(3, 4))
-    assert uncounted_layers(model, evaluate.macs_by_module(model, torch.randn(5, 1, 3))) == ["0"]
+    assert uncounted_layers(model, reports.macs_by_module(model, torch.randn(5, 1, 3))) == ["0"]
 
 
 @pytest.mark.parametrize("inputs", [(torch.tensor([[1, 2]]), 2.0), {"scale": 2.0, "ids": torch.tensor([[1, 2]])}])
 def test_inputs_are_positional_or_by_name(inputs):
-    assert evaluate.count_macs(Tied(), inputs)[:2] == (2 * 5 * 7, 1)
+    assert reports.count_macs(Tied(), inputs)[:2] == (2 * 5 * 7, 1)
 
 
 def test_inputs_of_another_kind_are_refused():
     with pytest.raises(TypeError, match="inputs are a str; expected a tensor"):
-        evaluate.count_macs(Tied(), "ids")
+        reports.count_macs(Tied(), "ids")
     with pytest.raises(ValueError, match="no tensor with a batch dimension"):
         given(Tied(), (1.0, torch.tensor(3))).num_examples  # noqa: B018
 
@@ -144,9 +144,9 @@ def test_inputs_of_another_kind_are_refused():
 @pytest.mark.parametrize(
     "run",
     [
-        lambda model, x: evaluate.macs_by_module(model, x),
-        lambda model, x: evaluate.latency(model, x, num_repeats=1),
-        lambda model, x: evaluate.accuracy(model, [(x, torch.zeros(len(x), dtype=torch.long))]),
+        lambda model, x: reports.macs_by_module(model, x),
+        lambda model, x: reports.latency(model, x, num_repeats=1),
+        lambda model, x: reports.accuracy(model, [(x, torch.zeros(len(x), dtype=torch.long))]),
     ],
     ids=["macs", "latency", "accuracy"],
 )
@@ -167,7 +167,7 @@ def test_a_model_that_fails_is_left_as_it_was():
     model = partly_frozen()
     flags = training_flags(model)
     with pytest.raises(RuntimeError):
-        evaluate.macs_by_module(model, torch.randn(2, 3, 60, 6))
+        reports.macs_by_module(model, torch.randn(2, 3, 60, 6))
     assert training_flags(model) == flags
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
@@ -185,7 +185,7 @@ class Sleeper(nn.Module):
 
 def test_latencies_are_taken_in_turns():
     calls = []
-    slow, fast = evaluate.latencies(
+    slow, fast = reports.latencies(
         [Sleeper("a", 0.02, calls), Sleeper("b", 0.012, calls)], torch.zeros(3, 1), num_repeats=4
     )
     turns = [name for i, name in enumerate(calls) if i == 0 or calls[i - 1] != name]
@@ -196,26 +196,26 @@ def test_latencies_are_taken_in_turns():
 
 def test_latency_names_its_conditions():
     threads = torch.get_num_threads()
-    measured = evaluate.latency(nn.Linear(3, 4).bfloat16(), torch.randn(6, 3).bfloat16(), num_repeats=3)
+    measured = reports.latency(nn.Linear(3, 4).bfloat16(), torch.randn(6, 3).bfloat16(), num_repeats=3)
     assert measured.device.startswith("cpu (")
     assert measured.conditions[1:] == (threads, 6, "bfloat16")
     assert measured.num_repeats == 3
     assert 0 < measured.q25_seconds <= measured.median_seconds <= measured.q75_seconds
     assert torch.get_num_threads() == threads
     with pytest.raises(ValueError, match="num_repeats is 0"):
-        evaluate.latency(nn.Linear(3, 4), torch.randn(6, 3), num_repeats=0)
+        reports.latency(nn.Linear(3, 4), torch.randn(6, 3), num_repeats=0)
 
 
 def test_dtype_is_that_of_the_means_not_of_the_stds():
     layer = nn.Linear(3, 4).bfloat16()
     layer._parameters = {"weight_log_std": nn.Parameter(torch.zeros(4, 3)), **layer._parameters}
-    assert evaluate.latency(layer, torch.randn(6, 3).bfloat16(), num_repeats=1).dtype == "bfloat16"
+    assert reports.latency(layer, torch.randn(6, 3).bfloat16(), num_repeats=1).dtype == "bfloat16"
 
 
 def test_accuracy_is_the_fraction_of_top_1():
     batches = [(F.one_hot(torch.tensor([0, 1, 2]), 3).float(), torch.tensor([0, 1, 0]))]
     batches.append((F.one_hot(torch.tensor([2]), 3).float(), torch.tensor([0])))
-    assert evaluate.accuracy(nn.Identity(), batches) == 0.5
+    assert reports.accuracy(nn.Identity(), batches) == 0.5
 
 
 def test_accuracy_reads_logits_of_an_output_object_and_inputs_by_name():
@@ -224,11 +224,11 @@ def test_accuracy_reads_logits_of_an_output_object_and_inputs_by_name():
             return SimpleNamespace(logits=values)
 
     batches = [({"values": torch.eye(3)}, torch.tensor([0, 1, 1]))]
-    assert evaluate.accuracy(Classifier(), batches, "cpu") == pytest.approx(2 / 3)
+    assert reports.accuracy(Classifier(), batches, "cpu") == pytest.approx(2 / 3)
 
 
 def test_accuracy_refuses_what_would_give_a_wrong_number():
     with pytest.raises(ValueError, match="gave no examples"):
-        evaluate.accuracy(nn.Identity(), [])
+        reports.accuracy(nn.Identity(), [])
     with pytest.raises(ValueError, match=r"shape \(3, 1\), predictions \(3,\)"):
-        evaluate.accuracy(nn.Identity(), [(torch.eye(3), torch.zeros(3, 1))])
+        reports.accuracy(nn.Identity(), [(torch.eye(3), torch.zeros(3, 1))])

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from bayesprune import evaluate, prune_weights, to_variational
+from bayesprune import prune_weights, reports, to_variational
 from bayesprune.errors import StorageError
 from bayesprune.reports import HistoryPoint, Report
 from bayesprune.reports.summary import quantities, short, significant
@@ -25,7 +25,7 @@ BATCH = torch.zeros(4, 6)
 @pytest.fixture
 def report():
     before = network(8)
-    return evaluate.report(
+    return reports.report(
         before,
         network(4),
         BATCH,
@@ -57,8 +57,8 @@ def test_unit_and_counter_device_batch_and_dtype_are_named(report):
     terms = {row.name: row.terms for row in quantities(report)}
     assert terms["MACs"] == "MACs, torch.utils.flop_counter, FLOPs / 2, batch 4"
     assert re.fullmatch(r"ms, median of 2 on cpu \(.+\), \d+ threads?, batch 4, float32", terms["latency"])
-    large = evaluate.measure(nn.Linear(1000, 2000), torch.zeros(1, 1000), num_repeats=0)
-    macs = quantities(evaluate.report(large, dataclasses.replace(large, macs=500_000)))[2]
+    large = reports.measure(nn.Linear(1000, 2000), torch.zeros(1, 1000), num_repeats=0)
+    macs = quantities(reports.report(large, dataclasses.replace(large, macs=500_000)))[2]
     assert (macs.terms[:5], macs.before_text, macs.after_text, macs.change) == (
         "MMACs",
         "2.000",
@@ -78,17 +78,17 @@ def test_two_modules_are_timed_in_turns_and_others_get_a_remark():
     before, after = Recorded(3, 3), Recorded(3, 3)
     x = torch.zeros(1, 3)
     told = "The latencies were not taken in turns"
-    assert not any(told in note for note in evaluate.report(before, after, x, num_repeats=3).notes)
+    assert not any(told in note for note in reports.report(before, after, x, num_repeats=3).notes)
     turns = [call for i, call in enumerate(calls) if i == 0 or calls[i - 1] != call]
     assert turns == [id(before), id(after)] * 5  # one for the MACs, one to find the passes of a repeat, three repeats
-    measured = evaluate.measure(before, x, num_repeats=1)
-    assert any(told in note for note in evaluate.report(measured, after, x, num_repeats=1).notes)
+    measured = reports.measure(before, x, num_repeats=1)
+    assert any(told in note for note in reports.report(measured, after, x, num_repeats=1).notes)
 
 
 def test_latencies_under_other_conditions_have_no_ratio():
     model = network(4)
-    old, new = (evaluate.measure(model, torch.zeros(batch, 6), num_repeats=1) for batch in (1, 2))
-    report = evaluate.report(old, new)
+    old, new = (reports.measure(model, torch.zeros(batch, 6), num_repeats=1) for batch in (1, 2))
+    report = reports.report(old, new)
     assert texts(report)["latency"][2] == texts(report)["MACs"][2] == "-"
     assert "The latencies have no ratio: device, threads, batch or dtype differ." in report.notes
     assert "The MACs have no ratio: counter or batch differ." in report.notes
@@ -96,10 +96,10 @@ def test_latencies_under_other_conditions_have_no_ratio():
 
 def test_a_measurement_taken_before_an_in_place_change_is_compared_with_the_model_after():
     model = network(8)
-    before = evaluate.measure(model, BATCH, label="dense", evaluate=lambda _: 0.5, num_repeats=0)
+    before = reports.measure(model, BATCH, label="dense", evaluate=lambda _: 0.5, num_repeats=0)
     with torch.no_grad():
         model[0].weight[:4] = 0
-    report = evaluate.report(before, model, BATCH, num_repeats=0)
+    report = reports.report(before, model, BATCH, num_repeats=0)
     assert report.before is before
     assert texts(report)["non-zero parameters"] == ("83", "59", "1.41x fewer")
     assert texts(report)["accuracy"] == ("50.00 %", "not measured", "-")
@@ -112,19 +112,19 @@ def test_a_measurement_taken_before_an_in_place_change_is_compared_with_the_mode
 
 def test_a_variational_model_costs_what_its_means_cost():
     model = network(8)
-    dense = evaluate.measure(model, BATCH, num_repeats=0)
+    dense = reports.measure(model, BATCH, num_repeats=0)
     to_variational(model)
-    assert evaluate.measure(model, BATCH, num_repeats=0) == dense
+    assert reports.measure(model, BATCH, num_repeats=0) == dense
     with torch.no_grad():
-        prune_weights(model, sparsity=0.5)
-    pruned = evaluate.measure(model, BATCH, num_repeats=0)
+        prune_weights(model, "weights=0.5")
+    pruned = reports.measure(model, BATCH, num_repeats=0)
     assert (pruned.parameters, pruned.tensor_bytes, pruned.macs) == (dense.parameters, dense.tensor_bytes, dense.macs)
     assert pruned.nonzero_parameters < dense.nonzero_parameters
 
 
 def test_scores_that_are_no_fractions_are_shown_as_they_are():
-    model = evaluate.measure(network(4), BATCH, evaluate=lambda _: -0.5, num_repeats=0)
-    report = evaluate.report(model, dataclasses.replace(model, accuracy=-0.625))
+    model = reports.measure(network(4), BATCH, evaluate=lambda _: -0.5, num_repeats=0)
+    report = reports.report(model, dataclasses.replace(model, accuracy=-0.625))
     assert texts(report)["accuracy"] == ("-0.5000", "-0.6250", "-0.125")
 
 
@@ -137,7 +137,7 @@ def test_models_are_left_in_their_modes_and_evaluated_in_eval_mode():
         return 1.0
 
     before, after = network(8), network(4).eval()
-    evaluate.report(before, after, BATCH, evaluate=accuracy, num_repeats=1)
+    reports.report(before, after, BATCH, evaluate=accuracy, num_repeats=1)
     assert seen == [(False, False)] * 2
     assert [module.training for module in (*before.modules(), *after.modules())] == [True] * 4 + [False] * 4
 
@@ -146,9 +146,9 @@ def test_bytes_on_disk_are_of_the_paths(tmp_path):
     for name, size in (("dense", 3000), ("small", 1500)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(b"1" * size)
-    before = evaluate.measure(network(8), BATCH, num_repeats=0)
+    before = reports.measure(network(8), BATCH, num_repeats=0)
     paths = tmp_path / "dense", tmp_path / "small"
-    report = evaluate.report(before, network(4), BATCH, paths=paths, num_repeats=0)
+    report = reports.report(before, network(4), BATCH, paths=paths, num_repeats=0)
     assert texts(report)["files on disk"] == ("3.000", "1.500", "2.00x smaller")
     row = next(row for row in quantities(report) if row.name == "files on disk")
     assert (row.terms, row.after_over_before) == ("kB, as saved", 0.5)
@@ -160,7 +160,7 @@ def test_remarks_name_collapsed_missing_and_uncounted_layers():
     for model in (before, after):
         model.forward = lambda x, layer=model["a"]: layer(x)
     snr = {"a.weight": torch.full((3, 3), 2.0), "b.weight": torch.full((3, 3), 0.1)}
-    assert evaluate.report(before, after, torch.zeros(1, 3), snr=snr, num_repeats=0).notes == (
+    assert reports.report(before, after, torch.zeros(1, 3), snr=snr, num_repeats=0).notes == (
         "The MACs leave out layers that never ran or that the counter does not know: b, c.",
         "Layers that only the model before has: b.",
         "Layers that only the model after has: c.",
@@ -171,13 +171,13 @@ def test_remarks_name_collapsed_missing_and_uncounted_layers():
 def test_what_cannot_be_reported_is_refused():
     model = network(4)
     with pytest.raises(ValueError, match="same model as before and after; take `measure"):
-        evaluate.report(model, model, BATCH)
+        reports.report(model, model, BATCH)
     with pytest.raises(ValueError, match="no example_inputs"):
-        evaluate.report(model, network(4))
+        reports.report(model, network(4))
     with pytest.raises(ValueError, match=r"it has 'model.0.weight', the layers are '0', '2'\. Pass"):
-        evaluate.report(model, network(4), BATCH, snr={"model.0.weight": torch.ones(4, 6)}, num_repeats=0)
+        reports.report(model, network(4), BATCH, snr={"model.0.weight": torch.ones(4, 6)}, num_repeats=0)
     with pytest.raises(ValueError, match="evaluate returned nan"):
-        evaluate.report(model, network(4), BATCH, evaluate=lambda _: float("nan"))
+        reports.report(model, network(4), BATCH, evaluate=lambda _: float("nan"))
 
 
 def test_json_round_trip(report):
@@ -191,7 +191,7 @@ def test_json_round_trip(report):
 
 
 def test_json_round_trip_without_optional_parts():
-    report = evaluate.report(network(8), network(4), BATCH, num_repeats=0)
+    report = reports.report(network(8), network(4), BATCH, num_repeats=0)
     assert Report.from_json(report.to_json()) == report
 
 
@@ -267,7 +267,7 @@ def test_short_counts(value, text):
 
 
 def test_latencies_that_scatter_are_said_to():
-    measured = evaluate.measure(nn.Linear(3, 4), torch.zeros(1, 3), num_repeats=3)
+    measured = reports.measure(nn.Linear(3, 4), torch.zeros(1, 3), num_repeats=3)
     assert measured.latency is not None
     wide = dataclasses.replace(measured.latency, q25_seconds=0.001, median_seconds=0.005, q75_seconds=0.009)
     tight = dataclasses.replace(measured.latency, q25_seconds=0.0019, median_seconds=0.002, q75_seconds=0.0021)
@@ -275,14 +275,14 @@ def test_latencies_that_scatter_are_said_to():
 
     def notes(before, after):
         pair = (dataclasses.replace(measured, latency=latency) for latency in (before, after))
-        return evaluate.report(*pair).notes
+        return reports.report(*pair).notes
 
     assert any("quartiles 1 to 9 ms before, 1.9 to 2.1 ms after" in note for note in notes(wide, tight))
     assert not any("quartiles" in note for note in notes(tight, fast))
 
 
 def test_ratios_have_columns_where_there_are_some(report):
-    without = evaluate.report(network(8), network(4), BATCH, num_repeats=0)
+    without = reports.report(network(8), network(4), BATCH, num_repeats=0)
     for text in (report.to_html(), str(report)):
         assert "median SNR" in text
     for text in (without.to_html(), str(without)):

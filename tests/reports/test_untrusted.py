@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import bayesprune as bp
-from bayesprune import evaluate
+from bayesprune import reports
 from bayesprune.errors import StorageError
 from bayesprune.reports import Report
 from bayesprune.reports.printable import printable
@@ -24,7 +24,7 @@ WORDS = ["[/x]", "[bold red]b", "\x1b[2J\x1b]0;title\x07", "a\rb\nc", "\u202egnp
 def document():
     old, new = (nn.Sequential(nn.Linear(4, size), nn.Linear(size, 2)) for size in (6, 3))
     snr = {"0.weight": torch.full((6, 4), 2.0)}
-    found = evaluate.report(old, new, torch.zeros(2, 4), snr=snr, evaluate=lambda _: 0.5, num_repeats=0)
+    found = reports.report(old, new, torch.zeros(2, 4), snr=snr, evaluate=lambda _: 0.5, num_repeats=0)
     return json.loads(found.to_json())
 
 

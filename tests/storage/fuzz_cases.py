@@ -35,7 +35,7 @@ def save_plain(**options: Any) -> Callable[[Path, int], None]:
 
 def save_variational(directory: Path, seed: int) -> None:
     model = bp.to_variational(cut_net(seed), std="rank_one")
-    bp.prune_weights(model, sparsity=0.5)
+    bp.prune_weights(model, "weights=0.5")
     bp.save(model, directory)
 
 

@@ -83,7 +83,7 @@ def test_huge_file_is_not_read(saved, monkeypatch):
     assert "has more than 10 bytes" in refused(saved)
 
 
-@pytest.mark.parametrize("version", [3, 0, None, "1", 2.0, True, [1]])
+@pytest.mark.parametrize("version", [3, 1, 0, None, "1", 2.0, True, [1]])
 def test_unknown_version(saved, version):
     edit(saved, lambda record: record.update(format_version=version))
     message = refused(saved)

@@ -186,7 +186,7 @@ def test_variational_model_comes_back(tmp_path, std):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    bp.prune_weights(model, sparsity=0.5)
+    bp.prune_weights(model, "weights=0.5")
     model.head.estimator = "flipout"
     bp.save(model, tmp_path)
     loaded = bp.load(tmp_path, model=Net())
@@ -219,7 +219,7 @@ def test_variational_model_loads_into_a_variational_one(tmp_path):
 
 def test_zeros_of_a_deterministic_model_stay(tmp_path):
     model = bp.to_variational(pruned())
-    bp.prune_weights(model, sparsity=0.5)
+    bp.prune_weights(model, "weights=0.5")
     bp.to_deterministic(model)
     bp.save(model, tmp_path)
     loaded = bp.load(tmp_path, model=Net())

@@ -74,7 +74,7 @@ def test_sizes_that_are_none(tmp_path, size):
 
 def test_tied_layers_share_their_mask_again(tmp_path):
     model = bp.to_variational(Tied(nn.Linear(4, 4), nn.Linear(4, 4)))
-    bp.prune_weights(model, sparsity=0.5)
+    bp.prune_weights(model, "weights=0.5")
     bp.save(model, tmp_path)
     loaded = bp.load(tmp_path, model=Tied(nn.Linear(4, 4), nn.Linear(4, 4)))
     assert loaded.first.weight_mask is loaded.second.weight_mask

@@ -116,7 +116,7 @@ def test_hooks_are_named(tmp_path, caplog):
 
 def test_nothing_is_said_of_an_ordinary_model(tmp_path, caplog):
     model = bp.to_variational(vit())
-    bp.prune_channels(model, IMAGES, target={"macs": 0.8})
+    bp.prune_channels(model, IMAGES, target="macs=0.8")
     model(IMAGES)
     with caplog.at_level(logging.WARNING):
         bp.save(model, tmp_path / "0", example_inputs=IMAGES)

@@ -140,7 +140,7 @@ def test_tied_weights(std):
 def test_after_pruning(name):
     """Removed weights stay zero and count in neither gradient; the others move as the ELBO says."""
     model = net()
-    bp.prune_weights(model, sparsity=0.5)
+    bp.prune_weights(model, "weights=0.5")
     start, expected = copy.deepcopy(model), copy.deepcopy(model)
     optimizer = OPTIMIZERS[name](model.parameters())
     bp.attach(optimizer, model, num_data=NUM_DATA)
@@ -298,7 +298,7 @@ def test_timms_optimizers(name):
     start = copy.deepcopy(model)
     for number in range(6):
         if number == 3:
-            bp.prune_weights(model, sparsity=0.5)
+            bp.prune_weights(model, "weights=0.5")
         optimizer.zero_grad()
         model(torch.randn(5, 6)).square().mean().backward()
         optimizer.step()

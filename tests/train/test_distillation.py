@@ -104,7 +104,7 @@ def test_a_channel_less_changes_nothing_for_the_teacher():
     model = bp.to_variational(stock_net().float())
     distill = bp.distillation(model, weight=1.0)
     expected = distill.teacher(X.float())
-    bp.prune_channels(model, X[:1].float(), target={"params": 0.8})
+    bp.prune_channels(model, X[:1].float(), target="params=0.8")
     small = bp.to_deterministic(model)
     loss = distill(small(X.float()), (X.float(), Y))
     torch.testing.assert_close(loss, by_hand(small(X.float()), expected).mean())

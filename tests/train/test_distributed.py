@@ -54,7 +54,7 @@ def run(rank: int, folder: str) -> None:
     draw = noise.normal((1000,), device=torch.device("cpu"), dtype=torch.float64)
 
     model = net()
-    bp.prune_weights(model, sparsity=0.25)
+    bp.prune_weights(model, "weights=0.75")
     start, expected = copy.deepcopy(model), copy.deepcopy(model)
     adams = {name: HandMadeAdam(1e-2) for name in stds_of(model)}
     wrapped = nn.parallel.DistributedDataParallel(model)
@@ -89,7 +89,7 @@ def test_a_wrapped_model_takes_the_steps_of_the_plain_one(process_group, accumul
     runs = []
     for is_wrapped in (False, True):
         model = net()
-        bp.prune_weights(model, sparsity=0.25)
+        bp.prune_weights(model, "weights=0.75")
         trained = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=view) if is_wrapped else model
         optimizer = torch.optim.SGD(trained.parameters(), lr=LR, momentum=0.9)
         bp.attach(optimizer, trained, num_data=NUM_DATA)
@@ -113,7 +113,7 @@ def test_a_sharded_model_takes_the_steps_of_the_plain_one(process_group, structu
         optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9)
         attachment = bp.attach(optimizer, model, num_data=NUM_DATA, prior=bp.priors.Gaussian(centered=True))
         train(model, optimizer)
-        report = bp.prune_weights(model, sparsity=0.4)
+        report = bp.prune_weights(model, "weights=0.6")
         assert report.sparsity == pytest.approx(0.4, abs=0.01)
         saved = tree_map(
             lambda value: whole(value) if isinstance(value, torch.Tensor) else value, attachment.state_dict()

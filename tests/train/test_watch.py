@@ -90,7 +90,7 @@ def test_what_is_right_is_not_warned_of():
     loop(model, lambda: None, count=10)
     loop(model, optimizer.step, count=20)
     assert attachment.step == 21
-    bp.prune_weights(model, sparsity=0.5)
+    bp.prune_weights(model, "weights=0.5")
     bp.attach(torch.optim.SGD(model.parameters(), lr=0.01), model, num_data=NUM_DATA)
     del optimizer, attachment
     gc.collect()

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from bayesprune.app.data.splits import last_tenth_of_each_class
+from bayesprune.app.data.splits import Loaders, last_tenth_of_each_class
 
 # in_chans and image size of the torchvision data sets that come with labels for every image.
 _TORCHVISION = {
@@ -32,16 +32,11 @@ _TEST_FOLDERS = ("test", "testing")
 
 
 @dataclass(frozen=True)
-class Data:
+class Data(Loaders):
     """Loaders of (images, labels) with images of `input_size`, and what a model needs to know to fit them."""
 
-    train: DataLoader[Any]
-    validation: DataLoader[Any]
-    test: DataLoader[Any]
-    num_data: int
     input_size: tuple[int, int, int]
     class_names: tuple[str, ...]
-    description: str
 
     @property
     def num_classes(self) -> int:

@@ -1,7 +1,31 @@
-"""Which examples are held out where a data set lacks a split: the same ones in every run, whatever its seed."""
+"""Three splits of a data set, and which examples are held out where one is missing: the same ones in every run."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
+
+
+@dataclass(frozen=True)
+class Loaders:
+    """Batches of three splits, in any form that `bayesprune.foundation.batches` names.
+
+    Attributes:
+        train: Training batches; what a pass takes is drawn anew each time.
+        validation: Batches that decide.
+        test: Batches that give the last figures.
+        num_data: Training examples.
+        description: The data in one line.
+    """
+
+    train: DataLoader[Any]
+    validation: Iterable[Any]
+    test: Iterable[Any]
+    num_data: int
+    description: str
 
 
 def last_tenth_of_each_class(labels: Tensor, *, what: str) -> tuple[list[int], list[int]]:

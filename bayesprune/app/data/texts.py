@@ -1,8 +1,13 @@
 """Texts for the command line, in training, validation and test splits: the user's own files, or a `datasets` name.
 
 What is chosen is chosen on `validation`; `test` is for the final number alone. The splits do not depend on a seed.
+Tables are read by `datasets`, too. TSV is read as it is usually written for language data: a tab always ends a column,
+and quotation marks are text.
 """
 
+import csv
+import glob
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,14 +17,40 @@ from typing import Any
 import torch
 
 from bayesprune.app.data.splits import last_tenth_of_each_class
-from bayesprune.app.data.text_files import TABLES, Columns, Rows, checked, find_columns, read_rows
 
+TEXT_COLUMNS = ("text", "sentence", "content", "review", "comment", "document", "message")
+LABEL_COLUMNS = ("label", "labels", "class", "category", "target")
+TABLES = (".csv", ".tsv", ".json", ".jsonl")
+_PLAIN = ".txt"
 _NAMES = {
     "train": ("train", "training"),
     "validation": ("validation", "val", "valid", "dev", "eval", "evaluation"),
     "test": ("test", "testing"),
 }
 _NO_LABEL = -1  # what `datasets` writes where a test split's labels are kept secret
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns are read.
+
+    Attributes:
+        text: Name of the column of texts; None finds one by a usual name.
+        label: Name of the column of labels; None finds one by a usual name.
+        has_labels: Whether the task has labels.
+    """
+
+    text: str | None = None
+    label: str | None = None
+    has_labels: bool = True
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Texts with their labels as they were written; no labels where the task has none."""
+
+    texts: list[str]
+    labels: list[Any]
 
 
 @dataclass(frozen=True)
@@ -82,6 +113,27 @@ def plain_texts(spec: str, columns: Columns) -> dict[str, list[str]]:
     return {split: rows.texts for split, rows in splits.items()}
 
 
+def read_rows(path: Path, columns: Columns) -> Rows:
+    """The texts of one file.
+
+    Raises:
+        ValueError: the file is of another kind, is damaged, holds no rows, or lacks a column.
+        ModuleNotFoundError: `datasets` is not installed.
+    """
+    expected = TABLES if columns.has_labels else (*TABLES, _PLAIN)
+    suffix = path.suffix.lower()
+    if suffix not in expected:
+        raise ValueError(f"{str(path)!r} ends with {path.suffix!r}; expected {', '.join(expected)}.")
+    try:
+        if suffix == _PLAIN:
+            return Rows([path.read_text(encoding="utf-8")], [])
+        found = _table(path, suffix)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not in UTF-8 ({error}); convert it, as with iconv.") from error
+    text, label = _find_columns(found.column_names, columns, str(path))
+    return _checked(list(found[text]), [] if label is None else list(found[label]), str(path))
+
+
 def _read(spec: str, columns: Columns) -> tuple[dict[str, Rows], tuple[str, ...] | None]:
     """Rows by split, and the names of the classes where the data say them; a lone second split is the test split."""
     library, path = spec[:4], Path(spec)
@@ -105,13 +157,13 @@ def _read(spec: str, columns: Columns) -> tuple[dict[str, Rows], tuple[str, ...]
 
 
 def _files(folder: Path, columns: Columns) -> list[tuple[str, list[Path]]]:
-    suffixes = TABLES if columns.has_labels else (*TABLES, ".txt")
+    suffixes = TABLES if columns.has_labels else (*TABLES, _PLAIN)
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes and path.is_file())
     found = [(split, [p for p in files if p.stem.lower() in names]) for split, names in _NAMES.items()]
     if doubled := next((paths for _, paths in found if len(paths) > 1), None):
         raise ValueError(f"{folder} has both {' and '.join(p.name for p in doubled)}; keep one of them there.")
     if not columns.has_labels and not any(paths for _, paths in found):
-        found = [("train", [path for path in files if path.suffix.lower() == ".txt"])]
+        found = [("train", [path for path in files if path.suffix.lower() == _PLAIN])]
     return [(split, paths) for split, paths in found if paths]
 
 
@@ -119,29 +171,89 @@ def _together(parts: Sequence[Rows]) -> Rows:
     return Rows([text for part in parts for text in part.texts], [label for part in parts for label in part.labels])
 
 
-def _from_datasets(name: str, columns: Columns) -> tuple[dict[str, Rows], tuple[str, ...] | None]:
+def _find_columns(names: Sequence[str], columns: Columns, where: str) -> tuple[str, str | None]:
+    """Names of the column of texts and of that of labels; None for those of a task without labels."""
+    text = _find(names, columns.text, TEXT_COLUMNS, "text", where)
+    return text, _find(names, columns.label, LABEL_COLUMNS, "label", where) if columns.has_labels else None
+
+
+def _checked(texts: Sequence[Any], labels: Sequence[Any], where: str) -> Rows:
+    """The same as rows, none of which lacks its text or label."""
+    if not texts:
+        raise ValueError(f"{where} holds no rows.")
+    for number, text in enumerate(texts, start=1):
+        if not isinstance(text, str):
+            raise ValueError(f"{where}: the text of row {number} is {text!r}; expected a string.")
+    for number, label in enumerate(labels, start=1):
+        if label is None or label == "":
+            raise ValueError(f"{where}: row {number} has no label; fill it in, or leave the row out.")
+    return Rows(list(texts), list(labels))
+
+
+def _table(path: Path, suffix: str) -> Any:
+    """A data set of `datasets`; the cells of CSV and TSV are strings, whatever they look like."""
+    if not path.stat().st_size:
+        raise ValueError(f"{path} is empty; expected rows of texts.")
+    datasets = _datasets(str(path))
+    kind, options = "json", {}
+    expected = 'a list of objects such as {"text": "good", "label": 1}, or one of them per line'
+    if suffix in (".csv", ".tsv"):
+        kind, expected = "csv", "a first line of names, then rows of as many columns, texts with commas in quotes"
+        dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if suffix == ".tsv" else {}
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            names = next(csv.reader(file, **dialect), [])
+        options = dialect | {"encoding": "utf-8-sig", "keep_default_na": False, "index_col": False}
+        options["features"] = datasets.Features({name: datasets.Value("string") for name in names})
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Length of header")  # pandas would drop the last columns
+            return datasets.load_dataset(kind, data_files=glob.escape(str(path)), split="train", **options)
+    except (datasets.exceptions.DatasetGenerationError, ValueError, StopIteration) as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, UnicodeDecodeError):
+            raise cause from error
+        raise ValueError(f"{path} cannot be read ({str(cause).strip()}); expected {expected}, in UTF-8.") from error
+
+
+def _find(names: Sequence[str], given: str | None, usual: Sequence[str], what: str, where: str) -> str:
+    lowered = [name.strip().lower() for name in names]
+    if given is not None and given in names:
+        return given
+    for name in () if given is not None else usual:
+        if name in lowered:
+            return names[lowered.index(name)]
+    asked = f"no column {given!r}" if given is not None else f"no column of {what}s, such as {', '.join(usual[:2])}"
+    raise ValueError(f"{where} has {asked}; it has {', '.join(map(repr, names))}. Name one with --{what}-column.")
+
+
+def _datasets(what: str) -> Any:
     try:
         import datasets
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f'hfds/{name} is read by datasets, which is not installed: pip install "bayesprune[transformers]"'
+            f'{what} is read by datasets, which is not installed: pip install "bayesprune[transformers]"'
         ) from error
-    path, _, configuration = name.partition(":")
     datasets.disable_progress_bars()
+    return datasets
+
+
+def _from_datasets(name: str, columns: Columns) -> tuple[dict[str, Rows], tuple[str, ...] | None]:
+    datasets = _datasets(f"hfds/{name}")
+    path, _, configuration = name.partition(":")
     loaded: Any = datasets.load_dataset(path, configuration or None)
     splits, class_names = {}, None
     for split, usual in _NAMES.items():
         if (key := next((key for key in usual if key in loaded), None)) is None:
             continue
         found, where = loaded[key], f"hfds/{name}, {key} split"
-        text, label = find_columns(found.column_names, columns, where)
+        text, label = _find_columns(found.column_names, columns, where)
         labels = [] if label is None else list(found[label])
         if labels and set(labels) == {_NO_LABEL}:
             continue
         if label is not None and isinstance(feature := found.features[label], datasets.ClassLabel):
             class_names = tuple(class_name.strip() for class_name in feature.names)
             labels = [class_names[number] if number >= 0 else str(number) for number in labels]
-        splits[split] = checked(list(found[text]), labels, where)
+        splits[split] = _checked(list(found[text]), labels, where)
     return splits, class_names
 
 

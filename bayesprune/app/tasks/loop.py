@@ -1,4 +1,4 @@
-"""Classes of images from data loaders, trained by a plain loop in one process or several."""
+"""Classes, or next tokens, of batches from data loaders, learned by a plain loop in one process or several."""
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,32 +14,39 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, DistributedSampler
 
-from bayesprune.app.data.images import Data
+from bayesprune.app.data.splits import Loaders
 from bayesprune.app.tasks.task import Checkpoint, Progress, Split, Task, check_finite
-from bayesprune.foundation.batches import device_of
+from bayesprune.foundation.batches import device_of, logits_of, on_device, split
 from bayesprune.foundation.model import load_values
 from bayesprune.foundation.sharding import sharded_as, values_sharded_as, whole
 from bayesprune.prune import PruneSchedule
-from bayesprune.reports import ACCURACY, accuracy
+from bayesprune.reports import ACCURACY, PERPLEXITY, Metric, accuracy, perplexity
 from bayesprune.train import Distillation, attach
 
 
 class LoaderTask(Task):
-    """Images from loaders: AdamW, one cycle of the learning rate, precision and processes as accelerate says.
+    """Batches from loaders: AdamW, one cycle of the learning rate, precision and processes as accelerate says.
 
     With several processes each has its part of every epoch, in batches of the loader's size, and a model of its own
     that DDP keeps equal to the others; under FSDP 2 a copy is sharded while it is trained, and each process holds the
     whole weights beside it. The validation score is the main process's in all of them.
     """
 
-    metric = ACCURACY
+    def __init__(
+        self, data: Loaders, accelerator: Accelerator, *, metric: Metric = ACCURACY, example_inputs: Any = None
+    ) -> None:
+        """Takes the loaders as they are.
 
-    def __init__(self, data: Data, accelerator: Accelerator) -> None:
-        """Takes the loaders as they are."""
-        self.data, self.accelerator, self.description = data, accelerator, data.description
+        Args:
+            data: Inputs with class numbers, or for perplexity with the tokens themselves as labels.
+            accelerator: Says in which precision and how many processes.
+            metric: Accuracy, or perplexity of a causal language model.
+            example_inputs: One example as the forward takes it; None is an image of the first validation batch.
+        """
+        self.data, self.accelerator, self.description, self.metric = data, accelerator, data.description, metric
         self.calibration: Iterable[Any] = data.train
-        self.example_inputs = next(iter(data.validation))[0][:1]
-        self.generators = [_generator_of(data.train)]
+        self.example_inputs = next(iter(data.validation))[0][:1] if example_inputs is None else example_inputs
+        self.generators = [data.train.generator] if isinstance(data.train.generator, torch.Generator) else []
         self.is_main: bool = accelerator.is_main_process
         self._is_sharded = accelerator.distributed_type == DistributedType.FSDP
 
@@ -65,7 +72,9 @@ class LoaderTask(Task):
         parts: dict[str, Any] = {"model": trained, "optimizer": optimizer, "schedule": schedule}
         if learn_stds:
             parts["attachment"] = attach(optimizer, trained, num_data=self.data.num_data, warmup_steps=num_steps // 5)
-        removal = None if sparsity is None else PruneSchedule(sparsity, begin=0.2, end=0.7, num_updates=10)
+        removal = (
+            None if sparsity is None else PruneSchedule(f"weights={1 - sparsity}", begin=0.2, end=0.7, num_updates=10)
+        )
         if self.accelerator.scaler is not None:
             parts["scaler"] = self.accelerator.scaler
         batches = _Batches(loader, num_epochs, parts, checkpoint)
@@ -73,12 +82,13 @@ class LoaderTask(Task):
         with progress.training(num_epochs, len(loader)) as advance:
             for _ in range(batches.num_done):
                 advance(float("nan"))
-            for step, (images, labels) in batches:
+            for step, batch in batches:
                 stepper.zero_grad()
                 with self.accelerator.autocast():
-                    outputs = wrapped(images.to(device))
-                    loss = F.cross_entropy(outputs.float(), labels.to(device))
-                    loss = loss if distill is None else distill(outputs, images, loss)
+                    inputs = split(trained, on_device(batch, device))
+                    outputs = inputs.run(wrapped)
+                    loss = self._loss(outputs, inputs.labels)
+                    loss = loss if distill is None else distill(outputs, batch, loss)
                 number = check_finite(float(loss.detach()), lr)
                 self.accelerator.backward(loss)
                 stepper.step()
@@ -98,10 +108,21 @@ class LoaderTask(Task):
         model.eval()
 
     def score(self, model: nn.Module, split: Split) -> float:
-        """Top-1 accuracy."""
+        """Top-1 accuracy, or perplexity."""
+        measure = perplexity if self.metric == PERPLEXITY else accuracy
         if split == "test" or self.accelerator.num_processes == 1:
-            return accuracy(model, self.data.validation if split == "validation" else self.data.test)
-        return self._of_main(accuracy(model, self.data.validation))
+            return measure(model, self.data.validation if split == "validation" else self.data.test)
+        return self._of_main(measure(model, self.data.validation))
+
+    def _loss(self, outputs: Any, labels: Any) -> Tensor:
+        """Mean cross-entropy of the labels, of a language model those of the token after each position."""
+        if not isinstance(labels, Tensor):
+            kind = type(labels).__name__
+            raise ValueError(f"the labels of a training batch are {kind}; expected a tensor of class numbers.")
+        logits = logits_of(outputs).float()
+        if self.metric == PERPLEXITY:
+            logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        return F.cross_entropy(logits, labels)
 
     def save_beside(self, directory: Path) -> None:
         """Nothing: timm's `config.json` says how images are prepared."""
@@ -158,8 +179,8 @@ def check_launch(accelerator: Accelerator, device: str | None) -> None:
 
 
 def _generator_of(loader: DataLoader[Any]) -> torch.Generator:
-    assert isinstance(loader.generator, torch.Generator), "load_data gives the training images one"
-    return loader.generator
+    """What draws the order of the examples; torch's global one where the loader has none."""
+    return loader.generator if isinstance(loader.generator, torch.Generator) else torch.default_generator
 
 
 class _Batches:

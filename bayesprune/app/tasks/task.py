@@ -1,17 +1,21 @@
 """What the command line's pipeline needs to know of a model's data and training, whichever library has the loop."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from bayesprune.reports import Metric
 from bayesprune.train import Distillation
 
 Split = Literal["validation", "test"]
+
+_LOGGER = logging.getLogger(__name__)
 
 
 class Progress(Protocol):
@@ -26,6 +30,29 @@ class Progress(Protocol):
     def training(self, num_epochs: int, steps_per_epoch: int) -> AbstractContextManager[Callable[[float], None]]:
         """Inside, a training runs; what it gives is to be called after each step, with the loss."""
         ...
+
+
+class LoggedProgress:
+    """Says where the job is in the log, at level INFO."""
+
+    def stage(self, title: str) -> None:
+        """A new stage begins."""
+        _LOGGER.info("compress: %s", title)
+
+    def say(self, text: str) -> None:
+        """One line about the present stage."""
+        _LOGGER.info("compress: %s", text)
+
+    @contextmanager
+    def training(self, num_epochs: int, steps_per_epoch: int) -> Iterator[Callable[[float], None]]:
+        """Shows a bar of the steps on a terminal."""
+        with tqdm(total=num_epochs * steps_per_epoch, desc="fine-tuning", disable=None) as bar:
+
+            def advance(loss: float) -> None:
+                bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+                bar.update()
+
+            yield advance
 
 
 class Checkpoint(Protocol):

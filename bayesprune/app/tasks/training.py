@@ -66,7 +66,7 @@ def train(
         )
         callbacks: list[TrainerCallback] = []
         if learn_stds:
-            prune = None if sparsity is None else PruneSchedule(sparsity, begin=0.1, end=0.7)
+            prune = None if sparsity is None else PruneSchedule(f"weights={1 - sparsity}", begin=0.1, end=0.7)
             callbacks.append(BayesPruneCallback(warmup=_WARMUP, prune=prune))
         if distill is not None:
             callbacks.append(DistillationCallback(distill))

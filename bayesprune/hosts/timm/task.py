@@ -59,7 +59,7 @@ class BayesPruneTask(nn.Module):
         warmup: float = 0.1,
         std_lr: float = 1e-2,
         max_noise_cost: float | None = 0.2,
-        prune: float | PruneSchedule | None = None,
+        prune: str | PruneSchedule | None = None,
         convert: Mapping[str, Any] | None = None,
     ) -> None:
         """Converts the task's model, in place.
@@ -97,7 +97,7 @@ class BayesPruneTask(nn.Module):
         self.task = task
         self.prior, self.temperature, self.warmup, self.std_lr = prior, temperature, warmup, std_lr
         self.max_noise_cost = max_noise_cost
-        self.prune = PruneSchedule(prune) if isinstance(prune, float | int) else prune
+        self.prune = PruneSchedule(prune) if isinstance(prune, str) else prune
         model: nn.Module = task.get_eval_model()  # of a distillation the student
         self.__dict__["model"] = model  # a part of the task, not one beside it
         self._convert(dict(convert or {}))
@@ -247,7 +247,7 @@ class BayesPruneTask(nn.Module):
                 "to_variational, or leave the conversion to the task."
             )
         if self.prune is not None:
-            prune_weights(self.model, sparsity=0.0)  # the average copies buffers by position, and makes none
+            prune_weights(self.model, "weights=1")  # the average copies buffers by position, and makes none
         stds = {id(part) for posterior in named_posteriors(self.model) for part in posterior.log_std_parts}
         names = {name for name, parameter in self.model.named_parameters() if id(parameter) in stds}
         names |= set(getattr(self.model, "no_weight_decay", set)())

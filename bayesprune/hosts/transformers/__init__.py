@@ -1,8 +1,9 @@
 """transformers: a Trainer callback, the layers of its models, and reloading by its own `from_pretrained`."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from bayesprune.hosts.transformers.model_card import model_card, push_to_hub, save_with_card
+from bayesprune.hosts.transformers.hub import model_card, push_to_hub, save_with_card
 from bayesprune.hosts.transformers.reload import follow_saves
 
 if TYPE_CHECKING:
@@ -22,10 +23,16 @@ __all__ = [
     "save_with_card",
 ]
 
+# The Trainer takes seconds to import; what needs it is imported when it is asked for.
+_LAZY = {
+    "BayesPruneCallback": "bayesprune.hosts.transformers.callback",
+    "DistillationCallback": "bayesprune.hosts.transformers.distillation",
+    "PruneSchedule": "bayesprune.prune.weights.schedule",
+    "Tolerance": "bayesprune.hosts.transformers.tolerance",
+}
+
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from bayesprune.hosts.transformers import callback, distillation  # the Trainer takes seconds to import
-
-    return getattr(distillation if name == "DistillationCallback" else callback, name)
+    return getattr(import_module(_LAZY[name]), name)

@@ -64,7 +64,7 @@ class BayesPruneCallback(TrainerCallback):
         warmup: float = 0.1,
         std_lr: float = 1e-2,
         max_noise_cost: float | None = 0.2,
-        prune: float | PruneSchedule | None = None,
+        prune: str | PruneSchedule | None = None,
         tolerance: Tolerance | None = None,
         convert: Mapping[str, Any] | None = None,
     ) -> None:
@@ -79,7 +79,8 @@ class BayesPruneCallback(TrainerCallback):
             warmup: Share of the training, 0 to 1, over which the weight of the KL rises linearly from zero.
             std_lr: Learning rate of the log stds; see `attach`.
             max_noise_cost: What the noise may add to the loss, in nats; see `attach`.
-            prune: Final fraction to remove of the weights that can go, or a schedule; None removes none.
+            prune: "weights=0.2", the fraction that is kept in the end of the weights that can go, or a schedule; None
+                removes none.
             tolerance: When compression has cost too much accuracy, and what happens then; None never looks.
             convert: Options of `to_variational`, for a model that is not variational yet.
 
@@ -91,7 +92,7 @@ class BayesPruneCallback(TrainerCallback):
         self.num_data, self.prior, self.temperature, self.std_lr = num_data, prior, temperature, std_lr
         self.warmup, self.tolerance, self.convert = warmup, tolerance, dict(convert or {})
         self.max_noise_cost = max_noise_cost
-        self.prune = PruneSchedule(prune) if isinstance(prune, float | int) else prune
+        self.prune = PruneSchedule(prune) if isinstance(prune, str) else prune
         self._attachment: Attachment | None = None
         self._probe: LossScaleProbe | None = None
         self._shapes: dict[str, tuple[torch.Size, ...]] = {}
@@ -125,7 +126,7 @@ class BayesPruneCallback(TrainerCallback):
             )
         if self.prune is not None:
             warn_of_pruning(model)
-            prune_weights(model, sparsity=0.0)  # FSDP and PEFT load into the masks that are there, and make none
+            prune_weights(model, "weights=1")  # FSDP and PEFT load into the masks that are there, and make none
         if plugin is not None:
             check_dtypes(model, accelerator.mixed_precision)
             self._frozen = freeze_stds(model)
@@ -152,7 +153,7 @@ class BayesPruneCallback(TrainerCallback):
                 "bayesprune.to_variational(model) from model_init."
             )
         if self.prune is not None:
-            prune_weights(model, sparsity=0.0)  # every checkpoint has masks, so the best one can be loaded at the end
+            prune_weights(model, "weights=1")  # every checkpoint has masks, so the best one can be loaded at the end
         saved = checkpoint.read(args, state.global_step, model) if state.global_step else None
         num_data = self.num_data or (saved.num_data if saved else count_terms(loader, model))
         self._temperature = default_temperature(model, num_data) if self.temperature is None else self.temperature

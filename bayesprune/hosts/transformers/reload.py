@@ -31,9 +31,9 @@ from bayesprune.hosts.transformers.config_delta import Renaming, changes, spec_o
 from bayesprune.hosts.transformers.heads import has_other_sizes, with_other_class, with_other_sizes
 from bayesprune.hosts.transformers.host import LIBRARY, build, hf_base, skeleton
 from bayesprune.storage.base import Base, Host, register_host
-from bayesprune.storage.digests import KEY, check_json, check_seal, json_digest, sealed, tensor_header
+from bayesprune.storage.digests import check_json, check_seal, json_digest, sealed, tensor_header
 from bayesprune.storage.load import check_same_save
-from bayesprune.storage.reading import FORMAT_VERSION, READABLE_VERSIONS, read_header, read_json, read_tensors
+from bayesprune.storage.reading import FORMAT_VERSION, read_header, read_json, read_tensors
 from bayesprune.storage.rebuild import difference, rebuild, shape_differences
 from bayesprune.storage.spec import Spec, computed_buffers, describe_model, tied_names, unsaved_buffers
 from bayesprune.storage.unsaved import lost
@@ -64,10 +64,10 @@ class BayespruneConfig(QuantizationConfigMixin):
         format_version: int = FORMAT_VERSION,
         **_: Any,
     ) -> None:
-        if type(format_version) is not int or format_version not in READABLE_VERSIONS:
+        if type(format_version) is not int or format_version != FORMAT_VERSION:
             raise StorageError(
                 f"config.json has format_version {format_version!r}; this version of bayesprune reads "
-                f"{FORMAT_VERSION} and earlier. Install the version that wrote it."
+                f"{FORMAT_VERSION}. Install the version that wrote it."
             )
         self.quant_method = METHOD  # type: ignore[assignment]
         self.format_version = format_version
@@ -305,8 +305,7 @@ def _build(base: Base) -> nn.Module:
 def _check_config(found: dict[str, Any], config: BayespruneConfig, where: Path) -> None:
     if names := leading_out(found):
         raise StorageError(f"{where} holds {', '.join(names[:4])}, which lead out of it; bayesprune.save writes none.")
-    if config.format_version > 1:
-        check_json(for_building(found), config.config_sha256, str(where))
+    check_json(for_building(found), config.config_sha256, str(where))
 
 
 def _are_names(tied: Any) -> bool:
@@ -319,12 +318,10 @@ def _check_digests(config: BayespruneConfig, files: Sequence[str], where: Path) 
     values = found.get("quantization_config")
     if not isinstance(values, dict) or values.get("save_id") != config.save_id:
         raise StorageError(f"{where} is not the config.json that belongs to the files beside it. Copy both anew.")
-    has_digests = config.format_version > 1
-    if has_digests or KEY in values:
-        check_seal(values, f"quantization_config in {where}")
-        _check_config(found, config, where)
+    check_seal(values, f"quantization_config in {where}")
+    _check_config(found, config, where)
     for path in files:
-        read_tensors(Path(path), digests=has_digests)
+        read_tensors(Path(path))
 
 
 def _headers(files: Sequence[str], where: str, save_id: str) -> dict[str, Tensor]:

@@ -2,8 +2,8 @@
 
 Linear ones (negative log-likelihood, divergence from certain probabilities) and the squared error are exact, as are the
 absolute error and Huber's, for a Gaussian; those of single logits or probabilities are a quadrature of 21 nodes.
-Cross-entropy is second order or sampled, `settings(likelihood=...)`: the file `likelihood` states its error. A loss
-that a model writes out is a tensor with moments; its `backward` is that of the expected loss.
+Cross-entropy is second order; the file `likelihood` states its error. A loss that a model writes out is a tensor with
+moments; its `backward` is that of the expected loss.
 `settings(taylor=True)` does not concern losses.
 """
 
@@ -17,11 +17,10 @@ from torch import Tensor
 from torch.nn._reduction import legacy_get_string
 
 from bayesprune.moments.closed_forms import leaky, piecewise, squared
-from bayesprune.moments.gaussian import Formula, total
-from bayesprune.moments.likelihood import drawn, expected, log_normaliser_excess
+from bayesprune.moments.gaussian import Formula
+from bayesprune.moments.likelihood import expected, log_normaliser_excess
 from bayesprune.moments.registry import follows_directions, register_rule
 from bayesprune.moments.rules import queries as _queries  # noqa: F401  (refuses `backward`: the rule here comes after)
-from bayesprune.moments.settings import current
 from bayesprune.moments.tensor import Moments, is_uncertain, known, parts, plain
 
 
@@ -42,10 +41,7 @@ def cross_entropy(
     options = {"weight": weight, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
     if not is_uncertain(input):
         return F.cross_entropy(plain(input), target, reduction=reduction, **options)
-    x, num_samples = known(input), current().num_logit_samples
-    if current().likelihood == "sampling":
-        draws = drawn(x, num_samples)
-        return total([F.cross_entropy(draw, target, reduction=reduction, **options) for draw in draws]) / num_samples
+    x = known(input)
     assert x.parts.variance is not None, "it is uncertain"
     dim = min(input.dim() - 1, 1)
     logits = x.parts.mean.to(x.parts.variance.dtype)

@@ -1,20 +1,20 @@
 """Rules for maxima: over dimensions, over the windows of max-pooling, of two tensors. No product.
 
-`settings(max_pool="argmax")` takes mean and variance where the mean is largest (Dera et al., 2019): first order, right
-where one entry stands out. `settings(max_pool="clark")` takes the larger of two Gaussians at a time (Clark, 1961), in a
-tournament: exact for two. What positions share is in all entries of a window alike and stays as it is.
+Mean and variance are those where the mean is largest (Dera et al., 2019): first order, right where one entry stands
+out. What positions share is in all entries of a window alike and stays as it is. The larger of two tensors is exact for
+two Gaussians (Clark, 1961).
 
 Average error against draws, independent entries of variance 1: of the mean in stds of the output / variance over that
 of the draws. The means are all equal, or spread with the std that the title says:
 
-| window    | argmax, equal | clark, equal  | argmax, 1     | clark, 1      | argmax, 3     | clark, 3      |
-|-----------|---------------|---------------|---------------|---------------|---------------|---------------|
-| 2 x 2     | -1.47 / 2.03  | 0.00 / 0.94   | -0.54 / 1.60  | 0.00 / 0.96   | -0.18 / 1.22  | 0.00 / 0.99   |
-| 3 x 3     | -2.14 / 2.53  | -0.01 / 0.87  | -0.73 / 1.83  | -0.01 / 0.91  | -0.22 / 1.28  | 0.00 / 0.98   |
-| all of 36 | -4.37 / 4.25  | -0.17 / 0.59  | -1.20 / 2.49  | -0.08 / 0.73  | -0.26 / 1.33  | -0.01 / 0.98  |
+| window    | equal         | 1             | 3             |
+|-----------|---------------|---------------|---------------|
+| 2 x 2     | -1.47 / 2.03  | -0.54 / 1.60  | -0.18 / 1.22  |
+| 3 x 3     | -2.14 / 2.53  | -0.73 / 1.83  | -0.22 / 1.28  |
+| all of 36 | -4.37 / 4.25  | -1.20 / 2.49  | -0.26 / 1.33  |
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +25,6 @@ from bayesprune.moments.closed_forms import clamped, larger
 from bayesprune.moments.elementwise import affine, apply, joint
 from bayesprune.moments.gaussian import total
 from bayesprune.moments.registry import register_rule
-from bayesprune.moments.settings import current
 from bayesprune.moments.shared import aligned, common_dims, mean_over, shared_along
 from bayesprune.moments.tensor import Moments, Parts, is_uncertain, parts, plain
 
@@ -79,7 +78,7 @@ def amax(input: Moments, dim: Any = (), keepdim: bool = False) -> Moments:
     num_dims = found.mean.dim()
     dims = sorted({d % num_dims for d in dims}) or list(range(num_dims))
     for d in dims:
-        found = _tournament(found, d) if current().max_pool == "clark" else _at_argmax(found, d)
+        found = _at_argmax(found, d)
     found = found._replace(mean=found.mean.to(input.dtype))
     for d in [] if keepdim else reversed(dims):
         found = _without(found, d)
@@ -91,28 +90,17 @@ def amin(input: Moments, dim: Any = (), keepdim: bool = False) -> Moments:
     return affine(amax(affine(input, -1), dim, keepdim), -1)
 
 
-def pooled(
-    input: Moments, num_spatial: int, pool: Callable[..., tuple[Tensor, Tensor]], windows: Any
-) -> tuple[Moments, Tensor]:
+def pooled(input: Moments, num_spatial: int, pool: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Moments, Tensor]:
     """Max-pooling over the last dimensions, and the indices of the largest means.
 
     Args:
         input: (..., *spatial).
         num_spatial: How many dimensions are pooled.
         pool: The torch function with its options, that returns indices too.
-        windows: Maps input and output sizes of a dimension and its number to the entries (O, K) of each window, -1 for
-            none.
     """
     x = _aligned(parts(input))
     assert x.variance is not None, "a rule is for uncertain tensors"
     mean, indices = pool(x.mean)
-    if current().max_pool == "clark":
-        found = x
-        for i in range(num_spatial):
-            dim = x.mean.dim() - num_spatial + i
-            found = _tournament(_windowed(found, dim, windows(x.mean.shape[dim], mean.shape[dim], i)), dim + 1)
-            found = _without(found, dim + 1)
-        return Moments(found.mean.to(mean.dtype), found.variance, found.shared), indices
     flat = indices.flatten(-num_spatial)
 
     def picked(part: Tensor) -> Tensor:
@@ -137,23 +125,14 @@ def _register_pool(num_spatial: int) -> None:
         ceil_mode: bool = False,
         return_indices: bool = False,
     ) -> Any:
-        stride = kernel_size if stride is None or stride == [] else stride
-        geometry = [_numbers(option, num_spatial) for option in (kernel_size, stride, padding, dilation)]
-
-        def windows(size: int, length: int, i: int) -> list[list[int]]:
-            kernel, step, border, gap = (option[i] for option in geometry)
-            starts = range(-border, -border + step * length, step)
-            found = [[start + gap * k for k in range(kernel)] for start in starts]
-            return [[j if 0 <= j < size else -1 for j in window] for window in found]
-
         def pool(x: Tensor) -> tuple[Tensor, Tensor]:
             return stock(x, kernel_size, stride, padding, dilation, ceil_mode)
 
-        found, indices = pooled(input, num_spatial, pool, windows)
+        found, indices = pooled(input, num_spatial, pool)
         return (found, indices) if return_indices else found
 
     def adaptive_rule(input: Moments, output_size: Any, return_indices: bool = False) -> Any:
-        found, indices = pooled(input, num_spatial, lambda x: stock_adaptive(x, output_size), _adaptive_windows)
+        found, indices = pooled(input, num_spatial, lambda x: stock_adaptive(x, output_size))
         return (found, indices) if return_indices else found
 
     def with_indices(pool: Callable[..., Any]) -> Callable[..., Any]:
@@ -163,16 +142,6 @@ def _register_pool(num_spatial: int) -> None:
     register_rule(stock)(with_indices(rule))
     register_rule(getattr(F, adaptive))(adaptive_rule)
     register_rule(stock_adaptive)(with_indices(adaptive_rule))
-
-
-def _adaptive_windows(size: int, length: int, _: int) -> list[list[int]]:
-    found = [list(range(i * size // length, -(-(i + 1) * size // length))) for i in range(length)]
-    width = max(len(window) for window in found)
-    return [window + [-1] * (width - len(window)) for window in found]
-
-
-def _numbers(option: int | Sequence[int], count: int) -> list[int]:
-    return [option] * count if isinstance(option, int) else list(option) * (count // len(option))
 
 
 def _aligned(x: Parts) -> Parts:
@@ -196,44 +165,6 @@ def _at_argmax(x: Parts, dim: int) -> Parts:
     return Parts(x.mean.gather(dim, indices), x.variance.gather(dim, indices), shared)
 
 
-def _tournament(x: Parts, dim: int) -> Parts:
-    """Clark's moments of the largest along a dimension, which gets size 1."""
-    assert x.variance is not None, "a rule is for uncertain tensors"
-    mean, variance, shared = x.mean.to(x.variance.dtype).clamp_min(_NOWHERE), x.variance, x.shared
-    is_common = shared is not None and shared.shape[dim] == 1 < mean.shape[dim]
-    while mean.shape[dim] > 1:
-        half, size = mean.shape[dim] // 2, mean.shape[dim]
-
-        def cut(part: Tensor, half: int = half, size: int = size) -> tuple[Tensor, Tensor, Tensor]:
-            return part.narrow(dim, 0, half), part.narrow(dim, half, half), part.narrow(dim, 2 * half, size - 2 * half)
-
-        (m1, m2, m3), (v1, v2, v3) = cut(mean), cut(variance)
-        common = shared if is_common and shared is not None else 0.0
-        winner, spread, probability = larger((m1, v1), (m2, v2), common)
-        mean, variance = torch.cat([winner, m3], dim), torch.cat([spread, v3], dim)
-        if shared is not None and not is_common:
-            s1, s2, s3 = cut(shared)
-            p1, p2 = (mean_over(p, s1.shape).square() for p in (probability, 1 - probability))
-            shared = torch.cat([s1 * p1 + s2 * p2, s3], dim)
-    return Parts(mean, variance, shared)
-
-
-def _windowed(x: Parts, dim: int, windows: list[list[int]]) -> Parts:
-    """The windows (O, K) of a dimension in its place; what lies outside is far below everything."""
-    assert x.variance is not None, "a rule is for uncertain tensors"
-    index = torch.tensor(windows, device=x.mean.device)
-    outside = (index < 0).reshape(*index.shape, *(1,) * (x.mean.dim() - dim - 1))
-
-    def taken(part: Tensor, fill: float) -> Tensor:
-        windowed = part.index_select(dim, index.clamp_min(0).flatten()).unflatten(dim, index.shape)
-        return windowed.masked_fill(outside, fill)
-
-    shared = x.shared
-    if shared is not None:
-        shared = taken(shared, 0.0) if shared.shape[dim] > 1 else shared.unsqueeze(dim)
-    return Parts(taken(x.mean, _NOWHERE), taken(x.variance, 0.0), shared)
-
-
 def _larger_of_two(a: Parts, b: Parts) -> Moments:
     dtype = torch.promote_types(torch.promote_types(a.mean.dtype, b.mean.dtype), torch.float32)
     assert a.variance is not None, "both are uncertain"
@@ -249,8 +180,6 @@ def _larger_of_two(a: Parts, b: Parts) -> Moments:
 def _averaged(x: Tensor, dims: set[int]) -> Tensor:
     return x.mean(sorted(dims), keepdim=True) if dims else x
 
-
-_NOWHERE = -1e9  # below all activations; infinity would give nan
 
 for _num_spatial in (1, 2, 3):
     _register_pool(_num_spatial)

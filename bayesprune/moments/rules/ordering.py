@@ -1,4 +1,4 @@
-"""Rules for what sorts and chooses: the order is that of the means, as for maxima with `max_pool="argmax"`.
+"""Rules for what sorts and chooses: the order is that of the means, as for maxima.
 
 So routers, beam searches and detectors take the entries of the largest means, each with its own variance: first order,
 right where the chosen stand out. No product.

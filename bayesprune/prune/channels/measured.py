@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch_pruning.dependency import Group
 
 from bayesprune.foundation.model import eval_mode
+from bayesprune.foundation.target import Target
 from bayesprune.layers import Posterior
 from bayesprune.prune.channels import plan
 from bayesprune.prune.graph.find import groups_in
@@ -98,7 +99,7 @@ class MeasuredImportance(Criterion):
         structure = groups_in(observed, granularity=granularity, ignored_layers=ignored_layers)
         costs = plan.cost_model(model, structure.groups, observed.macs)
         importance = importance or SNRImportance()
-        self._by_name: dict[str, Tensor] = {}
+        self._scores: dict[str, Tensor] = {}
         self._names = {id(module): name for name, module in model.named_modules()}
         with eval_mode(model), torch.no_grad():
             base = _measured(loss, model)
@@ -110,44 +111,43 @@ class MeasuredImportance(Criterion):
                 if per == "macs":
                     one = [int(number == index) for number in range(len(structure.groups))]
                     saved = costs.cost("macs", [0] * len(one)) - costs.cost("macs", one)
-                self._by_name[group.name] = _unit_costs(model, *scored, loss, base, levels) / saved
+                self._scores[group.name] = _unit_costs(model, *scored, loss, base, levels) / saved
 
     def of_group(self, group: ChannelGroup) -> Tensor | None:
         """Scores (C,) of the root channels of a group, of the model or of a copy; None where it was not measured."""
-        return self._by_name.get(group.name)
+        return self._scores.get(group.name)
 
     def scores(self, group: Group) -> Tensor | None:
         """Scores (C,) of the root channels of a group; None where it was not measured."""
-        scores = self._by_name.get(self._names.get(id(group[0].dep.layer), ""))
+        scores = self._scores.get(self._names.get(id(group[0].dep.layer), ""))
         return None if scores is None else scores[torch.as_tensor(group[0].root_idxs)]
 
 
 @torch.no_grad()
-def layer_sparsities(
+def layer_shares(
     model: nn.Module,
-    sparsity: float,
+    target: str | Target,
     loss: Loss,
     *,
     score: Score = snr,
     levels: Sequence[float] = WEIGHT_LEVELS,
 ) -> dict[str, float]:
-    """The sparsity of each layer, by its weight's name, with which the measured losses add up to least.
+    """The fraction that each layer keeps, by its weight's name, with which the measured losses add up to least.
 
-    For `prune_weights(model, sparsity=...)`. Number of layers times levels evaluations of the loss; the model is as
+    A target for `prune_weights`. Number of layers times levels evaluations of the loss; the model is as
     before afterwards.
 
     Args:
         model: A variational model.
-        sparsity: Fraction to remove of all weights that can go, below 1.
+        target: "weights=0.2", the fraction of all weights that can go which is kept.
         loss: Mean loss of a model on calibration data; called in evaluation mode, without gradients.
         score: Score of a posterior's weights, the lowest going first.
         levels: Fractions of a layer's weights that are removed for measuring, rising.
 
     Raises:
-        ValueError: the sparsity or a level is out of range, or the loss is not a number.
+        ValueError: the target or a level is out of range, or the loss is not a number.
     """
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity is {sparsity!r}; expected a fraction of the weights, below 1.")
+    goal = Target.parse(target, ("weights",), "layer_shares")
     _check_levels(levels)
     posteriors = removable_weights(model)
     with eval_mode(model):
@@ -155,9 +155,9 @@ def layer_sparsities(
         costs = [_weight_costs(model, posterior, score, loss, base, levels) for posterior in posteriors]
     flat = torch.cat(costs)
     gone = torch.zeros(len(flat), dtype=torch.bool)
-    gone[flat.argsort(stable=True)[: round(sparsity * len(flat))]] = True
+    gone[flat.argsort(stable=True)[: round(goal.removed * len(flat))]] = True
     pieces = gone.split([len(cost) for cost in costs])
-    return {p.name: float(piece.float().mean()) for p, piece in zip(posteriors, pieces, strict=True)}
+    return {p.name: 1 - float(piece.float().mean()) for p, piece in zip(posteriors, pieces, strict=True)}
 
 
 def _unit_costs(

@@ -6,7 +6,7 @@ checks caps only between steps, and does not say what it skipped.
 """
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from torch import nn
 
 from bayesprune.errors import InfeasibleTargetError, UnsupportedModelError
 from bayesprune.foundation.macs import macs_by_module
+from bayesprune.foundation.target import Target
 from bayesprune.laplace.compensation import compensate
 from bayesprune.layers import drop_gates, passing_gates, variational_layers
 from bayesprune.prune.channels import plan
@@ -50,7 +51,7 @@ _LOGGER = logging.getLogger(__name__)
 def prune_channels(
     model: nn.Module,
     example_inputs: Any,
-    target: Mapping[str, float] | str,
+    target: str | Target,
     *,
     importance: Importance | None = None,
     granularity: Collection[str] = GRANULARITY,
@@ -80,11 +81,11 @@ def prune_channels(
     Args:
         model: With variational layers, or any model when `importance` is given. On any device, not wrapped.
         example_inputs: A tensor, a tuple of positional arguments, or a mapping of keyword arguments.
-        target: {"macs": f} or {"params": f}, or "macs=0.5", the fraction of the model as it is now that is kept;
-            {"snr": t}: remove the channels whose root mean square SNR, over all weights that leave with them, is
-            below t; {"evidence": t}: remove those without which the log evidence is larger by more than t nats, 0 say;
-            {"inclusion": p}: those whose gates are open with a probability below p, 0.5 say. Gates end with the cut;
-            what is behind closed ones and stays, by a floor or another target, gets zero weights.
+        target: "macs=0.5" or "params=0.5", the fraction of the model as it is now that is kept; "snr=1": remove the
+            channels whose root mean square SNR, over all weights that leave with them, is below 1; "evidence=0":
+            remove those without which the log evidence is larger by more than 0 nats; "inclusion=0.5": those whose
+            gates are open with a probability below 0.5. Gates end with the cut; what is behind closed ones and stays,
+            by a floor or another target, gets zero weights.
         importance: A torch-pruning importance; None is the default above. A target of "snr" takes none, "evidence" an
             `EvidenceImportance`, "inclusion" an `InclusionImportance`.
         granularity: What may go: "heads" of attention (where queries share keys and values, with all that share them),
@@ -107,7 +108,8 @@ def prune_channels(
         ValueError: an option is not one of those named, all layers are frozen, or the importance gives scores that
             cannot be ranked, or none for want of gradients.
     """
-    what, value = checked_target(target, importance, granularity, uniform, round_to)
+    goal = checked_target(target, importance, granularity, uniform, round_to)
+    what, value = goal.kind, goal.value
     check_model(model, importance, what)
     calibration = None if data is None else Calibration(model, data)
     is_calibrated = (
@@ -158,7 +160,7 @@ def prune_channels(
         macs_after=macs_after,
         params_before=params,
         params_after=_num_parameters(model),
-        target={what: value},
+        target=str(goal),
         left_whole=left_whole,
         removed={g.name: tuple(sorted(c for unit in u for c in unit)) for g, u in selection if u and not g.is_heads},
         removed_heads={name: _heads(g, units) for g, units in selection if units for name in g.attention},
@@ -276,8 +278,8 @@ def _choose(
         return counts
     held = holdings(model, costs.parts(what, counts), dense, costs.layers, left_whole)
     raise InfeasibleTargetError(
-        f"target {what} {value:g} cannot be reached: at least {reached / dense:.4f} of the {what} stay. Each of the "
-        f"{len(scores)} groups of channels keeps a tenth, and round_to={round_to}. What stays is in "
+        f"the target {what}={value:g} cannot be reached: at least {reached / dense:.4f} of the {what} stay. Each of "
+        f"the {len(scores)} groups of channels keeps a tenth, and round_to={round_to}. What stays is in "
         f"{'; '.join(map(str, held[:4]))}. Ask for a larger fraction. Nothing was changed."
     )
 

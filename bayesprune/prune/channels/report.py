@@ -63,7 +63,7 @@ class ChannelReport:
         macs_after: The same, counted on the cut model.
         params_before: Parameters of the dense model, stds apart.
         params_after: Parameters of the cut model, stds apart.
-        target: As asked for.
+        target: As asked for, in the words of `prune_channels`.
         left_whole: Why a layer keeps all its output channels, by name.
         removed: Indices of the removed channels, by root layer, in the dense model's numbering.
         removed_heads: Indices of the removed query heads, by attention module, in the dense model's numbering.
@@ -80,7 +80,7 @@ class ChannelReport:
     macs_after: int
     params_before: int
     params_after: int
-    target: dict[str, float]
+    target: str
     left_whole: dict[str, str]
     removed: dict[str, tuple[int, ...]]
     removed_heads: dict[str, tuple[int, ...]] = field(default_factory=dict)

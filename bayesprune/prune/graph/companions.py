@@ -141,7 +141,7 @@ def _agree(mean: Tensor, log_std: Tensor) -> bool:
 def _count_operations() -> None:
     """torch-pruning's counter looks types up exactly; unknown ones count zero MACs."""
     counted = find("utils.op_counter.MODULES_MAPPING")
-    for stock in registered_types(norm_scales=True):
-        variational = variational_type(stock, norm_scales=True)
+    for stock in registered_types():
+        variational = variational_type(stock)
         if variational is not None and stock in counted:
             counted.setdefault(variational, counted[stock])

@@ -53,8 +53,8 @@ class SNRImportance(Criterion):
 
     s is the root mean square of a layer's means at scoring time. Deterministic layers of a group contribute nothing,
     and a group without any variational layer, or with a frozen one, gets no score (None): torch-pruning then leaves it
-    alone. Scales of norms count where they have a posterior; biases do not, nor do the projections inside
-    `nn.MultiheadAttention`. In a torch-pruning pruner of your own stds and masks follow their means, see `follow_stds`.
+    alone. Biases do not count, nor do the projections inside `nn.MultiheadAttention`. In a torch-pruning pruner of your
+    own stds and masks follow their means, see `follow_stds`.
 
     torch-pruning's own global ranking skips a group whole once all of its channels fall under the threshold, so that
     it removes less than asked for; `bayesprune.prune_channels` keeps a share of every group instead and meets the
@@ -131,7 +131,7 @@ def _weights(layer: VariationalLayer, *, into_inputs: bool) -> list[str]:
     """The posteriors that lose weights with a side of a layer."""
     found = cut_parameters(layer, "in" if into_inputs else "out") if num_stacked(layer) else [("weight", 0)]
     active = layer.active_names()
-    return [name for name, _ in found if name in active and (name == "weight" or layer.is_weight(name))]
+    return [name for name, _ in found if name in active and layer.is_weight(name)]
 
 
 def weight_scores(layer: VariationalLayer, power: float, name: str = "weight") -> Tensor:

@@ -50,7 +50,7 @@ def evidence(model: nn.Module, prior: Prior | None = None) -> dict[str, Tensor]:
 class EvidenceImportance(Criterion):
     """A torch-pruning importance: -dF in nats, summed over all weights that leave with a channel; below 0 it may go.
 
-    `prune_channels(model, x, target={"evidence": 0})` removes exactly those, with no number to choose. As a ranking for
+    `prune_channels(model, x, "evidence=0")` removes exactly those, with no number to choose. As a ranking for
     another target it is Optimal Brain Damage less what the channel's weights cost in description length.
     Deterministic layers of a group contribute nothing; a group without any variational layer gets None.
 

@@ -16,7 +16,7 @@ BeforeCut = Callable[[dict[str, list[int]]], object]
 class InclusionImportance(Criterion):
     """A torch-pruning importance: the posterior probability that a channel is there, by its gate.
 
-    `prune_channels(model, x, target={"inclusion": 0.5})` removes the channels that are more likely not there; as a
+    `prune_channels(model, x, "inclusion=0.5")` removes the channels that are more likely not there; as a
     ranking it serves any other target. A group without gates gets None. A pruner of your own cuts no gates: run
     `gates.close` first, or leave the cut to `prune_channels`.
     """

@@ -45,8 +45,8 @@ class UnitSNRImportance(Criterion):
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> model = bp.to_variational(model)
         >>> x = torch.randn(32, 4)
-        >>> importance = bp.UnitSNRImportance(model, bp.fit_kronecker(model, [x]))
-        >>> report = bp.prune_channels(model, x, target={"macs": 0.5}, importance=importance)
+        >>> importance = bp.prune.UnitSNRImportance(model, bp.laplace.fit_kronecker(model, [x]))
+        >>> report = bp.prune_channels(model, x, "macs=0.5", importance=importance)
     """
 
     def __init__(self, model: nn.Module, posterior: KroneckerPosterior) -> None:

@@ -19,16 +19,16 @@ from bayesprune.foundation.text import first_names
 from bayesprune.layers import variational_layers
 from bayesprune.prune.batch_norm import recalibrate_batch_norm
 from bayesprune.prune.weights.prune import WeightReport, prune_weights
-from bayesprune.prune.weights.schedule import Ramp, sparsities
+from bayesprune.prune.weights.schedule import Ramp, shares
 
 _LOGGER = logging.getLogger(__name__)
 
 
 def discover_mask(
     model: nn.Module,
+    target: str,
     *,
     train: Callable[[nn.Module, int], object],
-    sparsity: float,
     rounds: int,
     rewind: Mapping[str, Tensor] | None = None,
     ramp: Ramp = "geometric",
@@ -37,18 +37,18 @@ def discover_mask(
 ) -> tuple[WeightReport, ...]:
     """What was removed in each round; the masks stay on the model, which is changed in place.
 
-    A round trains, removes weights up to its share of `sparsity`, and rewinds. After the last one the model is as right
+    A round trains, removes weights up to its share of the target, and rewinds. After the last one the model is as right
     after its removal: train it once more, as you would have in another round.
 
     Args:
         model: A variational model.
+        target: "weights=0.2", the fraction of the weights that is kept in the end.
         train: Called as train(model, round), counted from 1, with removed weights at zero, where they stay. It makes
             its own optimizer, and its posterior ranks: a training under `attach`, or `fit_laplace` on calibration data.
-        sparsity: Fraction of weights that is removed in the end, 0 to 1.
         rounds: In how many removals.
         rewind: A copy of the model's state dict at an earlier time, `copy.deepcopy(model.state_dict())`. After each
             removal the kept weights, their stds and all else go back to it. None goes on from where training ended.
-        ramp: How the sparsity rises: by the same fraction of what is left in every round ("geometric"), or fast at
+        ramp: How much each round removes: the same fraction of what is left in every round ("geometric"), or fast at
             first and slowly at the end ("cubic").
         data: Batches for recalibrating batch norm after each round.
         **options: Further options of `prune_weights` (`score`, `scope`, `min_kept`).
@@ -61,18 +61,18 @@ def discover_mask(
         >>> model = bp.to_variational(torch.nn.Linear(8, 3))
         >>> batches = [(torch.randn(32, 8), torch.randint(3, (32,)))]
         >>> def train(model, round):
-        ...     bp.fit_laplace(model, batches)
-        >>> reports = bp.prune.discover_mask(model, train=train, sparsity=0.75, rounds=2)
+        ...     bp.laplace.fit_laplace(model, batches)
+        >>> reports = bp.prune.discover_mask(model, "weights=0.25", train=train, rounds=2)
         >>> reports[-1].kept
         6
     """
-    targets = sparsities(sparsity, rounds, ramp=ramp)
+    targets = shares(target, rounds, ramp=ramp)
     if rewind is not None:
         _check(model, rewind)
     reports = []
-    for number, target in enumerate(targets, start=1):
+    for number, share in enumerate(targets, start=1):
         train(model, number)
-        reports.append(report := prune_weights(model, sparsity=target, **options))
+        reports.append(report := prune_weights(model, share, **options))
         _LOGGER.info("discover_mask: round %d of %d, %s", number, rounds, report.summary())
         if rewind is not None:
             load_values(model, {**rewind, **_masks(model)})

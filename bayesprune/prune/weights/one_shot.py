@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesprune.foundation.model import eval_mode
+from bayesprune.foundation.target import PATTERN, Target
 from bayesprune.laplace.conditioning import conditional_mean
 from bayesprune.laplace.inputs import InputMoments, Stage, input_moments, moves_bias, stages
 from bayesprune.laplace.kronecker import layer_matrix
@@ -29,12 +30,12 @@ from bayesprune.prune.batch_norm import recalibrate_batch_norm
 from bayesprune.prune.weights.division import divergence, divide, levels
 from bayesprune.prune.weights.prune import (
     WeightReport,
-    check_target,
-    fractions,
+    checked_goal,
     holders_of,
     keep_count,
     keep_pattern,
     removable_weights,
+    removed_fractions,
     set_masks,
     whole_note,
 )
@@ -49,9 +50,8 @@ _LOGGER = logging.getLogger(__name__)
 def prune_one_shot(
     model: nn.Module,
     data: Iterable[Any],
+    target: str | Target | Mapping[str, float],
     *,
-    sparsity: float | Mapping[str, float] | None = None,
-    pattern: str | None = None,
     scope: str = "global",
     loss: Loss | None = None,
     damping: float = 0.01,
@@ -64,7 +64,7 @@ def prune_one_shot(
     anew at the end.
 
     Cost: two forwards over the data as far as each layer, and for a layer of R outputs and C inputs (times taps) some
-    20 R C^2 + 3 C^3 multiplications and what `conditional_mean` takes. With a sparsity and the scope "global" all that
+    20 R C^2 + 3 C^3 multiplications and what `conditional_mean` takes. With a fraction and the scope "global" all that
     three times, and two forwards more for each layer. Memory: a copy of the model, and for the largest layer
     50 C^2 + 30 R C bytes.
 
@@ -72,10 +72,10 @@ def prune_one_shot(
         model: A variational model; it need not be trained as one.
         data: Batches, with labels or without; a few hundred examples. Positions that an `attention_mask` excludes do
             not count. More positions than a layer has inputs, or the damping decides in some directions.
-        sparsity: Fraction to remove of the weights of those layers, 0 to 1; or fractions by name of layer or parameter,
-            where what has no name is left as it is.
-        pattern: "N:M", such as "2:4", as for `prune_weights`. One of the two is given.
-        scope: How a `sparsity` is divided: "global", by what each layer costs when it is cut alone, or "layer", the
+        target: "weights=0.5", the fraction of the weights of those layers that is kept, or "2:4", as for
+            `prune_weights`; or fractions to keep by name of layer or parameter, where what has no name is left as it
+            is.
+        scope: How a fraction is divided: "global", by what each layer costs when it is cut alone, or "layer", the
             same fraction of each.
         loss: What a cut costs, a function of the model that is called in evaluation mode; None is the divergence of its
             predictions from those before the cut.
@@ -83,22 +83,23 @@ def prune_one_shot(
         num_batches: No more batches than these.
 
     Raises:
-        ValueError: not exactly one target, one out of range, no batch, or a model without variational layers, or with
-            none that trains.
+        ValueError: the target is none of these or out of range, there is no batch, or the model has no variational
+            layers, or none that trains.
         torch.linalg.LinAlgError: at damping=0, where a layer's inputs are linearly dependent. Nothing was changed.
 
     Example:
         >>> import torch, bayesprune as bp
         >>> model = bp.to_variational(torch.nn.Linear(8, 3))
-        >>> report = bp.prune_one_shot(model, [torch.randn(32, 8)], pattern="2:4")
+        >>> report = bp.prune_one_shot(model, [torch.randn(32, 8)], "2:4")
         >>> print(report.summary())
         12 of 24 weights kept (sparsity 50.00%)
     """
-    check_target("prune_one_shot", sparsity=sparsity, pattern=pattern)
+    goal = checked_goal(target, ("weights", PATTERN), "prune_one_shot")
+    pattern = goal.pattern if isinstance(goal, Target) else None
     posteriors = removable_weights(model)
     rules = {
         posterior.name: _Rule(posterior, pattern, share)
-        for posterior, share in zip(posteriors, fractions(posteriors, sparsity), strict=True)
+        for posterior, share in zip(posteriors, removed_fractions(posteriors, goal), strict=True)
     }
     notes = _notes(model, rules)
     batches = list(islice(data, num_batches))
@@ -111,8 +112,8 @@ def prune_one_shot(
     reference, keeps = copy.deepcopy(model), {}
     try:
         order = stages(model, {name: rule.posterior.layer for name, rule in cut.items()}, batches[0])
-        if isinstance(sparsity, float | int) and scope == "global" and 0 < sparsity < 1:
-            cut = _divided(model, cut, order, batches, sparsity, loss, damping)
+        if isinstance(goal, Target) and not pattern and scope == "global" and 0 < goal.value < 1:
+            cut = _divided(model, cut, order, batches, goal.removed, loss, damping)
         for stage in order:
             moments = _moments(model, reference, stage, batches)
             for name in stage.names:
@@ -134,7 +135,7 @@ class _Rule:
     """What may stay of a weight: a pattern, or all but a share."""
 
     posterior: Posterior
-    pattern: str | None
+    pattern: tuple[int, int] | None
     share: float
 
     def keep(self, scores: Tensor, way: float = 1.0) -> Tensor:
@@ -224,7 +225,7 @@ def _notes(model: nn.Module, rules: Mapping[str, _Rule]) -> dict[str, str]:
         elif len(holders[id(rule.posterior.mean)]) > 1:
             notes[name] = "the weight of several layers: prune_weights takes it"
         elif rule.pattern is None and not rule.share:
-            notes[name] = "no sparsity"
+            notes[name] = "all of it is kept"
         else:
             notes[name] = whole_note(rule.posterior, rule.pattern) if rule.pattern else ""
     return notes

@@ -7,7 +7,7 @@ make the model faster on ordinary hardware (removed channels do, see `prune_chan
 import logging
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bayesprune.convert import FROZEN, reasons_to_leave
 from bayesprune.foundation.sharding import whole
+from bayesprune.foundation.target import PATTERN, Target
 from bayesprune.foundation.text import as_text, first_names
 from bayesprune.layers import Posterior, VariationalLayer, named_gates, named_posteriors, variational_layers
 from bayesprune.prune.batch_norm import recalibrate_batch_norm
@@ -98,16 +99,14 @@ class WeightReport:
 @torch.no_grad()
 def prune_weights(
     model: nn.Module,
+    target: str | Target | Mapping[str, float],
     *,
-    sparsity: float | Mapping[str, float] | None = None,
-    snr_below: float | None = None,
-    pattern: str | None = None,
     scope: str = "global",
     score: Score = snr,
     min_kept: float = 1,
     data: Iterable[Any] | None = None,
 ) -> WeightReport:
-    """Removes single weights of the variational layers, biases apart; in place. Exactly one target is given.
+    """Removes single weights of the variational layers, biases apart, until the target is met; in place.
 
     Frozen weights (`requires_grad=False`) stay, whatever the score; call `requires_grad_(True)` on what may go.
     What was removed before stays removed and counts. Removed weights are zeros, draw no noise, do not count in the KL,
@@ -117,42 +116,42 @@ def prune_weights(
 
     Args:
         model: A variational model.
-        sparsity: Fraction to remove of all weights that can go, 0 to 1; or fractions by name of layer or parameter,
-            ranked inside each, where what has no name loses nothing. The report says what share of all weights it was.
-        snr_below: Remove weights whose SNR is below this; 1 removes what is more noise than signal.
-        pattern: "N:M", such as "2:4": keep the best N of every M consecutive inputs of each output. Layers whose number
-            of inputs is not a multiple of M are left, and said so.
-        scope: Whether `sparsity` ranks all weights together ("global") or each layer's apart ("layer").
+        target: "weights=0.2", the fraction that is kept of all weights that can go; "snr=1": keep the weights whose
+            SNR is at least 1, which are more signal than noise; "2:4": keep the best 2 of every 4 consecutive inputs
+            of each output, where layers whose number of inputs is not a multiple of 4 are left, and said so. Or
+            fractions to keep by name of layer or parameter, ranked inside each, where what has no name loses nothing;
+            the report says what share of all weights it was.
+        scope: Whether a fraction ranks all weights together ("global") or each layer's apart ("layer").
         score: Score of a posterior's weights, the lowest going first: `scores.snr`, or `scores.magnitude` as a control.
-        min_kept: What every weight tensor keeps: below 1 a fraction of its weights, from 1 on a number of them. With
-            `sparsity` the other tensors lose the more; the report says where it was needed. A pattern has no need.
+        min_kept: What every weight tensor keeps: below 1 a fraction of its weights, from 1 on a number of them. Where
+            a fraction is kept the other tensors lose the more; the report says where it was needed. A pattern has no
+            need.
         data: Batches, with labels or without, for recalibrating batch norm, forward passes only.
 
     Raises:
-        InfeasibleTargetError: `min_kept` leaves fewer weights to remove than `sparsity` says; nothing was changed.
-        ValueError: not exactly one target, one out of range, NaN scores, or a model without variational layers, or
-            with none that trains.
+        InfeasibleTargetError: `min_kept` leaves fewer weights to remove than the target says; nothing was changed.
+        ValueError: the target is none of these or out of range, the scores are NaN, or the model has no variational
+            layers, or none that trains.
     """
     posteriors = removable_weights(model)
-    check_target("prune_weights", sparsity=sparsity, snr_below=snr_below, pattern=pattern)
+    goal = checked_goal(target, ("weights", "snr", PATTERN), "prune_weights")
     if scope not in ("global", "layer"):
         raise ValueError(f'scope is {scope!r}; expected "global" or "layer".')
     check_min_kept(min_kept)
     floors = [min(floor_of(p.mean.numel(), min_kept), int((~_removed(p)).sum())) for p in posteriors]
-    if snr_below is not None:
-        keeps, is_floored = _keep_above(posteriors, snr_below, floors)
-    elif pattern is not None:
-        keeps = [keep_pattern(posterior, pattern, score) for posterior in posteriors]
+    if not isinstance(goal, Target) or (goal.kind == "weights" and scope == "layer"):
+        keeps, is_floored = _keep_shares(posteriors, removed_fractions(posteriors, goal), score, floors)
+    elif goal.kind == "snr":
+        keeps, is_floored = _keep_above(posteriors, goal.value, floors)
+    elif goal.pattern:
+        keeps = [keep_pattern(posterior, goal.pattern, score) for posterior in posteriors]
         is_floored = [False] * len(keeps)
-    elif scope == "layer" or isinstance(sparsity, Mapping):
-        keeps, is_floored = _keep_shares(posteriors, fractions(posteriors, sparsity), score, floors)
     else:
-        assert sparsity is not None, "exactly one target"
         scores = [_scores(posterior, score) for posterior in posteriors]
-        keeps, is_floored = keep_best(scores, round(sparsity * sum(s.numel() for s in scores)), floors)
+        keeps, is_floored = keep_best(scores, round(goal.removed * sum(s.numel() for s in scores)), floors)
     notes = [f"held at min_kept={min_kept:g}" if floored else "" for floored in is_floored]
-    if pattern is not None:
-        notes = [whole_note(posterior, pattern) for posterior in posteriors]
+    if isinstance(goal, Target) and goal.pattern:
+        notes = [whole_note(posterior, goal.pattern) for posterior in posteriors]
     report = set_masks(model, posteriors, keeps, notes)
     if data is not None:
         recalibrate_batch_norm(model, data)
@@ -202,7 +201,7 @@ def _untouched(model: nn.Module, removable: Sequence[Posterior]) -> tuple[Weight
     others = {id(posterior.mean) for posterior in removable}
     others |= {id(part) for posterior in posteriors.values() for part in posterior.log_std_parts}
     others |= {id(logits) for _, gate in named_gates(model) for logits in gate.parameters()}
-    reasons = reasons_to_leave(model, None, norm_scales=False)
+    reasons = reasons_to_leave(model, None)
     rows = []
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1 and id(parameter) not in others:
@@ -217,25 +216,41 @@ def _warn_of_averages(model: nn.Module) -> None:
     for kind in averages_without_masks(model):
         warnings.warn(
             f"{kind} holds a copy of this model from before it had masks, and copies tensors by their position; its "
-            "next update fails or mixes the wrong ones. Make it again, after prune_weights(model, sparsity=0.0), which "
+            'next update fails or mixes the wrong ones. Make it again, after prune_weights(model, "weights=1"), which '
             "makes the masks and removes nothing.",
             stacklevel=4,
         )
 
 
-def fractions(posteriors: list[Posterior], sparsity: float | Mapping[str, float] | None) -> list[float]:
-    """The sparsity of each tensor: that of its own name, of its layer's, or none."""
-    if not isinstance(sparsity, Mapping):
-        return [float(sparsity or 0)] * len(posteriors)
+def checked_goal(
+    target: str | Target | Mapping[str, float], kinds: Collection[str], caller: str
+) -> Target | Mapping[str, float]:
+    """A target of these kinds, or fractions by name.
+
+    Raises:
+        ValueError: it is neither, or a number is out of range.
+    """
+    if not isinstance(target, Mapping):
+        return Target.parse(target, kinds, caller)
+    for name, kept in target.items():
+        if isinstance(kept, str) or not hasattr(kept, "__float__") or not 0 <= kept <= 1:
+            raise ValueError(f"{caller} is to keep {kept!r} of {name!r}; expected a fraction from 0 to 1, such as 0.2.")
+    return target
+
+
+def removed_fractions(posteriors: list[Posterior], goal: Target | Mapping[str, float]) -> list[float]:
+    """The fraction to remove of each tensor: by its own name, by its layer's, or none."""
+    if isinstance(goal, Target):
+        return [0.0 if goal.pattern else goal.removed] * len(posteriors)
     layers = {posterior: posterior.name.rpartition(".")[0] for posterior in posteriors}
     names = {posterior.name for posterior in posteriors}
-    if unknown := sorted(set(sparsity) - names - set(layers.values())):
+    if unknown := sorted(set(goal) - names - set(layers.values())):
         raise ValueError(
-            f"sparsity names {first_names(map(repr, unknown), most=5)}, of which the model has no weights to "
+            f"the target names {first_names(map(repr, unknown), most=5)}, of which the model has no weights to "
             "remove, or frozen ones (requires_grad=False); "
             f"expected layers or parameters among {first_names(sorted(names), most=8)}."
         )
-    return [sparsity.get(posterior.name, sparsity.get(layer, 0.0)) for posterior, layer in layers.items()]
+    return [1 - float(goal.get(posterior.name, goal.get(layer, 1.0))) for posterior, layer in layers.items()]
 
 
 def _keep_shares(
@@ -268,9 +283,9 @@ def _keep_above(posteriors: list[Posterior], threshold: float, floors: list[int]
     return keeps, is_floored
 
 
-def keep_pattern(posterior: Posterior, pattern: str | None, score: Score) -> Tensor | None:
+def keep_pattern(posterior: Posterior, pattern: tuple[int, int], score: Score) -> Tensor | None:
     """The best N of every M consecutive inputs; None where the number of inputs is not a multiple of M."""
-    n, m = _parse(pattern)
+    n, m = pattern
     dim, num_inputs = _inputs(posterior)
     if num_inputs % m:
         return None
@@ -281,9 +296,9 @@ def keep_pattern(posterior: Posterior, pattern: str | None, score: Score) -> Ten
     return keep.view(scores.shape).movedim(-1, dim).contiguous()
 
 
-def whole_note(posterior: Posterior, pattern: str) -> str:
+def whole_note(posterior: Posterior, pattern: tuple[int, int]) -> str:
     """Why a pattern leaves a tensor as it is, or nothing."""
-    num_inputs, multiple = _inputs(posterior)[1], _parse(pattern)[1]
+    num_inputs, multiple = _inputs(posterior)[1], pattern[1]
     return f"{num_inputs} inputs are not a multiple of {multiple}" if num_inputs % multiple else ""
 
 
@@ -317,33 +332,3 @@ def _scores(posterior: Posterior, score: Score) -> Tensor:
 def _removed(posterior: Posterior) -> Tensor:
     mask, mean = posterior.layer.mask(posterior.parameter, whole=True), posterior.mean
     return torch.zeros(mean.shape, dtype=torch.bool, device=mean.device) if mask is None else ~mask
-
-
-def _parse(pattern: object) -> tuple[int, int]:
-    parts = str(pattern).split(":")
-    if len(parts) == 2 and all(part.isdigit() for part in parts) and 0 < int(parts[0]) < int(parts[1]):
-        return int(parts[0]), int(parts[1])
-    raise ValueError(f'pattern is {pattern!r}; expected "N:M" with 0 < N < M, such as "2:4".')
-
-
-def check_target(caller: str, **given: float | Mapping[str, float] | str | None) -> None:
-    """Refuses what is not exactly one target: a sparsity, an `snr_below` or a pattern, in its range.
-
-    Raises:
-        ValueError: it is another.
-    """
-    named = [name for name, value in given.items() if value is not None]
-    if len(named) != 1:
-        raise ValueError(f"{caller} got {named or 'no target'}; expected exactly one of {', '.join(given)}.")
-    name, value = named[0], given[named[0]]
-    if name == "pattern":
-        _parse(value)
-    elif name == "snr_below" and not value >= 0:  # type: ignore[operator]
-        raise ValueError(f"snr_below is {value!r}; expected a ratio of 0 or more.")
-    for share in () if name != "sparsity" else value.values() if isinstance(value, Mapping) else [value]:
-        if isinstance(share, str) or not hasattr(share, "__float__"):
-            raise ValueError(
-                f"sparsity is {share!r}; expected a number, the fraction of weights to remove, such as 0.5."
-            )
-        if not 0 <= share <= 1:  # type: ignore[operator]
-            raise ValueError(f"sparsity is {share!r}; expected a fraction from 0 to 1.")

@@ -9,6 +9,7 @@ from typing import Literal
 
 from torch import nn
 
+from bayesprune.foundation.target import Target
 from bayesprune.prune.scores.weights import snr
 from bayesprune.prune.weights.floors import check_min_kept
 from bayesprune.prune.weights.prune import Score, WeightReport, prune_weights
@@ -33,24 +34,31 @@ def geometric(sparsity: float, progress: float) -> float:
     return 1 - (1 - sparsity) ** progress
 
 
-def sparsities(sparsity: float, num_rounds: int, *, ramp: Ramp = "cubic") -> tuple[float, ...]:
-    """The sparsity after each of so many removals; the last is the one asked for.
+def shares(target: str, num_rounds: int, *, ramp: Ramp = "cubic") -> tuple[str, ...]:
+    """The target of each of so many removals; the last is the one asked for.
+
+    Args:
+        target: "weights=0.2", the fraction that is kept in the end.
+        num_rounds: In how many removals.
+        ramp: "cubic", fast at first and slowly at the end, or "geometric", the same fraction of what is left each time.
 
     Raises:
         ValueError: a number is out of range, or there is no such ramp.
 
     Example:
-        >>> sparsities(0.875, 3, ramp="geometric")
-        (0.5, 0.75, 0.875)
+        >>> shares("weights=0.125", 3, ramp="geometric")
+        ('weights=0.5', 'weights=0.25', 'weights=0.125')
     """
     ramps = {"cubic": cubic, "geometric": geometric}
     if ramp not in ramps:
         raise ValueError(f"ramp is {ramp!r}; expected one of {', '.join(ramps)}.")
-    if not 0 < sparsity < 1:
-        raise ValueError(f"sparsity is {sparsity!r}; expected a fraction of weights between 0 and 1.")
+    goal = Target.parse(target, ("weights",), "shares")
+    if not 0 < goal.value < 1:
+        raise ValueError(f"shares got the target {target!r}; expected a fraction between 0 and 1.")
     if num_rounds < 1:
         raise ValueError(f"the number of rounds is {num_rounds!r}; expected 1 or more.")
-    return (*(ramps[ramp](sparsity, done / num_rounds) for done in range(1, num_rounds)), sparsity)
+    kept = [1 - ramps[ramp](goal.removed, done / num_rounds) for done in range(1, num_rounds)]
+    return tuple(map(str, [*(Target("weights", share) for share in kept), goal]))
 
 
 def ramp(progress: float, warmup: float) -> float:
@@ -71,7 +79,8 @@ class PruneSchedule:
     that are left recover.
 
     Attributes:
-        sparsity: Fraction of the weights of all variational layers that is removed in the end, frozen ones apart.
+        target: "weights=0.2", the fraction of the weights of all variational layers, frozen ones apart, that is kept in
+            the end.
         begin: Share of the training before the first removal, while the stds find their size.
         end: Share of the training at which the final sparsity is reached.
         num_updates: In how many removals.
@@ -80,7 +89,7 @@ class PruneSchedule:
         min_kept: What every weight tensor keeps, as for `prune_weights`.
     """
 
-    sparsity: float
+    target: str
     begin: float = 0.25
     end: float = 0.75
     num_updates: int = 50
@@ -90,12 +99,17 @@ class PruneSchedule:
 
     def __post_init__(self) -> None:
         if not 0 < self.sparsity < 1:
-            raise ValueError(f"sparsity is {self.sparsity!r}; expected a fraction of weights between 0 and 1.")
+            raise ValueError(f"PruneSchedule got the target {self.target!r}; expected a fraction between 0 and 1.")
         if not 0 <= self.begin <= self.end <= 1:
             raise ValueError(f"begin={self.begin!r}, end={self.end!r}; expected 0 <= begin <= end <= 1.")
         if self.num_updates < 1:
             raise ValueError(f"num_updates is {self.num_updates!r}; expected 1 or more.")
         check_min_kept(self.min_kept)
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of the weights that is removed in the end."""
+        return Target.parse(self.target, ("weights",), "PruneSchedule").removed
 
     def sparsity_at(self, progress: float) -> float:
         """Fraction of weights removed once the share `progress` of the training is done."""
@@ -115,4 +129,6 @@ class PruneSchedule:
 
     def remove(self, model: nn.Module, sparsity: float) -> WeightReport:
         """Prunes to this sparsity, with the schedule's own scope, score and floor; in place."""
-        return prune_weights(model, sparsity=sparsity, scope=self.scope, score=self.score, min_kept=self.min_kept)
+        return prune_weights(
+            model, Target("weights", 1 - sparsity), scope=self.scope, score=self.score, min_kept=self.min_kept
+        )

@@ -17,14 +17,16 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     model = tiny.llama()
     args = {"max_steps": 4, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 4}
-    trainer = tiny.trainer(model, folder / "waiting", BayesPruneCallback(prune=0.3), ddp_backend="gloo", **args)
+    trainer = tiny.trainer(
+        model, folder / "waiting", BayesPruneCallback(prune="weights=0.7"), ddp_backend="gloo", **args
+    )
     trainer.args.output_dir = str(folder / f"process {trainer.args.process_index}")
     trainer.train()
     trained = {key: value.clone() for key, value in model.state_dict().items()}
     trainer.save_model()
     logits = None
     if trainer.is_world_process_zero():
-        bp.prune_channels(model, INPUTS, target={"params": 0.8}, granularity=("heads", "mlp"), uniform=True)
+        bp.prune_channels(model, INPUTS, target="params=0.8", granularity=("heads", "mlp"), uniform=True)
         bp.save(model, folder / "saved")
         with torch.no_grad():
             logits = model.eval()(**INPUTS).logits

@@ -34,7 +34,7 @@ def cut_between(first: nn.Linear, second: nn.Linear, removed: int = 3) -> None:
 
 
 def masked(model: nn.Module, std: str = "per_weight") -> nn.Module:
-    bp.prune_weights(bp.to_variational(model, std=std), sparsity=0.5)
+    bp.prune_weights(bp.to_variational(model, std=std), "weights=0.5")
     return model.eval()
 
 

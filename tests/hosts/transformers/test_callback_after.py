@@ -17,7 +17,9 @@ ADDED = {"sparsity", "snr_median", "snr_below_1", "compression_score"}
 @pytest.mark.parametrize("tolerance", [None, Tolerance(1.0)])
 def test_a_deterministic_model_is_evaluated_and_predicts(tolerance, tmp_path):
     """In the documented order; what is no posterior has no SNR, and says none."""
-    made = tiny.trainer(tiny.bert(), tmp_path, BayesPruneCallback(prune=0.5, tolerance=tolerance), max_steps=3)
+    made = tiny.trainer(
+        tiny.bert(), tmp_path, BayesPruneCallback(prune="weights=0.5", tolerance=tolerance), max_steps=3
+    )
     made.train()
     means = made.predict(made.eval_dataset)
     assert "test_sparsity" not in means.metrics
@@ -33,15 +35,6 @@ def test_a_deterministic_model_is_evaluated_and_predicts(tolerance, tmp_path):
 
 def test_a_model_that_was_never_variational_has_no_summary():
     assert summarize(tiny.bert()) == {}
-
-
-def test_posteriors_over_norms_alone_are_no_weights(tmp_path):
-    """All three numbers are of weights, of which there are none."""
-    options = {"norm_scales": True, "filter_fn": lambda module, name: isinstance(module, torch.nn.LayerNorm)}
-    made = tiny.trainer(tiny.bert(), tmp_path, BayesPruneCallback(convert=options), max_steps=2, logging_steps=1)
-    made.train()
-    assert "kl_nats" in made.state.log_history[0]
-    assert "eval_sparsity" not in made.evaluate()
 
 
 def gated(kind: str, directory, *others):

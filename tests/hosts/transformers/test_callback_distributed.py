@@ -35,7 +35,7 @@ OPTIONS = {
     "fsdp2": {"fsdp": True, "fsdp_config": {"version": 2}},
     "fsdp2 sharded files": {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}},
 }
-SCHEDULE = PruneSchedule(0.5, begin=0.2, end=0.8)
+SCHEDULE = PruneSchedule("weights=0.5", begin=0.2, end=0.8)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -45,7 +45,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 def train_on_elbo(model: nn.Module, recorded: Recorder, accumulation: int, schedule: PruneSchedule | None) -> None:
     """Gradients of each process's own losses and noise, summed over processes, plus those of the KL."""
     if schedule is not None:
-        bp.prune_weights(model, sparsity=0.0)
+        bp.prune_weights(model, "weights=1")
     bound = bind_prior(model, bp.priors.Gaussian())
     stds, others = stds_of(model), others_of(model)
     optimizer = torch.optim.AdamW(others.values(), lr=LR, weight_decay=0.0)
@@ -77,7 +77,7 @@ def train_on_elbo(model: nn.Module, recorded: Recorder, accumulation: int, sched
             for posterior, prior in bound.items():
                 clamp(posterior.log_std_parts, prior.max_log_std)
         if schedule is not None:
-            bp.prune_weights(model, sparsity=schedule.sparsity_at((step + 1) / STEPS))
+            bp.prune_weights(model, f"weights={1 - schedule.sparsity_at((step + 1) / STEPS)}")
 
 
 def start_process(rank: int, port: int) -> None:
@@ -155,7 +155,7 @@ def resume(rank: int, port: int, folder: str, kind: str) -> None:
 def evaluate(rank: int, port: int, folder: str, kind: str) -> None:
     """The model of an earlier evaluation comes back whole: the best one from its checkpoint, or one that was kept."""
     start_process(rank, port)
-    schedule = PruneSchedule(0.97, begin=0.6, end=0.7)
+    schedule = PruneSchedule("weights=0.03", begin=0.6, end=0.7)
     options = {"max_steps": 8, "eval_strategy": "steps", "eval_steps": 4, "load_best_model_at_end": True}
     best = trainer(
         kind,

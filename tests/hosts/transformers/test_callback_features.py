@@ -48,7 +48,7 @@ def test_clipping_leaves_the_kl_alone(tmp_path):
     made.train()
     assert made.state.log_history[0]["grad_norm"] > 0.1, "the norm before clipping"
     for name, layer in model.named_modules():
-        if isinstance(layer, bp.VariationalLayer):
+        if isinstance(layer, bp.layers.VariationalLayer):
             mean = before[f"{name}.weight"]
             torch.testing.assert_close(layer.weight.detach(), mean * (1 - 0.1 * 0.2 / 10 / 0.5**2), rtol=0, atol=1e-14)
             rises = layer.weight_log_std.detach() - before[f"{name}.weight_log_std"]  # towards the prior's std
@@ -81,7 +81,9 @@ def test_a_batch_size_that_is_found(tmp_path, monkeypatch):
     model = tiny.llama()
     raise_above(2, model)
     options = {"auto_find_batch_size": True, "train_sampling_strategy": "group_by_length"}
-    made = tiny.trainer(model, tmp_path, BayesPruneCallback(prune=0.5), max_steps=6, logging_steps=6, **options)
+    made = tiny.trainer(
+        model, tmp_path, BayesPruneCallback(prune="weights=0.5"), max_steps=6, logging_steps=6, **options
+    )
     counter = HookCounter()
     made.add_callback(counter)
     made.train()
@@ -102,7 +104,7 @@ def test_compiled(tmp_path, monkeypatch):
     counters = torch._dynamo.utils.counters
     counters.clear()
     options = {"max_steps": 6, "logging_steps": 1, "gradient_accumulation_steps": 2, "torch_compile": True}
-    made = tiny.trainer(tiny.llama(), tmp_path, BayesPruneCallback(prune=0.5), **options)
+    made = tiny.trainer(tiny.llama(), tmp_path, BayesPruneCallback(prune="weights=0.5"), **options)
     made.train()
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
@@ -123,11 +125,11 @@ def lora(**config) -> nn.Module:
 def test_adapters(tmp_path):
     """Posteriors over what trains; resumed, saved, read by stock PEFT and merged."""
     peft = pytest.importorskip("peft")
-    schedule = PruneSchedule(0.3, begin=0.4, end=0.8, scope="layer")
+    schedule = PruneSchedule("weights=0.7", begin=0.4, end=0.8, scope="layer")
     whole, resumed = lora(modules_to_save=["lm_head"]), lora(modules_to_save=["lm_head"])
     options = {"max_steps": 8, "save_strategy": "steps", "save_steps": 5}
     made = tiny.trainer(whole, tmp_path, BayesPruneCallback(prune=schedule), **options)
-    names = {name for name, layer in whole.named_modules() if isinstance(layer, bp.VariationalLayer)}
+    names = {name for name, layer in whole.named_modules() if isinstance(layer, bp.layers.VariationalLayer)}
     assert len(names) == 2 * 2 * 2 + 1
     assert all("lora_" in name or "modules_to_save" in name for name in names)
     made.train()
@@ -145,13 +147,15 @@ def test_adapters(tmp_path):
     assert torch.equal(stock(**inputs).logits, expected)
     merged = whole.merge_and_unload()
     torch.testing.assert_close(merged(**inputs).logits, expected)
-    assert [name for name, layer in merged.named_modules() if isinstance(layer, bp.VariationalLayer)] == ["lm_head"]
+    assert [name for name, layer in merged.named_modules() if isinstance(layer, bp.layers.VariationalLayer)] == [
+        "lm_head"
+    ]
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 def test_pruning_adapters_is_said(tmp_path):
     with pytest.warns(UserWarning, match=r"prune=... removes weights of the adapters alone.*merge_and_unload\(\)"):
-        tiny.trainer(lora(), tmp_path, BayesPruneCallback(prune=0.5))
+        tiny.trainer(lora(), tmp_path, BayesPruneCallback(prune="weights=0.5"))
 
 
 def test_frozen_layers_stay_as_they_are(tmp_path):
@@ -159,8 +163,8 @@ def test_frozen_layers_stay_as_they_are(tmp_path):
     model = tiny.llama()
     frozen = model.model.layers[0].requires_grad_(False)
     before = copy.deepcopy(frozen.state_dict())
-    tiny.trainer(model, tmp_path, BayesPruneCallback(prune=0.8), max_steps=4).train()
+    tiny.trainer(model, tmp_path, BayesPruneCallback(prune="weights=0.2"), max_steps=4).train()
     assert_equal(frozen.state_dict(), before)
-    learned = [layer for name, layer in model.named_modules() if isinstance(layer, bp.VariationalLayer)]
+    learned = [layer for name, layer in model.named_modules() if isinstance(layer, bp.layers.VariationalLayer)]
     assert learned
     assert sum(int((layer.weight == 0).sum()) for layer in learned) > 0.7 * sum(p.weight.numel() for p in learned)

@@ -26,7 +26,7 @@ BUILD = {"bert": tiny.bert, "llama": tiny.llama}
 
 
 def callback(**options) -> BayesPruneCallback:
-    schedule = PruneSchedule(0.6, begin=0.25, end=0.75)
+    schedule = PruneSchedule("weights=0.4", begin=0.25, end=0.75)
     return BayesPruneCallback(prune=schedule, warmup=0.9, convert={"std": "rank_one"}, **options)
 
 

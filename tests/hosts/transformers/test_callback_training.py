@@ -34,7 +34,7 @@ def zeros(state: dict[str, torch.Tensor]) -> dict[str, float]:
 
 def test_loggers_see_what_is_added(tmp_path):
     logger = Logger()
-    callback = BayesPruneCallback(prune=0.5, temperature=0.2, warmup=0.5)
+    callback = BayesPruneCallback(prune="weights=0.5", temperature=0.2, warmup=0.5)
     made = tiny.trainer(tiny.llama(), tmp_path, logger, callback, max_steps=8, logging_steps=2, eval_strategy="epoch")
     names = [type(other).__name__ for other in made.callback_handler.callbacks]
     assert names[:2] == ["DefaultFlowCallback", "BayesPruneCallback"]
@@ -54,7 +54,7 @@ def test_loggers_see_what_is_added(tmp_path):
 
 
 def test_what_is_logged_is_so(tmp_path):
-    callback = BayesPruneCallback(prior=bp.priors.Gaussian(0.1), prune=PruneSchedule(0.5, begin=0, end=0.5))
+    callback = BayesPruneCallback(prior=bp.priors.Gaussian(0.1), prune=PruneSchedule("weights=0.5", begin=0, end=0.5))
     made = tiny.trainer(tiny.llama(), tmp_path, callback, max_steps=4, logging_steps=4)
     made.train()
     entry = next(entry for entry in made.state.log_history if "nll" in entry)
@@ -83,7 +83,7 @@ def test_evaluations_get_metrics(tmp_path):
 
 def test_zeros_stay_zeros(tmp_path):
     """Through momentum and weight decay, in the moments, in every checkpoint and for any reader of the saved model."""
-    schedule = PruneSchedule(0.8, begin=0.2, end=0.6, num_updates=4)
+    schedule = PruneSchedule("weights=0.2", begin=0.2, end=0.6, num_updates=4)
     model = tiny.llama()
     made = tiny.trainer(
         model,
@@ -106,7 +106,7 @@ def test_zeros_stay_zeros(tmp_path):
         for key in (key for key in state if key.endswith("_mask")):
             assert not state[key.removesuffix("_mask")][~state[key]].any(), key
     for name, layer in made.model.named_modules():
-        if isinstance(layer, bp.VariationalLayer):
+        if isinstance(layer, bp.layers.VariationalLayer):
             moments = made.optimizer.state[layer.weight]
             assert not moments["exp_avg"][~layer.weight_mask].any(), name
             assert not moments["exp_avg_sq"][~layer.weight_mask].any(), name
@@ -119,7 +119,7 @@ def test_zeros_stay_zeros(tmp_path):
 def test_scope_and_score_of_the_schedule(tmp_path):
     model = tiny.llama()
     before = copy.deepcopy(model)
-    schedule = PruneSchedule(0.5, begin=0.0, end=0.0, scope="layer", score=magnitude)
+    schedule = PruneSchedule("weights=0.5", begin=0.0, end=0.0, scope="layer", score=magnitude)
     tiny.trainer(model, tmp_path, BayesPruneCallback(prune=schedule), max_steps=1, learning_rate=0.0).train()
     state = model.state_dict()
     assert set(zeros(state).values()) == {0.5}
@@ -129,18 +129,18 @@ def test_scope_and_score_of_the_schedule(tmp_path):
 
 
 def test_the_schedule_is_a_pure_function():
-    schedule = PruneSchedule(0.8, begin=0.2, end=0.6, num_updates=4)
+    schedule = PruneSchedule("weights=0.2", begin=0.2, end=0.6, num_updates=4)
     values = [schedule.sparsity_at(step / 100) for step in range(101)]
     assert values == sorted(values)
     assert len(set(values)) == 5
     assert values[20] == 0.0
     assert values[30] == pytest.approx(0.8 * (1 - 0.75**3))
     assert values[60] == values[100] == 0.8
-    assert PruneSchedule(0.5, begin=0.5, end=0.5).sparsity_at(0.5) == 0.5
+    assert PruneSchedule("weights=0.5", begin=0.5, end=0.5).sparsity_at(0.5) == 0.5
     for options in (
-        {"sparsity": 1.5},
-        {"sparsity": 0.5, "begin": 0.7, "end": 0.6},
-        {"sparsity": 0.5, "num_updates": 0},
+        {"target": "weights=1.5"},
+        {"target": "weights=0.5", "begin": 0.7, "end": 0.6},
+        {"target": "weights=0.5", "num_updates": 0},
     ):
         with pytest.raises(ValueError, match="expected"):
             PruneSchedule(**options)
@@ -149,7 +149,7 @@ def test_the_schedule_is_a_pure_function():
 @pytest.mark.parametrize("then", ["rollback", "stop"])
 def test_training_ends_past_the_tolerance(then, tmp_path, caplog):
     """Half of the weights go at once; the model of the evaluation before, or the cut one, is what is left."""
-    schedule = PruneSchedule(0.95, begin=0.5, end=0.5)
+    schedule = PruneSchedule("weights=0.05", begin=0.5, end=0.5)
     tolerance = Tolerance(0.02, "accuracy", then, reference=1.0)
     model = tiny.bert()
     callback = BayesPruneCallback(prune=schedule, tolerance=tolerance)
@@ -169,7 +169,7 @@ def test_training_ends_past_the_tolerance(then, tmp_path, caplog):
 
 
 def test_a_tolerance_that_holds_lets_training_end(tmp_path):
-    callback = BayesPruneCallback(prune=0.3, tolerance=Tolerance(10.0))
+    callback = BayesPruneCallback(prune="weights=0.7", tolerance=Tolerance(10.0))
     options = {"max_steps": 6, "eval_strategy": "steps", "eval_steps": 2}
     made = tiny.trainer(tiny.llama(), tmp_path, callback, **options)
     made.train()
@@ -195,7 +195,7 @@ def test_scores_put_sparsity_before_accuracy():
 
 def test_the_best_model_is_loaded_with_its_masks(tmp_path):
     """By loss the best is an early one, with fewer zeros than the last; it comes back as it was evaluated."""
-    callback = BayesPruneCallback(prune=PruneSchedule(0.97, begin=0.6, end=0.7))
+    callback = BayesPruneCallback(prune=PruneSchedule("weights=0.03", begin=0.6, end=0.7))
     options = {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 4}
     model = tiny.llama()
     made = tiny.trainer(model, tmp_path, callback, load_best_model_at_end=True, metric_for_best_model="loss", **options)
@@ -211,7 +211,7 @@ def test_the_best_model_is_loaded_with_its_masks(tmp_path):
 
 @pytest.mark.parametrize("metric", ["sparsity", "compression_score"])
 def test_our_metrics_choose_the_best_model(metric, tmp_path):
-    callback = BayesPruneCallback(prune=PruneSchedule(0.5, begin=0.2, end=0.4), tolerance=Tolerance(10.0))
+    callback = BayesPruneCallback(prune=PruneSchedule("weights=0.5", begin=0.2, end=0.4), tolerance=Tolerance(10.0))
     options = {"eval_strategy": "steps", "eval_steps": 3, "save_strategy": "best", "greater_is_better": True}
     made = tiny.trainer(
         tiny.llama(),

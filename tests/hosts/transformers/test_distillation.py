@@ -107,7 +107,7 @@ def test_resumed_in_the_middle_of_a_recovery(name, tmp_path):
 
     def build(directory, *others):
         model = bp.to_variational(BUILD[name]())
-        granularity = {"granularity": ("mlp",), "target": {"params": 0.95}}
+        granularity = {"granularity": ("mlp",), "target": "params=0.95"}
         batch = {"input_ids": torch.zeros(1, 4, dtype=torch.long)}
         bp.prune_channels(model, batch, **granularity)
         options = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": SAVED, "gradient_accumulation_steps": 2}
@@ -126,7 +126,7 @@ def test_resumed_in_the_middle_of_a_recovery(name, tmp_path):
 
 @pytest.mark.parametrize("is_first", [True, False])
 def test_beside_posteriors_whose_weights_go(is_first, tmp_path):
-    callbacks = [DistillationCallback(distilled("llama")), BayesPruneCallback(prune=0.5)]
+    callbacks = [DistillationCallback(distilled("llama")), BayesPruneCallback(prune="weights=0.5")]
     made = tiny.trainer(
         tiny.llama(), tmp_path, *(callbacks if is_first else callbacks[::-1]), gradient_accumulation_steps=2
     )

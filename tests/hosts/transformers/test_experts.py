@@ -49,8 +49,8 @@ def test_experts_train_lose_weights_and_units_and_come_back_by_both_ways(name, t
     optimizer.step()
     attachment.detach()
     model.eval()
-    assert {"down_proj", "gate_up_proj"} <= {r.name.split(".")[-1] for r in bp.prune_weights(model, sparsity=0.3).rows}
-    report = bp.prune_channels(model, TOKENS, target={"macs": 0.6}, granularity=("mlp",))
+    assert {"down_proj", "gate_up_proj"} <= {r.name.split(".")[-1] for r in bp.prune_weights(model, "weights=0.7").rows}
+    report = bp.prune_channels(model, TOKENS, target="macs=0.6", granularity=("mlp",))
     removed = report.removed["model.layers.0.mlp.experts"]
     assert len(removed) > 2 * 32
     bp.save(model, tmp_path)
@@ -75,7 +75,7 @@ def test_all_implementations_count_the_same_macs(name):
 
 def test_a_uniform_cut_is_in_the_config():
     model = bp.to_variational(mixture("Qwen3Moe"))
-    report = bp.prune_channels(model, TOKENS, target={"macs": 0.6}, granularity=("mlp",), uniform=True)
+    report = bp.prune_channels(model, TOKENS, target="macs=0.6", granularity=("mlp",), uniform=True)
     kept = model.model.layers[0].mlp.experts.intermediate_dim
     assert report.config == {"moe_intermediate_size": kept}
     assert kept < 32
@@ -89,5 +89,5 @@ def test_a_router_that_is_a_linear_layer_of_several_outputs_hides_no_experts():
     model = transformers.Llama4ForCausalLM(config).eval()
     torch.nn.init.normal_(model.model.layers[0].feed_forward.experts.gate_up_proj)
     torch.nn.init.normal_(model.model.layers[0].feed_forward.experts.down_proj)
-    report = bp.prune_channels(bp.to_variational(model), TOKENS, target={"macs": 0.7})
+    report = bp.prune_channels(bp.to_variational(model), TOKENS, target="macs=0.7")
     assert report.removed["model.layers.0.feed_forward.experts"]

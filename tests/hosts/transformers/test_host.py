@@ -315,7 +315,7 @@ class TwoHeads(transformers.BertPreTrainedModel):
 
 def test_removed_weights_of_tied_layers_come_back_alike(tmp_path, monkeypatch):
     model = bp.to_variational(own_model(TwoHeads))
-    bp.prune_weights(model, sparsity=0.5)
+    bp.prune_weights(model, "weights=0.5")
     model.eval()
     assert model.first.weight is model.second.weight
     assert model.first.weight_mask is model.second.weight_mask

@@ -79,7 +79,7 @@ def test_operation_is_the_stock_forward_to_the_last_bit():
 
 def test_patterns_of_zeros_run_along_the_inputs():
     layer = bp.to_variational(Conv1D(3, 8))
-    bp.prune_weights(layer, pattern="2:4")
+    bp.prune_weights(layer, "2:4")
     assert (layer.weight.view(2, 4, 3) != 0).sum(1).eq(2).all()
 
 

@@ -52,7 +52,7 @@ def sliced(mixer: Any, kept: list[int], groups: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("groups", [1, 2])
 def test_heads_leave_equally_from_every_group_that_shares_a_state(groups, tmp_path):
     dense, model = mamba(groups=groups), bp.to_variational(mamba(groups=groups))
-    report = bp.prune_channels(model, TOKENS, target={"macs": 0.7}, granularity=("heads",))
+    report = bp.prune_channels(model, TOKENS, target="macs=0.7", granularity=("heads",))
     names = [f"backbone.layers.{layer}.mixer" for layer in range(2)]
     assert set(report.removed_heads) <= set(names)
     assert report.removed_heads
@@ -98,7 +98,7 @@ def falcon_h1() -> Any:
 def test_a_buffer_outside_the_state_dict_that_was_cut_is_saved(tmp_path):
     """Falcon-H1 multiplies what its mixers read by a vector that only its config gives."""
     model = bp.to_variational(falcon_h1())
-    report = bp.prune_channels(model, TOKENS, target={"macs": 0.8}, granularity=("heads",))
+    report = bp.prune_channels(model, TOKENS, target="macs=0.8", granularity=("heads",))
     mixer = next(name for name in report.removed_heads if name.endswith("mamba"))
     cut, dense = (found.get_submodule(mixer).mup_vector for found in (model, falcon_h1()))
     assert cut.shape[-1] < dense.shape[-1]
@@ -114,7 +114,7 @@ def test_a_buffer_outside_the_state_dict_that_was_cut_is_saved(tmp_path):
 
 def test_a_uniform_cut_is_the_stock_model_of_fewer_heads():
     model = bp.to_variational(mamba(), std="rank_one")
-    bp.prune_channels(model, TOKENS, target={"macs": 0.6}, granularity=("heads",), uniform=True)
+    bp.prune_channels(model, TOKENS, target="macs=0.6", granularity=("heads",), uniform=True)
     kept = HEADS // 2  # the config counts in whole multiples of the width
     assert_heads_agree(model, kept)
     stock = mamba(heads=kept)
@@ -130,7 +130,7 @@ def assert_heads_agree(model: Any, kept: int) -> None:
 
 def test_generation_goes_on_with_a_cache():
     model = bp.to_variational(mamba())
-    bp.prune_channels(model, TOKENS, target={"macs": 0.7}, granularity=("heads",))
+    bp.prune_channels(model, TOKENS, target="macs=0.7", granularity=("heads",))
     options = {"max_new_tokens": 4, "do_sample": False}
     assert torch.equal(
         model.generate(TOKENS, use_cache=True, **options), model.generate(TOKENS, use_cache=False, **options)
@@ -139,7 +139,7 @@ def test_generation_goes_on_with_a_cache():
 
 def test_stds_and_masks_follow():
     model = bp.to_variational(mamba())
-    bp.prune_weights(model, sparsity=0.2)
+    bp.prune_weights(model, "weights=0.8")
     for module in model.modules():
         if isinstance(module, bp.layers.VariationalLayer):
             for name in module.active_names():
@@ -147,7 +147,7 @@ def test_stds_and_masks_follow():
                 part.data = -1 - torch.rand(part.shape)
                 getattr(module, name).data = part.data.clone()
             module.apply_masks()
-    bp.prune_channels(model, TOKENS, target={"macs": 0.7}, granularity=("heads",))
+    bp.prune_channels(model, TOKENS, target="macs=0.7", granularity=("heads",))
     assert_stds_follow(model)
 
 
@@ -155,5 +155,5 @@ def test_stds_and_masks_follow():
 def test_mixers_that_stay_whole_say_why(groups, reason):
     model = bp.to_variational(mamba(groups=groups))
     ignored = [model.backbone.layers[0].mixer] if reason == "ignored_layers" else []
-    report = bp.prune_channels(model, TOKENS, target={"snr": 1e-9}, ignored_layers=ignored)
+    report = bp.prune_channels(model, TOKENS, target="snr=1e-09", ignored_layers=ignored)
     assert reason in report.left_whole["backbone.layers.0.mixer.in_proj"]

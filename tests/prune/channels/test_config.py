@@ -27,7 +27,7 @@ def test_a_uniform_cut_loads_without_this_library(name, granularity, expected, t
     net, x = bp.to_variational(case.net()), case.inputs()
     before = net.config.to_dict()
     target, round_to = (0.6, 8) if "heads" in granularity else (0.9, 4)
-    report = prune_channels(net, x, target={"macs": target}, granularity=granularity, uniform=True, round_to=round_to)
+    report = prune_channels(net, x, target=f"macs={target}", granularity=granularity, uniform=True, round_to=round_to)
     assert report.config == expected
     assert all(net.config.to_dict()[field] == value for field, value in report.config.items())
     assert all(before.get(field) != value for field, value in report.config.items())
@@ -48,7 +48,7 @@ def test_a_config_that_cannot_say_it_stays():
     case = BY_NAME["bert"]
     net, x = case.net(), case.inputs()
     before = net.config.to_dict()
-    report = prune_channels(net, x, target={"macs": 0.8}, granularity=("heads",), importance=MAGNITUDE, uniform=True)
+    report = prune_channels(net, x, target="macs=0.8", granularity=("heads",), importance=MAGNITUDE, uniform=True)
     assert report.removed_heads
     assert report.config is None
     assert net.config.to_dict() == before
@@ -57,7 +57,7 @@ def test_a_config_that_cannot_say_it_stays():
 def test_a_config_that_its_own_class_refuses_stays():
     case = BY_NAME["llama"]
     net, x = case.net(), case.inputs()
-    report = prune_channels(net, x, target={"macs": 0.95}, granularity=("width",), importance=MAGNITUDE, uniform=True)
+    report = prune_channels(net, x, target="macs=0.95", granularity=("width",), importance=MAGNITUDE, uniform=True)
     assert report.rows[0].kept % 4, "the config wants a multiple of the number of heads"
     assert report.config is None
     assert net.config.hidden_size == 32
@@ -67,7 +67,7 @@ def test_a_cut_that_is_not_uniform_leaves_the_config():
     case = BY_NAME["llama"]
     net, x = case.net(), case.inputs()
     before = net.config.to_dict()
-    report = prune_channels(net, x, target={"macs": 0.7}, importance=MAGNITUDE)
+    report = prune_channels(net, x, target="macs=0.7", importance=MAGNITUDE)
     assert report.config is None
     assert net.config.to_dict() == before
 
@@ -84,6 +84,6 @@ def test_configs_inside_configs_follow():
     )
     net = transformers.CLIPVisionModelWithProjection(config).eval()
     x = {"pixel_values": torch.randn(1, 3, 32, 32)}
-    report = prune_channels(net, x, target={"macs": 0.8}, granularity=("mlp",), importance=MAGNITUDE, uniform=True)
+    report = prune_channels(net, x, target="macs=0.8", granularity=("mlp",), importance=MAGNITUDE, uniform=True)
     assert report.config is not None
     assert net.config.intermediate_size == report.rows[0].kept

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import bayesprune as bp
-from bayesprune.prune.channels.measured import MeasuredImportance, layer_sparsities, slopes
+from bayesprune.prune.channels.measured import MeasuredImportance, layer_shares, slopes
 from bayesprune.prune.scores.weights import magnitude
 
 
@@ -39,10 +39,10 @@ def test_sparsities_are_the_best_division_among_all():
             )
         return total
 
-    found = layer_sparsities(model, 0.5, loss, score=magnitude, levels=(0.25, 0.5, 0.75))
+    found = layer_shares(model, "weights=0.5", loss, score=magnitude, levels=(0.25, 0.5, 0.75))
     sizes = {name: model.get_parameter(name).numel() for name in tables}
     assert round(sum(found[name] * size for name, size in sizes.items())) == 56
-    report = bp.prune_weights(model, sparsity=found, score=magnitude)
+    report = bp.prune_weights(model, f"weights={1 - found}", score=magnitude)
     assert report.total - report.kept == 56
     best = loss(model)
     model.load_state_dict(state, strict=False)
@@ -77,16 +77,16 @@ def test_channels_go_where_they_cost_least_and_the_model_stays():
     importance = MeasuredImportance(model, inputs[:1], loss, levels=(0.3, 0.6, 0.9))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.training
-    report = bp.prune_channels(model, inputs[:1], target={"macs": 0.6}, importance=importance)
+    report = bp.prune_channels(model, inputs[:1], target="macs=0.6", importance=importance)
     assert {name: len(gone) for name, gone in report.removed.items()} == {"other.0": 8}
 
 
 @pytest.mark.parametrize("levels", [(), (0.5, 0.5), (0.9, 0.1), (0.5, 1.0)])
 def test_levels_that_do_not_rise_are_refused(levels):
     with pytest.raises(ValueError, match="levels are"):
-        layer_sparsities(bp.to_variational(net()), 0.5, lambda model: 0.0, levels=levels)
+        layer_shares(bp.to_variational(net()), "weights=0.5", lambda model: 0.0, levels=levels)
 
 
 def test_a_loss_that_is_no_number_is_refused():
     with pytest.raises(ValueError, match="the loss is nan"):
-        layer_sparsities(bp.to_variational(net()), 0.5, lambda model: float("nan"))
+        layer_shares(bp.to_variational(net()), "weights=0.5", lambda model: float("nan"))

@@ -109,7 +109,7 @@ def criteria(net: nn.Module, x: torch.Tensor) -> list:
         SNRImportance(),
         EvidenceImportance(),
         InclusionImportance(),
-        UnitSNRImportance(net, bp.fit_kronecker(net, [x])),
+        UnitSNRImportance(net, bp.laplace.fit_kronecker(net, [x])),
         bp.prune.MeasuredImportance(net, x, loss),
     ]
 

@@ -29,7 +29,7 @@ def zeroed(model, removed):
 @pytest.mark.parametrize("std", ["per_weight", "rank_one", "per_channel"])
 def test_the_cut_model_is_the_dense_one_that_ignores_the_removed_units(arrangement, std):
     model = bp.to_variational(arrangement.build(), std=std)
-    report = bp.prune_channels(model, X, target={"macs": 0.7}, granularity=("mlp",))
+    report = bp.prune_channels(model, X, target="macs=0.7", granularity=("mlp",))
     removed = report.removed["experts"]
     torch.testing.assert_close(model(X), zeroed(arrangement.build(), removed)(X))
     by_expert = torch.tensor(removed).div(HIDDEN, rounding_mode="floor").bincount()
@@ -45,8 +45,8 @@ def test_stds_and_masks_follow_their_means(arrangement):
     model = bp.to_variational(arrangement.build())
     for posterior in named_posteriors(model):
         posterior.log_std_parts[0].data.copy_(posterior.mean.data)
-    bp.prune_weights(model, sparsity=0.3)
-    bp.prune_channels(model, X, target={"macs": 0.7}, granularity=("mlp",))
+    bp.prune_weights(model, "weights=0.7")
+    bp.prune_channels(model, X, target="macs=0.7", granularity=("mlp",))
     for posterior in named_posteriors(model):
         mean, log_std = posterior.mean, posterior.log_std_parts[0]
         kept = torch.ones_like(mean, dtype=torch.bool) if posterior.mask is None else posterior.mask
@@ -68,7 +68,7 @@ def test_each_expert_loses_the_units_with_the_lowest_scores_of_its_own(arrangeme
             parts = [rows[::2], rows[1::2]] if side_by_side else rows.split(HIDDEN)
             for part in parts:
                 part[units] *= 1e-4
-    report = bp.prune_channels(model, X, target={"macs": 0.85}, granularity=("mlp",))
+    report = bp.prune_channels(model, X, target="macs=0.85", granularity=("mlp",))
     assert report.removed["experts"] == tuple(HIDDEN * e + unit for e, units in enumerate(weak) for unit in units)
 
 
@@ -90,7 +90,7 @@ def test_an_unknown_arrangement_stays_whole_with_the_reason():
             return found.roll(1, -1) if name == "gate_up_proj" else found
 
     experts.__class__ = Rolled
-    report = bp.prune_channels(model, X, target={"snr": 1e-9})
+    report = bp.prune_channels(model, X, target="snr=1e-09")
     assert "its experts stay whole" in report.left_whole["experts"]
 
 
@@ -98,36 +98,36 @@ def test_kept_units_are_a_multiple_of_what_the_kernels_read_at_once():
     model = bp.to_variational(ARRANGEMENTS[0].build())
     for target in (0.95, 0.8, 0.6):
         cut = copy.deepcopy(model)
-        bp.prune_channels(cut, X, target={"macs": target}, granularity=("mlp",))
+        bp.prune_channels(cut, X, target=f"macs={target}", granularity=("mlp",))
         assert cut.experts.intermediate_size % 4 == 0
 
 
 def test_round_to_holds_for_each_expert():
     model = bp.to_variational(ARRANGEMENTS[0].build())
-    bp.prune_channels(model, X, target={"macs": 0.9}, granularity=("mlp",), round_to=8)
+    bp.prune_channels(model, X, target="macs=0.9", granularity=("mlp",), round_to=8)
     assert model.experts.intermediate_size == 8
 
 
 def test_ignored_experts_and_a_granularity_without_them_stay_whole():
     model = bp.to_variational(ARRANGEMENTS[0].build())
-    report = bp.prune_channels(model, X, target={"snr": 1e9}, ignored_layers=[model.experts])
+    report = bp.prune_channels(model, X, target="snr=1e+09", ignored_layers=[model.experts])
     assert report.left_whole["experts"] == "ignored_layers"
     assert model.experts.intermediate_size == HIDDEN
     with pytest.raises(InfeasibleTargetError):
-        bp.prune_channels(model, X, target={"macs": 0.5}, granularity=("heads",))
+        bp.prune_channels(model, X, target="macs=0.5", granularity=("heads",))
 
 
 def test_a_dry_run_leaves_the_experts_as_they_are():
     model = bp.to_variational(ARRANGEMENTS[2].build())
     before = copy.deepcopy(model.state_dict())
-    report = bp.prune_channels(model, X, target={"macs": 0.7}, dry_run=True)
+    report = bp.prune_channels(model, X, target="macs=0.7", dry_run=True)
     assert report.removed["experts"]
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key])
     assert model.experts.intermediate_size == HIDDEN
 
 
-@pytest.mark.parametrize("target", [{"snr": 9.0}, {"params": 0.7}, {"evidence": -1e9}], ids=str)
+@pytest.mark.parametrize("target", ["snr=9", "params=0.7", "evidence=-1e+09"], ids=str)
 def test_other_targets_reach_the_experts(target):
     model = bp.to_variational(ARRANGEMENTS[0].build())
     report = bp.prune_channels(model, X, target=target, granularity=("mlp",))
@@ -136,8 +136,8 @@ def test_other_targets_reach_the_experts(target):
 
 def test_cut_experts_load_into_the_dense_model(tmp_path):
     model = bp.to_variational(ARRANGEMENTS[2].build(), std="rank_one")
-    bp.prune_weights(model, sparsity=0.3)
-    bp.prune_channels(model, X, target={"macs": 0.7}, granularity=("mlp",))
+    bp.prune_weights(model, "weights=0.7")
+    bp.prune_channels(model, X, target="macs=0.7", granularity=("mlp",))
     bp.save(model, tmp_path)
     assert torch.equal(bp.load(tmp_path, model=ARRANGEMENTS[2].build())(X), model(X))
 
@@ -145,7 +145,7 @@ def test_cut_experts_load_into_the_dense_model(tmp_path):
 def test_measured_scores_rank_the_units_of_each_expert():
     model = bp.to_variational(ARRANGEMENTS[0].build())
     importance = bp.prune.MeasuredImportance(model, X, lambda net: float(net(X).square().mean()))
-    report = bp.prune_channels(model, X, target={"macs": 0.7}, importance=importance, granularity=("mlp",))
+    report = bp.prune_channels(model, X, target="macs=0.7", importance=importance, granularity=("mlp",))
     torch.testing.assert_close(model(X), zeroed(ARRANGEMENTS[0].build(), report.removed["experts"])(X))
 
 
@@ -156,13 +156,13 @@ def test_units_without_fixed_partners_share_no_prior_scale():
 
 def test_what_holds_the_macs_that_stay_is_named_with_the_reason():
     model = bp.to_variational(ARRANGEMENTS[0].build())
-    report = bp.prune_channels(model, X, target={"macs": 0.8}, granularity=("mlp",))
+    report = bp.prune_channels(model, X, target="macs=0.8", granularity=("mlp",))
     shares = {name: held for held in report.holdings for name in held.modules}
     assert "keeps a tenth" in shares["experts"].reason
     assert shares["last"].reason == report.left_whole["last"]
     assert sum(held.share for held in report.holdings) == pytest.approx(report.achieved["macs"])
     with pytest.raises(InfeasibleTargetError, match=r"What stays is in .*last .*experts"):
-        bp.prune_channels(model, X, target={"macs": 0.01}, granularity=("mlp",))
+        bp.prune_channels(model, X, target="macs=0.01", granularity=("mlp",))
 
 
 def test_products_of_activations_are_named_as_what_holds_the_macs():
@@ -175,7 +175,7 @@ def test_products_of_activations_are_named_as_what_holds_the_macs():
             hidden = self.first(x)
             return self.last(hidden @ hidden.t() @ hidden @ hidden.t())
 
-    report = bp.prune_channels(bp.to_variational(Gram()), X, target={"snr": 1e-9})
+    report = bp.prune_channels(bp.to_variational(Gram()), X, target="snr=1e-09")
     held = next(held for held in report.holdings if "" in held.modules)
     assert "multiplies activations" in held.reason
     assert "multiplies activations" in str(report)

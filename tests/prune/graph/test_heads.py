@@ -74,7 +74,7 @@ def test_heads_go_and_training_goes_on(case, caplog):
     net, x = bp.to_variational(case.net()), case.inputs()
     tie_means_to_stds(net)
     with caplog.at_level("INFO", logger="bayesprune.prune.channels.prune"):
-        report = prune_channels(net, x, target={"macs": 0.97}, granularity=HEADS)
+        report = prune_channels(net, x, target="macs=0.97", granularity=HEADS)
     assert not caplog.records, "the MACs counted after the cut are those that were planned"
     assert report.achieved["macs"] <= 0.97
     assert report.removed == {}
@@ -139,7 +139,7 @@ def test_the_lowest_heads_go():
     net, x = case.net(), case.inputs()
     net.blocks[0].attn.qkv.weight.data.reshape(3, 3, 16, 48)[:, 1] *= 1e-3
     net.blocks[0].attn.proj.weight.data[:, 16:32] *= 1e-3
-    report = prune_channels(net, x, target={"macs": 0.98}, granularity=HEADS, importance=MAGNITUDE)
+    report = prune_channels(net, x, target="macs=0.98", granularity=HEADS, importance=MAGNITUDE)
     assert report.removed_heads == {"blocks.0.attn": (1,)}
     assert (net.blocks[0].attn.num_heads, net.blocks[0].attn.attn_dim, net.blocks[0].attn.head_dim) == (2, 32, 16)
     assert net.blocks[1].attn.num_heads == 3
@@ -150,7 +150,7 @@ def test_the_lowest_heads_go():
 def test_a_key_and_value_head_leaves_with_its_queries():
     case = BY_NAME["llama"]
     net, x = case.net(), case.inputs()
-    report = prune_channels(net, x, target={"macs": 0.95}, granularity=HEADS, importance=MAGNITUDE)
+    report = prune_channels(net, x, target="macs=0.95", granularity=HEADS, importance=MAGNITUDE)
     ((name, heads),) = report.removed_heads.items()
     assert heads in ((0, 1), (2, 3))
     cut = net.get_submodule(name)
@@ -160,7 +160,7 @@ def test_a_key_and_value_head_leaves_with_its_queries():
 def test_one_key_for_all_queries_stays():
     case = BY_NAME["gemma"]
     net, x = case.net(), case.inputs()
-    report = prune_channels(net, x, target={"macs": 0.95}, granularity=HEADS, importance=MAGNITUDE)
+    report = prune_channels(net, x, target="macs=0.95", granularity=HEADS, importance=MAGNITUDE)
     cut = net.get_submodule(next(iter(report.removed_heads)))
     assert cut.k_proj.out_features == 8
     assert cut.num_key_value_groups == cut.q_proj.out_features // 8 < 4
@@ -170,7 +170,7 @@ def test_one_key_for_all_queries_stays():
 def test_heads_that_share_biases_leave_all_blocks():
     case = BY_NAME["t5"]
     net, x = case.net(), case.inputs()
-    report = prune_channels(net, x, target={"macs": 0.9}, granularity=HEADS, importance=MAGNITUDE)
+    report = prune_channels(net, x, target="macs=0.9", granularity=HEADS, importance=MAGNITUDE)
     places = ("encoder.block.#.layer.0.SelfAttention", "decoder.block.#.layer.0.SelfAttention")
     for place in places:
         removed = [report.removed_heads.get(place.replace("#", block)) for block in "01"]
@@ -270,10 +270,10 @@ def test_dry_run_keeps_heads_and_says_what_would_go():
     case = BY_NAME["timm_vit"]
     net, x = bp.to_variational(case.net()), case.inputs()
     dense = output_of(net, x)
-    dry = prune_channels(net, x, target={"macs": 0.6}, dry_run=True)
+    dry = prune_channels(net, x, target="macs=0.6", dry_run=True)
     assert torch.equal(output_of(net, x), dense)
     assert net.blocks[0].attn.num_heads == 3
-    done = prune_channels(net, x, target={"macs": 0.6})
+    done = prune_channels(net, x, target="macs=0.6")
     assert dry.removed_heads == done.removed_heads
     assert dry.rows == done.rows
 
@@ -289,7 +289,7 @@ def test_ignored_attention_keeps_its_heads():
 def test_kept_heads_are_multiples_of_channels():
     net, x = BY_NAME["bert"].net(), BY_NAME["bert"].inputs()
     report = prune_channels(
-        net, x, target={"macs": 0.9}, granularity=HEADS, importance=MAGNITUDE, round_to=16, uniform=True
+        net, x, target="macs=0.9", granularity=HEADS, importance=MAGNITUDE, round_to=16, uniform=True
     )
     assert {row.kept for row in report.rows} == {16}
 
@@ -297,7 +297,7 @@ def test_kept_heads_are_multiples_of_channels():
 def test_heads_channels_and_width_go_together_and_the_units_are_counted():
     case = BY_NAME["timm_vit"]
     net, x = bp.to_variational(case.net()), case.inputs()
-    report = prune_channels(net, x, target={"macs": 0.4}, uniform=True)
+    report = prune_channels(net, x, target="macs=0.4", uniform=True)
     assert {len(heads) for heads in report.removed_heads.values()} == {1}
     assert net.blocks[0].attn.qkv.in_features < 48
     assert net.blocks[0].mlp.fc1.out_features < 192
@@ -308,7 +308,7 @@ def test_heads_channels_and_width_go_together_and_the_units_are_counted():
 def test_a_model_without_some_heads_is_saved_and_loaded(name, tmp_path):
     case = BY_NAME[name]
     net, x = bp.to_variational(case.net()), case.inputs()
-    prune_channels(net, x, target={"macs": 0.9}, granularity=HEADS)
+    prune_channels(net, x, target="macs=0.9", granularity=HEADS)
     net.eval()
     bp.save(net, tmp_path)
     loaded = bp.load(tmp_path).eval()

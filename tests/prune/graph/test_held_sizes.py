@@ -42,7 +42,7 @@ def test_a_size_that_a_forward_splits_by_follows(tmp_path):
     net = net_of(Gated(7, 10, scale=3))
     assert units(net, X) == {"0": 7, "2.fc1": 10, "2.fc2": 7}
     assert_removing_is_silencing(net, X)
-    report = prune_channels(net, X, target={"macs": 0.5}, importance=MAGNITUDE)
+    report = prune_channels(net, X, target="macs=0.5", importance=MAGNITUDE)
     assert report.left_whole.keys() == {"4"}
     assert net[2].inner == net[2].fc2.in_features < 10
     assert net[2].scale == 3
@@ -55,13 +55,13 @@ def test_a_size_that_a_forward_splits_by_follows(tmp_path):
 def test_a_number_of_the_same_size_and_another_use_stays():
     net = net_of(Gated(7, 10))
     assert_removing_is_silencing(net, X)
-    prune_channels(net, X, target={"macs": 0.5}, importance=MAGNITUDE)
+    prune_channels(net, X, target="macs=0.5", importance=MAGNITUDE)
     assert net[2].inner == net[2].fc2.in_features < 10
     assert net[2].scale == 10
 
 
 def test_a_size_that_is_written_into_the_forward_keeps_the_layer_whole():
     net = net_of(Fixed(7, 10, scale=1))
-    report = prune_channels(net, X, target={"macs": 0.8}, importance=MAGNITUDE)
+    report = prune_channels(net, X, target="macs=0.8", importance=MAGNITUDE)
     assert net[2].inner == 10
     assert "does not follow" in report.left_whole["2.fc1"]

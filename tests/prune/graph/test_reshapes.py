@@ -43,7 +43,7 @@ def test_a_channel_leaves_all_paths_that_are_weighed_against_each_other(grouped)
     assert {len(group.units) for group in found.groups} == {6 - 3 * grouped, 4, 10}
     assert found.left_whole.keys() == {"head"}
     assert_removing_is_silencing(net, IMAGE)
-    prune_channels(net, IMAGE, target={"macs": 0.5}, importance=MAGNITUDE)
+    prune_channels(net, IMAGE, target="macs=0.5", importance=MAGNITUDE)
     assert net.select.out_channels == 2 * net.head.in_channels == 2 * net.reduce.in_channels < 20
 
 

@@ -117,7 +117,7 @@ def test_heads_of_a_deep_net_that_needs_its_norms_leave_too():
 def test_the_plan_is_what_the_cut_net_costs(case):
     torch.manual_seed(0)
     net = CASES[case](True)
-    report = prune_channels(net, TOKENS[:1], target={"macs": 0.5}, importance=MAGNITUDE)
+    report = prune_channels(net, TOKENS[:1], target="macs=0.5", importance=MAGNITUDE)
     assert report.macs_after == sum(macs_by_module(net, TOKENS[:1]).values()) <= 0.5 * report.macs_before
     heads = net.attention[0].num_heads
     assert net.head.in_features == 6 * heads < 24
@@ -131,7 +131,7 @@ def test_stds_follow_and_training_goes_on():
     torch.manual_seed(0)
     net = bp.to_variational(CASES["reduced"](True), std="per_channel")
     tie_means_to_stds(net)
-    prune_channels(net, TOKENS[:1], target={"macs": 0.5}, importance=MAGNITUDE)
+    prune_channels(net, TOKENS[:1], target="macs=0.5", importance=MAGNITUDE)
     assert_stds_follow(net)
     net.train()(TOKENS).square().mean().backward()
 
@@ -141,7 +141,7 @@ def test_heads_whose_number_does_not_follow_stay_whole():
     net = Blocks(32, Attention(32, 4, fixed=True))
     found = find_groups(net, TOKENS)
     assert not any(group.attention for group in found.groups)
-    report = prune_channels(net, TOKENS, target={"macs": 0.9}, importance=MAGNITUDE)
+    report = prune_channels(net, TOKENS, target="macs=0.9", importance=MAGNITUDE)
     assert net.attention[0].proj.in_features == net.head.in_features == 32
     assert "heads stay whole" in report.left_whole["attention.0.qkv"]
     assert "does not follow" in report.left_whole["stem"]

@@ -48,7 +48,7 @@ def test_scores_are_the_probabilities_of_the_groups_own_gate(joined):
 def test_a_ranking_for_another_target(joined):
     model, x = joined
     probabilities = torch.cat(list(gates.inclusion_probabilities(model).values()))
-    report = bp.prune_channels(model, x, target={"params": 0.8}, importance=InclusionImportance())
+    report = bp.prune_channels(model, x, target="params=0.8", importance=InclusionImportance())
     assert report.params_after <= 0.8 * report.params_before
     assert report.left_whole["reads"] == "nothing in its group has a score (no variational layer)"
     removed = [*report.removed["one"], *(4 + unit for unit in report.removed["two"])]
@@ -60,7 +60,7 @@ def test_a_dry_run_leaves_the_gates(joined):
     model, x = joined
     state = {key: value.clone() for key, value in model.state_dict().items()}
     before = model.eval()(x)
-    report = bp.prune_channels(model, x, target={"inclusion": 0.5}, dry_run=True)
+    report = bp.prune_channels(model, x, target="inclusion=0.5", dry_run=True)
     assert report.removed
     assert report.left_whole["reads"] == "nothing in its group has a score (no gate)"
     assert model.state_dict().keys() == state.keys()
@@ -72,9 +72,9 @@ def test_a_dry_run_leaves_the_gates(joined):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target": {"inclusion": 1.0}}, "target inclusion is 1.0"),
-        ({"target": {"inclusion": 0.5}, "uniform": True}, "criterion of its own"),
-        ({"target": {"inclusion": 0.5}, "importance": tp.importance.MagnitudeImportance()}, "criterion of its own"),
+        ({"target": "inclusion=1"}, "a probability between 0 and 1"),
+        ({"target": "inclusion=0.5", "uniform": True}, "criterion of its own"),
+        ({"target": "inclusion=0.5", "importance": tp.importance.MagnitudeImportance()}, "criterion of its own"),
     ],
 )
 def test_refuses_other_options(joined, options, message):
@@ -84,6 +84,6 @@ def test_refuses_other_options(joined, options, message):
 
 def test_refuses_a_model_without_gates():
     model, x = bp.to_variational(Joined()), torch.randn(2, 3)
-    for options in ({"target": {"inclusion": 0.5}}, {"target": {"macs": 0.5}, "importance": InclusionImportance()}):
+    for options in ({"target": "inclusion=0.5"}, {"target": "macs=0.5", "importance": InclusionImportance()}):
         with pytest.raises(UnsupportedModelError, match="no gates decide"):
             bp.prune_channels(model, x, **options)

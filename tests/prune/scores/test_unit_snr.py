@@ -70,9 +70,9 @@ def test_the_cheapest_leaves_first_and_a_twin_costs_nothing():
     model = mlp(5, 4, 3)
     with torch.no_grad():
         model[0].weight[3], model[0].bias[3] = model[0].weight[1], model[0].bias[1]
-    posterior = bp.fit_kronecker(model, [normal(256, 5)], loss=output_metric)
+    posterior = bp.laplace.fit_kronecker(model, [normal(256, 5)], loss=output_metric)
     (group,) = find_groups(model, normal(1, 5)).groups
-    scored = unit_scores(bp.UnitSNRImportance(model, posterior), group)
+    scored = unit_scores(bp.prune.UnitSNRImportance(model, posterior), group)
     costs = torch.tensor(scored.scores)
     twins, others = costs[[1, 3]], costs[[0, 2]]
     assert twins.min() < 0.2 * others.min()
@@ -105,7 +105,7 @@ def test_outputs_in_blocks_and_groups_of_a_convolution():
 
 def test_scores_of_a_pruner_are_those_of_single_channels():
     model = mlp(5, 6, 3)
-    importance = bp.UnitSNRImportance(model, bp.fit_kronecker(model, [normal(64, 5)]))
+    importance = bp.prune.UnitSNRImportance(model, bp.laplace.fit_kronecker(model, [normal(64, 5)]))
     (group,) = find_groups(model, normal(1, 5)).groups
     assert torch.equal(importance(group.group), importance.of_group(group))
     pruner = tp.pruner.BasePruner(model, normal(1, 5), importance, pruning_ratio=0.5, ignored_layers=[model[2]])
@@ -115,7 +115,7 @@ def test_scores_of_a_pruner_are_those_of_single_channels():
 
 def test_a_copy_of_the_model_is_ranked_too():
     model = mlp(5, 6, 3)
-    importance = bp.UnitSNRImportance(model, bp.fit_kronecker(model, [normal(64, 5)]))
+    importance = bp.prune.UnitSNRImportance(model, bp.laplace.fit_kronecker(model, [normal(64, 5)]))
     reports = [
         bp.prune_channels(net, normal(1, 5), "macs=0.5", importance=importance) for net in (copy.deepcopy(model), model)
     ]
@@ -125,7 +125,7 @@ def test_a_copy_of_the_model_is_ranked_too():
 def test_a_group_without_a_known_reader_has_no_score():
     model = mlp(5, 6, 3)
     (group,) = find_groups(model, normal(1, 5)).groups
-    assert bp.UnitSNRImportance(model, {}).of_group(group) is None
+    assert bp.prune.UnitSNRImportance(model, {}).of_group(group) is None
 
 
 class Attention(nn.Module):
@@ -156,9 +156,9 @@ def test_a_head_that_nobody_needs_is_the_cheapest():
     with torch.no_grad():
         model.attention.out.weight[:, 8:12] *= 0.01
     model = bp.to_variational(model)
-    posterior = bp.fit_kronecker(model, [normal(64, 5, 16)], loss=output_metric)
+    posterior = bp.laplace.fit_kronecker(model, [normal(64, 5, 16)], loss=output_metric)
     (group,) = [g for g in find_groups(model, normal(1, 5, 16)).groups if g.attention]
-    scored = unit_scores(bp.UnitSNRImportance(model, posterior), group)
+    scored = unit_scores(bp.prune.UnitSNRImportance(model, posterior), group)
     cheapest = min(range(4), key=lambda unit: scored.scores[unit])
     assert group.units[cheapest] == (8, 9, 10, 11)
 
@@ -166,7 +166,7 @@ def test_a_head_that_nobody_needs_is_the_cheapest():
 def test_the_output_metric_is_that_of_the_logits():
     model = mlp(4, 3)
     x = normal(2048, 4)
-    posterior = bp.fit_kronecker(model, [x], loss=output_metric)
+    posterior = bp.laplace.fit_kronecker(model, [x], loss=output_metric)
     assert torch.allclose(posterior["0"].outputs[0][0], torch.eye(3, dtype=torch.double), atol=0.1)
 
 

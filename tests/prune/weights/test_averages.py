@@ -25,9 +25,9 @@ def test_an_average_from_before_the_masks_is_said(make):
     model, attachment = attached()
     average = make(model)
     with pytest.warns(UserWarning, match=rf"{type(average).__name__} holds a copy .* before it had masks.*=0\.0"):
-        bp.prune_weights(model, sparsity=0.5)
+        bp.prune_weights(model, "weights=0.5")
     average = make(model)
-    bp.prune_weights(model, sparsity=0.6)
+    bp.prune_weights(model, "weights=0.4")
     getattr(average, "update_parameters", getattr(average, "update", None))(model)
     assert torch.equal(average.module[5].weight_mask, model[5].weight_mask)
     assert attachment.step == 0
@@ -42,5 +42,5 @@ def test_other_copies_are_no_averages_of_it(other):
     kept = copy.deepcopy(model) if other == "a copy" else AveragedModel(source)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        bp.prune_weights(model, sparsity=0.5)
+        bp.prune_weights(model, "weights=0.5")
     assert kept is not None

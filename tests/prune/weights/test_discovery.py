@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import bayesprune as bp
+from bayesprune.foundation.target import Target
 from bayesprune.layers import named_posteriors
 from bayesprune.prune.scores.weights import magnitude
-from bayesprune.prune.weights.schedule import PruneSchedule, cubic, sparsities
+from bayesprune.prune.weights.schedule import PruneSchedule, cubic, shares
 
 X = torch.randn(64, 6, generator=torch.Generator().manual_seed(3))
 Y = (X[:, 0] + X[:, 1] > 0).long()
@@ -50,7 +51,7 @@ def test_kept_weights_and_stds_go_back_and_removed_ones_stay_zero():
         zeros.append(all(not model.get_parameter(n)[~m].any() for n, m in before.items() if m is not None))
         trained.append(copy.deepcopy(model.state_dict()))
 
-    reports = bp.prune.discover_mask(model, train=train, sparsity=0.8, rounds=3, rewind=early)
+    reports = bp.prune.discover_mask(model, "weights=0.2", train=train, rounds=3, rewind=early)
     assert zeros == [True] * 3
     assert [report.kept for report in reports] == [160 - round(160 * (1 - 0.2 ** (t / 3))) for t in (1, 2, 3)]
     found = model.state_dict()
@@ -68,10 +69,10 @@ def test_masks_are_those_of_a_loop_by_hand():
     """Rounds of training, ranking and rewinding, written out."""
     found, oracle = net(), net()
     early = copy.deepcopy(oracle.state_dict())
-    bp.prune.discover_mask(found, train=learn, sparsity=0.6, rounds=2, rewind=early, ramp="cubic", score=magnitude)
+    bp.prune.discover_mask(found, "weights=0.4", train=learn, rounds=2, rewind=early, ramp="cubic", score=magnitude)
     for number in (1, 2):
         learn(oracle, number)
-        bp.prune_weights(oracle, sparsity=(0.6 * 0.875, 0.6)[number - 1], score=magnitude)
+        bp.prune_weights(oracle, f"weights={1 - (0.6 * 0.875, 0.6)[number - 1]}", score=magnitude)
         for name, mask in masks(oracle).items():
             oracle.get_parameter(name).data.copy_(early[name] * mask)
         rest = {key: value for key, value in early.items() if key not in masks(oracle)}
@@ -88,7 +89,7 @@ def test_without_a_state_it_goes_on():
         learn(model, number)
         trained.append(copy.deepcopy(model.state_dict()))
 
-    bp.prune.discover_mask(model, train=train, sparsity=0.5, rounds=2)
+    bp.prune.discover_mask(model, "weights=0.5", train=train, rounds=2)
     for name, mask in masks(model).items():
         assert torch.equal(model.get_parameter(name), trained[-1][name] * mask)
 
@@ -96,9 +97,9 @@ def test_without_a_state_it_goes_on():
 def test_rewinds_a_model_with_masks_of_its_own():
     """The masks of the state are older than those of the rounds."""
     model = net()
-    bp.prune_weights(model, sparsity=0.25)
+    bp.prune_weights(model, "weights=0.75")
     first, early = masks(model), copy.deepcopy(model.state_dict())
-    (report,) = bp.prune.discover_mask(model, train=learn, sparsity=0.5, rounds=1, rewind=early)
+    (report,) = bp.prune.discover_mask(model, "weights=0.5", train=learn, rounds=1, rewind=early)
     assert report.kept == sum(int(mask.sum()) for mask in masks(model).values()) == 80
     assert not any((mask & ~first[name]).any() for name, mask in masks(model).items())
 
@@ -106,9 +107,9 @@ def test_rewinds_a_model_with_masks_of_its_own():
 def test_batch_norm_moves_where_data_is_given_alone():
     model, again = net(), net()
     early = copy.deepcopy(model.state_dict())
-    bp.prune.discover_mask(model, train=learn, sparsity=0.5, rounds=1, rewind=early)
+    bp.prune.discover_mask(model, "weights=0.5", train=learn, rounds=1, rewind=early)
     assert torch.equal(model[1].running_mean, early["1.running_mean"])
-    bp.prune.discover_mask(again, train=learn, sparsity=0.5, rounds=1, rewind=early, data=[X])
+    bp.prune.discover_mask(again, "weights=0.5", train=learn, rounds=1, rewind=early, data=[X])
     torch.testing.assert_close(again[1].running_mean, again[0].eval()(X).mean(0))
 
 
@@ -116,11 +117,11 @@ def test_a_fit_re_estimates_between_removals():
     model, seen = net(), []
 
     def fit(model, number):
-        bp.fit_laplace(model, [(X, Y)], num_data=1000)
+        bp.laplace.fit_laplace(model, [(X, Y)], num_data=1000)
         seen.append(bp.signal_to_noise(model)["0.weight"].clone())
 
     means = copy.deepcopy(model.state_dict())
-    bp.prune.discover_mask(model, train=fit, sparsity=0.9, rounds=4, ramp="cubic")
+    bp.prune.discover_mask(model, "weights=0.1", train=fit, rounds=4, ramp="cubic")
     assert all(torch.equal(model.get_parameter(n), means[n] * mask) for n, mask in masks(model).items())
     kept = masks(model)["0.weight"]
     assert not torch.allclose(seen[0][kept], seen[-1][kept], rtol=0.05), "the stds are those of what is left"
@@ -129,34 +130,37 @@ def test_a_fit_re_estimates_between_removals():
 def test_states_that_do_not_fit_are_refused():
     model = net()
     with pytest.raises(ValueError, match="rewind is the live state of the model"):
-        bp.prune.discover_mask(model, train=learn, sparsity=0.5, rounds=1, rewind=model.state_dict())
+        bp.prune.discover_mask(model, "weights=0.5", train=learn, rounds=1, rewind=model.state_dict())
     stock = bp.to_deterministic(net()).state_dict()
     with pytest.raises(ValueError, match=r"0\.bias_log_std, 0\.weight_log_std, .* are in one of them alone"):
-        bp.prune.discover_mask(model, train=learn, sparsity=0.5, rounds=1, rewind=stock)
+        bp.prune.discover_mask(model, "weights=0.5", train=learn, rounds=1, rewind=stock)
     with pytest.raises(ValueError, match="the number of rounds is 0"):
-        bp.prune.discover_mask(model, train=learn, sparsity=0.5, rounds=0)
+        bp.prune.discover_mask(model, "weights=0.5", train=learn, rounds=0)
     assert set(masks(model).values()) == {None}
 
 
 def test_ramps_end_where_they_should():
-    assert sparsities(0.9, 1) == (0.9,)
-    assert sparsities(0.875, 3, ramp="geometric") == pytest.approx((0.5, 0.75, 0.875))
-    assert sparsities(0.8, 4) == pytest.approx([0.8 * (1 - (1 - t / 4) ** 3) for t in (1, 2, 3, 4)])
-    schedule = PruneSchedule(0.8, begin=0.0, end=1.0, num_updates=4)
-    assert sparsities(0.8, 4) == pytest.approx([schedule.sparsity_at(t / 4) for t in (1, 2, 3, 4)])
+    def removed(*args, **options):
+        return [Target.parse(share, ("weights",), "test").removed for share in shares(*args, **options)]
+
+    assert shares("weights=0.1", 1) == ("weights=0.1",)
+    assert removed("weights=0.125", 3, ramp="geometric") == pytest.approx((0.5, 0.75, 0.875))
+    assert removed("weights=0.2", 4) == pytest.approx([0.8 * (1 - (1 - t / 4) ** 3) for t in (1, 2, 3, 4)])
+    schedule = PruneSchedule("weights=0.2", begin=0.0, end=1.0, num_updates=4)
+    assert removed("weights=0.2", 4) == pytest.approx([schedule.sparsity_at(t / 4) for t in (1, 2, 3, 4)])
     assert cubic(0.5, 0.0) == 0.0
-    for options in ({"sparsity": 1.0}, {"num_rounds": 0}, {"ramp": "linear"}):
+    for options in ({"target": "weights=1"}, {"num_rounds": 0}, {"ramp": "linear"}):
         with pytest.raises(ValueError, match="expected"):
-            sparsities(**{"sparsity": 0.5, "num_rounds": 2, **options})
+            shares(**{"target": "weights=0.5", "num_rounds": 2, **options})
 
 
 def test_schedules_have_the_floor_of_the_weights():
     model = net()
     model[0].weight.data *= 1e-6
-    report = PruneSchedule(0.9, score=magnitude, min_kept=0.05).remove(model, 0.9)
+    report = PruneSchedule("weights=0.1", score=magnitude, min_kept=0.05).remove(model, 0.9)
     assert [row.kept for row in report.rows] == [6, 10]
     with pytest.raises(ValueError, match="min_kept is -1"):
-        PruneSchedule(0.9, min_kept=-1)
+        PruneSchedule("weights=0.1", min_kept=-1)
 
 
 @pytest.mark.slow
@@ -185,9 +189,12 @@ def test_estimating_anew_between_removals_keeps_more_of_the_accuracy():
 
     def after(rounds: int) -> float:
         candidate = copy.deepcopy(model)
-        options = {"sparsity": 0.9, "rounds": rounds, "ramp": "cubic", "data": [x[train]]}
+        options = {"rounds": rounds, "ramp": "cubic", "data": [x[train]]}
         bp.prune.discover_mask(
-            candidate, train=lambda m, _: bp.fit_laplace(m, [(x[train[:300]], y[train[:300]])]), **options
+            candidate,
+            "weights=0.1",
+            train=lambda m, _: bp.laplace.fit_laplace(m, [(x[train[:300]], y[train[:300]])]),
+            **options,
         )
         return accuracy(candidate)
 

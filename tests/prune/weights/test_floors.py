@@ -94,7 +94,7 @@ def test_floors_below_one_are_fractions():
 def test_no_tensor_falls_below_the_floor_and_the_total_is_exact(min_kept, floor):
     model = net()
     best = weights(model)[0].abs().flatten().topk(floor).indices
-    report = bp.prune_weights(model, sparsity=0.75, score=magnitude, min_kept=min_kept)
+    report = bp.prune_weights(model, "weights=0.25", score=magnitude, min_kept=min_kept)
     assert report.kept == 33
     assert report.rows[0].kept == floor
     assert [row.note for row in report.rows] == [f"held at min_kept={min_kept:g}", "", ""]
@@ -102,26 +102,26 @@ def test_no_tensor_falls_below_the_floor_and_the_total_is_exact(min_kept, floor)
 
 
 def test_without_need_a_floor_changes_nothing():
-    for options in ({"sparsity": 0.6, "score": bp.prune.scores.snr}, {"snr_below": 9.0}):
+    for target in ("weights=0.4", "snr=9"):
         torch.manual_seed(1)
         free = net()
         torch.manual_seed(1)
         floored = net()
-        reports = [bp.prune_weights(one, **options, min_kept=kept) for one, kept in ((free, 0), (floored, 1))]
+        reports = [bp.prune_weights(one, target, min_kept=kept) for one, kept in ((free, 0), (floored, 1))]
         assert reports[0] == reports[1]
         assert all(torch.equal(*pair) for pair in zip(weights(free), weights(floored), strict=True))
 
 
 def test_a_tensor_that_is_below_its_floor_already_stays_as_it_is():
     model = net()
-    bp.prune_weights(model, sparsity={"0": 1.0, "1": 0.5}, min_kept=0)
-    assert bp.prune_weights(model, sparsity=0.75, min_kept=4).rows[0].kept == 0
-    assert bp.prune_weights(model, sparsity=0.9, min_kept=4).kept == 132 - round(0.9 * 132)
+    bp.prune_weights(model, {"0": 0, "1": 0.5}, min_kept=0)
+    assert bp.prune_weights(model, "weights=0.25", min_kept=4).rows[0].kept == 0
+    assert bp.prune_weights(model, "weights=0.1", min_kept=4).kept == 132 - round(0.9 * 132)
 
 
 def test_the_threshold_leaves_the_floor():
     model = net()
-    report = bp.prune_weights(model, snr_below=1e9, min_kept=2)
+    report = bp.prune_weights(model, "snr=1e+09", min_kept=2)
     assert [row.kept for row in report.rows] == [2, 2, 2]
     assert all(row.note == "held at min_kept=2" for row in report.rows)
 
@@ -129,7 +129,7 @@ def test_the_threshold_leaves_the_floor():
 def test_infinite_scores_stay_finite_in_number():
     """An SNR is infinite where the std is 0; more of them than are kept end no search."""
     model = net()
-    report = bp.prune_weights(model, sparsity=0.9, score=lambda p: torch.full_like(p.mean, torch.inf), min_kept=2)
+    report = bp.prune_weights(model, "weights=0.1", score=lambda p: torch.full_like(p.mean, torch.inf), min_kept=2)
     assert report.kept == 13
     assert min(row.kept for row in report.rows) >= 2
 
@@ -137,19 +137,19 @@ def test_infinite_scores_stay_finite_in_number():
 def test_sparsities_by_name():
     model = net()
     before = weights(model)[2].clone()
-    report = bp.prune_weights(model, sparsity={"0": 0.25, "1.weight": 0.5, "1": 0.9}, score=magnitude)
+    report = bp.prune_weights(model, {"0": 0.75, "1.weight": 0.5, "1": 0.1}, score=magnitude)
     assert [row.kept for row in report.rows] == [36, 36, 12]
     assert torch.equal(weights(model)[2], before)
-    again = bp.prune_weights(model, sparsity={"0": 1.0, "1": 0.75}, score=magnitude)
+    again = bp.prune_weights(model, {"0": 0, "1": 0.25}, score=magnitude)
     assert [row.kept for row in again.rows] == [1, 17, 12]  # 0 keeps one weight, 1 pays for it
     assert [row.note for row in again.rows] == ["held at min_kept=1", "", ""]
     layer = bp.to_variational(nn.Linear(4, 4))
-    assert bp.prune_weights(layer, sparsity={"weight": 0.5}).kept == 8
+    assert bp.prune_weights(layer, {"weight": 0.5}).kept == 8
 
 
 def test_the_same_fraction_of_each_layer_pays_for_its_floors_too():
     model = bp.to_variational(nn.Sequential(nn.Linear(1, 1), nn.Linear(10, 10), nn.Linear(10, 5)))
-    report = bp.prune_weights(model, sparsity=0.9, scope="layer")
+    report = bp.prune_weights(model, "weights=0.1", scope="layer")
     assert [row.kept for row in report.rows] == [1, 9, 5]
 
 
@@ -157,9 +157,9 @@ def test_batch_norm_is_measured_anew_where_data_is_given():
     torch.manual_seed(0)
     model = bp.to_variational(nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4))).eval()
     x = torch.randn(50, 6)
-    bp.prune_weights(model, sparsity=0.5)
+    bp.prune_weights(model, "weights=0.5")
     assert torch.equal(model[1].running_mean, torch.zeros(4))
-    bp.prune_weights(model, sparsity=0.6, data=[(x, None)])
+    bp.prune_weights(model, "weights=0.4", data=[(x, None)])
     torch.testing.assert_close(model[1].running_mean, model[0](x).mean(0))
     torch.testing.assert_close(model[1].running_var, model[0](x).var(0))
     assert not model.training

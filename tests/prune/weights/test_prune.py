@@ -42,7 +42,7 @@ def kept(model: nn.Module) -> torch.Tensor:
 def test_global_sparsity_is_exact_and_keeps_the_best(std, sparsity):
     model = net(std)
     scores = flat(model)
-    report = bp.prune_weights(model, sparsity=sparsity, min_kept=0)
+    report = bp.prune_weights(model, f"weights={1 - sparsity}", min_kept=0)
     removed = round(sparsity * scores.numel())
     assert (report.total, report.kept) == (scores.numel(), scores.numel() - removed)
     assert report.sparsity == pytest.approx(removed / scores.numel())
@@ -57,7 +57,7 @@ def test_global_sparsity_is_exact_and_keeps_the_best(std, sparsity):
 def test_layer_sparsity_is_exact_in_every_layer(sparsity):
     model = net()
     scores = {posterior.name: bp.prune.scores.snr(posterior) for posterior in weights(model)}
-    report = bp.prune_weights(model, sparsity=sparsity, scope="layer", min_kept=0)
+    report = bp.prune_weights(model, f"weights={1 - sparsity}", scope="layer", min_kept=0)
     for row, posterior in zip(report.rows, weights(model), strict=True):
         removed = round(sparsity * row.total)
         assert (row.name, row.kept) == (posterior.name, row.total - removed)
@@ -68,23 +68,23 @@ def test_layer_sparsity_is_exact_in_every_layer(sparsity):
 def test_ties_do_not_remove_more():
     model = bp.to_variational(nn.Linear(10, 10))
     model.weight.data.fill_(0.5)
-    assert bp.prune_weights(model, sparsity=0.37).kept == 63
+    assert bp.prune_weights(model, "weights=0.63").kept == 63
 
 
 def test_snr_below():
     model = net()
     scores = flat(model)
-    report = bp.prune_weights(model, snr_below=1.0)
+    report = bp.prune_weights(model, "snr=1")
     assert torch.equal(kept(model), scores >= 1)
     assert report.kept == int((scores >= 1).sum())
     assert 0 < report.kept < report.total
-    assert bp.prune_weights(net(), snr_below=0.0).sparsity == 0
+    assert bp.prune_weights(net(), "snr=0").sparsity == 0
 
 
 def test_the_score_may_be_the_magnitude():
     model = net()
     scores = flat(model, magnitude)
-    bp.prune_weights(model, sparsity=0.5, score=magnitude, min_kept=0)
+    bp.prune_weights(model, "weights=0.5", score=magnitude, min_kept=0)
     removed = ~kept(model)
     assert scores[removed].max() < scores[~removed].min()
 
@@ -99,7 +99,7 @@ def test_patterns_keep_the_best_of_consecutive_inputs(layer, pattern, n, m):
     layer = bp.to_variational(layer())
     layer.weight_log_std.data += torch.randn_like(layer.weight)
     scores = bp.signal_to_noise(layer)["weight"].movedim(1, -1).reshape(-1, m)
-    report = bp.prune_weights(layer, pattern=pattern)
+    report = bp.prune_weights(layer, pattern)
     assert report.kept == report.total * n // m
     groups = (layer.weight != 0).movedim(1, -1).reshape(-1, m)
     assert (groups.sum(1) == n).all()
@@ -110,17 +110,17 @@ def test_patterns_keep_the_best_of_consecutive_inputs(layer, pattern, n, m):
 def test_patterns_of_transposed_convolutions_count_inputs(groups):
     """Their weight is (I, O / groups, K): inputs stand first."""
     layer = bp.to_variational(nn.ConvTranspose1d(8, 6, 3, groups=groups))
-    bp.prune_weights(layer, pattern="2:4")
+    bp.prune_weights(layer, "2:4")
     of_each_output = (layer.weight != 0).unflatten(0, (groups, -1, 4))
     assert (of_each_output.sum(2) == 2).all()
     narrow = bp.to_variational(nn.ConvTranspose1d(4, 8, 3, groups=2))  # two inputs for each output
-    (row,) = bp.prune_weights(narrow, pattern="2:4").rows
+    (row,) = bp.prune_weights(narrow, "2:4").rows
     assert (row.kept, row.note) == (row.total, "2 inputs are not a multiple of 4")
 
 
 def test_layers_that_a_pattern_does_not_fit_are_said():
     model = bp.to_variational(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, groups=4), nn.Linear(8, 3)))
-    report = bp.prune_weights(model, pattern="2:4")
+    report = bp.prune_weights(model, "2:4")
     notes = "3 inputs are not a multiple of 4", "1 inputs are not a multiple of 4", ""
     assert tuple(row.note for row in report.rows) == notes
     assert [row.kept for row in report.rows] == [108, 36, 12]
@@ -132,9 +132,9 @@ def test_a_pattern_after_a_removal_keeps_what_is_left():
     """A score that may be negative does not bring removed weights back into the choice."""
     for score in (lambda p: -p.mean.abs() - 5, magnitude):
         layer = bp.to_variational(nn.Linear(8, 20))
-        bp.prune_weights(layer, sparsity=0.25)
+        bp.prune_weights(layer, "weights=0.75")
         first = layer.weight_mask.clone()
-        bp.prune_weights(layer, pattern="2:4", score=score)
+        bp.prune_weights(layer, "2:4", score=score)
         groups, before = layer.weight_mask.view(-1, 4), first.view(-1, 4)
         assert torch.equal(groups.sum(1), before.sum(1).clamp_max(2))
         assert not (layer.weight_mask & ~first).any()
@@ -144,19 +144,24 @@ def test_any_score_reaches_the_sparsity_in_stages():
     for score in (lambda p: -p.mean.abs() - 5, lambda p: p.mean):
         model = net()
         for sparsity in (0.3, 0.6, 0.6, 0.9):
-            report = bp.prune_weights(model, sparsity=sparsity, score=score)
+            report = bp.prune_weights(model, f"weights={1 - sparsity}", score=score)
             assert report.kept == report.total - round(sparsity * report.total)
 
 
 def test_removal_is_monotone():
     model = net()
-    bp.prune_weights(model, sparsity=0.5)
+    bp.prune_weights(model, "weights=0.5")
     first = kept(model)
-    for options in ({"sparsity": 0.2}, {"sparsity": 0.5}, {"snr_below": 0.0}, {"sparsity": 0.1, "scope": "layer"}):
-        bp.prune_weights(model, **options)
-        assert not (kept(model) & ~first).any(), options
+    for target, scope in (
+        ("weights=0.8", "global"),
+        ("weights=0.5", "global"),
+        ("snr=0", "global"),
+        ("weights=0.9", "layer"),
+    ):
+        bp.prune_weights(model, target, scope=scope)
+        assert not (kept(model) & ~first).any(), target
     assert torch.equal(kept(model), first)
-    bp.prune_weights(model, sparsity=0.7)
+    bp.prune_weights(model, "weights=0.3")
     assert kept(model).sum() == first.numel() - round(0.7 * first.numel())
     assert not (kept(model) & ~first).any()
 
@@ -165,15 +170,15 @@ def test_stages_end_where_one_step_does():
     staged, once = net(), net()
     once.load_state_dict(staged.state_dict())
     for sparsity in (0.2, 0.4, 0.8):
-        bp.prune_weights(staged, sparsity=sparsity)
-    bp.prune_weights(once, sparsity=0.8)
+        bp.prune_weights(staged, f"weights={1 - sparsity}")
+    bp.prune_weights(once, "weights=0.2")
     assert torch.equal(kept(staged), kept(once))
 
 
 def test_biases_and_other_parameters_stay():
     model = net()
     before = {name: parameter.clone() for name, parameter in model.named_parameters() if "weight" not in name}
-    report = bp.prune_weights(model, sparsity=1.0, min_kept=0)
+    report = bp.prune_weights(model, "weights=0", min_kept=0)
     assert all(torch.equal(model.get_parameter(name), parameter) for name, parameter in before.items())
     assert [row.name for row in report.rows] == ["0.weight", "2.weight", "4.weight"]
     assert report.sparsity == 1.0
@@ -184,7 +189,7 @@ def test_a_pruned_model_without_noise_in_removed_weights(estimator):
     """Stds of removed weights may be anything: no output and no gradient sees them."""
     model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.Flatten(), nn.Linear(12, 4))
     bp.to_variational(model, estimator=estimator)
-    bp.prune_weights(model, sparsity=0.5)
+    bp.prune_weights(model, "weights=0.5")
     other, x = copy.deepcopy(model), torch.randn(3, 2, 3, 3)
     for layer in (other[0], other[2]):
         layer.weight_log_std.data[~layer.weight_mask] = 5.0
@@ -202,7 +207,7 @@ def test_a_pruned_model_without_noise_in_removed_weights(estimator):
 def test_evaluation_is_that_of_the_zeros():
     model = net()
     stock = bp.to_deterministic(copy.deepcopy(model))
-    bp.prune_weights(model, sparsity=0.6)
+    bp.prune_weights(model, "weights=0.4")
     for posterior in weights(model):
         stock.get_parameter(posterior.name).data[~posterior.mask] = 0
     x = torch.randn(3, 2, 2, 2)
@@ -214,7 +219,7 @@ def test_evaluation_is_that_of_the_zeros():
 def test_to_deterministic_leaves_the_zeros():
     model = net()
     keys = [key for key in model.state_dict() if "log_std" not in key]
-    report = bp.prune_weights(model, sparsity=0.6)
+    report = bp.prune_weights(model, "weights=0.4")
     masks = [posterior.mask.clone() for posterior in weights(model)]
     bp.to_deterministic(model)
     assert list(model.state_dict()) == keys
@@ -229,7 +234,7 @@ def test_tied_weights_are_removed_from_both_layers():
     model = nn.Sequential(nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False))
     model[1].weight = model[0].weight
     bp.to_variational(model, relative_std=0.5)
-    report = bp.prune_weights(model, sparsity=1.0, min_kept=0)
+    report = bp.prune_weights(model, "weights=0", min_kept=0)
     assert (report.total, report.kept) == (36, 0)
     for layer in model:
         for estimator in ("weight_sampling", "flipout", "local_reparameterization"):
@@ -242,7 +247,7 @@ def test_tied_weights_are_removed_from_both_layers():
 @structures
 def test_masks_are_part_of_the_state(std):
     model = net(std)
-    bp.prune_weights(model, sparsity=0.5)
+    bp.prune_weights(model, "weights=0.5")
     state = model.state_dict()
     assert {key for key in state if key.endswith("_mask")} == {f"{i}.weight_mask" for i in (0, 2, 4)}
     other = net(std)
@@ -256,7 +261,7 @@ def test_other_checkpoints_do_not_bring_removed_weights_back():
     model = net()
     dense = copy.deepcopy(model.state_dict())
     stock = {key: value for key, value in dense.items() if "log_std" not in key}
-    bp.prune_weights(model, sparsity=0.5)
+    bp.prune_weights(model, "weights=0.5")
     mask = kept(model)
     for state in (dense, stock):
         with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"0.weight_mask\""):
@@ -266,44 +271,44 @@ def test_other_checkpoints_do_not_bring_removed_weights_back():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("target", "options", "message"),
     [
-        ({}, "prune_weights got no target; expected exactly one of sparsity, snr_below, pattern"),
-        ({"sparsity": 0.5, "pattern": "2:4"}, "prune_weights got ['sparsity', 'pattern']"),
-        ({"sparsity": 1.5}, "sparsity is 1.5; expected a fraction from 0 to 1"),
-        ({"sparsity": -0.1}, "sparsity is -0.1"),
-        ({"sparsity": float("nan")}, "sparsity is nan"),
-        ({"snr_below": -1.0}, "snr_below is -1.0; expected a ratio of 0 or more"),
-        ({"snr_below": float("nan")}, "snr_below is nan"),
-        ({"pattern": "4:2"}, 'pattern is \'4:2\'; expected "N:M" with 0 < N < M, such as "2:4"'),
-        ({"pattern": "0:4"}, "pattern is '0:4'"),
-        ({"pattern": "half"}, "pattern is 'half'"),
-        ({"pattern": "2:4:8"}, "pattern is '2:4:8'"),
-        ({"sparsity": {"0": 0.5, "2.weight": 1.5}}, "sparsity is 1.5; expected a fraction from 0 to 1"),
-        ({"sparsity": {"0.bias": 0.5, "7": 0.5}}, "sparsity names '0.bias', '7', of which the model has no weights"),
-        ({"sparsity": 0.99}, "2 of 240 weights were to stay, and the floors under 3 tensors keep 3"),
-        ({"sparsity": 0.8, "min_kept": 0.25}, "48 of 240 weights were to stay, and the floors under 3 tensors keep 60"),
-        ({"sparsity": 1.0, "scope": "layer"}, "240 weights were to go, and the floors under the tensors let 237"),
-        ({"sparsity": {"0": 1.0, "2": 1.0}}, "144 weights were to go, and the floors under the tensors let 142"),
-        ({"sparsity": 0.5, "min_kept": -1}, "min_kept is -1; expected a fraction from 0, below 1, or a whole number"),
-        ({"sparsity": 0.5, "min_kept": 1.5}, "min_kept is 1.5"),
-        ({"sparsity": 0.5, "scope": "channel"}, 'scope is \'channel\'; expected "global" or "layer"'),
+        (None, {}, "prune_weights got the target None; expected a text like"),
+        ("macs=0.5", {}, "got the target 'macs=0.5'; expected a text like \"weights=0.2\""),
+        ("weights=1.5", {}, "got the target 'weights=1.5'; expected the fraction of the weights to keep, from 0 to 1"),
+        ("weights=-0.1", {}, "from 0 to 1"),
+        ("weights=nan", {}, "from 0 to 1"),
+        ("snr=-1", {}, "expected a ratio of 0 or more"),
+        ("snr=nan", {}, "expected a ratio of 0 or more"),
+        ("4:2", {}, "got the target '4:2'; expected \"N:M\" with 0 < N < M"),
+        ("0:4", {}, 'expected "N:M" with 0 < N < M'),
+        ("half", {}, "got the target 'half'"),
+        ("2:4:8", {}, "got the target '2:4:8'"),
+        ({"0": 0.5, "2.weight": 1.5}, {}, "is to keep 1.5 of '2.weight'; expected a fraction from 0 to 1"),
+        ({"0.bias": 0.5, "7": 0.5}, {}, "the target names '0.bias', '7', of which the model has no weights"),
+        ("weights=0.01", {}, "2 of 240 weights were to stay, and the floors under 3 tensors keep 3"),
+        ("weights=0.2", {"min_kept": 0.25}, "48 of 240 weights were to stay, and the floors under 3 tensors keep 60"),
+        ("weights=0", {"scope": "layer"}, "240 weights were to go, and the floors under the tensors let 237"),
+        ({"0": 0.0, "2": 0.0}, {}, "144 weights were to go, and the floors under the tensors let 142"),
+        ("weights=0.5", {"min_kept": -1}, "min_kept is -1; expected a fraction from 0, below 1, or a whole number"),
+        ("weights=0.5", {"min_kept": 1.5}, "min_kept is 1.5"),
+        ("weights=0.5", {"scope": "channel"}, 'scope is \'channel\'; expected "global" or "layer"'),
     ],
 )
-def test_options_are_checked(options, message):
+def test_targets_and_options_are_checked(target, options, message):
     model = net()
     with pytest.raises(ValueError, match=re.escape(message)):
-        bp.prune_weights(model, **options)
+        bp.prune_weights(model, target, **options)
     assert kept(model).all()
 
 
 def test_a_model_without_posteriors_is_refused():
     with pytest.raises(ValueError, match="without variational layers; call to_variational first"):
-        bp.prune_weights(nn.Linear(2, 2), sparsity=0.5)
+        bp.prune_weights(nn.Linear(2, 2), "weights=0.5")
 
 
 def test_the_report_prints():
-    text = str(bp.prune_weights(net(), sparsity=0.5))
+    text = str(bp.prune_weights(net(), "weights=0.5"))
     assert "of 240 weights kept (sparsity 50.00%)" in text
     assert all(name in text for name in ("0.weight", "2.weight", "4.weight"))
 
@@ -313,5 +318,5 @@ def test_scores_that_are_not_numbers_are_refused():
     model = net()
     model[2].weight_log_std.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"the scores of 2\.weight have 1 of 80 values that are NaN"):
-        bp.prune_weights(model, sparsity=0.5)
+        bp.prune_weights(model, "weights=0.5")
     assert kept(model).all()

@@ -29,7 +29,7 @@ def test_recurrent_layers_are_named_and_count(kind):
     net = bp.to_variational(Tagger(kind))
     assert {row.name: row.reason for row in bp.conversion_table(net)}["rnn"] == f"{kind.__name__} {RECURRENT}"
     before = {name: parameter.clone() for name, parameter in net.rnn.named_parameters()}
-    report = bp.prune_weights(net, sparsity=0.9)
+    report = bp.prune_weights(net, "weights=0.1")
     assert all(torch.equal(net.rnn.get_parameter(name), value) for name, value in before.items())
     weights = sum(p.numel() for n, p in net.named_parameters() if p.dim() > 1 and not n.endswith("log_std"))
     assert (report.removable.total, report.removable.kept) == (160, 16)
@@ -48,7 +48,7 @@ def test_recurrent_cells_are_named():
 
 
 def test_without_anything_else_the_share_is_one():
-    report = bp.prune_weights(bp.to_variational(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))), sparsity=0.5)
+    report = bp.prune_weights(bp.to_variational(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))), "weights=0.5")
     assert report.untouched == ()
     assert report.removable == report
     assert report.summary() == "32 of 64 weights kept (sparsity 50.00%)"
@@ -57,13 +57,13 @@ def test_without_anything_else_the_share_is_one():
 def test_stds_masks_and_gates_are_no_weights():
     net = bp.to_variational(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), std="rank_one")
     bp.gates.add_weight_gates(net)
-    assert bp.prune_weights(net, sparsity=0.25).total == 32
+    assert bp.prune_weights(net, "weights=0.75").total == 32
 
 
 def test_a_tied_weight_counts_once():
     net = nn.ModuleDict({"words": nn.Embedding(6, 4), "out": nn.Linear(4, 6, bias=False), "fc": nn.Linear(4, 4)})
     net["out"].weight = net["words"].weight
-    report = bp.prune_weights(bp.to_variational(net), sparsity=0.5)
+    report = bp.prune_weights(bp.to_variational(net), "weights=0.5")
     assert [(row.name, row.total) for row in report.untouched] == [("words.weight", 24)]
     assert report.total == 40
 
@@ -71,10 +71,10 @@ def test_a_tied_weight_counts_once():
 def test_what_a_filter_left_has_no_posterior():
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     bp.to_variational(net, filter_fn=lambda module, name: name != "1")
-    (row,) = bp.prune_weights(net, sparsity=0.5).untouched
+    (row,) = bp.prune_weights(net, "weights=0.5").untouched
     assert (row.name, row.note) == ("1.weight", "it has no posterior")
 
 
 def test_a_schedule_ends_at_its_share_of_what_can_go():
-    net, schedule = bp.to_variational(Tagger()), PruneSchedule(0.5)
+    net, schedule = bp.to_variational(Tagger()), PruneSchedule("weights=0.5")
     assert schedule.remove(net, schedule.sparsity_at(1.0)).removable.sparsity == 0.5

@@ -13,11 +13,11 @@ from bayesprune.errors import UnsupportedModelError
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("bayesprune.hosts.transformers")
 
-from bayesprune.hosts.transformers import model_card, publish, push_to_hub, save_with_card  # noqa: E402
+from bayesprune.hosts.transformers import hub, model_card, push_to_hub, save_with_card  # noqa: E402
 from tests.hosts.transformers.saved import TOKENS, bert, cut, outputs  # noqa: E402
 
 
-def compressed() -> tuple[torch.nn.Module, bp.evaluate.Report]:
+def compressed() -> tuple[torch.nn.Module, bp.reports.Report]:
     before, after = bert(), cut(bert())
     return after, bp.report(before, after, TOKENS, num_repeats=0, title="half | of it")
 
@@ -69,7 +69,7 @@ def test_upload_holds_the_directory(tmp_path, monkeypatch):
             calls.append(("upload_folder", repo_id))
             shutil.copytree(folder_path, tmp_path / "hub")
 
-    monkeypatch.setattr(publish, "HfApi", Hub)
+    monkeypatch.setattr(hub, "HfApi", Hub)
     model, report = compressed()
     url = push_to_hub(model, "someone/small-bert", report=report, private=True, token="secret")
     assert url == "https://huggingface.co/someone/small-bert"
