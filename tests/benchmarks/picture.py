@@ -27,7 +27,7 @@ from torch import nn
 from bayesprune.prune import recalibrate_batch_norm
 from bayesprune.reports import count_macs
 
-NETWORK, LEVELS, COMPENSATION = "efficientnet_lite0", (0.8, 0.65, 0.5, 0.35), "layer by layer"
+NETWORK, LEVELS, COMPENSATION = "efficientnet_lite0", (0.75, 0.5, 0.35), "layer by layer"
 OURS, MAGNITUDE, TORCH_PRUNING = "bayesprune", "magnitude, all else as ours", "Torch-Pruning, magnitude"
 WAYS = {OURS: ("unit SNR", "logit metric", "tilted"), MAGNITUDE: ("magnitude", "as it is", "measured, tilted")}
 COLORS = {OURS: "#3b82c4", MAGNITUDE: "#d9822b", TORCH_PRUNING: "#888888"}
