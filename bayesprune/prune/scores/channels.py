@@ -111,7 +111,7 @@ def removed_weights(group: Group, weight_score: Callable[..., Tensor]) -> Remove
     removed: RemovedWeights | None = None
     for item in group:
         layer, root_idxs = item.dep.layer, item.root_idxs
-        if not item.idxs or root_idxs is None or any(root is None for root in root_idxs):
+        if not item.idxs or root_idxs is None or None in root_idxs:
             continue  # members that grouped-query attention reaches have no root of their own
         into_inputs = item.dep.handler.__name__ == "prune_in_channels"
         for name in _weights(layer, into_inputs=into_inputs) if isinstance(layer, VariationalLayer) else ():
@@ -121,9 +121,13 @@ def removed_weights(group: Group, weight_score: Callable[..., Tensor]) -> Remove
                 removed = RemovedWeights(zeros, zeros.clone())
             positions = torch.tensor(item.idxs, device=scores.device)
             targets = torch.tensor([roots[root] for root in root_idxs], device=removed.score.device)
-            for total, values in zip(removed, (scores, torch.ones_like(scores) if mask is None else mask), strict=True):
-                per_position = per_channel_sums(layer, values, into_inputs=into_inputs)[positions]
-                total.scatter_add_(0, targets, per_position.to(total))
+            sums = per_channel_sums(layer, scores, into_inputs=into_inputs)
+            if mask is None:
+                numbers = torch.full_like(sums, scores.numel() / len(sums))
+            else:
+                numbers = per_channel_sums(layer, mask, into_inputs=into_inputs)
+            for total, values in zip(removed, (sums, numbers), strict=True):
+                total.scatter_add_(0, targets, values[positions].to(total))
     return removed
 
 
