@@ -7,7 +7,6 @@ remembered. What lies between (conversion, removal) follows from these, to the l
 
 import json
 import logging
-import os
 import random
 import re
 import shutil
@@ -23,9 +22,10 @@ from torch import nn
 from bayesprune.app.tasks.task import Checkpoint, Progress, Split, Task
 from bayesprune.errors import StorageError
 from bayesprune.reports import Metric
+from bayesprune.storage.state import read_state, write_state, write_whole
 
 _LOGGER = logging.getLogger(__name__)
-_JOB, _RUNNING, _ENDED = "job.json", "running.pt", "ended-{number:03}.pt"
+_JOB, _RUNNING, _ENDED = "job.json", "running.safetensors", "ended-{number:03}.safetensors"
 
 
 class Interval(NamedTuple):
@@ -110,7 +110,7 @@ class Checkpoints:
         """Keeps the end of this training."""
         if self._is_writer:
             state = {"model": model.state_dict(), "random": random_state(self._generators)}
-            _write(self._directory / _ENDED.format(number=number), lambda path: torch.save(state, path))
+            write_state(self._directory / _ENDED.format(number=number), state)
             (self._directory / _RUNNING).unlink(missing_ok=True)
 
     def running(self, number: int) -> "Running":
@@ -141,7 +141,7 @@ class Checkpoints:
     def _write_job(self) -> None:
         if self._is_writer:
             text = json.dumps({"request": self._request, "scores": self._scores}, indent=1)
-            _write(self._directory / _JOB, lambda path: path.write_text(text + "\n", encoding="utf-8"))
+            write_whole(self._directory / _JOB, lambda path: path.write_text(text + "\n", encoding="utf-8"))
 
 
 class Running(Checkpoint):
@@ -179,8 +179,9 @@ class Running(Checkpoint):
         """Writes the state after this step, counted from 1."""
         if self._is_writer:
             random_numbers = random_state(self._generators)
-            content = {"number": self._number, "state": {**state, "step": step}, "random": random_numbers}
-            _write(self._path, lambda path: torch.save(content, path))
+            write_state(
+                self._path, {"number": self._number, "state": {**state, "step": step}, "random": random_numbers}
+            )
         self._step, self._time = step, time.monotonic()
 
 
@@ -257,18 +258,6 @@ def set_random_state(state: Mapping[str, Any], generators: Sequence[torch.Genera
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise StorageError(
-            f"the checkpoint {path} cannot be read ({type(error).__name__}: {error}); delete {path.parent} to start "
-            "again."
-        ) from error
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Under another name first, so that a kill leaves the old file or the new one."""
-    partial = path.with_name(f"{path.name}.partial")
-    write(partial)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
+        return read_state(path)
+    except StorageError as error:
+        raise StorageError(f"{error} Delete {path.parent} to start again.") from error

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from bayesprune.foundation.batches import given
 
@@ -13,6 +14,27 @@ from bayesprune.foundation.batches import given
 def run_forward(model: nn.Module, inputs: Any) -> Any:
     """The model's output for a tensor, a tuple of positional arguments, or a mapping of keyword arguments."""
     return given(model, inputs).run(model)
+
+
+def tensors_in(output: Any) -> Iterator[Tensor]:
+    """The tensors of a model's output, which may nest them in mappings, tuples, lists, dataclasses and objects."""
+    pending, seen = [output], set()
+    while pending:
+        part = pending.pop()
+        if isinstance(part, Tensor):
+            yield part
+        elif id(part) not in seen and not isinstance(part, (nn.Module, type, str, bytes)) and not _is_cache(part):
+            seen.add(id(part))  # an object may hold itself
+            if isinstance(part, (list, tuple, Mapping)):
+                inside = list(part.values() if isinstance(part, Mapping) else part)
+            else:
+                inside = list(getattr(part, "__dict__", {}).values())
+            pending += reversed(inside)
+
+
+def _is_cache(part: Any) -> bool:
+    """Whether something holds keys and values of transformers for the next token, which no one reads as outputs."""
+    return hasattr(part, "get_seq_length")
 
 
 @contextmanager
@@ -38,6 +60,17 @@ def requires_grad(model: nn.Module, required: bool) -> Iterator[None]:
     finally:
         for parameter, was in before:
             parameter.requires_grad_(was)
+
+
+@contextmanager
+def without_fast_path() -> Iterator[None]:
+    """Inside, attention of torch runs layer by layer, not as one fused operator that calls none of its layers."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def load_values(model: nn.Module, values: Mapping[str, Any], *, strict: bool = True) -> None:

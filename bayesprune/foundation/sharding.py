@@ -4,11 +4,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 
 def whole(tensor: Tensor) -> Tensor:
     """The tensor itself; one that is sharded over processes, gathered. Every process must call it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[attr-defined]
+
+
+def whole_values(state: Any) -> Any:
+    """The same nested dicts, lists and tuples, with all tensors whole. Every process must call it."""
+    return tree_map(lambda value: whole(value) if isinstance(value, Tensor) else value, state)
 
 
 def sharded_as(tensor: Tensor, other: Tensor) -> Tensor:

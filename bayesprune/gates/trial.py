@@ -6,12 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayesprune.foundation.model import run_forward
+from bayesprune.foundation.model import run_forward, tensors_in
 from bayesprune.layers.gates import ChannelGate, passing_gates
 from bayesprune.prune.graph.removal import SHAPE_ERRORS, remove
 from bayesprune.prune.graph.steady import steady
 from bayesprune.prune.graph.structure import ChannelGroup
-from bayesprune.prune.graph.trace import tensors_in
 
 _OTHERWISE = (
     "a closed gate is not a removed channel here: a norm counts the channel, or a layer that is not called reads it"

@@ -7,7 +7,14 @@ from bayesprune.layers.base import VariationalLayer
 from bayesprune.layers.closing import close_gates, drop_gates, fold_gates
 from bayesprune.layers.experts import register_experts
 from bayesprune.layers.gates import Gate, GateOptions, named_gates, passing_gates
-from bayesprune.layers.posteriors import Posterior, named_posteriors, variational_layers
+from bayesprune.layers.posteriors import (
+    Posterior,
+    holders_of,
+    make_masks,
+    named_posteriors,
+    removable_weights,
+    variational_layers,
+)
 from bayesprune.layers.registry import register_layer, registered_types, variational_type
 from bayesprune.layers.structures import STRUCTURES, part_shapes
 
@@ -22,6 +29,8 @@ __all__ = [
     "close_gates",
     "drop_gates",
     "fold_gates",
+    "holders_of",
+    "make_masks",
     "named_gates",
     "named_posteriors",
     "part_shapes",
@@ -29,6 +38,7 @@ __all__ = [
     "register_experts",
     "register_layer",
     "registered_types",
+    "removable_weights",
     "variational_layers",
     "variational_type",
 ]

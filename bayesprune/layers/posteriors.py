@@ -1,8 +1,10 @@
 """The posteriors of a model, one by one."""
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from bayesprune.foundation.kinds import kind_of
@@ -75,3 +77,53 @@ def named_posteriors(model: nn.Module) -> Iterator[Posterior]:
             if id(mean) not in seen:
                 seen.add(id(mean))
                 yield Posterior(f"{prefix}.{name}" if prefix else name, layer, name)
+
+
+def removable_weights(model: nn.Module) -> list[Posterior]:
+    """The posteriors whose single weights may go: no biases, and nothing that is frozen.
+
+    Raises:
+        ValueError: the model has no variational layer, or none that trains.
+    """
+    weights = [posterior for posterior in named_posteriors(model) if posterior.is_weight]
+    if not weights:
+        raise ValueError("no weights to remove in a model without variational layers; call to_variational first.")
+    found = [posterior for posterior in weights if not posterior.is_frozen]
+    if not found:
+        raise ValueError(
+            f"frozen weights are not removed, and all {len(weights)} weight tensors with a posterior are frozen "
+            "(requires_grad=False). Call model.requires_grad_(True) first if the model was frozen for evaluation alone."
+        )
+    return found
+
+
+def holders_of(model: nn.Module) -> dict[int, list[tuple[VariationalLayer, str]]]:
+    """The layers that hold each posterior mean, several where it is tied, by the mean's id."""
+    holders: dict[int, list[tuple[VariationalLayer, str]]] = defaultdict(list)
+    for _, layer in variational_layers(model):
+        for name in layer.active_names():
+            holders[id(getattr(layer, name))].append((layer, name))
+    return holders
+
+
+def make_masks(model: nn.Module) -> nn.Module:
+    """Gives all weights that may be removed a mask which keeps all of them; in place.
+
+    A weight gets its mask at its first removal otherwise. What copies a model's tensors by position, or loads into
+    those that are there (averages of weights, FSDP, the best checkpoint at the end of a training), has to find the
+    masks, so it comes after this. `attach(..., prune=...)` does it by itself.
+
+    Args:
+        model: A variational model.
+
+    Raises:
+        ValueError: the model has no variational layer, or none that trains.
+    """
+    holders = holders_of(model)
+    for posterior in removable_weights(model):
+        if posterior.layer.mask(posterior.parameter, whole=True) is None:
+            mean = posterior.mean
+            mask = torch.ones(mean.shape, dtype=torch.bool, device=mean.device)
+            for layer, name in holders[id(mean)]:
+                layer.set_mask(name, mask)
+    return model

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from bayesprune import estimators
 from bayesprune.foundation.batches import logits_of
-from bayesprune.foundation.model import eval_mode
+from bayesprune.foundation.model import eval_mode, without_fast_path
 from bayesprune.layers import variational_layers
 from bayesprune.moments import parts
 
@@ -99,20 +99,18 @@ def sampling(model: nn.Module, estimator: str = "weight_sampling") -> Iterator[n
     if not layers:
         raise ValueError("sampling got a model without variational layers; call to_variational first.")
     before = [layer.estimator_override for layer in layers]
-    fast_path = torch.backends.mha.get_fastpath_enabled()
+    # The fast path of torch's attention reads raw weights past every forward.
+    slow_path = nullcontext() if estimator == "mean" else without_fast_path()
     # torch.compile does not see through Moments; `compile_moments` does.
     stance = torch.compiler.set_stance("force_eager") if estimator == "moments" else nullcontext()
     try:
-        if estimator != "mean":
-            torch.backends.mha.set_fastpath_enabled(False)  # it reads raw weights past every forward
         for layer in layers:
             layer.estimator_override = estimator
-        with stance:
+        with stance, slow_path:
             yield model
     finally:
         for layer, override in zip(layers, before, strict=True):
             layer.estimator_override = override
-        torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
 def predict(model: nn.Module, *inputs: Any, method: str = "sample", num_samples: int = 30, **kwargs: Any) -> Prediction:

@@ -1,8 +1,10 @@
 """Scores of weights and channels, and their removal."""
 
+from bayesprune.layers import make_masks
 from bayesprune.prune.batch_norm import FrozenStatistics, freeze_batch_norm, recalibrate_batch_norm
 from bayesprune.prune.channels.measured import MeasuredImportance, layer_shares
 from bayesprune.prune.channels.prune import ChannelReport, prune_channels
+from bayesprune.prune.graph.companions import follow_stds
 from bayesprune.prune.graph.dependency import dependency_groups
 from bayesprune.prune.scores.channels import SNRImportance
 from bayesprune.prune.scores.evidence import EvidenceImportance, evidence
@@ -31,8 +33,10 @@ __all__ = [
     "dependency_groups",
     "discover_mask",
     "evidence",
+    "follow_stds",
     "freeze_batch_norm",
     "layer_shares",
+    "make_masks",
     "prune_channels",
     "prune_one_shot",
     "prune_weights",

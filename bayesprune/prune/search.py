@@ -23,9 +23,10 @@ from torch import nn
 from bayesprune.errors import InfeasibleTargetError
 from bayesprune.foundation.target import Target
 from bayesprune.foundation.text import as_text
+from bayesprune.layers import removable_weights
 from bayesprune.prune.channels.prune import prune_channels
 from bayesprune.prune.graph.roots import layer_names
-from bayesprune.prune.weights.prune import prune_weights, removable_weights
+from bayesprune.prune.weights.prune import prune_weights
 
 _LOGGER = logging.getLogger(__name__)
 

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from bayesprune.foundation.model import eval_mode, run_forward
-from bayesprune.prune.graph.trace import tensors_in
+from bayesprune.foundation.model import eval_mode, run_forward, tensors_in
 from bayesprune.storage.spec import FOR_TRAINING, stock_class
 from bayesprune.storage.values import callable_name, hooks, is_method, is_record, is_same_code, replaced_methods, word
 

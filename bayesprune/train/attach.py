@@ -4,19 +4,26 @@ Where several optimizers share a model each may have an attachment, which trains
 optimizer holds, and those that no other attachment trains.
 """
 
+import logging
 from collections.abc import Iterable
+from typing import Literal
 
 from torch import nn
 from torch.optim import Optimizer
 
-from bayesprune.layers import Posterior, named_posteriors
+from bayesprune.layers import Posterior, make_masks, named_posteriors
 from bayesprune.priors import Gaussian, Prior
 from bayesprune.train.attachment import ATTACHMENTS, Attachment
-from bayesprune.train.checks import check_groups, check_hooks, check_options, check_types
+from bayesprune.train.averages import has_masks, warn_of_averages
+from bayesprune.train.checks import check_groups, check_hooks, check_length, check_options, check_types
 from bayesprune.train.gates import GateTraining
 from bayesprune.train.kl import bind_prior
 from bayesprune.train.optimizers import held_by, unwrapped
+from bayesprune.train.removal import Removal, RemovalSchedule
+from bayesprune.train.temperature import default_temperature
 from bayesprune.train.watch import end_watches
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def attach(
@@ -24,9 +31,11 @@ def attach(
     model: nn.Module,
     *,
     num_data: int,
+    num_steps: int | None = None,
     prior: Prior | None = None,
-    temperature: float = 0.1,
-    warmup_steps: int = 0,
+    temperature: float | Literal["auto"] = "auto",
+    warmup: float = 0.0,
+    prune: RemovalSchedule | None = None,
     std_lr: float = 1e-2,
     max_noise_cost: float | None = 0.2,
 ) -> Attachment:
@@ -46,9 +55,16 @@ def attach(
             (`first_step` and `second_step`) the one inside is meant.
         model: The variational model whose means the optimizer trains (a DDP or compiled wrapper is fine).
         num_data: Number of training examples (label tokens for a language model).
+        num_steps: Optimizer steps of the whole training, those before a resume included; `warmup` and `prune` need it.
+            Steps that a gradient scaler skips do not count.
         prior: The prior; None is `priors.Gaussian("layer_rms")`, fixed at the present weights.
-        temperature: Weight of the KL; below 1 the posterior is colder than Bayes' rule says.
-        warmup_steps: Optimizer steps over which the weight of the KL rises linearly from zero.
+        temperature: Weight of the KL; below 1 the posterior is colder than Bayes' rule says. "auto" is 0.1, or less
+            where there are more than 16 weights for an example; see `default_temperature`.
+        warmup: Share of the training, 0 to 1, over which the weight of the KL rises linearly from zero.
+        prune: When how much is removed of the single weights, `prune.PruneSchedule("weights=0.2")` say; None removes
+            none. After the steps at which it is time, weights are set to zero, and what this optimizer remembers of
+            them is cleared. The masks are made now, so that averages of the weights which are made later have them.
+            Where several optimizers share the model, one attachment is given it.
         std_lr: Learning rate of the log stds, about what one step moves them by. Short fine-tuning needs 1e-2; tens of
             thousands of steps rank better with 1e-3.
         max_noise_cost: What the noise may add to the loss of the means, in nats; it is measured from gradients over
@@ -57,14 +73,15 @@ def attach(
             much of it is warned of. None neither bounds nor warns.
 
     Raises:
-        TypeError: the optimizer is none, or a list of them.
-        ValueError: a number is out of range, the model has no variational layer, the optimizer holds none of it, or has
-            an attachment to it already.
+        TypeError: the optimizer is none, or a list of them, or `prune` is no schedule.
+        ValueError: a number is out of range, `num_steps` is missing, the model has no variational layer or none that
+            trains, the optimizer holds none of it, or has an attachment to it already.
         UnsupportedModelError: DeepSpeed, FSDP 1 or `nn.DataParallel`, which cut means and stds apart, or an optimizer
             that takes no step through `step`.
     """
     check_types(optimizer, model)
-    check_options(num_data, temperature, warmup_steps, std_lr, max_noise_cost)
+    check_options(num_data, temperature, std_lr, max_noise_cost)
+    check_length(num_steps, warmup, prune)
     optimizer = unwrapped(optimizer)
     check_hooks(optimizer)
     model = getattr(model, "_orig_mod", model)
@@ -73,7 +90,13 @@ def attach(
     bound = bind_prior(model, Gaussian() if prior is None else prior, gates)
     owners = [getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_pre_hooks.values()]
     check_groups(optimizer, bound, [owner._parts for owner in owners if isinstance(owner, Attachment)])
+    if prune is not None:
+        if not has_masks(model):
+            warn_of_averages(model)
+        make_masks(model)
     trained = _claim(optimizer, bound, has_gates=bool(gates.gates))
+    temperature = default_temperature(model, num_data) if temperature == "auto" else temperature
+    _LOGGER.info("the KL weighs temperature %g / num_data %d", temperature, num_data)
     return Attachment(
         optimizer,
         bound,
@@ -82,7 +105,8 @@ def attach(
         trained=trained,
         num_data=num_data,
         temperature=temperature,
-        warmup_steps=warmup_steps,
+        warmup_steps=warmup * (num_steps or 0),
+        removal=Removal(prune, num_steps, model) if prune is not None and num_steps is not None else None,
         std_lr=std_lr,
         max_noise_cost=max_noise_cost,
     )

@@ -1,8 +1,9 @@
-"""What `attach` returns: the hook that runs before each step of the user's optimizer, and its state.
+"""What `attach` returns: the hooks that run before and after each step of the user's optimizer, and their state.
 
-The hook adds the closed-form gradient of temperature * KL / num_data to the gradients of the means, moves the log stds
+The first adds the closed-form gradient of temperature * KL / num_data to the gradients of the means, moves the log stds
 with an Adam of its own and hides them from the user's optimizer. It runs once per optimizer step, so gradient
 accumulation and data-parallel training need no correction, and the loss stays the plain mean negative log-likelihood.
+The second removes weights when it is time, and sets to zero again what was removed.
 """
 
 import logging
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from bayesprune.foundation.sharding import values_sharded_as
-from bayesprune.layers import Posterior, VariationalLayer
+from bayesprune.layers import Posterior, VariationalLayer, variational_layers
+from bayesprune.layers.masks import Keeper
 from bayesprune.priors import BoundPrior
 from bayesprune.train.checks import collapsed_layers
 from bayesprune.train.fused import Target, add_kl_gradients, bound_log_std, has_kl, mark_with_kl
@@ -34,6 +36,7 @@ from bayesprune.train.optimizers import (
     step_scaled,
     take_out,
 )
+from bayesprune.train.removal import Removal
 from bayesprune.train.statistics import MeanStatistics
 from bayesprune.train.watch import Probes, Watch
 
@@ -47,10 +50,10 @@ ATTACHMENTS: "weakref.WeakSet[Attachment]" = weakref.WeakSet()
 
 
 class Attachment:
-    """What `attach` returns: the hook's state, and the means to look at it, save it and end it.
+    """What `attach` returns: the hooks' state, and the means to look at it, save it and end it.
 
     Attributes:
-        temperature: Weight of the KL; may be changed at any time.
+        temperature: Weight of the KL once it is warm; may be changed at any time.
         num_data: Number of training examples (label tokens for a language model).
         warmup_steps: Optimizer steps over which the weight of the KL rises linearly from zero.
         max_noise_cost: What the noise may cost the loss; may be changed at any time.
@@ -67,14 +70,16 @@ class Attachment:
         trained: Collection[Posterior],
         num_data: int,
         temperature: float,
-        warmup_steps: int,
+        warmup_steps: float,
+        removal: Removal | None,
         std_lr: float,
         max_noise_cost: float | None,
     ) -> None:
         """Use `attach`."""
         self.num_data, self.temperature, self.warmup_steps = num_data, temperature, warmup_steps
         self.max_noise_cost, self.noise_cost = max_noise_cost, None
-        self._bound, self._gates, self._steps = bound, gates, StepCount()
+        self._bound, self._gates, self._model = bound, gates, model
+        self._removal, self._steps = removal, StepCount()
         self._train({posterior: posterior.log_std_parts for posterior in trained})
         self._statistics = MeanStatistics(model, self._steps)
         self._std_optimizer = Adam(self._stds, lr=std_lr, fused=has_fused_kernel(self._stds))
@@ -83,7 +88,10 @@ class Attachment:
         self._added = add_to_first_group(optimizer, [*self._stds, *gates.logits])
         self._given_up: list[Posterior] = []
         self._warned: set[tuple[str, str]] = set()
-        self._handle = optimizer.register_step_pre_hook(self._before_step)
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
         self._look()
         ATTACHMENTS.add(self)
 
@@ -99,9 +107,17 @@ class Attachment:
     @property
     def kl_weight(self) -> float:
         """What the next step multiplies the KL by, relative to a loss that is a mean per example."""
-        is_ramp_over = self._steps.at_least + 1 >= self.warmup_steps
-        ramp = 1.0 if is_ramp_over else min(1.0, (self.step + 1) / self.warmup_steps)
-        return self.temperature * ramp / self.num_data
+        is_warm = self._steps.at_least + 1 >= self.warmup_steps
+        return (self.temperature if is_warm else self.temperature_at(self.step + 1)) / self.num_data
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of the weights that can go which the schedule has removed so far."""
+        return 0.0 if self._removal is None else self._removal.sparsity
+
+    def temperature_at(self, step: int) -> float:
+        """The temperature of this step, counted from 1: while the KL warms up a part of `temperature`."""
+        return self.temperature * (min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0)
 
     def kl_divergence(self) -> Tensor:
         """KL divergence of weights and gates from their priors, in nats: a differentiable scalar.
@@ -112,8 +128,10 @@ class Attachment:
 
     def detach(self) -> None:
         """Ends it: the optimizer is as it was before `attach`, and moves no std that it did not hold then."""
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
         self._watch.end()
+        self._masks.end()
         self._statistics.end()
         ATTACHMENTS.discard(self)
         take_out(self._optimizer, self._added)
@@ -165,6 +183,8 @@ class Attachment:
             constants = values_sharded_as(posterior.mean, state["prior"][posterior.name])
             self._bound[posterior] = prior.with_state(constants)
         self._train(self._parts)
+        if self._removal is not None:
+            self._removal.resume(self.step)
         if "noise" in state:
             self._noise.load(state["noise"])
 
@@ -189,6 +209,11 @@ class Attachment:
             return loss
 
         return args[:1], {**kwargs, "closure": closure_and_update}
+
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        self._masks.apply()
+        if self._removal is not None:
+            self._removal.update(self._steps, optimizer)
 
     @torch.no_grad()
     def _update(self, optimizer: Optimizer) -> None:
@@ -272,8 +297,14 @@ class Attachment:
         self._noise = NoiseCost(parts)
 
     def _look(self) -> None:
-        """Begins to look out for others: who steps what the optimizer holds, and who moves the rest."""
+        """Begins to keep the zeros of what the optimizer holds, and to look out for others: who moves what when."""
         held = held_by(self._optimizer)
+        trained = held & {id(posterior.mean) for posterior in self._parts}
+        self._masks = Keeper(
+            layer
+            for _, layer in variational_layers(self._model)
+            if trained.issuperset(id(getattr(layer, name)) for name in layer.active_names())
+        )
         self._watch = Watch([p for p in self._parts if id(p.mean) in held], type(self._optimizer).__name__)
         self._probes = Probes(posterior for posterior in self._parts if id(posterior.mean) not in held)
 
@@ -290,6 +321,7 @@ class Attachment:
         self._added = [part for part in self._added if id(part) not in gone]
         self._taken_out += take_out(self._optimizer, gone.values())
         self._watch.end()
+        self._masks.end()
         self._look()
 
     def _targets(self) -> Iterator[Target]:

@@ -17,9 +17,7 @@ _CUTS_APART = ("FullyShardedDataParallel", "DeepSpeedOptimizerWrapper", "DataPar
 _STEPS_OTHERWISE = ("LBFGS", "Lomo", "AdaLomo", "LayerWiseDummyOptimizer", "ScheduleFreeWrapper")
 
 
-def check_options(
-    num_data: int, temperature: float, warmup_steps: int, std_lr: float, max_noise_cost: float | None
-) -> None:
+def check_options(num_data: int, temperature: float | str, std_lr: float, max_noise_cost: float | None) -> None:
     """Refuses numbers out of range.
 
     Raises:
@@ -27,12 +25,52 @@ def check_options(
     """
     if not num_data > 0:
         raise ValueError(f"num_data is {num_data!r}; expected the number of training examples, above 0.")
-    if temperature < 0 or warmup_steps < 0 or std_lr < 0:
-        raise ValueError(
-            f"temperature={temperature!r}, warmup_steps={warmup_steps!r}, std_lr={std_lr!r}; expected none below 0."
-        )
+    if temperature != "auto" and (isinstance(temperature, str) or not temperature >= 0):
+        raise ValueError(f'temperature is {temperature!r}; expected a number of 0 or more, or "auto".')
+    if not std_lr >= 0:
+        raise ValueError(f"std_lr is {std_lr!r}; expected a learning rate of 0 or more.")
     if max_noise_cost is not None and not max_noise_cost > 0:
         raise ValueError(f"max_noise_cost is {max_noise_cost!r}; expected a number above 0, or None for no bound.")
+
+
+def check_warmup(warmup: float) -> None:
+    """Refuses a warm-up that is no share of the training.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not 0 <= warmup <= 1:
+        raise ValueError(f"warmup is {warmup!r}; expected a share of the training, 0 to 1, not a number of steps.")
+
+
+def check_schedule(prune: Any) -> None:
+    """Refuses what says not when how much is removed.
+
+    Raises:
+        TypeError: `prune` is no schedule, nor None.
+    """
+    if prune is not None and not (hasattr(prune, "sparsity_at") and hasattr(prune, "remove")):
+        raise TypeError(
+            f'prune is {prune!r}; expected a schedule, such as bayesprune.prune.PruneSchedule("weights=0.2"), or None.'
+        )
+
+
+def check_length(num_steps: int | None, warmup: float, prune: Any) -> None:
+    """Refuses shares of a training whose length is not known, and what is no schedule.
+
+    Raises:
+        TypeError: `prune` is no schedule.
+        ValueError: `warmup` is no share, or `num_steps` is missing or out of range.
+    """
+    check_warmup(warmup)
+    check_schedule(prune)
+    if num_steps is None and (warmup or prune is not None):
+        raise ValueError(
+            f"warmup={warmup!r} and prune={prune!r} go by shares of the training, whose length is not known; pass "
+            "num_steps, the number of optimizer steps of the whole training."
+        )
+    if num_steps is not None and not num_steps > 0:
+        raise ValueError(f"num_steps is {num_steps!r}; expected the optimizer steps of the whole training, 1 or more.")
 
 
 def check_types(optimizer: Any, model: Any) -> None:

@@ -86,7 +86,7 @@ def main(*argv: str) -> dict[str, float]:
     scheduler, num_epochs = create_scheduler_v2(optimizer, num_epochs=args.epochs, min_lr=1e-6)
     if resume_epoch:
         scheduler.step(resume_epoch)
-    task.attach(optimizer, loader_train, num_updates=num_epochs * updates_per_epoch)  # +
+    task.attach(optimizer, loader_train, num_steps=num_epochs * updates_per_epoch)  # +
 
     saver = None
     if args.rank == 0:

@@ -122,9 +122,9 @@ def test_other_options_and_damaged_files_are_refused(tmp_path):
         job(tmp_path, Until(5), target="macs=0.6")
     with pytest.raises(StorageError, match=r"target .*macs.*weights.*delete"):
         job(tmp_path, Until(5), target="weights=0.4")
-    path = tmp_path / "checkpoints" / "running.pt"
+    path = tmp_path / "checkpoints" / "running.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(StorageError, match=r"running\.pt.*delete"):
+    with pytest.raises(StorageError, match=r"running\.safetensors.*Delete"):
         job(tmp_path, Until(5), target="macs=0.6")
 
 

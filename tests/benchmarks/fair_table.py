@@ -48,7 +48,9 @@ distillation from the dense network (logits, temperature 4, weight 0.9) to choos
   layer with the best allocation and with the tilted ones). Where there is training, then {spending} settings of when to
   cut and the learning rate, at the smallest level, by the accuracy after it. The published weights of the CIFAR
   networks have seen these validation images, no fine-tuning here has.
-- Batch norm is recalibrated in every row alike, where that brings the outputs closer to the dense network's. Channels
+- Batch norm is recalibrated right after the cut in every row alike, where that brings the outputs closer to the dense
+  network's. Training of the CIFAR networks normalises by batches, and statistics are measured anew at the end;
+  efficientnet_lite0 keeps its statistics in training (`freeze_batch_norm`), in every row alike. Channels
   of blocks alone can go from the CIFAR networks.
 - **Accuracy** on test images in %, mean over the seeds (how many, where it is not three). Beside it the difference to
   the best control of the column and its standard error, paired by seeds and images, both of which count as samples.

@@ -40,6 +40,8 @@ class Task:
         optimizer: optimizer(parameters, lr=...).
         images: Batches of "validation" and "test" images.
         draw: draw(number of batches, seed, augment): training batches.
+        keeps_statistics: Whether batch norms keep their running statistics in training, in every row alike; otherwise
+            they measure batches, and are measured anew at the end.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Task:
     optimizer: Callable[..., torch.optim.Optimizer]
     images: dict[str, list[Batch]]
     draw: Callable[[int, int, bool], Iterator[Batch]]
+    keeps_statistics: bool = False
 
     def steps(self, regime: str) -> int:
         """Gradient evaluations of a regime."""
@@ -100,6 +103,7 @@ def _photographs(data_dir: Path) -> Task:
         optimizer=partial(torch.optim.AdamW, weight_decay=0.0),
         images={name: splits[name].batches() for name in ("validation", "test")},
         draw=lambda number, seed, augment: splits["train"].random(number, seed),  # flipped always
+        keeps_statistics=True,
     )
 
 

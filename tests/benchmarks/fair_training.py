@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -14,7 +15,7 @@ from fair_tasks import CALIBRATION_IMAGES, Batch, Task
 from torch import Tensor, nn
 
 import bayesprune as bp
-from bayesprune.prune import recalibrate_batch_norm
+from bayesprune.prune import freeze_batch_norm, recalibrate_batch_norm
 
 RECALIBRATION_BATCHES = 20
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -94,11 +95,12 @@ def train(
     if attach:
         bp.attach(optimizer, model, **attach)
     model.train()
-    for images, labels in islice(batches, len(steps)):
-        optimizer.zero_grad()
-        loss(model, images, labels).backward()
-        optimizer.step()
-        schedule.step()
+    with freeze_batch_norm(model) if task.keeps_statistics else nullcontext():
+        for images, labels in islice(batches, len(steps)):
+            optimizer.zero_grad()
+            loss(model, images, labels).backward()
+            optimizer.step()
+            schedule.step()
     model.eval()
 
 
@@ -113,7 +115,9 @@ def trained(task: Task, way: Way, steps: int, seed: int) -> Net:
         attach = {"num_data": task.num_data, **options}
         model = bp.to_variational(bp.to_deterministic(model), **convert)
     train(task, model, task.draw(steps, seed, True), range(steps), steps, way, **attach)
-    return Net(task, recalibrate_batch_norm(model, task.calibration(seed)), seed)
+    if not task.keeps_statistics:
+        recalibrate_batch_norm(model, task.calibration(seed))
+    return Net(task, model, seed)
 
 
 def fine_tuned(net: Net, way: Way, level: float, steps: int) -> tuple[nn.Module, nn.Module]:
@@ -131,5 +135,6 @@ def fine_tuned(net: Net, way: Way, level: float, steps: int) -> tuple[nn.Module,
         at_once = copy.deepcopy(model)
         ends = [round(STAGE * cut * total) for cut in range(when.num_cuts)] + [total]
         train(task, model, batches, range(ends[number - 1], ends[number]), total, way)
-        recalibrate_batch_norm(model, task.draw(RECALIBRATION_BATCHES, net.seed + 100, True))
+        if not task.keeps_statistics:
+            recalibrate_batch_norm(model, task.draw(RECALIBRATION_BATCHES, net.seed + 100, True))
     return at_once, model

@@ -47,7 +47,7 @@ PRELOADED = ("bert", "llama", "clip", "whisper", "detr", "mixtral", "bart", "wav
 
 def loss(inputs: dict[str, Any], model: Any) -> Any:
     """The model's own loss where it has one, else the mean square of all that it gives."""
-    from bayesprune.prune.graph.trace import tensors_in
+    from bayesprune.foundation.model import tensors_in
 
     found = model(**inputs)
     own = getattr(found, "loss", None)
@@ -122,9 +122,9 @@ def moments(model: Any, inputs: dict[str, Any]) -> str:
     """Whether one pass gives means and variances that are finite, and some variance."""
     import torch
 
+    from bayesprune.foundation.model import tensors_in
     from bayesprune.moments import Moments
     from bayesprune.prediction.predict import sampling
-    from bayesprune.prune.graph.trace import tensors_in
 
     with torch.no_grad(), sampling(model.eval(), "moments"):
         found = [tensor for tensor in tensors_in(model(**inputs)) if isinstance(tensor, Moments)]

@@ -166,7 +166,7 @@ def answer(model: Any, inputs: dict[str, Any]) -> str | None:
     """What is wrong with the model's answer to these inputs; None where nothing is."""
     import torch
 
-    from bayesprune.prune.graph.trace import tensors_in
+    from bayesprune.foundation.model import tensors_in
 
     try:
         with torch.no_grad():

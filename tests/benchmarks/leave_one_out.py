@@ -30,49 +30,57 @@ from bayesprune.prune.graph.removal import snapshot
 from bayesprune.prune.graph.silenced import silence
 from bayesprune.prune.graph.structure import ChannelGroup
 
+Measured = dict[str, list[list[float]]]
 SETTINGS: dict[str, Any] = {"images": 128, "budget": CHANNELS["20"].before, "lr": CHANNELS["20"].lr}
 SKIPPED = ("magnitude after L1", "DepGraph, group norm")  # they train otherwise and score as magnitude does
 METHODS = [m for m in (*CHANNEL_METHODS, WARM) if m.name not in SKIPPED and not m.conditioned]
 NETWORKS = (Method("", ""), Method("", "", "per_channel"), WARM)
+COLUMNS = ("all_divergence", "inside_divergence", "all", "inside")
 AGAIN = "the same increases, measured on other images"
 INTRODUCTION = """# CIFAR-10, channels removed one by one
 
     python tests/benchmarks/leave_one_out.py --data-dir DATA [--float32]
 
-Written from `leave_one_out.json`. The trained ResNet-20, fine-tuned for {budget} steps as in
-[the criterion beside its controls](criterion.md); each of its {channels} inner channels is silenced alone, and the loss
-measured on {images:,} held-out training images. Spearman's rank correlation of the scores with the increases, mean ±
-standard deviation over the seeds: over all channels, and inside layers (mean over the {layers} layers). "ours" reads
-its stds off the training's gradients, "ours, variational" and "SNR^2 at temperature 10" score networks that were
-trained with noise, whose increases are their own. Rows about Kronecker factors read 1,024 training images: "unit SNR"
-is what removing a channel costs once the others have made up for it, "Kronecker cost" what it costs when nothing does,
-which is what is measured here; the metric is that of the logits, or the Fisher information with sampled labels.
-"{again}" is as far as any score can come. The file says which rows were trained in float32.
+Written from `leave_one_out.json`. The trained ResNet-20, fine-tuned for {budget} steps as in [the criterion beside
+its controls](criterion.md); each of its {channels} inner channels is silenced alone, and two things are measured on
+{images:,} held-out training images: by how much the loss rises, and how far the predictions move (KL divergence from
+those of the whole network). Spearman's rank correlation of the scores with both, mean ± standard deviation over the
+seeds: over all channels, and inside layers (mean over the {layers} layers). "ours" reads its stds off the training's
+gradients, "ours, variational" and "SNR^2 at temperature 10" score networks that were trained with noise, whose
+increases are their own. Rows about Kronecker factors read 1,024 training images: "unit SNR" is what removing a
+channel costs once the others have made up for it, "Kronecker cost" what it costs when nothing does, which is what is
+measured here; the metric is that of the logits, or the Fisher information with sampled labels. "{again}" is as far as
+any score can come: **the loss on so few images is noise**, since labels decide its sign; the divergence is not. The
+file says which rows were trained in float32.
 
-| score | all channels | inside layers |
-|---|---|---|
+| score | divergence: all channels | inside layers | loss: all channels | inside layers |
+|---|---|---|---|---|
 """
 
 
 @torch.no_grad()
-def loss(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> float:
-    """Mean cross-entropy in evaluation mode."""
+def outputs(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Log probabilities (N, classes) in evaluation mode, and labels (N,)."""
     model.eval()
-    sums = [float(F.cross_entropy(model(images), labels, reduction="sum")) for images, labels in batches]
-    return sum(sums) / sum(len(labels) for _, labels in batches)
+    found = [(model(images).log_softmax(1), labels) for images, labels in batches]
+    return torch.cat([values for values, _ in found]), torch.cat([labels for _, labels in found])
 
 
-def increases(model: nn.Module, groups: Any, batches: list[tuple[Tensor, Tensor]]) -> list[list[float]]:
-    """By group, what silencing each channel alone adds to the loss."""
-    base, found = loss(model, batches), []
+def increases(model: nn.Module, groups: Any, batches: list[tuple[Tensor, Tensor]]) -> Measured:
+    """By group, what silencing each channel alone adds to the loss, and how far it moves the predictions, in nats."""
+    dense, labels = outputs(model, batches)
+    found: Measured = {"loss": [], "divergence": []}
     for group in tqdm(groups, desc="layers"):
-        costs = []
+        costs, divergences = [], []
         for unit in group.units:
             undo = snapshot(model)
             silence(model, group, [unit])
-            costs.append(loss(model, batches) - base)
+            values, _ = outputs(model, batches)
+            costs.append(float(F.nll_loss(values, labels) - F.nll_loss(dense, labels)))
+            divergences.append(float(F.kl_div(values, dense, reduction="batchmean", log_target=True)))
             undo()
-        found.append(costs)
+        found["loss"].append(costs)
+        found["divergence"].append(divergences)
     return found
 
 
@@ -128,7 +136,7 @@ def activation_fisher(model: nn.Module, groups: Any, batches: list[tuple[Tensor,
 
 
 def run_kronecker(
-    model: nn.Module, measured: list[list[float]], groups: Any, train: Images, seed: int
+    model: nn.Module, measured: Measured, groups: Any, train: Images, seed: int
 ) -> dict[str, dict[str, float]]:
     """Both correlations of the scores that read Kronecker factors, by name."""
     batches = list(train.random(16, 2_000 + seed, augment=False))
@@ -146,7 +154,7 @@ def run_kronecker(
     return found
 
 
-def run(method: Method, model: nn.Module, measured: list[list[float]], groups: Any, train: Images) -> dict[str, float]:
+def run(method: Method, model: nn.Module, measured: Measured, groups: Any, train: Images) -> dict[str, float]:
     """Both correlations of one score."""
     importance, _ = channel_importance(method.score, model, train.random(8, 1_000, augment=True))
     scores = [importance(group.group).tolist() for group in groups]
@@ -154,17 +162,21 @@ def run(method: Method, model: nn.Module, measured: list[list[float]], groups: A
     return correlations(ordered, measured)
 
 
-def correlations(scores: list[list[float]], measured: list[list[float]]) -> dict[str, float]:
-    """Spearman's correlation over all units, and its mean inside groups."""
-    flat = [[x for layer in layers for x in layer] for layers in (scores, measured)]
-    inside = [spearmanr(one, other).statistic for one, other in zip(scores, measured, strict=True)]
-    return {"all": float(spearmanr(*flat).statistic), "inside": mean(map(float, inside))}
+def correlations(scores: list[list[float]], measured: Measured) -> dict[str, float]:
+    """Spearman's correlation over all units, and its mean inside groups, with each of what was measured."""
+    found = {}
+    for name, values in measured.items():
+        flat = [[x for layer in layers for x in layer] for layers in (scores, values)]
+        inside = [spearmanr(one, other).statistic for one, other in zip(scores, values, strict=True)]
+        suffix = "" if name == "loss" else f"_{name}"
+        found |= {f"all{suffix}": float(spearmanr(*flat).statistic), f"inside{suffix}": mean(map(float, inside))}
+    return found
 
 
 def main() -> None:
     """Runs what is missing, then writes the page."""
     options = parser(__doc__ or "", "docs/benchmarks/leave_one_out.json")
-    options.add_argument("--kronecker", action="store_true", help="only the scores that read Kronecker factors")
+    options.add_argument("--plain", action="store_true", help="only the network that was trained without noise")
     options.add_argument("--float32", action="store_true", help="train in float32, not with bfloat16 products")
     args = options.parse_args()
     torch.set_num_threads(1)
@@ -180,33 +192,40 @@ def main() -> None:
         precision = torch.float32 if args.float32 else torch.bfloat16
         for seed, network in product(args.seeds, NETWORKS):
             methods = [m for m in METHODS if (m.std, m.temperature) == (network.std, network.temperature)]
-            made = {row["method"] for row in rows if row["seed"] == seed}
-            methods = [method for method in methods if method.name not in made]
-            is_plain = network == NETWORKS[0] and not {"unit SNR", AGAIN} <= made
-            if (args.kronecker or not methods) and not is_plain:
+            is_plain = network == NETWORKS[0]
+            key = "all_divergence" if is_plain else "all"
+            made = {row["method"] for row in rows if row["seed"] == seed and key in row}
+            if {method.name for method in methods} <= made or (args.plain and not is_plain):
                 continue
-            methods = [] if args.kronecker else methods
             torch.manual_seed(seed)
             budget = CHANNELS["20"]
             random = train.random(budget.before, seed, augment=True)
             model, _ = prepare_channels(trained_resnet20(directory), network, random, budget, precision)
             groups = find_groups(model, EXAMPLE).groups
             measured = increases(model, groups, batches)
-            sizes = {"channels": sum(map(len, measured)), "layers": len(measured), "seed": seed}
+            sizes = {"channels": sum(map(len, measured["loss"])), "layers": len(groups), "seed": seed}
             sizes["precision"] = str(precision).removeprefix("torch.")
-            rows += [{"method": m.name} | run(m, model, measured, groups, train) | sizes for m in methods]
+            found = {method.name: run(method, model, measured, groups, train) for method in methods}
             if is_plain:
-                found = {AGAIN: correlations(increases(model, groups, others), measured)}
+                again = increases(model, groups, others)
+                found[AGAIN] = {
+                    key: value
+                    for name in measured
+                    for key, value in correlations(again[name], {name: measured[name]}).items()
+                }
                 found |= run_kronecker(model, measured, groups, train, seed)
-                rows += [{"method": name} | both | sizes for name, both in found.items() if name not in made]
+            rows = [row for row in rows if row["seed"] != seed or row["method"] not in found]
+            rows += [{"method": name} | values | sizes for name, values in found.items()]
             write(args.out, SETTINGS, rows)
     by_method: dict[str, list[dict[str, Any]]] = {}
     for row in (row for row in rows if "conditioned" not in row["method"]):  # the score is that without
         by_method.setdefault(row["method"], []).append(row)
     lines = [INTRODUCTION.format(**SETTINGS, again=AGAIN, channels=rows[0]["channels"], layers=rows[0]["layers"])]
-    for name, found in sorted(by_method.items(), key=lambda item: -mean(row["all"] for row in item[1])):
-        cells = [[row[key] for row in found] for key in ("all", "inside")]
-        shown = [f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if values[1:] else "") for values in cells]
+    for name, found in sorted(
+        by_method.items(), key=lambda item: -mean(row.get("all_divergence", -1) for row in item[1])
+    ):
+        columns = [[row[key] for row in found if key in row] for key in COLUMNS]
+        shown = [f"{mean(v):.2f}" + (f" ± {stdev(v):.2f}" if v[1:] else "") if v else "" for v in columns]
         lines.append(f"| {name} | {' | '.join(shown)} |\n")
     args.out.with_suffix(".md").write_text("".join(lines), encoding="utf-8")
 

@@ -111,7 +111,8 @@ def train(net: Network, data: Data, phase: Phase, *, cut: Callable[[float], None
             num_data=len(data.labels),
             prior=net.prior,
             temperature=phase.temperature,
-            warmup_steps=round(phase.ramp * num_steps),
+            num_steps=num_steps,
+            warmup=phase.ramp,
             std_lr=phase.std_lr,
             max_noise_cost=None,
         )

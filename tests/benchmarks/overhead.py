@@ -160,11 +160,11 @@ def page(done: dict[str, Any]) -> str:
     lines += [*(f"- **{what.replace('_', ' ')}**: {said}" for what, said in WHAT.items()), ""]
     lines += [
         "The last columns are `prune` and `prune stock` over torch-pruning alone. Much of the difference is",
-        "forward passes, five of them, ten where there is attention; torch-pruning runs the model once.",
-        "`prune_channels` counts the MACs before and after, checks by experiment that channels hang together as",
-        "the graph says and that a model without a head is the model that ignores it, and runs the model after the",
-        "cut. torch-pruning's time grows with the square of the number of layers, because it scans the whole graph",
-        "for every group.",
+        "forward passes, three of them, seven where there is attention; torch-pruning runs the model once.",
+        "`prune_channels` counts MACs in the forward that it traces and in one after the cut, and checks by",
+        "experiment that channels hang together as the graph says and that a model without a head is the model that",
+        "ignores it. torch-pruning's time grows with the square of the number of layers, because it scans the whole",
+        "graph for every group.",
         "",
     ]
     rows = done["models"] | {f"MLP of {depth} layers": row for depth, row in done["depths"].items()}

@@ -24,8 +24,7 @@ def outputs(model: Any, inputs: Any) -> list[Any]:
     """Every tensor that the model gives in evaluation mode: for keywords, a tuple of arguments, or one tensor."""
     import torch
 
-    from bayesprune.foundation.model import run_forward
-    from bayesprune.prune.graph.trace import tensors_in
+    from bayesprune.foundation.model import run_forward, tensors_in
 
     torch.manual_seed(2)  # some models draw in evaluation mode, too
     with torch.no_grad():

@@ -56,13 +56,15 @@ def run(name: str, seed: int, data: Any) -> dict[str, Any]:
 def train(model: nn.Module, x: Tensor, y: Tensor, prior: Prior, settings: dict[str, Any], temperature: float) -> float:
     """Adam on the variational objective; the seconds that it took."""
     optimizer = torch.optim.Adam(model.parameters(), lr=settings["lr"])
+    num_steps = settings["epochs"] * -(-len(x) // settings["batch"])
     bp.attach(
         optimizer,
         model,
         num_data=len(x),
         prior=prior,
         temperature=temperature,
-        warmup_steps=settings["warmup_steps"],
+        num_steps=num_steps,
+        warmup=settings["warmup_steps"] / num_steps,
         std_lr=settings["std_lr"],
         max_noise_cost=None,
     )

@@ -164,7 +164,7 @@ def loss(name: str, inputs: Any, model: Any) -> Any:
     import torch
     from torch.nn import functional as F
 
-    from bayesprune.prune.graph.trace import tensors_in
+    from bayesprune.foundation.model import tensors_in
 
     case = MODELS[name]
     if case.kind == "classification":

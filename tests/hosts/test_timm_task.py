@@ -112,7 +112,7 @@ def test_steps_are_those_of_the_elbo(accumulation, scaled):
     start, expected = copy.deepcopy(model), copy.deepcopy(model)
     task = classification(model, warmup=0.5).train()
     optimizer = create_optimizer_v2(task.get_trainable_module(), "momentum", lr=0.05, momentum=0.9)
-    task.attach(optimizer, num_updates=4, num_data=NUM_DATA)
+    task.attach(optimizer, num_steps=4, num_data=NUM_DATA)
     scaler = NativeScaler("cpu")
     torch.manual_seed(2)
     for x, y in batches():
@@ -130,14 +130,14 @@ def test_steps_are_those_of_the_elbo(accumulation, scaled):
     def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
 
-    train_on_elbo(expected, sgd, accumulation=accumulation, warmup_steps=2)
+    train_on_elbo(expected, sgd, accumulation=accumulation, warmup=0.5)
     assert_same_parameters(model, expected, start)
 
 
 def test_noise_is_bounded_and_said_as_in_a_loop():
     task = classification(stock_net(), max_noise_cost=1e-3, convert={"relative_std": 1.0}).train()
     optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), lr=0.0)
-    attachment = task.attach(optimizer, num_updates=12, num_data=10**9)
+    attachment = task.attach(optimizer, num_steps=12, num_data=10**9)
 
     def train():
         for x, y in batches(10):
@@ -194,7 +194,7 @@ def test_the_student_of_a_distillation_learns_posteriors(tmp_path):
     assert len(list(variational_layers(task))) == len(list(variational_layers(student))) > 0
     optimizer = create_optimizer_v2(task.get_trainable_module(), "adamw", lr=1e-3, weight_decay=0.0)
     x, y = torch.randn(2, 3, 160, 160), torch.tensor([0, 1])
-    attachment = task.attach(optimizer, DataLoader(TensorDataset(x, y)), num_updates=10)
+    attachment = task.attach(optimizer, DataLoader(TensorDataset(x, y)), num_steps=10)
     before = {key: value.clone() for key, value in stds_of(student).items()}
     task.train()(x, y)["loss"].backward()
     optimizer.step()
@@ -221,7 +221,7 @@ def test_a_model_that_was_cut_is_the_student_of_timms_own_task(with_posteriors):
     task = LogitDistillationTask(student, dense, nn.CrossEntropyLoss(), **options)
     if with_posteriors:
         task = BayesPruneTask(task)
-        task.attach(create_optimizer_v2(student, "adamw", lr=1e-3, weight_decay=0.0), num_updates=10, num_data=4)
+        task.attach(create_optimizer_v2(student, "adamw", lr=1e-3, weight_decay=0.0), num_steps=10, num_data=4)
     found = task.train()(x, y)
     expected = distill(found["output"], x, nn.functional.cross_entropy(found["output"], y))
     torch.testing.assert_close(found["loss"], expected)
@@ -230,7 +230,7 @@ def test_a_model_that_was_cut_is_the_student_of_timms_own_task(with_posteriors):
 def test_the_average_has_the_zeros_of_the_model_at_once():
     task = classification(net(), prune=PruneSchedule("weights=0.5", begin=0.0, end=0.5, num_updates=2)).train()
     optimizer = create_optimizer_v2(task.get_trainable_module(), "adamw", lr=0.01, weight_decay=0.0)
-    task.attach(optimizer, num_updates=4, num_data=NUM_DATA)
+    task.attach(optimizer, num_steps=4, num_data=NUM_DATA)
     task.setup_ema(decay=0.9)
     kept = []
     for batch in batches():
@@ -255,7 +255,7 @@ def test_frozen_layers_stay_as_they_are():
     before = model[0].weight.detach().clone()
     task = classification(model, prune=PruneSchedule("weights=0.5", begin=0.0, end=0.5, num_updates=2)).train()
     optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), lr=0.05)
-    task.attach(optimizer, num_updates=4, num_data=NUM_DATA)
+    task.attach(optimizer, num_steps=4, num_data=NUM_DATA)
     for images, labels in batches():
         optimizer.zero_grad()
         task(images, labels)["loss"].backward()
@@ -272,14 +272,14 @@ def test_attached_before_or_after_the_checkpoint_is_loaded(gated):
     optimizers = [create_optimizer_v2(task.get_trainable_module(), "adamw", lr=0.01) for task in tasks]
     trained, before, after = tasks
     for task, optimizer in zip((trained, before), optimizers, strict=False):
-        task.attach(optimizer, num_updates=4, num_data=NUM_DATA)
+        task.attach(optimizer, num_steps=4, num_data=NUM_DATA)
     trained.train()(*batches()[0])["loss"].backward()
     optimizers[0].step()
     saved = copy.deepcopy(trained.get_checkpoint_state())
     for task in (before, after):
         task.load_checkpoint_state(saved["state_dict"], saved["task_state"])
         assert_equal(task.get_checkpoint_state(), saved)
-    after.attach(optimizers[2], num_updates=4, num_data=NUM_DATA)
+    after.attach(optimizers[2], num_steps=4, num_data=NUM_DATA)
     assert_equal(after.get_checkpoint_state(), saved)
     assert saved["task_state"]["bayesprune"]["step"] == 1
     assert bool(saved["task_state"]["bayesprune"]["gates"]) == gated
@@ -295,7 +295,7 @@ def test_num_data_is_what_the_loss_is_a_mean_over(criterion, factor):
     model = timm.create_model("test_resnet", num_classes=3)
     task = BayesPruneTask(ClassificationTask(model, criterion, verbose=False))
     loader = DataLoader(TensorDataset(torch.zeros(7, 1)), batch_size=2)
-    attachment = task.attach(torch.optim.SGD(model.parameters()), loader, num_updates=1)
+    attachment = task.attach(torch.optim.SGD(model.parameters()), loader, num_steps=1)
     assert attachment.num_data == 7 * factor
     assert attachment.temperature == default_temperature(model, 7 * factor) < 0.1
 
@@ -304,7 +304,7 @@ def test_lookahead_is_attached_inside():
     """Its slow weights are from before the removal; what was removed stays so in evaluation and in checkpoints."""
     task = classification(net(), prune=PruneSchedule("weights=0.5", begin=0.2, end=0.6, num_updates=2)).train()
     optimizer = create_optimizer_v2(task.get_trainable_module(), "lookahead_sgd", lr=0.01, weight_decay=0.0)
-    attachment = task.attach(optimizer, num_updates=12, num_data=NUM_DATA)
+    attachment = task.attach(optimizer, num_steps=12, num_data=NUM_DATA)
     for batch in batches() * 3:
         optimizer.zero_grad()
         task(*batch)["loss"].backward()
@@ -342,14 +342,14 @@ def test_what_would_go_wrong_without_a_word(tmp_path):
         BayesPruneTask(stock_net())
     with pytest.raises(RuntimeError, match=r"call task.attach\(optimizer"):
         classification(net()).train()(*batches()[0])
-    with pytest.raises(ValueError, match="not a number of them"):
+    with pytest.raises(ValueError, match="not a number of steps"):
         classification(net(), warmup=100)
     with pytest.raises(ValueError, match="variational already"):
         classification(net(), convert={"std": "per_channel"})
     with pytest.raises(ValueError, match="number of training examples is unknown"):
-        classification(net()).attach(optimizer, num_updates=3)
-    with pytest.raises(ValueError, match="num_updates is 0"):
-        classification(net()).attach(optimizer, num_updates=0)
+        classification(net()).attach(optimizer, num_steps=3)
+    with pytest.raises(ValueError, match="num_steps is 0"):
+        classification(net()).attach(optimizer, num_steps=0, num_data=1)
 
 
 @pytest.mark.slow
@@ -367,7 +367,7 @@ def test_a_compiled_task_takes_the_steps_of_the_eager_one(monkeypatch):
         if is_compiled:
             task.compile(backend="aot_eager")
             task.compile_ema(backend="aot_eager")
-        task.attach(optimizer, num_updates=4, num_data=NUM_DATA)
+        task.attach(optimizer, num_steps=4, num_data=NUM_DATA)
         x, y = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
         for _ in range(4):
             optimizer.zero_grad()

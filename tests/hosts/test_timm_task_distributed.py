@@ -35,7 +35,7 @@ def run(rank: int, folder: str) -> None:
     adams = {name: HandMadeAdam(1e-2) for name in stds_of(model)}
     optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), lr=one_process.LR)
     task.prepare_distributed()
-    task.attach(optimizer, num_updates=4, num_data=NUM_DATA)
+    task.attach(optimizer, num_steps=4, num_data=NUM_DATA)
     for number, batch in enumerate(batches()):
         torch.manual_seed(number)
         optimizer.zero_grad()

@@ -80,6 +80,69 @@ def test_zeros_stay_zeros_when_attached(name, attached):
     assert_zeros_stay(model)
 
 
+def foreign_step() -> None:
+    """One of an optimizer of something else in the same process."""
+    other = nn.Parameter(torch.zeros(1))
+    other.grad = torch.ones(1)
+    torch.optim.SGD([other], lr=0.1).step()
+
+
+@pytest.mark.parametrize("end", ["detached", "thrown away"])
+def test_an_attachment_keeps_the_zeros_in_place_of_the_hook_on_all_optimizers(end):
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    attachment = bp.attach(optimizer, model, num_data=50)
+    bp.prune_weights(model, "weights=0.5")
+    removed = ~model[0].weight_mask
+
+    def disturb() -> None:
+        with torch.no_grad():
+            model[0].weight[removed] = 1.0
+
+    disturb()
+    foreign_step()
+    assert (model[0].weight[removed] == 1).all(), "what is not its own it leaves alone"
+    optimizer.step()
+    assert_zeros_stay(model)
+    if end == "detached":
+        attachment.detach()
+    else:
+        del attachment, optimizer
+        gc.collect()
+    disturb()
+    foreign_step()
+    assert_zeros_stay(model)
+
+
+def test_a_layer_that_two_optimizers_share_stays_with_the_hook_on_all():
+    """An attachment to one of them would not see the steps of the other."""
+    model = net()
+    weights = torch.optim.SGD([model[0].weight, *model[2].parameters()], lr=0.1)
+    biases = torch.optim.SGD([model[0].bias], lr=0.1)
+    bp.prune_weights(model, "weights=0.5")
+    for optimizer in (weights, biases):
+        bp.attach(optimizer, model, num_data=50)
+    for layer in (model[0], model[2]):
+        layer.weight.data[~layer.weight_mask] = 1.0
+    foreign_step()
+    assert not model[0].weight[~model[0].weight_mask].any()
+    assert model[2].weight[~model[2].weight_mask].all()
+
+
+def test_the_attachment_that_comes_last_keeps_the_zeros():
+    model = net()
+    first, second = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
+    attachment = bp.attach(first, model, num_data=50)
+    bp.prune_weights(model, "weights=0.5")
+    bp.attach(second, model, num_data=50)
+    attachment.detach()
+    model[0].weight.data[~model[0].weight_mask] = 1.0
+    foreign_step()
+    assert model[0].weight[~model[0].weight_mask].all()
+    second.step()
+    assert_zeros_stay(model)
+
+
 def test_zeros_stay_zeros_with_updates_by_hand():
     model = net()
     bp.prune_weights(model, "weights=0.5")
@@ -265,7 +328,7 @@ def test_weights_that_are_written_over(how):
     model = net()
     optimizer = OPTIMIZERS["sgd_momentum"](model.parameters())
     x = torch.randn(5, 6)
-    bp.prune_weights(model, "weights=1")
+    bp.prune.make_masks(model)
     average = torch.optim.swa_utils.AveragedModel(model)
     old = {name: value.clone() for name, value in model.state_dict().items()}
     average.update_parameters(model)

@@ -10,8 +10,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from bayesprune.foundation.model import run_forward
-from bayesprune.prune.graph.trace import tensors_in
+from bayesprune.foundation.model import run_forward, tensors_in
 
 _SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 _TEXT = {"vocab_size": 64, "max_position_embeddings": 32, **_SIZES}

@@ -83,7 +83,7 @@ def train_on_elbo(
     accumulation: int = 1,
     prior: Prior | None = None,
     temperature: float = 0.1,
-    warmup_steps: int = 0,
+    warmup: float = 0.0,
     std_lr: float = 1e-2,
     schedule: Callable[[int], float] = lambda step: 1.0,
 ) -> None:
@@ -95,7 +95,7 @@ def train_on_elbo(
     adams = {name: HandMadeAdam(std_lr) for name in stds}
     torch.manual_seed(2)
     for step, batch in enumerate(batches()):
-        ramp = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+        ramp = min(1.0, (step + 1) / (warmup * BATCHES)) if warmup else 1.0
         weight = temperature * ramp / NUM_DATA
         loss = sum(losses(model, batch, accumulation))
         kl = sum(prior.kl(p.mean, p.log_std, p.mask) for p, prior in bound.items())

@@ -69,8 +69,8 @@ def test_temperature_and_warmup():
     model = net()
     start, expected = copy.deepcopy(model), copy.deepcopy(model)
     optimizer = OPTIMIZERS["sgd"](model.parameters())
-    options = {"temperature": 0.7, "warmup_steps": 3, "std_lr": 0.03}
-    attachment = bp.attach(optimizer, model, num_data=NUM_DATA, **options)
+    options = {"temperature": 0.7, "warmup": 0.75, "std_lr": 0.03}
+    attachment = bp.attach(optimizer, model, num_data=NUM_DATA, num_steps=4, **options)
     weights = [attachment.kl_weight]
     train(model, optimizer, after_step=lambda: weights.append(attachment.kl_weight))
     assert weights == pytest.approx([0.7 / NUM_DATA * ramp for ramp in (1 / 3, 2 / 3, 1, 1, 1)])

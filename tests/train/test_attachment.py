@@ -9,6 +9,7 @@ from torch import nn
 import bayesprune as bp
 from bayesprune.errors import UnsupportedModelError
 from bayesprune.priors import ARD, Gaussian, LogUniform
+from bayesprune.prune import PruneSchedule
 from tests.train.reference import (
     NUM_DATA,
     OPTIMIZERS,
@@ -59,7 +60,7 @@ def test_a_restored_run_continues_bit_for_bit(name, prior, tmp_path):
     def build():
         model = net("rank_one")
         optimizer = OPTIMIZERS[name](model.parameters())
-        return model, optimizer, bp.attach(optimizer, model, num_data=NUM_DATA, prior=prior, warmup_steps=6)
+        return model, optimizer, bp.attach(optimizer, model, num_data=NUM_DATA, prior=prior, num_steps=8, warmup=0.75)
 
     run = build()
     train(run[0], run[1])
@@ -67,7 +68,7 @@ def test_a_restored_run_continues_bit_for_bit(name, prior, tmp_path):
     other = build()
     other[0].load_state_dict(torch.load(tmp_path / "run.pt", weights_only=True)[0])
     other = other[0], OPTIMIZERS[name](other[0].parameters())
-    other = *other, bp.attach(other[1], other[0], num_data=NUM_DATA, prior=prior, warmup_steps=6)
+    other = *other, bp.attach(other[1], other[0], num_data=NUM_DATA, prior=prior, num_steps=8, warmup=0.75)
     for part, state in zip(other, torch.load(tmp_path / "run.pt", weights_only=True), strict=True):
         part.load_state_dict(state)
     for model, optimizer, _ in (run, other):
@@ -137,9 +138,13 @@ def test_a_weight_without_noise_is_said(how):
         ({"num_data": 0}, "num_data is 0; expected the number of training examples, above 0"),
         ({"num_data": -5}, "num_data is -5"),
         ({"num_data": float("nan")}, "num_data is nan"),
-        ({"num_data": 1, "temperature": -0.1}, "temperature=-0.1, .*; expected none below 0"),
-        ({"num_data": 1, "warmup_steps": -1}, "warmup_steps=-1"),
-        ({"num_data": 1, "std_lr": -1.0}, r"std_lr=-1\.0"),
+        ({"num_data": 1, "temperature": -0.1}, 'temperature is -0.1; expected a number of 0 or more, or "auto"'),
+        ({"num_data": 1, "temperature": "warm"}, "temperature is 'warm'"),
+        ({"num_data": 1, "warmup": 100}, "warmup is 100; expected a share of the training, 0 to 1, not a number of st"),
+        ({"num_data": 1, "warmup": 0.1}, "warmup=0.1 .* go by shares of the training, .*; pass num_steps"),
+        ({"num_data": 1, "prune": PruneSchedule("weights=0.5")}, r"prune=PruneSchedule\(.* pass num_steps"),
+        ({"num_data": 1, "num_steps": 0}, "num_steps is 0; expected the optimizer steps of the whole training"),
+        ({"num_data": 1, "std_lr": -1.0}, r"std_lr is -1\.0"),
     ],
 )
 def test_numbers_are_checked(options, message):

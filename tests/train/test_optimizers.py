@@ -261,7 +261,7 @@ def test_a_step_inside_a_step_counts_once(name, with_closure):
     model = net()
     start, expected = copy.deepcopy(model), copy.deepcopy(model)
     optimizer = make(model.parameters())
-    attachment = bp.attach(optimizer, model, num_data=NUM_DATA, warmup_steps=3)
+    attachment = bp.attach(optimizer, model, num_data=NUM_DATA, num_steps=4, warmup=0.75)
     torch.manual_seed(2)
     for batch in batches():
 
@@ -277,7 +277,7 @@ def test_a_step_inside_a_step_counts_once(name, with_closure):
             closure()
             optimizer.step()
     assert attachment.step == 4
-    train_on_elbo(expected, OPTIMIZERS[plain], warmup_steps=3)
+    train_on_elbo(expected, OPTIMIZERS[plain], warmup=0.75)
     assert_same_parameters(model, expected, start)
 
 

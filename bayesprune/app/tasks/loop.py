@@ -11,14 +11,13 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, DistributedSampler
 
 from bayesprune.app.data.splits import Loaders
 from bayesprune.app.tasks.task import Checkpoint, Progress, Split, Task, check_finite
 from bayesprune.foundation.batches import device_of, logits_of, on_device, split
 from bayesprune.foundation.model import load_values
-from bayesprune.foundation.sharding import sharded_as, values_sharded_as, whole
+from bayesprune.foundation.sharding import sharded_as, values_sharded_as, whole, whole_values
 from bayesprune.prune import PruneSchedule
 from bayesprune.reports import ACCURACY, PERPLEXITY, Metric, accuracy, perplexity
 from bayesprune.train import Distillation, attach
@@ -71,10 +70,18 @@ class LoaderTask(Task):
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=num_steps)
         parts: dict[str, Any] = {"model": trained, "optimizer": optimizer, "schedule": schedule}
         if learn_stds:
-            parts["attachment"] = attach(optimizer, trained, num_data=self.data.num_data, warmup_steps=num_steps // 5)
-        removal = (
-            None if sparsity is None else PruneSchedule(f"weights={1 - sparsity}", begin=0.2, end=0.7, num_updates=10)
-        )
+            removal = None
+            if sparsity is not None:
+                removal = PruneSchedule(f"weights={1 - sparsity}", begin=0.2, end=0.7, num_updates=10)
+            parts["attachment"] = attach(
+                optimizer,
+                trained,
+                num_data=self.data.num_data,
+                num_steps=num_steps,
+                temperature=0.1,
+                warmup=0.2,
+                prune=removal,
+            )
         if self.accelerator.scaler is not None:
             parts["scaler"] = self.accelerator.scaler
         batches = _Batches(loader, num_epochs, parts, checkpoint)
@@ -93,9 +100,6 @@ class LoaderTask(Task):
                 self.accelerator.backward(loss)
                 stepper.step()
                 schedule.step()
-                target = None if removal is None else removal.removal_after(step, num_steps)
-                if removal is not None and target is not None:
-                    removal.remove(trained, target)
                 advance(number)
                 if checkpoint is not None and self._is_agreed(checkpoint.is_due(step)):
                     checkpoint.keep(step, batches.state())
@@ -219,8 +223,7 @@ class _Batches:
 
     def state(self) -> dict[str, Any]:
         """All that a checkpoint needs, whole; under FSDP 2 every process calls it."""
-        parts = {name: part.state_dict() for name, part in self._parts.items()}
-        return {"order": self._order} | tree_map(lambda v: whole(v) if isinstance(v, Tensor) else v, parts)
+        return {"order": self._order, **whole_values({name: part.state_dict() for name, part in self._parts.items()})}
 
 
 def _restore(part: Any, state: dict[str, Any]) -> None:

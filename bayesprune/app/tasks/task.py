@@ -112,7 +112,8 @@ class Task(Protocol):
             num_epochs: Passes over the training data.
             lr: The highest learning rate.
             learn_stds: Attach the KL, so that the stds of a variational model are learned.
-            sparsity: Fraction of single weights to remove on the way, gradually, leaving time to recover.
+            sparsity: Fraction of single weights to remove on the way, gradually, leaving time to recover; with
+                `learn_stds` alone.
             distill: What the model learns from beside the labels.
             checkpoint: Where a loop that can go on in the middle keeps its state, and finds it after a kill.
 

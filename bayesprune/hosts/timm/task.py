@@ -6,25 +6,19 @@ are all said here, and the loop stays as it is. What is not said here is answere
 """
 
 import functools
-import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bayesprune.convert import to_variational
 from bayesprune.errors import StorageError
+from bayesprune.hosts.options import TrainingOptions
 from bayesprune.layers import named_posteriors, variational_layers
 from bayesprune.priors import Prior
-from bayesprune.prune.weights.prune import prune_weights
 from bayesprune.prune.weights.schedule import PruneSchedule
-from bayesprune.train.attach import attach
 from bayesprune.train.attachment import Attachment
-from bayesprune.train.optimizers import forget_removed, unwrapped
-from bayesprune.train.temperature import default_temperature
 
-_LOGGER = logging.getLogger(__name__)
 _KEY = "bayesprune"
 
 
@@ -55,7 +49,7 @@ class BayesPruneTask(nn.Module):
         task: Any,
         *,
         prior: Prior | None = None,
-        temperature: float | None = None,
+        temperature: float | Literal["auto"] = "auto",
         warmup: float = 0.1,
         std_lr: float = 1e-2,
         max_noise_cost: float | None = 0.2,
@@ -67,12 +61,12 @@ class BayesPruneTask(nn.Module):
         Args:
             task: Any task of timm >= 1.0.27.
             prior: The prior; None is `priors.Gaussian("layer_rms")`, fixed at the weights when `attach` is called.
-            temperature: Weight of the KL; below 1 the posterior is colder than Bayes' rule says. None is 0.1, or less
-                where there are more than 16 weights for an example; see `train.default_temperature`.
+            temperature: Weight of the KL; see `train.attach`.
             warmup: Share of the updates, 0 to 1, over which the weight of the KL rises linearly from zero.
             std_lr: Learning rate of the log stds; see `attach`.
             max_noise_cost: What the noise may add to the loss, in nats; see `attach`.
-            prune: Final fraction to remove of the weights that can go, or a schedule; None removes none.
+            prune: "weights=0.2", the fraction that is kept in the end of the weights that can go, or a schedule; None
+                removes none.
             convert: Options of `to_variational`, for a model that is not variational yet.
 
         Raises:
@@ -92,28 +86,24 @@ class BayesPruneTask(nn.Module):
                 f"{type(task).__name__} has an average (EMA) of the stock model, which would have no posteriors; make "
                 "the BayesPruneTask before setup_ema()."
             )
-        if not 0 <= warmup <= 1:
-            raise ValueError(f"warmup is {warmup!r}; expected a share of the updates, 0 to 1, not a number of them.")
         self.task = task
-        self.prior, self.temperature, self.warmup, self.std_lr = prior, temperature, warmup, std_lr
-        self.max_noise_cost = max_noise_cost
-        self.prune = PruneSchedule(prune) if isinstance(prune, str) else prune
+        self._options = TrainingOptions(prior, temperature, warmup, std_lr, max_noise_cost, prune, convert)
         model: nn.Module = task.get_eval_model()  # of a distillation the student
         self.__dict__["model"] = model  # a part of the task, not one beside it
-        self._convert(dict(convert or {}))
+        self._options.convert_model(model)  # with masks: the average copies buffers by position
+        self._keep_stds_from_decay()
         self._attachment: Attachment | None = None
-        self._handles: list[Any] = []
         self._saved: dict[str, Any] | None = None
 
     def attach(
-        self, optimizer: Optimizer, loader: Any = None, *, num_updates: int, num_data: int | None = None
+        self, optimizer: Optimizer, loader: Any = None, *, num_steps: int, num_data: int | None = None
     ) -> Attachment:
         """Makes each step of this optimizer one on loss + temperature * KL / num_data; before or after a resume.
 
         Args:
             optimizer: The optimizer of the task's trainable module.
             loader: The training loader, whose data set says how many examples there are.
-            num_updates: Updates that the whole training has, those before a resume included: epochs times updates per
+            num_steps: Updates that the whole training has, those before a resume included: epochs times updates per
                 epoch. `warmup` and `prune` are shares of it.
             num_data: Terms that the loss is a mean over. None is the number of examples, times the number of classes
                 for a binary cross-entropy that is a mean over classes, too.
@@ -125,38 +115,19 @@ class BayesPruneTask(nn.Module):
             ValueError: a number is out of range or cannot be found, the optimizer holds none of the model, or the
                 checkpoint that was resumed from has other posteriors.
         """
-        if num_updates < 1:
-            raise ValueError(f"num_updates is {num_updates!r}; expected the updates of the whole training, 1 or more.")
         self.detach()
-        inner = unwrapped(optimizer)
         num_data = self._count(loader) if num_data is None else num_data
-        temperature = default_temperature(self.model, num_data) if self.temperature is None else self.temperature
-        self._attachment = attach(
-            inner,
-            self.model,
-            num_data=num_data,
-            prior=self.prior,
-            temperature=temperature,
-            warmup_steps=round(self.warmup * num_updates),
-            std_lr=self.std_lr,
-            max_noise_cost=self.max_noise_cost,
-        )
+        self._attachment = self._options.attach(optimizer, self.model, num_data=num_data, num_steps=num_steps)
         if self._saved is not None:
             self._attachment.load_state_dict(self._saved)
             self._saved = None
-        if self.prune is not None:
-            after_step = functools.partial(self._after_step, schedule=self.prune, num_updates=num_updates)
-            self._handles.append(inner.register_step_post_hook(after_step))
-        _LOGGER.info("the KL weighs temperature %g / num_data %d", temperature, num_data)
         return self._attachment
 
     def detach(self) -> None:
         """Leaves optimizer and model to themselves; removed weights stay zeros."""
-        for handle in self._handles:
-            handle.remove()
         if self._attachment is not None:
             self._attachment.detach()
-        self._attachment, self._handles = None, []
+        self._attachment = None
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """The loss and the outputs of the task inside.
@@ -167,7 +138,7 @@ class BayesPruneTask(nn.Module):
         if self._attachment is None and self.training:
             raise RuntimeError(
                 "the task has no optimizer, so that nothing would hold the stds; call task.attach(optimizer, "
-                "loader_train, num_updates=num_epochs * updates_per_epoch) before the first epoch."
+                "loader_train, num_steps=num_epochs * updates_per_epoch) before the first epoch."
             )
         return self.task(*args, **kwargs)
 
@@ -238,16 +209,8 @@ class BayesPruneTask(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("task"), name)
 
-    def _convert(self, options: dict[str, Any]) -> None:
-        if next(variational_layers(self.model), None) is None:
-            to_variational(self.model, **options)
-        elif options:
-            raise ValueError(
-                f"convert={options!r} was given, but the model is variational already; give the options to "
-                "to_variational, or leave the conversion to the task."
-            )
-        if self.prune is not None:
-            prune_weights(self.model, "weights=1")  # the average copies buffers by position, and makes none
+    def _keep_stds_from_decay(self) -> None:
+        """`create_optimizer_v2` asks the model what is not to decay."""
         stds = {id(part) for posterior in named_posteriors(self.model) for part in posterior.log_std_parts}
         names = {name for name, parameter in self.model.named_parameters() if id(parameter) in stds}
         names |= set(getattr(self.model, "no_weight_decay", set)())
@@ -265,11 +228,3 @@ class BayesPruneTask(nn.Module):
         is_over_classes = is_binary and getattr(criterion, "reduction", None) == "mean"
         num_classes = int(self.model.num_classes) if is_over_classes else 1  # type: ignore[arg-type]
         return len(dataset) * num_classes  # type: ignore[arg-type]
-
-    def _after_step(self, optimizer: Optimizer, *_: Any, schedule: PruneSchedule, num_updates: int) -> None:
-        """Removes weights where the schedule says so, before the average, evaluation and checkpoints see them."""
-        assert self._attachment is not None, "the hook goes with it"
-        target = schedule.removal_after(self._attachment.step, num_updates)
-        if target is not None:
-            schedule.remove(self.model, target)
-            forget_removed(optimizer, self.model)

@@ -7,16 +7,16 @@ accumulation and its average over processes stay the Trainer's own.
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from bayesprune.convert import to_variational
 from bayesprune.foundation.model import load_values
 from bayesprune.foundation.sharding import whole
+from bayesprune.hosts.options import TrainingOptions, is_variational
 from bayesprune.hosts.transformers import checkpoint
 from bayesprune.hosts.transformers.adapters import warn_of_pruning
 from bayesprune.hosts.transformers.callback_order import stand_before_loggers
@@ -25,20 +25,15 @@ from bayesprune.hosts.transformers.fsdp import Frozen, check_dtypes, freeze_stds
 from bayesprune.hosts.transformers.guards import LossScaleProbe, check_parallelism, check_shapes, probe_of, shapes
 from bayesprune.hosts.transformers.summary import summarize
 from bayesprune.hosts.transformers.tolerance import Tolerance, evaluation_prefix
-from bayesprune.layers import variational_layers
 from bayesprune.priors import Prior
-from bayesprune.prune.weights.prune import prune_weights
-from bayesprune.prune.weights.schedule import PruneSchedule, ramp
-from bayesprune.train.attach import attach
+from bayesprune.prune.weights.schedule import PruneSchedule
 from bayesprune.train.attachment import Attachment
-from bayesprune.train.optimizers import forget_removed
-from bayesprune.train.temperature import default_temperature
 
 _LOGGER = logging.getLogger(__name__)
 
 
 class BayesPruneCallback(TrainerCallback):
-    """Trains posteriors with the stock Trainer: `Trainer(..., callbacks=[BayesPruneCallback(prune=0.8)])`.
+    """Trains posteriors with the stock Trainer: `Trainer(..., callbacks=[BayesPruneCallback(prune="weights=0.2")])`.
 
     Each step is one on mean NLL + temperature * KL / num_data. The Trainer's loss stays the NLL; `max_grad_norm` clips
     the NLL's gradient, with that of the stds in the norm, and not the KL's, which weighs more where it clips often.
@@ -60,7 +55,7 @@ class BayesPruneCallback(TrainerCallback):
         num_data: int | None = None,
         prior: Prior | None = None,
         *,
-        temperature: float | None = None,
+        temperature: float | Literal["auto"] = "auto",
         warmup: float = 0.1,
         std_lr: float = 1e-2,
         max_noise_cost: float | None = 0.2,
@@ -74,8 +69,7 @@ class BayesPruneCallback(TrainerCallback):
             num_data: Terms that the training loss is a mean over: examples, or label tokens for a language model. None
                 counts them in the training data.
             prior: The prior; None is `priors.Gaussian("layer_rms")`, fixed at the weights when training begins.
-            temperature: Weight of the KL; below 1 the posterior is colder than Bayes' rule says. None is 0.1, or less
-                where there are more than 16 weights for an example; see `train.default_temperature`.
+            temperature: Weight of the KL; see `attach`.
             warmup: Share of the training, 0 to 1, over which the weight of the KL rises linearly from zero.
             std_lr: Learning rate of the log stds; see `attach`.
             max_noise_cost: What the noise may add to the loss, in nats; see `attach`.
@@ -87,18 +81,13 @@ class BayesPruneCallback(TrainerCallback):
         Raises:
             ValueError: a number is out of range.
         """
-        if not 0 <= warmup <= 1:
-            raise ValueError(f"warmup is {warmup!r}; expected a share of the training, 0 to 1, not a number of steps.")
-        self.num_data, self.prior, self.temperature, self.std_lr = num_data, prior, temperature, std_lr
-        self.warmup, self.tolerance, self.convert = warmup, tolerance, dict(convert or {})
-        self.max_noise_cost = max_noise_cost
-        self.prune = PruneSchedule(prune) if isinstance(prune, str) else prune
+        self.num_data, self.tolerance = num_data, tolerance
+        self._options = TrainingOptions(prior, temperature, warmup, std_lr, max_noise_cost, prune, convert)
         self._attachment: Attachment | None = None
         self._probe: LossScaleProbe | None = None
         self._shapes: dict[str, tuple[torch.Size, ...]] = {}
         self._within_tolerance: dict[str, Tensor] | None = None
         self._frozen: Frozen = []
-        self._temperature = 0.0
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
         """Converts the model, before optimizer and wrappers exist.
@@ -109,24 +98,17 @@ class BayesPruneCallback(TrainerCallback):
         """
         stand_before_loggers(self)
         accelerator = AcceleratorState()
-        plugin = getattr(accelerator, "fsdp_plugin", None)
+        plugin, prunes = getattr(accelerator, "fsdp_plugin", None), self._options.schedule is not None
         check_parallelism(
             accelerator.distributed_type.name,
             fsdp_version=plugin.fsdp_version if plugin is not None else 0,
             num_threads=args.n_gpu,
-            sends_masks=self.prune is not None and plugin is not None and bool(plugin.cpu_ram_efficient_loading),
+            sends_masks=prunes and plugin is not None and bool(plugin.cpu_ram_efficient_loading),
         )
         model = event["model"]
-        if not _is_variational(model):
-            to_variational(model, **self.convert)
-        elif self.convert:
-            raise ValueError(
-                f"convert={self.convert!r} was given, but the model is variational already; give the options to "
-                "to_variational, or leave the conversion to the callback."
-            )
-        if self.prune is not None:
+        self._options.convert_model(model)  # with masks: FSDP and PEFT load into those that are there
+        if prunes:
             warn_of_pruning(model)
-            prune_weights(model, "weights=1")  # FSDP and PEFT load into the masks that are there, and make none
         if plugin is not None:
             check_dtypes(model, accelerator.mixed_precision)
             self._frozen = freeze_stds(model)
@@ -146,29 +128,18 @@ class BayesPruneCallback(TrainerCallback):
         stand_before_loggers(self)
         thaw(self._frozen)
         self._frozen = []
-        if not _is_variational(model):
+        if not is_variational(model):
             raise ValueError(
                 f"{type(model).__name__} is not variational when training begins: BayesPruneCallback was added after "
                 "the Trainer was made, or model_init built a new model. Pass Trainer(callbacks=[callback]), or return "
                 "bayesprune.to_variational(model) from model_init."
             )
-        if self.prune is not None:
-            prune_weights(model, "weights=1")  # every checkpoint has masks, so the best one can be loaded at the end
         saved = checkpoint.read(args, state.global_step, model) if state.global_step else None
         num_data = self.num_data or (saved.num_data if saved else count_terms(loader, model))
-        self._temperature = default_temperature(model, num_data) if self.temperature is None else self.temperature
-        self._attachment = attach(
-            event["optimizer"],
-            model,
-            num_data=num_data,
-            prior=self.prior,
-            temperature=self._temperature,
-            std_lr=self.std_lr,
-            max_noise_cost=self.max_noise_cost,
-        )
+        optimizer, num_steps = event["optimizer"], state.max_steps
+        self._attachment = self._options.attach(optimizer, model, num_data=num_data, num_steps=num_steps)
         if saved is not None:
             self._attachment.load_state_dict(saved.attachment)
-        _LOGGER.info("the KL weighs temperature %g / num_data %d", self._temperature, num_data)
         self._shapes = shapes(model)
         self._within_tolerance = self._copy(model)
         self._probe = probe_of(model, args, loader)
@@ -176,16 +147,14 @@ class BayesPruneCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any
     ) -> None:
-        """Sets the temperature of the step that begins.
+        """Looks at the model once more.
 
         Raises:
             RuntimeError: the model was cut since training began.
         """
-        assert self._attachment is not None, "on_train_begin came first"
         check_shapes(event["model"], self._shapes)
         if self._probe is not None:
             self._probe.begin()
-        self._attachment.temperature = self._temperature * ramp((state.global_step + 1) / state.max_steps, self.warmup)
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any
@@ -200,28 +169,18 @@ class BayesPruneCallback(TrainerCallback):
 
     on_pre_optimizer_step = on_substep_end
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
-        """Removes weights where the schedule says so, before this step is logged, evaluated and saved."""
-        if self.prune is None:
-            return
-        target = self.prune.removal_after(state.global_step, state.max_steps)
-        if target is not None:
-            self.prune.remove(event["model"], target)
-            forget_removed(event["optimizer"], event["model"])
-
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
         """Adds to what the loggers, which come after it, are going to write."""
         logs, model = event["logs"], event["model"]
-        if not _is_variational(model):
+        if not is_variational(model):
             return
         if "loss" in logs and self._attachment is not None:
             with torch.no_grad():
                 kl = float(whole(self._attachment.kl_divergence()))
-            temperature = self._attachment.temperature
             added = {
                 "nll": logs.get("nll", logs["loss"]),
                 "kl_nats": kl,
-                "temperature": temperature,
+                "temperature": self._attachment.temperature_at(self._attachment.step),
                 **summarize(model),
             }
         else:
@@ -241,7 +200,7 @@ class BayesPruneCallback(TrainerCallback):
         shortfall = self._shortfall(metrics, state)
         if self._attachment is None or self.tolerance is None or shortfall is None:
             return
-        is_compressed = self.prune is None or self.prune.sparsity_at(state.global_step / state.max_steps) > 0
+        is_compressed = self._options.schedule is None or self._attachment.sparsity > 0
         if not (is_compressed and self.tolerance.is_exceeded(shortfall)):
             self._within_tolerance = self._copy(model)
             return
@@ -293,7 +252,3 @@ class BayesPruneCallback(TrainerCallback):
         if self.tolerance is None or self.tolerance.then != "rollback":
             return None
         return {key: value.detach().to("cpu", copy=True) for key, value in model.state_dict().items()}
-
-
-def _is_variational(model: nn.Module) -> bool:
-    return next(variational_layers(model), None) is not None

@@ -1,29 +1,25 @@
 """What a Trainer's checkpoint needs beside its own files to continue an attachment: one safetensors file, no pickle."""
 
 import hashlib
-import json
 import logging
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from bayesprune.errors import StorageError
-from bayesprune.foundation.sharding import whole
+from bayesprune.foundation.sharding import whole, whole_values
 from bayesprune.layers import named_gates, named_posteriors
+from bayesprune.storage.state import read_about, read_state, write_state
 from bayesprune.train.attachment import Attachment
-from bayesprune.train.state import flattened, restored
 
 _LOGGER = logging.getLogger(__name__)
 
 FILE_NAME = "bayesprune_training.safetensors"
-_FORMAT_VERSION = 2
 _NAMES_DIFFER = (
     "the Trainer loads nothing from checkpoints of a model whose names on disk differ from those in memory. "
     "Put `model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)` before "
@@ -46,19 +42,10 @@ def write(args: TrainingArguments, step: int, attachment: Attachment, model: nn.
     if args.should_save and not directory.is_dir():  # the search for hyperparameters has folders of its own
         _LOGGER.warning("there is no %s: this trial's checkpoint cannot be resumed", directory)
         return
-    tensors, outline = flattened(attachment.state_dict())
-    tensors = {key: whole(value).detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
-    about = {
-        "format_version": _FORMAT_VERSION,
-        "fingerprint": fingerprint(model),
-        "num_data": attachment.num_data,
-        "attachment": outline,
-    }
-    if not args.should_save:
-        return
-    partial = directory / f"{FILE_NAME}.partial"
-    save_file(tensors, partial, metadata={"bayesprune": json.dumps(about)})
-    partial.replace(directory / FILE_NAME)
+    state = whole_values(attachment.state_dict())
+    about = {"fingerprint": fingerprint(model), "num_data": attachment.num_data}
+    if args.should_save:
+        write_state(directory / FILE_NAME, state, about)
 
 
 def read(args: TrainingArguments, step: int, model: nn.Module) -> Saved:
@@ -71,8 +58,8 @@ def read(args: TrainingArguments, step: int, model: nn.Module) -> Saved:
     looked = [directory / FILE_NAME for directory in (*named, _of_step(args, step))]
     expected = fingerprint(model)
     for path in looked:
-        if path.is_file() and (about := _about(path))["fingerprint"] == expected:
-            return _read(path, about)
+        if path.is_file() and (about := read_about(path))["fingerprint"] == expected:
+            return Saved(read_state(path), about["num_data"])
     there = [str(path) for path in looked if path.is_file()]
     if not there:
         raise StorageError(
@@ -90,7 +77,7 @@ def read(args: TrainingArguments, step: int, model: nn.Module) -> Saved:
 def warn_unless_best_is_loaded(directory: str | None, model: nn.Module) -> None:
     """Says so where `load_best_model_at_end` has left the last model in place of the best."""
     path = Path(directory or "") / FILE_NAME
-    if directory and path.is_file() and _about(path)["fingerprint"] != fingerprint(model):
+    if directory and path.is_file() and read_about(path)["fingerprint"] != fingerprint(model):
         warnings.warn(f"the best model, {directory}, was not loaded: {_NAMES_DIFFER}", stacklevel=2)
 
 
@@ -104,23 +91,6 @@ def fingerprint(model: nn.Module) -> str:
 
 def _of_step(args: TrainingArguments, step: int) -> Path:
     return Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-
-
-def _about(path: Path) -> dict[str, Any]:
-    with safe_open(path, "pt") as file:
-        about = json.loads((file.metadata() or {}).get("bayesprune", "{}"))
-    if about.get("format_version") != _FORMAT_VERSION:
-        raise StorageError(
-            f"{path} has format version {about.get('format_version')!r}; expected {_FORMAT_VERSION}. Resume with the "
-            "bayesprune version that saved it."
-        )
-    return about
-
-
-def _read(path: Path, about: dict[str, Any]) -> Saved:
-    with safe_open(path, "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    return Saved(restored(tensors, about["attachment"]), about["num_data"])
 
 
 def _parts(model: nn.Module) -> list[nn.Parameter]:

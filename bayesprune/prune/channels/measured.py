@@ -12,21 +12,21 @@ import math
 from collections.abc import Callable, Collection, Sequence
 
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
 from torch_pruning.dependency import Group
 
-from bayesprune.foundation.macs import macs_by_module
 from bayesprune.foundation.model import eval_mode
 from bayesprune.foundation.target import Target
 from bayesprune.layers import Posterior
 from bayesprune.prune.channels import plan
-from bayesprune.prune.graph.find import find_groups
+from bayesprune.prune.graph.find import groups_in
+from bayesprune.prune.graph.observe import Observed
 from bayesprune.prune.graph.removal import snapshot
 from bayesprune.prune.graph.roots import Layers
 from bayesprune.prune.graph.silenced import silence
 from bayesprune.prune.graph.structure import GRANULARITY, ChannelGroup
 from bayesprune.prune.scores.channels import Importance, SNRImportance, lowest, unit_scores
+from bayesprune.prune.scores.criterion import Criterion
 from bayesprune.prune.scores.weights import snr
 from bayesprune.prune.weights.prune import Score, removable_weights
 
@@ -57,7 +57,7 @@ def slopes(removed: Sequence[int], increases: Sequence[float], total: int) -> Te
     return found
 
 
-class MeasuredImportance(tp.importance.Importance):
+class MeasuredImportance(Criterion):
     """A torch-pruning importance: channels ranked by another one inside each group, by measured losses between groups.
 
     The score of a channel is the increase of the loss that its place in the group's order costs, for each MAC that it
@@ -95,8 +95,9 @@ class MeasuredImportance(tp.importance.Importance):
         _check_levels(levels)
         if per not in ("macs", "channels"):
             raise ValueError(f'per is {per!r}; expected "macs" or "channels".')
-        structure = find_groups(model, example_inputs, granularity=granularity, ignored_layers=ignored_layers)
-        costs = plan.cost_model(model, structure.groups, macs_by_module(model, example_inputs))
+        observed = Observed(model, example_inputs)
+        structure = groups_in(observed, granularity=granularity, ignored_layers=ignored_layers)
+        costs = plan.cost_model(model, structure.groups, observed.macs)
         importance = importance or SNRImportance()
         self._scores: dict[str, Tensor] = {}
         self._names = {id(module): name for name, module in model.named_modules()}
@@ -116,7 +117,7 @@ class MeasuredImportance(tp.importance.Importance):
         """Scores (C,) of the root channels of a group, of the model or of a copy; None where it was not measured."""
         return self._scores.get(group.name)
 
-    def __call__(self, group: Group) -> Tensor | None:  # type: ignore[override]
+    def scores(self, group: Group) -> Tensor | None:
         """Scores (C,) of the root channels of a group; None where it was not measured."""
         scores = self._scores.get(self._names.get(id(group[0].dep.layer), ""))
         return None if scores is None else scores[torch.as_tensor(group[0].root_idxs)]

@@ -6,11 +6,14 @@ the cost of a plan is integer arithmetic and needs no model.
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from bayesprune.layers import VariationalLayer, named_gates
@@ -60,15 +63,22 @@ class CostModel:
         dense = self.cost(what, none)
         return [dense - self.cost(what, [int(other == group) for other in self.groups]) for group in self.groups]
 
+    @cached_property
+    def _sizes(self) -> dict[Axis, int]:
+        return {member.axis: member.size for group in self.groups for member in group.members}
+
+    @cached_property
+    def _steps(self) -> list[tuple[int, Axis, int]]:
+        """Group, axis, and how much of the axis leaves with a unit of the group."""
+        members = ((number, group, member) for number, group in enumerate(self.groups) for member in group.members)
+        return [(number, member.axis, group.positions_per_unit(member)) for number, group, member in members]
+
     def parts(self, what: str, removed: Counts) -> dict[str, int]:
         """The cost by layer after these numbers of units were removed."""
-        sizes: dict[Axis, int] = {}
-        kept: dict[Axis, int] = {}
-        for group, count in zip(self.groups, removed, strict=True):
-            for member in group.members:
-                sizes[member.axis] = member.size
-                kept.setdefault(member.axis, member.size)
-                kept[member.axis] -= count * group.positions_per_unit(member)
+        sizes = self._sizes
+        kept = dict(sizes)
+        for group, axis, each in self._steps:
+            kept[axis] -= removed[group] * each
         parts: dict[str, int] = defaultdict(int)
         for term in self.terms[what]:
             axes = [axis for axis in term.axes if axis in sizes]
@@ -114,18 +124,28 @@ def stock_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 @dataclass(frozen=True)
-class Block:
-    """Units of one group that leave in one step, so that its kept channels stay a multiple of `round_to`."""
+class Order:
+    """The order in which units leave, by blocks of one group that leave in one step.
 
-    group: int
-    units: int
-    key: Any
+    Attributes:
+        groups: The group of each block, by its number, (blocks,).
+        units: How many units leave with each block, (blocks,).
+        levels: How many blocks have left once each level has: those of one level leave together.
+    """
+
+    groups: Tensor
+    units: Tensor
+    levels: Sequence[int]
+
+    def totals(self, num_groups: int, num_levels: int) -> list[int]:
+        """Units that so many levels remove from each group."""
+        end = self.levels[num_levels - 1] if num_levels else 0
+        counts = torch.zeros(num_groups, dtype=torch.long)
+        return counts.index_add_(0, self.groups[:end], self.units[:end]).tolist()
 
 
-def blocks(
-    groups: Sequence[ChannelGroup], scores: Sequence[Sequence[float]], *, uniform: bool, round_to: int
-) -> list[list[Block]]:
-    """The order in which channels leave, as levels of blocks that leave together; a floor per group never leaves.
+def order(groups: Sequence[ChannelGroup], scores: Sequence[Sequence[float]], *, uniform: bool, round_to: int) -> Order:
+    """The order in which channels leave; a floor per group never leaves.
 
     Ranked globally, a level is one block, by the mean score of a channel in it. Ranked inside groups, it is every block
     by which a group reaches the same kept fraction, to the nearest that it can.
@@ -134,63 +154,60 @@ def blocks(
         groups: The groups.
         scores: Scores of each group's units per channel, any order.
         uniform: Rank inside groups.
-        round_to: Kept channels are a multiple of this.
+        round_to: Kept channels are a multiple of this, so that a block is what leaves to come to the next one.
     """
-    found: list[Block] = []
+    of: list[int] = []
+    units: list[int] = []
+    keys: list[Any] = []
     for index, (group, values) in enumerate(zip(groups, scores, strict=True)):
-        ascending, removed = sorted(values), 0
-        for units in _reachable(group, round_to):
-            if uniform:
-                key: Any = Fraction(2 * removed + units, 2 * len(ascending))
-            else:
-                key = math.fsum(ascending[removed : removed + units]) / units
-            found.append(Block(index, units, key))
-            removed += units
-    levels: dict[Any, list[Block]] = defaultdict(list)
-    for number, block in enumerate(found):
-        levels[block.key if uniform else (block.key, number)].append(block)
-    return [levels[key] for key in sorted(levels)]
+        ascending, steps = sorted(values), _reachable(group, round_to)
+        starts = accumulate(steps, initial=0)
+        if uniform:
+            keys += [Fraction(2 * start + step, 2 * len(ascending)) for start, step in zip(starts, steps, strict=False)]
+        else:
+            blocks = (ascending[start : start + step] for start, step in zip(starts, steps, strict=False))
+            keys += [block[0] if len(block) == 1 else math.fsum(block) / len(block) for block in blocks]
+        of += [index] * len(steps)
+        units += steps
+    ranked = sorted(range(len(keys)), key=keys.__getitem__)
+    is_last = (not uniform or keys[one] != keys[other] for one, other in pairwise(ranked))
+    levels = [number for number, ends in enumerate(is_last, 1) if ends] + [len(ranked)] * bool(ranked)
+    places = torch.tensor(ranked, dtype=torch.long)
+    return Order(torch.tensor(of, dtype=torch.long)[places], torch.tensor(units, dtype=torch.long)[places], levels)
 
 
-def fewest(model: CostModel, levels: Sequence[list[Block]], what: str, budget: float, *, gives_back: bool) -> list[int]:
-    """Units to remove from each group: the shortest prefix of the levels whose cost is within the budget.
+def fewest(model: CostModel, order: Order, what: str, budget: float, *, gives_back: bool) -> list[int]:
+    """Units to remove from each group: the first levels of the order whose cost is within the budget.
 
     All levels where none is.
 
     Args:
         model: What removal saves.
-        levels: The order in which blocks leave.
+        order: In which blocks leave.
         what: The cost.
         budget: What it may be.
         gives_back: Whether blocks stay after all that the budget has room for, the last to leave first.
     """
-    low, high = 0, len(levels)
+    num_groups, low, high = len(model.groups), 0, len(order.levels)
     while low < high:
         middle = (low + high) // 2
-        if model.cost(what, totals(model.groups, levels[:middle])) <= budget:
+        if model.cost(what, order.totals(num_groups, middle)) <= budget:
             high = middle
         else:
             low = middle + 1
-    counts = totals(model.groups, levels[:low])
+    counts = order.totals(num_groups, low)
     if not gives_back or model.cost(what, counts) > budget:
         return counts
     leaving: set[int] = set()
-    for block in (block for level in reversed(levels[:low]) for block in level):
-        if block.group not in leaving:
-            counts[block.group] -= block.units
+    end = order.levels[low - 1] if low else 0
+    for group, units in zip(order.groups[:end].flip(0).tolist(), order.units[:end].flip(0).tolist(), strict=True):
+        if group not in leaving:
+            counts[group] -= units
             if model.cost(what, counts) > budget:
-                counts[block.group] += block.units
-                leaving.add(block.group)
-        if len(leaving) == len(model.groups):
+                counts[group] += units
+                leaving.add(group)
+        if len(leaving) == num_groups:
             break
-    return counts
-
-
-def totals(groups: Sequence[ChannelGroup], levels: Iterable[list[Block]]) -> list[int]:
-    """Units that these levels remove from each group."""
-    counts = [0] * len(groups)
-    for block in (block for level in levels for block in level):
-        counts[block.group] += block.units
     return counts
 
 

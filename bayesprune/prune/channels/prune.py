@@ -24,7 +24,8 @@ from bayesprune.prune.channels.calibrated import Calibration, recalibrate_if_bet
 from bayesprune.prune.channels.checks import check_model, checked_target
 from bayesprune.prune.channels.config import follow_config
 from bayesprune.prune.channels.report import ChannelReport, ChannelRow, holdings
-from bayesprune.prune.graph.find import find_groups
+from bayesprune.prune.graph.find import groups_in
+from bayesprune.prune.graph.observe import Observed
 from bayesprune.prune.graph.removal import SHAPE_ERRORS, Selection, lost_inputs, remove, restore_point
 from bayesprune.prune.graph.roots import Layers
 from bayesprune.prune.graph.structure import GRANULARITY, ChannelGroup
@@ -120,8 +121,9 @@ def prune_channels(
             partial(compensate, model, calibration.batches, progress=None) if calibration and compensates else None
         )
     before_cut = folding(model, before_cut)
-    macs = macs_by_module(model, example_inputs)
-    structure = find_groups(model, example_inputs, granularity=granularity, ignored_layers=ignored_layers)
+    observed = Observed(model, example_inputs)
+    structure = groups_in(observed, granularity=granularity, ignored_layers=ignored_layers)
+    macs = observed.macs
     left_whole = dict(structure.left_whole)
     default = {"evidence": EvidenceImportance, "inclusion": InclusionImportance}.get(what, SNRImportance)
     score = _rms_snr if what == "snr" else partial(unit_scores, importance or default())
@@ -269,9 +271,9 @@ def _choose(
     """Units that leave each group; none is an answer where the target is a threshold."""
     if what in ("snr", "evidence", "inclusion"):
         return plan.below(costs.groups, scores, -value if what == "evidence" else value, round_to)
-    levels = plan.blocks(costs.groups, scores, uniform=uniform, round_to=round_to)
+    order = plan.order(costs.groups, scores, uniform=uniform, round_to=round_to)
     dense = costs.cost(what, [0] * len(scores))
-    counts = plan.fewest(costs, levels, what, value * dense, gives_back=not uniform)
+    counts = plan.fewest(costs, order, what, value * dense, gives_back=not uniform)
     if (reached := costs.cost(what, counts)) <= value * dense:
         return counts
     held = holdings(model, costs.parts(what, counts), dense, costs.layers, left_whole)

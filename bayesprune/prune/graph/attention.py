@@ -4,13 +4,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
-from bayesprune.foundation.model import eval_mode, requires_grad, run_forward
+from bayesprune.prune.graph.history import HEAD_ATTRIBUTES, has_heads, last_layers, reached
+from bayesprune.prune.graph.observe import Observed
 from bayesprune.prune.graph.roots import is_linear, layer_sizes
 from bayesprune.prune.graph.state_space import mixer_of
-from bayesprune.prune.graph.trace import HEAD_ATTRIBUTES, has_heads, last_layers, reached, tensors_in, without_cache
 
 _DIM_ATTRIBUTES = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
 _KV_ATTRIBUTES = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
@@ -47,14 +46,14 @@ class Attention:
 
 
 def find_attention(
-    model: nn.Module, example_inputs: Any, ignored_layers: Iterable[nn.Module] = ()
+    observed: Observed, ignored_layers: Iterable[nn.Module] = ()
 ) -> tuple[list[Attention], dict[str, str]]:
     """The attention modules whose heads may go, and why the layers of others stay whole."""
-    ignored = {module for layer in ignored_layers for module in layer.modules()}
+    model, ignored = observed.model, {module for layer in ignored_layers for module in layer.modules()}
     names = {id(module): name for name, module in model.named_modules()}
     modules = [m for m in model.modules() if _knows_heads(m) and any(map(is_linear, m.modules()))]
     modules = [module for module in modules if mixer_of("", module) is None]  # whose heads are no attention
-    behind = _layers_behind(model, modules, example_inputs) if modules else {}
+    behind = _layers_behind(observed, modules) if modules else {}
     inner = _innermost([module for module in modules if len(behind[module]) == 1])
     known = {part for module in inner for part in module.modules()}  # an MLP of position biases knows heads, too
     unsure = [m for m in modules if m not in known and known.isdisjoint(m.modules())]
@@ -103,38 +102,24 @@ def _first(module: nn.Module, names: Iterable[str]) -> int | None:
     return next((value for value in values if type(value) is int and value > 0), None)
 
 
-def _layers_behind(model: nn.Module, modules: list[nn.Module], example_inputs: Any) -> dict[nn.Module, list[nn.Module]]:
+def _layers_behind(observed: Observed, modules: list[nn.Module]) -> dict[nn.Module, list[nn.Module]]:
     """The linear layers that make an attention module's output, or else those that take it in."""
     made_by: dict[Any, nn.Module] = {}
     came_from: dict[Any, nn.Module] = {}
     takes: dict[nn.Module, list[nn.Module]] = {}
     makes: dict[nn.Module, list[nn.Module]] = {}
-
-    def enter_layer(layer: nn.Module, args: tuple[Any, ...]) -> None:
-        for tensor in tensors_in(args[:1]):
-            for module in reached(tensor.grad_fn, came_from, _CONCATENATION):
-                if layer not in module.modules():
-                    takes.setdefault(module, []).append(layer)
-
-    def leave_layer(layer: nn.Module, _: Any, output: Any) -> None:
-        if (first := next(tensors_in(output), None)) is not None:
-            made_by[first.grad_fn] = layer
-
-    def leave_module(module: nn.Module, _: Any, output: Any) -> None:
-        tensor = next(tensors_in(output), None)
-        if tensor is not None:
-            inside = set(module.modules())
-            makes.setdefault(module, []).extend(last_layers(tensor, made_by, inside))
-            came_from[tensor.grad_fn] = module
-
-    linear = [layer for layer in model.modules() if is_linear(layer)]
-    handles = [layer.register_forward_pre_hook(enter_layer) for layer in linear]
-    handles += [layer.register_forward_hook(leave_layer) for layer in linear]
-    handles += [module.register_forward_hook(leave_module) for module in modules]
-    try:
-        with torch.enable_grad(), eval_mode(model), requires_grad(model, True), without_cache(model):
-            run_forward(model, example_inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    inside = {module: set(module.modules()) for module in modules}
+    for call in observed.calls:
+        if not call.is_end:
+            for tensor in call.tensors:
+                for module in reached(tensor.grad_fn, came_from, _CONCATENATION):
+                    if call.module not in inside[module]:
+                        takes.setdefault(module, []).append(call.module)
+        elif call.tensors:
+            output = call.tensors[0]
+            if is_linear(call.module):
+                made_by[output.grad_fn] = call.module
+            if call.module in inside:
+                makes.setdefault(call.module, []).extend(last_layers(output, made_by, inside[call.module]))
+                came_from[output.grad_fn] = call.module
     return {module: list(dict.fromkeys(makes.get(module) or takes.get(module, []))) for module in modules}

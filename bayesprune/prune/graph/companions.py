@@ -10,44 +10,51 @@ built-in pruner makes a smaller parameter is wrapped: the new parameter is tagge
 import functools
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
+from typing import Any
 
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 from torch_pruning.pruner.function import BasePruningFunc
-from torch_pruning.utils import op_counter
 
 from bayesprune.convert import to_variational
 from bayesprune.layers import VariationalLayer, registered_types, variational_type
+from bayesprune.prune.graph.internals import find
 
 TAG = "_bayesprune_kept"
 
 _LOGGER = logging.getLogger(__name__)
 _WRAPPED = "_prune_parameter_and_grad"
 
+_PROBLEMS: dict[Any, str | None] = {}  # of functions that were tried
+
 PruneParameter = Callable[[BasePruningFunc, nn.Parameter, Sequence[int], int], nn.Parameter]
 
 
-def install() -> bool:
-    """Whether stds and masks now follow their means through torch-pruning; wraps it at the first call.
+def follow_stds() -> bool:
+    """Makes stds and masks follow their means through every torch-pruning pruner of this process; whether they do.
 
-    Parameters that torch-pruning cuts also keep their `requires_grad` from then on, and variational layers count in
-    its MAC counter. Where the installed torch-pruning does not work as expected, a warning says so and the answer is
-    False: `prune_channels` then cuts stds and masks itself, a pruner of the user's own does not.
+    Criteria of this library call it when a pruner first asks them for scores. Call it yourself where another criterion
+    ranks the channels of a variational model, before `pruner.step()`. It wraps a function of torch-pruning: parameters
+    that are cut keep their `requires_grad` from then on, and variational layers count in torch-pruning's MAC counter.
+    `prune_channels` needs none of this, and leaves torch-pruning as it is.
+
+    Where the installed torch-pruning does not work as expected, a warning says so and the answer is False.
+
+    Example:
+        >>> import torch, torch_pruning as tp, bayesprune as bp
+        >>> layer = bp.to_variational(torch.nn.Linear(4, 8))
+        >>> bp.prune.follow_stds()
+        True
+        >>> tp.prune_linear_out_channels(layer, [0]).weight_log_std.shape
+        torch.Size([7, 4])
     """
     _count_operations()
-    original = getattr(BasePruningFunc, _WRAPPED, None)
-    if getattr(original, "follows", False):
+    if (problem := _wrap()) is None:
         return True
-    if original is not None:
-        setattr(BasePruningFunc, _WRAPPED, tagging(original))
-    problem = f"BasePruningFunc has no {_WRAPPED}" if original is None else _self_test()
-    if problem is None:
-        return True
-    if original is not None:
-        setattr(BasePruningFunc, _WRAPPED, original)
     warnings.warn(
         f"torch-pruning {version('torch-pruning')} is not as bayesprune expects ({problem}), so the stds of "
         "variational layers do not follow their means in a torch-pruning pruner of your own; use "
@@ -57,6 +64,32 @@ def install() -> bool:
     return False
 
 
+@contextmanager
+def following() -> Iterator[bool]:
+    """Inside, stds and masks follow their means through torch-pruning; yields whether they do."""
+    before = getattr(BasePruningFunc, _WRAPPED, None)
+    try:
+        yield _wrap() is None
+    finally:
+        if before is not None:
+            setattr(BasePruningFunc, _WRAPPED, before)
+
+
+def _wrap() -> str | None:
+    """Wraps torch-pruning's function, unless it is; the problem, and nothing wrapped, where that does not work."""
+    original = getattr(BasePruningFunc, _WRAPPED, None)
+    if original is None:
+        return f"BasePruningFunc has no {_WRAPPED}"
+    if getattr(original, "follows", False):
+        return None
+    setattr(BasePruningFunc, _WRAPPED, tagging(original))
+    if original not in _PROBLEMS:
+        _PROBLEMS[original] = _self_test()
+    if (problem := _PROBLEMS[original]) is not None:
+        setattr(BasePruningFunc, _WRAPPED, original)
+    return problem
+
+
 def tagging(prune: PruneParameter) -> PruneParameter:
     """The same function; its result keeps `requires_grad` and says which indices of which dimension it holds."""
 
@@ -64,7 +97,7 @@ def tagging(prune: PruneParameter) -> PruneParameter:
     def prune_and_tag(
         pruner: BasePruningFunc, weight: nn.Parameter, keep_idxs: Sequence[int], pruning_dim: int
     ) -> nn.Parameter:
-        keep_idxs = sorted(int(index) for index in keep_idxs)  # torch-pruning 1.6 leaves them unsorted for layer norms
+        keep_idxs = sorted(map(int, keep_idxs))  # torch-pruning 1.6 leaves them unsorted for layer norms
         pruned = prune(pruner, weight, keep_idxs, pruning_dim)
         pruned.requires_grad_(weight.requires_grad)
         setattr(pruned, TAG, (pruning_dim % weight.dim(), tuple(keep_idxs)))
@@ -107,7 +140,8 @@ def _agree(mean: Tensor, log_std: Tensor) -> bool:
 
 def _count_operations() -> None:
     """torch-pruning's counter looks types up exactly; unknown ones count zero MACs."""
+    counted = find("utils.op_counter.MODULES_MAPPING")
     for stock in registered_types():
         variational = variational_type(stock)
-        if variational is not None and stock in op_counter.MODULES_MAPPING:
-            op_counter.MODULES_MAPPING.setdefault(variational, op_counter.MODULES_MAPPING[stock])
+        if variational is not None and stock in counted:
+            counted.setdefault(variational, counted[stock])

@@ -13,6 +13,7 @@ from bayesprune.foundation.kinds import STOCK_KINDS, kind_of
 from bayesprune.layers import VariationalLayer
 from bayesprune.layers.stacks import stack_of
 from bayesprune.layers.structures import SUFFIXES
+from bayesprune.prune.graph.positions import Positions
 from bayesprune.prune.graph.roots import is_root, layer_sizes
 
 Axis = tuple[str, str]
@@ -35,17 +36,12 @@ class Member:
     axis: Axis
     dependency: Dependency
     size: int
-    positions: dict[int, list[int]]
+    positions: Positions
 
     @property
     def layer(self) -> nn.Module | Tensor:
         """The layer, or a parameter or buffer that stands in the model by itself."""
         return self.dependency.layer
-
-    @property
-    def num_covered(self) -> int:
-        """How much of the axis the group covers."""
-        return len({position for positions in self.positions.values() for position in positions})
 
 
 def side(dependency: Dependency) -> str:
@@ -110,15 +106,16 @@ def misfit(member: Member) -> str | None:
     if num_blocks(member) > 1:
         if kind_of(layer).is_transposed:
             return f"torch-pruning cannot cut {name}, a grouped transposed convolution"
-        if member.num_covered != member.size:
+        if member.positions.num_places != member.size:
             return f"{name} works on blocks of channels of which only some are in this group"
     return None
 
 
 def overflows(member: Member) -> bool:
     """Whether the graph gives this side positions that it has not, or a parameter too few."""
-    highest = max(position for positions in member.positions.values() for position in positions)
-    return highest >= member.size or (isinstance(member.layer, nn.Parameter) and member.num_covered != member.size)
+    return int(member.positions.places.max()) >= member.size or (
+        isinstance(member.layer, nn.Parameter) and member.positions.num_places != member.size
+    )
 
 
 def _computed_weight(name: str, layer: nn.Module) -> str:

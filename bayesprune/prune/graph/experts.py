@@ -17,6 +17,7 @@ from torch_pruning.pruner.function import BasePruningFunc
 from bayesprune.layers import VariationalLayer
 from bayesprune.layers.stacks import SIZES, Stack, axis_size, select, stack_of, stacks
 from bayesprune.prune.graph.cuts import Member
+from bayesprune.prune.graph.positions import Positions
 from bayesprune.prune.graph.silenced import disagreement
 from bayesprune.prune.graph.structure import ChannelGroup, ChannelStructure, written_down
 
@@ -126,4 +127,4 @@ def _member(name: str, module: nn.Module, stack: Stack, side: str) -> Member:
     pruner, node = ExpertsPruner(stack), Node(module, None, name)  # type: ignore[arg-type]
     cut = pruner.prune_in_channels if side == "in" else pruner.prune_out_channels
     size, positions = stack.axis_size(module, side), stack.positions(module, side)
-    return Member((name, side), Dependency(cut, cut, node, node), size, positions)
+    return Member((name, side), Dependency(cut, cut, node, node), size, Positions.by_root(positions))

@@ -9,12 +9,11 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
-from torch import nn
-from torch_pruning import ops
+import torch
+from torch import Tensor, nn
 from torch_pruning.dependency import Group
 
 from bayesprune.convert import FROZEN
-from bayesprune.foundation.calls import layers_called
 from bayesprune.foundation.text import first_names
 from bayesprune.prune.graph.cuts import (
     CUTTABLE,
@@ -31,13 +30,16 @@ from bayesprune.prune.graph.cuts import (
 from bayesprune.prune.graph.experts import find_experts
 from bayesprune.prune.graph.heads import find_heads
 from bayesprune.prune.graph.held_sizes import with_sizes
+from bayesprune.prune.graph.internals import ElementwiseOperation
 from bayesprune.prune.graph.links import moving
+from bayesprune.prune.graph.observe import Observed
+from bayesprune.prune.graph.positions import Positions
 from bayesprune.prune.graph.residual import Streams
 from bayesprune.prune.graph.residual_heads import attention_left, with_heads
 from bayesprune.prune.graph.roots import Layers, is_frozen, is_root, layer_names
 from bayesprune.prune.graph.state_space import find_mixers
 from bayesprune.prune.graph.structure import GRANULARITY, ChannelGroup, ChannelStructure
-from bayesprune.prune.graph.trace import Trace, quiet, trace
+from bayesprune.prune.graph.trace import quiet
 from bayesprune.prune.graph.uncalled import whole_for_uncalled
 from bayesprune.prune.graph.verify import unverified
 from bayesprune.prune.graph.walk import Reached, largest_axis, walk
@@ -82,17 +84,18 @@ def find_groups(
         UnsupportedModelError: torch-pruning cannot trace the model.
         ValueError: a layer to ignore is not in the model.
     """
-    with layers_called(model):
-        return _find_groups(model, example_inputs, granularity, ignored_layers)
+    return groups_in(Observed(model, example_inputs), granularity=granularity, ignored_layers=ignored_layers)
 
 
-def _find_groups(
-    model: nn.Module, example_inputs: Any, granularity: Collection[str], ignored_layers: Layers
+def groups_in(
+    observed: Observed, *, granularity: Collection[str] = GRANULARITY, ignored_layers: Layers = ()
 ) -> ChannelStructure:
+    """What `find_groups` finds in a model that was looked at already."""
+    model, example_inputs = observed.model, observed.example_inputs
     ignored_layers = [model.get_submodule(name) for name in layer_names(model, ignored_layers)]
     heads = experts = ChannelStructure((), {})
     if "heads" in granularity:
-        heads = find_heads(model, example_inputs, ignored_layers=ignored_layers)
+        heads = find_heads(observed, ignored_layers=ignored_layers)
         mixers = find_mixers(model, ignored_layers=ignored_layers)
         heads = _without_frozen(ChannelStructure((*heads.groups, *mixers.groups), heads.left_whole | mixers.left_whole))
     groups = {group.name: group for group in heads.groups}
@@ -103,15 +106,15 @@ def _find_groups(
         others = {n: _not_asked_for("heads") for n, module in model.named_modules() if is_root(module)}
         left_whole = others | heads.left_whole
     else:
-        finder = _Finder(model, example_inputs, trace(model, example_inputs), ignored_layers, heads.groups)
+        finder = _Finder(observed, ignored_layers, heads.groups)
         found, left_whole = finder.find(granularity)
         if set(granularity) >= {"heads", "width"}:
-            attention = attention_left(model, example_inputs, heads, ignored_layers)
+            attention = attention_left(observed, heads, ignored_layers)
             found = with_heads(model, example_inputs, found, attention, finder.members_of)
         groups |= {group.name: group for group in with_sizes(model, example_inputs, found)}
         left_whole |= {n: reason for n, reason in heads.left_whole.items() if left_whole.get(n) in _OF_HEADS}
     left_whole |= experts.left_whole
-    for group, reason in unverified(model, list(groups.values()), example_inputs).items():
+    for group, reason in unverified(observed, list(groups.values())).items():
         left_whole |= dict.fromkeys(group.layers, reason)
         del groups[group.name]
     covered = {layer for group in groups.values() for layer in (group.name, *(group.layers if group.attention else ()))}
@@ -151,15 +154,9 @@ class _LeftWholeError(Exception):
 class _Finder:
     """Examines one root layer after the other."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        example_inputs: Any,
-        trace: Trace,
-        ignored_layers: Iterable[nn.Module],
-        heads: Iterable[ChannelGroup],
-    ) -> None:
-        self.model, self.example_inputs = model, example_inputs
+    def __init__(self, observed: Observed, ignored_layers: Iterable[nn.Module], heads: Iterable[ChannelGroup]) -> None:
+        model, trace = observed.model, observed.trace
+        self.model, self.example_inputs = model, observed.example_inputs
         self.trace, self.bound = trace, largest_axis(trace.graph)
         self.names = {id(module): name for name, module in model.named_modules()}
         self.names |= {id(parameter): name for name, parameter in model.named_parameters()}
@@ -167,7 +164,7 @@ class _Finder:
         self.ignored = {module for layer in ignored_layers for module in layer.modules()}
         self.holders = tied_parameters(model)
         self.tied = {id(module) for holders in self.holders.values() for module, _ in holders}
-        self.claimed: dict[Axis, set[int]] = defaultdict(set)
+        self.claimed: dict[Axis, list[Tensor]] = defaultdict(list)
         for group in heads:
             self._claim(group.members)
 
@@ -247,7 +244,7 @@ class _Finder:
 
     def _claim(self, members: Iterable[Member]) -> None:
         for member in members:
-            self.claimed[member.axis] |= {p for positions in member.positions.values() for p in positions}
+            self.claimed[member.axis].append(member.positions.places)
 
     def _reached(self, root: nn.Module) -> Reached:
         try:
@@ -269,7 +266,7 @@ class _Finder:
             raise _LeftWholeError(_INSIDE_ATTENTION)
 
     def _check_node(self, node: Any, cut_side: str) -> None:
-        if isinstance(node, ops._ElementWiseOp) and any(part in str(node._grad_fn) for part in _PRODUCTS):
+        if isinstance(node, ElementwiseOperation) and any(part in str(node._grad_fn) for part in _PRODUCTS):
             raise _LeftWholeError(_IN_A_PRODUCT)
         if cut_side == "out" and isinstance(node, nn.Module):
             self._check_layer(node)
@@ -287,13 +284,8 @@ class _Finder:
                 continue
             if None in item.root_idxs:
                 raise _LeftWholeError(_SHARED_BY_HEADS)
-            in_order = {root: [position] for position, root in zip(item.idxs, item.root_idxs, strict=True)}
-            if len(in_order) < len(item.idxs):
-                positions: dict[int, list[int]] = defaultdict(list)
-                for position, root in zip(item.idxs, item.root_idxs, strict=True):
-                    positions[root].append(position)
-                in_order = {root: sorted(found) for root, found in positions.items()}
-            yield Member((self.names[id(layer)], side(item.dep)), item.dep, size, in_order)
+            positions = Positions(item.root_idxs, item.idxs)
+            yield Member((self.names[id(layer)], side(item.dep)), item.dep, size, positions)
 
     @staticmethod
     def _turned(item: Any) -> int | None:
@@ -313,8 +305,7 @@ class _Finder:
                 raise _LeftWholeError(_overflow(member, group))
             if reason := misfit(member):
                 raise _LeftWholeError(reason)
-            claimed = self.claimed.get(member.axis)
-            if claimed and not all(map(claimed.isdisjoint, member.positions.values())):
+            if any(torch.isin(places, member.positions.places).any() for places in self.claimed.get(member.axis, ())):
                 raise _LeftWholeError(
                     f"{member.axis[0]} would lose one channel to two groups, for several layers write to it by turns"
                 )
@@ -334,25 +325,15 @@ class _Finder:
 
     def _units(self, reached: Reached, members: list[Member]) -> list[tuple[int, ...]]:
         channels = reached.group[0].idxs
-        parents = {channel: channel for channel in channels}
-        for member in members:
-            block = member.size // num_blocks(member)
-            first: dict[int, int] = {}
-            for root, positions in member.positions.items() if block < member.size else ():
-                for position in positions:
-                    _join(parents, root, first.setdefault(position % block, root))
-        for one, other in reached.linked:
-            _join(parents, one, other)
-        found: dict[int, list[int]] = defaultdict(list)
-        for channel in channels:
-            found[_representative(parents, channel)].append(channel)
-        units = [tuple(unit) for unit in found.values()]
+        blocks = [member for member in members if num_blocks(member) > 1]
+        if reached.linked or blocks:
+            units = self._linked(channels, reached, blocks)
+        else:
+            units = [(channel,) for channel in channels]
         if len(units) < 2:
             raise _LeftWholeError("its channels can only leave all together, or there is one alone")
         sizes = [[len(unit) for unit in units]]
-        uneven = [
-            m for m in members if len(m.positions) < len(channels) or len(set(map(len, m.positions.values()))) > 1
-        ]
+        uneven = [m for m in members if m.positions.num_roots < len(channels) or not m.positions.is_even]
         sizes += [[sum(len(m.positions.get(root, ())) for root in unit) for unit in units] for m in uneven]
         if any(len(set(counts)) > 1 for counts in sizes):
             raise _LeftWholeError(
@@ -360,10 +341,27 @@ class _Finder:
             )
         return units
 
+    @staticmethod
+    def _linked(channels: list[int], reached: Reached, members: Iterable[Member]) -> list[tuple[int, ...]]:
+        """Sets of channels that leave together: each other's, and those of one place in the blocks of members."""
+        parents = {channel: channel for channel in channels}
+        for member in members:
+            block = member.size // num_blocks(member)
+            first: dict[int, int] = {}
+            for root, positions in member.positions.items():
+                for position in positions:
+                    _join(parents, root, first.setdefault(position % block, root))
+        for one, other in reached.linked:
+            _join(parents, one, other)
+        found: dict[int, list[int]] = defaultdict(list)
+        for channel in channels:
+            found[_representative(parents, channel)].append(channel)
+        return [tuple(unit) for unit in found.values()]
+
 
 def _overflow(member: Member, group: Group) -> str:
     """Why the graph gives a layer channels that it has not."""
-    name, length = member.axis[0], 1 + max(p for positions in member.positions.values() for p in positions)
+    name, length = member.axis[0], 1 + int(member.positions.places.max())
     if isinstance(member.layer, nn.Parameter):
         return (
             f"the parameter {name} meets its channels and has {member.size} entries for {len(member.positions)} of "

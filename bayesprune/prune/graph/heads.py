@@ -24,6 +24,8 @@ from torch_pruning.pruner import function
 
 from bayesprune.prune.graph.attention import Attention, find_attention
 from bayesprune.prune.graph.cuts import Member
+from bayesprune.prune.graph.observe import Observed
+from bayesprune.prune.graph.positions import Positions
 from bayesprune.prune.graph.roots import LINEAR_PRUNER, is_linear, is_unknown_linear, layer_sizes
 from bayesprune.prune.graph.silenced import disagreement
 from bayesprune.prune.graph.structure import ChannelGroup, ChannelStructure, written_down
@@ -63,10 +65,10 @@ _LAYOUTS = (*_LAYOUTS, Layout(interleaved=True))
 _OUTSIDE = Layout(outside=True)
 
 
-def find_heads(model: nn.Module, example_inputs: Any, *, ignored_layers: Iterable[nn.Module] = ()) -> ChannelStructure:
+def find_heads(observed: Observed, *, ignored_layers: Iterable[nn.Module] = ()) -> ChannelStructure:
     """The heads of a model as groups, checked by experiment; the model is as before afterwards."""
-    found, left_whole = find_attention(model, example_inputs, ignored_layers)
-    finder = _Finder(model, example_inputs)
+    found, left_whole = find_attention(observed, ignored_layers)
+    finder = _Finder(observed.model, observed.example_inputs)
     places: dict[str, list[Attention]] = defaultdict(list)
     for attention in found:
         places[re.sub(r"\d+", "#", attention.name)].append(attention)
@@ -141,11 +143,9 @@ class _Finder:
 
     def independent(self, groups: list[ChannelGroup]) -> str | None:
         """What goes wrong when every second group loses a head, another one in each, and the others keep all."""
-        for half in (0, 1):
-            chosen = groups[half::2]
-            if chosen and (problem := self.disagreement(chosen, shift=half)) is not None:
-                return problem
-        return None
+        chosen = [(group, [group.units[(-(-n // 2)) % len(group.units)]]) for n, group in enumerate(groups)]
+        parts = [part for part in (chosen[::2], chosen[1::2]) if part]
+        return disagreement(self.model, chosen, self.example_inputs, parts=parts) if chosen else None
 
     def disagreement(self, groups: list[ChannelGroup], *, shift: int) -> str | None:
         chosen = [(group, [group.units[(index + shift) % len(group.units)]]) for index, group in enumerate(groups)]
@@ -244,20 +244,21 @@ def _tensor(attention: Attention, name: str, tensor: Tensor) -> Iterator[Member]
     node.pruning_dim = dims[0]
     node.type = ops.OPTYPE.PARAMETER
     cut = function.prune_parameter_out_channels
-    yield Member((name, "out"), Dependency(cut, cut, node, node), tensor.shape[dims[0]], positions)
+    yield Member((name, "out"), Dependency(cut, cut, node, node), tensor.shape[dims[0]], Positions.by_root(positions))
 
 
 def _embedding(attention: Attention, name: str, layer: nn.Embedding) -> Member:
     cut, node = function.prune_embedding_out_channels, Node(layer, None, name)  # type: ignore[arg-type]
     positions = _positions(attention, [(attention.num_heads, 1)])
-    return Member((name, "out"), Dependency(cut, cut, node, node), attention.num_heads, positions)
+    return Member((name, "out"), Dependency(cut, cut, node, node), attention.num_heads, Positions.by_root(positions))
 
 
 def _linear(attention: Attention, name: str, layer: nn.Module, side: str, positions: Mapping[int, list[int]]) -> Member:
     pruner: Any = LINEAR_PRUNER if is_unknown_linear(layer) else function.PrunerBox[ops.OPTYPE.LINEAR]
     cut = pruner.prune_in_channels if side == "in" else pruner.prune_out_channels
     node = Node(layer, None, name)  # type: ignore[arg-type]
-    return Member((name, side), Dependency(cut, cut, node, node), layer_sizes(layer)[side == "out"], dict(positions))
+    size = layer_sizes(layer)[side == "out"]
+    return Member((name, side), Dependency(cut, cut, node, node), size, Positions.by_root(positions))
 
 
 def _group(place: list[Attention], members: list[Member], layout: Layout) -> ChannelGroup:

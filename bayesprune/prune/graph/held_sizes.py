@@ -52,7 +52,7 @@ def _held(model: nn.Module, group: ChannelGroup) -> Iterator[_Attribute]:
     sizes: dict[int, int | None] = {}
     for member in group.members:
         each = group.positions_per_unit(member)
-        if member.num_covered == member.size:
+        if member.positions.num_places == member.size:
             sizes[member.size] = each if sizes.get(member.size, each) == each else None
     paths = {path: None for member in group.members for path in _above(member.axis[0], _LEVELS)}
     for module in (model.get_submodule(path) for path in paths):

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch_pruning as tp
 from torch import nn
-from torch_pruning import ops
 from torch_pruning.dependency import Group, Node
-from torch_pruning.dependency.shape_infer import infer_out_channels_recursively
 
+from bayesprune.prune.graph.internals import ElementwiseOperation, infer_out_channels_recursively
 from bayesprune.prune.graph.mapping import signed
 
 # Operations in which a buffer of one number for each channel may meet the channels.
@@ -39,7 +38,7 @@ def unlink(graph: tp.DependencyGraph, buffers: Collection[nn.Parameter]) -> None
     """
     node_of = {node.grad_fn: node for node in graph.module2node.values()}
     for node in list(graph.module2node.values()):
-        if isinstance(node.module, ops._ElementWiseOp):
+        if isinstance(node.module, ElementwiseOperation):
             for before in [*_broadcast(graph, node, node_of), *_summed_over(graph, node, node_of)]:
                 _separate(before, node)
     made_of_buffers = {graph.module2node[b] for b in buffers if b in graph.module2node}

@@ -14,18 +14,20 @@ from typing import Any
 
 import torch_pruning as tp
 from torch_pruning import ops
-from torch_pruning._helpers import _HybridIndex
 from torch_pruning.dependency import Dependency, Node
-from torch_pruning.dependency.index_mapping import (
-    _ConcatIndexMapping,
-    _FlattenIndexMapping,
-    _SliceIndexMapping,
-    _SplitIndexMapping,
+
+from bayesprune.prune.graph.internals import (
+    ConcatMapping,
+    FlattenMapping,
+    HybridIndex,
+    SliceMapping,
+    SplitMapping,
+    infer_in_channels_recursively,
+    infer_out_channels_recursively,
     update_expand_index_mapping,
     update_reshape_index_mapping,
     update_unbind_index_mapping,
 )
-from torch_pruning.dependency.shape_infer import infer_in_channels_recursively, infer_out_channels_recursively
 
 _Part = tuple[int, int]
 
@@ -100,11 +102,11 @@ class _Paths:
     num_paths: int
     reverse: bool = False
 
-    def __call__(self, indices: list[_HybridIndex]) -> list[_HybridIndex]:
+    def __call__(self, indices: list[Any]) -> list[Any]:
         if not self.reverse:
-            return list(dict.fromkeys(_HybridIndex(i.idx % self.size, i.root_idx) for i in indices))
+            return list(dict.fromkeys(HybridIndex(i.idx % self.size, i.root_idx) for i in indices))
         starts = range(0, self.size * self.num_paths, self.size)
-        return [_HybridIndex(i.idx + start, i.root_idx) for i in indices for start in starts]
+        return [HybridIndex(i.idx + start, i.root_idx) for i in indices for start in starts]
 
 
 def _map_reshape(graph: tp.DependencyGraph, node: Node) -> None:
@@ -117,7 +119,7 @@ def _map_reshape(graph: tp.DependencyGraph, node: Node) -> None:
     around = [*node.inputs, *node.outputs]
     pairs = [pair for other in around for pair in ((node, other), (other, node))]
     edges = [(source, d) for source, target in pairs for d in source.dependencies if d.target is target]
-    flattened = [d for _, d in edges if isinstance(d.index_mapping[0], _FlattenIndexMapping)]
+    flattened = [d for _, d in edges if isinstance(d.index_mapping[0], FlattenMapping)]
     if _is_cut_into_paths(graph, node, old, new):
         for dependency in flattened:
             _set(dependency, 0, None)
@@ -141,7 +143,7 @@ def _map_reshape(graph: tp.DependencyGraph, node: Node) -> None:
         for source, dependency in edges:
             other = dependency.target if source is node else source
             if other in node.inputs:
-                _set(dependency, 0, _FlattenIndexMapping(stride, reverse=source is node))
+                _set(dependency, 0, FlattenMapping(stride, reverse=source is node))
 
 
 def _is_cut_into_paths(graph: tp.DependencyGraph, node: Node, old: Any, new: Any) -> bool:
@@ -176,8 +178,8 @@ def _map_split(graph: Graph, node: Node) -> None:
         if not len(numbers) == len(forth) == len(back):
             continue  # a module that is called several times
         for number, one, other in zip(numbers, forth, back, strict=True):
-            _set(one, 0, _SplitIndexMapping(parts[number]))
-            _set(other, 0, _SplitIndexMapping(parts[number], reverse=True))
+            _set(one, 0, SplitMapping(parts[number]))
+            _set(other, 0, SplitMapping(parts[number], reverse=True))
 
 
 def _map_slice(graph: Graph, node: Node) -> None:
@@ -196,7 +198,7 @@ def _map_slice(graph: Graph, node: Node) -> None:
         for source, target in ((before, node), (node, before)):
             for dependency in source.dependencies:
                 if dependency.target is target:
-                    _set(dependency, 0, _SliceIndexMapping(dim, start, step, end, reverse=source is node))
+                    _set(dependency, 0, SliceMapping(dim, start, step, end, reverse=source is node))
 
 
 def _split(node: Node) -> tuple[Any, int, list[_Part]]:
@@ -232,8 +234,8 @@ def _map_concatenation(graph: tp.DependencyGraph, node: Node) -> None:
             places[before] = zip(_edges(before, node, before.outputs), _edges(node, before, node.inputs), strict=True)
         one, other = next(places[before])
         part = (start, start + size)
-        _set(one, 1, _ConcatIndexMapping(part) if is_mapped else None)
-        _set(other, 1, _ConcatIndexMapping(part, reverse=True) if is_mapped else None)
+        _set(one, 1, ConcatMapping(part) if is_mapped else None)
+        _set(other, 1, ConcatMapping(part, reverse=True) if is_mapped else None)
 
 
 def _concatenated(node: Node) -> list[_Part] | None:

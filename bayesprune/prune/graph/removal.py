@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from bayesprune.layers import VariationalLayer
-from bayesprune.prune.graph.companions import TAG, install
+from bayesprune.prune.graph.companions import TAG, following
 from bayesprune.prune.graph.cuts import Axis, Member, cut_parameters, gains, num_blocks, tied_parameters
 from bayesprune.prune.graph.structure import ChannelGroup
 
@@ -40,12 +40,12 @@ def remove(model: nn.Module, selection: Selection) -> Callable[[], None]:
     Stds, masks and gradients follow their means, numbers of heads the heads; `requires_grad`, ties and modes stay as
     they were. Optimizers keep the old parameters.
     """
-    follows = install()
     undo = snapshot(model)
     try:
         ties, frozen = tied_parameters(model), _frozen(model)
-        for member, positions in _positions(selection):
-            _cut(model, member, positions, follows=follows)
+        with following() as follows:
+            for member, positions in _positions(selection):
+                _cut(model, member, positions, follows=follows)
         for group, units in selection:
             for module, name, each in group.attributes if units else ():
                 setattr(module, name, getattr(module, name) - each * len(units))
@@ -93,19 +93,22 @@ def lost_inputs(selection: Selection) -> dict[str, list[int]]:
     """Positions of the inputs that each layer loses."""
     lost: dict[str, set[int]] = defaultdict(set)
     for group, units in selection:
-        for member in (m for m in group.members if m.axis[1] == "in"):
-            lost[member.axis[0]].update(p for unit in units for root in unit for p in member.positions.get(root, ()))
+        roots = torch.tensor(units, dtype=torch.long).flatten()
+        for member in (m for m in group.members if m.axis[1] == "in" and units):
+            lost[member.axis[0]].update(member.positions.of(roots).tolist())
     return {name: sorted(positions) for name, positions in lost.items() if positions}
 
 
 def _positions(selection: Selection) -> Iterable[tuple[Member, list[int]]]:
     members: dict[Axis, Member] = {}
-    positions: dict[Axis, set[int]] = defaultdict(set)
+    positions: dict[Axis, list[Tensor]] = defaultdict(list)
     for group, units in selection:
+        roots = torch.tensor(units, dtype=torch.long).flatten()
         for member in group.members if units else ():
             members[member.axis] = member
-            positions[member.axis].update(p for unit in units for root in unit for p in member.positions.get(root, ()))
-    return [(member, sorted(positions[axis])) for axis, member in members.items() if positions[axis]]
+            positions[member.axis].append(member.positions.of(roots))
+    found = {axis: torch.cat(some).unique().tolist() for axis, some in positions.items()}
+    return [(member, found[axis]) for axis, member in members.items() if found[axis]]
 
 
 def _cut(model: nn.Module, member: Member, positions: list[int], *, follows: bool) -> None:

@@ -5,10 +5,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch_pruning as tp
-from torch_pruning import ops
 from torch_pruning.dependency import Node
 
 from bayesprune.prune.graph.cuts import is_depthwise
+from bayesprune.prune.graph.internals import ElementwiseOperation
 from bayesprune.prune.graph.roots import is_root
 from bayesprune.prune.graph.structure import ChannelGroup
 
@@ -51,7 +51,7 @@ class Streams:
 
 
 def _is_sum(node: Node) -> bool:
-    is_sum = isinstance(node.module, ops._ElementWiseOp) and "Add" in str(node.module._grad_fn)
+    is_sum = isinstance(node.module, ElementwiseOperation) and "Add" in str(node.module._grad_fn)
     return is_sum and len(node.inputs) > 1
 
 

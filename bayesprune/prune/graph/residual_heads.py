@@ -15,19 +15,18 @@ from torch_pruning.dependency import Group
 from bayesprune.prune.graph.attention import Attention, find_attention
 from bayesprune.prune.graph.cuts import Member
 from bayesprune.prune.graph.heads import HEADS_STAY, in_every_layout
+from bayesprune.prune.graph.observe import Observed
 from bayesprune.prune.graph.roots import is_root
 from bayesprune.prune.graph.structure import ChannelGroup, ChannelStructure
 from bayesprune.prune.graph.trials import is_right, missed
 
 
-def attention_left(
-    model: nn.Module, example_inputs: Any, heads: ChannelStructure, ignored_layers: Iterable[nn.Module]
-) -> list[Attention]:
+def attention_left(observed: Observed, heads: ChannelStructure, ignored_layers: Iterable[nn.Module]) -> list[Attention]:
     """The attention modules whose heads were not found to leave by themselves."""
     solved = {name for group in heads.groups for name in group.attention}
     if not any(reason.startswith(HEADS_STAY) for reason in heads.left_whole.values()):
         return []
-    return [a for a in find_attention(model, example_inputs, ignored_layers)[0] if a.name not in solved]
+    return [a for a in find_attention(observed, ignored_layers)[0] if a.name not in solved]
 
 
 def with_heads(
@@ -46,6 +45,8 @@ def with_heads(
         attention: Modules whose heads do not leave by themselves.
         members_of: All that leaves with the outputs of a layer.
     """
+    if not attention:
+        return list(groups)
     return [_with_heads(model, example_inputs, group, attention, members_of) or group for group in groups]
 
 

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from bayesprune.foundation.kinds import EMBEDDING, kind_of
-from bayesprune.foundation.model import run_forward
+from bayesprune.foundation.model import tensors_in
 from bayesprune.prune.graph.cuts import cut_parameters, num_stacked
 from bayesprune.prune.graph.removal import SHAPE_ERRORS, Selection, remove, snapshot
-from bayesprune.prune.graph.steady import steady
+from bayesprune.prune.graph.steady import steady_forward
 from bayesprune.prune.graph.structure import ChannelGroup
-from bayesprune.prune.graph.trace import tensors_in
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 """Largest difference of what the layers behind put out, relative to the largest value; 0.1 in lower precision."""
@@ -29,12 +28,23 @@ _PERIOD = 65521  # of the random numbers; a prime, so that no two rows repeat ea
 
 @torch.no_grad()
 def disagreement(
-    model: nn.Module, selection: Selection, example_inputs: Any, *, to_the_end: bool = False
+    model: nn.Module,
+    selection: Selection,
+    example_inputs: Any,
+    *,
+    parts: Sequence[Selection] | None = None,
+    to_the_end: bool = False,
 ) -> str | None:
     """How the model without these heads differs from the one that ignores them; None where it does not.
 
-    The model is as before afterwards. What the layers behind the heads put out is compared, and the outputs of the
-    model where it is asked for.
+    The model is as before afterwards. What the layers behind the heads put out is compared.
+
+    Args:
+        model: With the heads.
+        selection: Groups, and the units that leave each.
+        example_inputs: Of the model.
+        parts: Of the selection, one of which leaves at a time while the others are ignored; None is all together.
+        to_the_end: Whether the outputs of the model are compared, too.
     """
     undo = snapshot(model)
     try:
@@ -45,14 +55,25 @@ def disagreement(
         for group, units in selection:
             silence(model, group, units)
         expected = _outputs_behind(model, selection, example_inputs, to_the_end)
-        uncut()
-        try:
-            remove(model, selection)
-            found = _outputs_behind(model, selection, example_inputs, to_the_end)
-        except SHAPE_ERRORS as error:
-            return f"the model does not run without one ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+        for part in [selection] if parts is None else parts:
+            uncut()
+            try:
+                for group, units in selection:
+                    if all(group is not removed for removed, _ in part):
+                        silence(model, group, units)
+                remove(model, part)
+                found = _outputs_behind(model, selection, example_inputs, to_the_end)
+            except SHAPE_ERRORS as error:
+                first_line = str(error).partition(chr(10))[0]
+                return f"the model does not run without one ({type(error).__name__}: {first_line})"
+            if (problem := _difference(found, expected)) is not None:
+                return problem
     finally:
         undo()
+    return None
+
+
+def _difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> str | None:
     if not expected:
         return "the layer behind its heads is not called on example_inputs, so nothing can be checked"
     if not all(output.isfinite().all() for output in expected):
@@ -96,8 +117,9 @@ def silence(model: nn.Module, group: ChannelGroup, units: Any) -> None:
 
     Layers behind read them, and parameters of the model's own may, as the gate of an additive attention does.
     """
-    for member in group.members:
-        gone = [p for unit in units for root in unit for p in member.positions.get(root, ())]
+    roots = torch.tensor(units, dtype=torch.long).flatten()
+    for member in group.members if len(roots) else ():
+        gone = member.positions.of(roots).tolist()
         if member.axis[1] == "in":
             assert isinstance(member.layer, nn.Module), "the layer behind the heads is linear"
             silence_inputs(member.layer, gone)
@@ -134,8 +156,7 @@ def _outputs_behind(model: nn.Module, selection: Selection, example_inputs: Any,
     cut = {layer for layer, side in axes if side == "out" and not num_stacked(layer)}  # these put out less
     handles = [layer.register_forward_hook(keep) for layer, side in axes if side == "in" and layer not in cut]
     try:
-        with steady(model):
-            given = tensors_in(run_forward(model, example_inputs))
+        given = tensors_in(steady_forward(model, example_inputs))
     finally:
         for handle in handles:
             handle.remove()

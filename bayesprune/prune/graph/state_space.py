@@ -17,6 +17,7 @@ from torch_pruning.dependency import Dependency, Node
 from torch_pruning.pruner import function
 
 from bayesprune.prune.graph.cuts import Member, is_depthwise
+from bayesprune.prune.graph.positions import Positions
 from bayesprune.prune.graph.structure import ChannelGroup, ChannelStructure, written_down
 
 _SIZES = ("num_heads", "head_dim", "n_groups", "ssm_state_size", "intermediate_size", "conv_dim")
@@ -142,11 +143,11 @@ def _members(mixer: Mixer) -> Iterator[Member]:
 
 def _layer(name: str, layer: nn.Module, side: str, cut: Any, size: int, positions: dict[int, list[int]]) -> Member:
     node = Node(layer, None, name)  # type: ignore[arg-type]
-    return Member((name, side), Dependency(cut, cut, node, node), size, positions)
+    return Member((name, side), Dependency(cut, cut, node, node), size, Positions.by_root(positions))
 
 
 def _tensor(name: str, tensor: Any, dim: int, positions: dict[int, list[int]]) -> Member:
     assert isinstance(tensor, Tensor), "it has sizes"
     node, cut = Node(tensor, None, name), function.prune_parameter_out_channels  # type: ignore[arg-type]
     node.pruning_dim, node.type = dim, ops.OPTYPE.PARAMETER
-    return Member((name, "out"), Dependency(cut, cut, node, node), tensor.shape[dim], positions)
+    return Member((name, "out"), Dependency(cut, cut, node, node), tensor.shape[dim], Positions.by_root(positions))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -43,6 +44,11 @@ class ChannelGroup:
     num_experts: int = 0
     multiple: int = 1
 
+    @cached_property
+    def roots(self) -> Tensor:
+        """Root channels by unit, (units, channels of a unit)."""
+        return torch.tensor(self.units, dtype=torch.long)
+
     @property
     def unit_size(self) -> int:
         """Channels in a unit: the number of groups of a grouped convolution, the size of a head, usually 1."""
@@ -78,7 +84,7 @@ class ChannelGroup:
 
     def positions_per_unit(self, member: Member) -> int:
         """Positions along the member's axis that one unit takes along."""
-        return sum(len(member.positions.get(channel, ())) for channel in self.units[0])
+        return len(member.positions.of(self.roots[0]))
 
 
 @dataclass(frozen=True)

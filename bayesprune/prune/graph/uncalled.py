@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from bayesprune.foundation.calls import layers_called
 from bayesprune.foundation.kinds import EMBEDDING, kind_of
-from bayesprune.foundation.model import requires_grad, run_forward
+from bayesprune.foundation.model import requires_grad, run_forward, tensors_in
+from bayesprune.prune.graph.history import walk
 from bayesprune.prune.graph.removal import snapshot
 from bayesprune.prune.graph.roots import is_linear, is_root, layer_sizes
 from bayesprune.prune.graph.structure import ChannelGroup
-from bayesprune.prune.graph.trace import tensors_in, walk
 
 _NEXT = "pass example_inputs with which the model calls it, or delete it from the model if it is not needed"
 
@@ -72,7 +73,7 @@ def _feeders_in_training(
     try:
         for module in model.modules():  # running statistics and their like are written in place
             module._buffers.update({name: b.clone() for name, b in module._buffers.items() if b is not None})
-        with torch.enable_grad(), requires_grad(model, True), torch.random.fork_rng(devices):
+        with torch.enable_grad(), requires_grad(model, True), layers_called(model), torch.random.fork_rng(devices):
             run_forward(model.train(), example_inputs)
     except Exception:  # noqa: BLE001 (it may want targets, or more than one example; what ran until then is known)
         pass

@@ -9,26 +9,26 @@ whose order makes no difference to what reads it is tried again with random weig
 help.
 """
 
-import random
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bayesprune.foundation.kinds import kind_of
-from bayesprune.foundation.model import run_forward
+from bayesprune.foundation.model import tensors_in
 from bayesprune.layers.stacks import select
 from bayesprune.prune.graph.cuts import Axis, Member, cut_parameters, is_depthwise, num_blocks, num_stacked
 from bayesprune.prune.graph.links import moving
+from bayesprune.prune.graph.observe import Key, Observed, reading
 from bayesprune.prune.graph.removal import SHAPE_ERRORS, snapshot
 from bayesprune.prune.graph.roots import is_root
 from bayesprune.prune.graph.silenced import randomise
-from bayesprune.prune.graph.steady import steady
+from bayesprune.prune.graph.steady import steady_forward
 from bayesprune.prune.graph.structure import ChannelGroup
-from bayesprune.prune.graph.trace import tensors_in
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 """Largest difference, relative to what an order that nothing follows changes; 0.1 in lower precision."""
@@ -41,10 +41,8 @@ UNCHECKED = (
 _FEW = 8  # units; the orders of fewer may be alike by chance
 _MARGIN = 10.0  # over what rounding does, which is known by its size alone
 
-_Key = tuple[str, int]  # a layer and the number of its call; "" and a number for an output of the model
 
-
-def unverified(model: nn.Module, groups: Sequence[ChannelGroup], example_inputs: Any) -> dict[ChannelGroup, str]:
+def unverified(observed: Observed, groups: Sequence[ChannelGroup]) -> dict[ChannelGroup, str]:
     """The groups whose channels do not hang together as the graph says, or may not, with the reason.
 
     The model is as before afterwards. A few wrong ones among many are found by halves, in a number of forwards that
@@ -52,7 +50,8 @@ def unverified(model: nn.Module, groups: Sequence[ChannelGroup], example_inputs:
     """
     if not groups:
         return {}
-    experiment = _Experiment(model, example_inputs)
+    model, example_inputs = observed.model, observed.example_inputs
+    experiment = _Experiment(model, example_inputs, observed.reads)
     reasons = experiment.wrong(groups)
     rest = [group for group in groups if group not in reasons and not experiment.tells(group, every_reader=True)]
     if rest:
@@ -61,7 +60,7 @@ def unverified(model: nn.Module, groups: Sequence[ChannelGroup], example_inputs:
             generator = torch.Generator().manual_seed(0)
             for group in rest:
                 randomise(model, group, generator)
-            experiment = _Experiment(model, example_inputs)
+            experiment = _Experiment(model, example_inputs, _reads(model, example_inputs))
             reasons |= experiment.wrong(rest)
             reasons |= {g: UNCHECKED for g in rest if g not in reasons and not experiment.tells(g, every_reader=False)}
         finally:
@@ -85,7 +84,10 @@ class Order:
 
     def of(self, tensor: Tensor) -> Tensor:
         """What the layer of this axis reads, in this order."""
-        return tensor.index_select(_dim(self.member.layer, tensor), self.order.to(tensor.device))
+        dim, order = _dim(self.member.layer, tensor), self.order.to(tensor.device)
+        if dim == tensor.dim() - 1 > 1:  # of a matrix torch does this ten times as fast
+            return tensor.flatten(0, -2).index_select(1, order).view(tensor.shape)
+        return tensor.index_select(dim, order)
 
 
 def permute(model: nn.Module, groups: Iterable[ChannelGroup], *, linked: bool = True) -> dict[Axis, Order]:
@@ -98,7 +100,7 @@ def permute(model: nn.Module, groups: Iterable[ChannelGroup], *, linked: bool = 
     """
     orders = _orders(groups)
     for order in orders.values():
-        if linked or _reads(order.member):
+        if linked or _is_reader(order.member):
             _permute(model, order.member, order.order)
     return orders
 
@@ -106,12 +108,12 @@ def permute(model: nn.Module, groups: Iterable[ChannelGroup], *, linked: bool = 
 def _orders(groups: Iterable[ChannelGroup]) -> dict[Axis, Order]:
     orders: dict[Axis, Order] = {}
     for number, group in enumerate(groups):
-        shuffled = torch.tensor(_without_fixed_points(len(group.units), f"{group.name} {group.attention}"))
+        shuffled = _without_fixed_points(len(group.units), f"{group.name} {group.attention}")
         for member in group.members:
             size = member.size
             start = Order(member, torch.arange(size), torch.full((size,), -1))
             found = orders.setdefault(member.axis, start)
-            by_unit = _by_unit(group, member)
+            by_unit = member.positions.of(group.roots.flatten()).view(len(group.units), -1)
             found.order[by_unit] = by_unit[shuffled]
             found.owner[by_unit] = number
     return orders
@@ -125,22 +127,13 @@ def _rounds(groups: Sequence[ChannelGroup]) -> list[list[ChannelGroup]]:
     return [*rounds[:-1], many + rounds[-1]] if rounds else [many]
 
 
-def _by_unit(group: ChannelGroup, member: Member) -> Tensor:
-    """Positions along the member's axis, (units, positions of each), which are equally many."""
-    roots = (root for unit in group.units for root in unit)
-    return torch.tensor([p for root in roots for p in member.positions.get(root, ())]).view(len(group.units), -1)
+def _without_fixed_points(size: int, seed: str) -> Tensor:
+    """A random order that is one cycle."""
+    cycle = torch.randperm(size, generator=torch.Generator().manual_seed(zlib.crc32(seed.encode())))
+    return torch.empty_like(cycle).index_copy_(0, cycle, cycle.roll(1))
 
 
-def _without_fixed_points(size: int, seed: str) -> list[int]:
-    """A random cyclic order (Sattolo's)."""
-    order, numbers = list(range(size)), random.Random(seed)
-    for last in range(size - 1, 0, -1):
-        other = numbers.randrange(last)
-        order[last], order[other] = order[other], order[last]
-    return order
-
-
-def _reads(member: Member) -> bool:
+def _is_reader(member: Member) -> bool:
     return member.axis[1] == "in"
 
 
@@ -152,7 +145,7 @@ def _permute(model: nn.Module, member: Member, order: Tensor) -> None:
         return
     for name, dim in cut_parameters(layer, member.axis[1]):
         # The blocks of a grouped convolution all have the same order inside.
-        inside = order[: member.size // num_blocks(member)] if _reads(member) else order
+        inside = order[: member.size // num_blocks(member)] if _is_reader(member) else order
         for key in (name, f"{name}_mask") if f"{name}_mask" in layer._buffers else (name,):
             _replace(layer, key, dim, inside, num_stacked(layer))
     for name in ("running_mean", "running_var"):
@@ -172,14 +165,15 @@ def _replace(holder: nn.Module, name: str, dim: int, order: Tensor, stacked: int
 class _Experiment:
     """A model, its example, and what its layers read of it."""
 
-    def __init__(self, model: nn.Module, example_inputs: Any) -> None:
-        self.model, self.example_inputs = model, example_inputs
+    def __init__(self, model: nn.Module, example_inputs: Any, seen: dict[Key, Tensor]) -> None:
+        self.model, self.example_inputs, self.seen = model, example_inputs, seen
         self.layers = {name: module for name, module in model.named_modules() if is_root(module)}
-        self.seen = self._run()
-        self.known_rounding: dict[_Key, Tensor] | None = None
+        self.sizes = {key: _by_channel(self.layers.get(key[0]), tensor) for key, tensor in seen.items()}
+        self.finite = {key for key, size in self.sizes.items() if size.isfinite().all()}
+        self.known_rounding: dict[Key, Tensor] | None = None
 
     @property
-    def rounding(self) -> dict[_Key, Tensor]:
+    def rounding(self) -> dict[Key, Tensor]:
         """What a change of one unit in the last place, in all that layers read, does to each observation."""
         if self.known_rounding is None:
             self.known_rounding = self._changes(lambda: None, jitter=True)
@@ -187,7 +181,7 @@ class _Experiment:
 
     def wrong(self, groups: Sequence[ChannelGroup]) -> dict[ChannelGroup, str]:
         """The groups that are not left alone by another order of their channels, and who is not."""
-        unlinked = self._changes(lambda: permute(self.model, groups, linked=False))
+        unlinked = cache(lambda: self._changes(lambda: permute(self.model, groups, linked=False)))
         wrong: dict[ChannelGroup, str] = {}
         pending = _rounds(groups)
         while pending:
@@ -204,44 +198,47 @@ class _Experiment:
         """Whether a wrong index would have been seen: the order matters to every, or to any, layer that reads it."""
         found = []
         for order in _orders([group]).values():
-            for key in self._keys(order.member.axis) if _reads(order.member) else ():
-                before = self.seen[key]
-                change = (order.of(before) - before).abs().max()
-                found.append(self._is_visible(key, change))
+            found += [self._matters(key, order) for key in self._keys(order.member.axis) if _is_reader(order.member)]
         if found:
             return all(found) if every_reader else any(found)
         changes = self._changes(lambda: self._move_one_axis(group))  # it is read by operations alone
-        return any(self._is_visible(key, changes[key].max()) for key in self.seen if self.seen[key].isfinite().all())
+        return any(self._is_visible(key, changes[key].max()) for key in self.finite)
+
+    def _matters(self, key: Key, order: Order) -> bool:
+        before = self.seen[key]
+        dim = _dim(order.member.layer, before)
+        some = before[tuple(slice(None) if d == dim else slice(2) for d in range(before.dim()))]
+        return any(self._is_visible(key, (order.of(part) - part).abs().max()) for part in (some, before))
 
     def _move_one_axis(self, group: ChannelGroup) -> None:
         order = next(iter(_orders([group]).values()))
         _permute(self.model, order.member, order.order)
 
-    def _keys(self, axis: Axis) -> list[_Key]:
-        return [key for key, seen in self.seen.items() if key[0] == axis[0] and seen.isfinite().all()]
+    def _keys(self, axis: Axis) -> list[Key]:
+        return [key for key in self.seen if key[0] == axis[0] and key in self.finite]
 
-    def _is_visible(self, key: _Key, change: Tensor) -> bool:
-        seen = self.seen[key]
-        floor = 100 * torch.finfo(seen.dtype).eps * seen.abs().max()
+    def _is_visible(self, key: Key, change: Tensor) -> bool:
+        floor = 100 * torch.finfo(self.seen[key].dtype).eps * self.sizes[key].max()
         if self.known_rounding is not None:
             floor = torch.maximum(floor, 10 * _MARGIN * self.known_rounding[key].max())
         return bool(change > floor)
 
-    def _differs(self, groups: Sequence[ChannelGroup], unlinked: dict[_Key, Tensor]) -> str | None:
+    def _differs(self, groups: Sequence[ChannelGroup], unlinked: Callable[[], dict[Key, Tensor]]) -> str | None:
         """What sees more than another order when these groups get one; None where nothing does."""
         undo = snapshot(self.model)
         try:
             orders = permute(self.model, groups)
-            found = self._run()
+            sides = {name: "out" if is_depthwise(layer) else "in" for name, layer in self.layers.items()}
+            read = {name: orders[name, side] for name, side in sides.items() if (name, side) in orders}
+            found = self._errors(read)
         except SHAPE_ERRORS as error:  # as where two groups ask for orders that no layer can have
             return f"the model does not run with its channels in another order ({type(error).__name__})"
         finally:
             undo()
-        for key, before in self.seen.items():
-            name, layer = key[0], self.layers.get(key[0])
-            order = orders.get((name, "out" if layer is not None and is_depthwise(layer) else "in"))
-            if before.isfinite().all() and not self._is_right(key, found.get(key), order, unlinked[key]):
-                who = f"{name} does not read" if layer is not None else "the model does not give"
+        for key in (key for key in self.seen if key in self.finite):
+            name = key[0]
+            if not self._is_right(key, found.get(key), read.get(name), unlinked):
+                who = f"{name} does not read" if name in self.layers else "the model does not give"
                 return (
                     f"with its channels in another order {who} the same, so the dependency graph is wrong about it: "
                     f"{moving(groups[0].group)} in between moves or counts channels in a way that no graph shows; do "
@@ -249,77 +246,77 @@ class _Experiment:
                 )
         return None
 
-    def _is_right(self, key: _Key, found: Tensor | None, order: Order | None, unlinked: Tensor) -> bool:
-        before = self.seen[key]
-        if found is None or found.shape != before.shape:  # another number of proposals, say, after the least change
+    def _is_right(
+        self, key: Key, errors: Tensor | None, order: Order | None, unlinked: Callable[[], dict[Key, Tensor]]
+    ) -> bool:
+        """Whether these errors, by channel, are no more than rounding."""
+        if errors is None:  # another number of proposals, say, after the least change
             return bool(self.rounding[key].isinf().any())
-        if not unlinked.isfinite().all():
-            unlinked = (before - before.mean()).abs().max()[None]
-        if order is None:
-            pairs = [((found - before).abs().max(), unlinked.max())]
-        else:
-            expected = order.of(before)
-            errors, moved = (_by_channel(order.member.layer, x) for x in (found - expected, expected - before))
-            owner = order.owner.to(errors.device)
-            reference = torch.where(owner < 0, unlinked, moved)
-            pairs = [(errors[part].max(), reference[part].max()) for part in (owner == n for n in owner.unique())]
+        before, size = self.seen[key], self.sizes[key]
         tolerance = TOLERANCE.get(before.dtype, 0.1)
+        if order is None:
+            owner, errors, size = torch.zeros(1, device=errors.device), errors.max()[None], size.max()[None]
+        else:
+            owner, size = order.owner.to(errors.device), size[order.order.to(size.device)]
+        parts = [owner == number for number in owner.unique()]
+        if all(errors[part].max() <= 0.1 * tolerance * size[part].max() for part in parts):
+            return True
+        reference = unlinked()[key]
+        if not reference.isfinite().all():
+            reference = (before - before.mean()).abs().max()[None]
+        if order is None:
+            reference = reference.max()[None]
+        else:
+            moved = _by_channel(order.member.layer, order.of(before) - before)
+            reference = torch.where(owner < 0, reference, moved)
         # A difference that is not a number passes neither.
-        return all(e <= tolerance * r or e <= _MARGIN * self.rounding[key].max() for e, r in pairs)
+        return all(
+            errors[part].max() <= tolerance * reference[part].max()
+            or errors[part].max() <= _MARGIN * self.rounding[key].max()
+            for part in parts
+        )
 
-    def _changes(self, prepare: Callable[[], Any], *, jitter: bool = False) -> dict[_Key, Tensor]:
+    def _changes(self, prepare: Callable[[], Any], *, jitter: bool = False) -> dict[Key, Tensor]:
         """The change of each observation, by channel where a layer reads it; infinite where it cannot be compared."""
         undo = snapshot(self.model)
         try:
             prepare()
-            found = self._run(jitter=jitter)
+            found = self._errors({}, jitter=jitter)
         except SHAPE_ERRORS:
             found = {}
         finally:
             undo()
-        changes = {}
-        for key, before in self.seen.items():
-            after, layer = found.get(key), self.layers.get(key[0])
-            if after is None or after.shape != before.shape:
-                changes[key] = torch.full((1,), torch.inf, device=before.device)
-            else:
-                change = (after - before).nan_to_num(torch.inf)
-                changes[key] = change.abs().flatten() if layer is None else _by_channel(layer, change)
-        return changes
+        none = {key: torch.full((1,), torch.inf, device=seen.device) for key, seen in self.seen.items()}
+        return none | {key: error.nan_to_num(torch.inf) for key, error in found.items() if error is not None}
 
-    def _run(self, *, jitter: bool = False) -> dict[_Key, Tensor]:
-        """What every layer reads, call by call, and the outputs, as far as they are real numbers."""
-        seen: dict[_Key, Tensor] = {}
-        calls: Counter[str] = Counter()
+    def _errors(self, orders: Mapping[str, Order], *, jitter: bool = False) -> dict[Key, Tensor]:
+        """How far what layers read now is from what they read before, in these orders, by channel; and the outputs."""
+        errors: dict[Key, Tensor] = {}
 
-        def see(name: str, tensor: Any) -> bool:
-            is_seen = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.numel() > 0
-            if is_seen:
-                seen[name, calls[name]] = tensor.clone()  # what reads it may write into it
-                calls[name] += 1
-            return is_seen
+        def compare(key: Key, tensor: Tensor) -> Tensor | None:
+            before = self.seen.get(key)
+            if before is not None and before.shape == tensor.shape:
+                expected = orders[key[0]].of(before) if key[0] in orders else before
+                errors[key] = _by_channel(self.layers.get(key[0]), tensor - expected)
+            return _jittered(tensor) if jitter and key[0] else None
 
-        def read(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if args and see(name, args[0]) and jitter:
-                return (_jittered(args[0]), *args[1:]), kwargs
-            if not args:
-                see(name, next(iter(kwargs.values()), None))
-            return None
+        with reading(self.layers, compare) as show:
+            for tensor in tensors_in(steady_forward(self.model, self.example_inputs)):
+                show("", tensor)
+        return errors
 
-        handles = [
-            layer.register_forward_pre_hook(
-                lambda _, args, kwargs, name=name: read(name, args, kwargs), with_kwargs=True
-            )
-            for name, layer in self.layers.items()
-        ]
-        try:
-            with steady(self.model):
-                for tensor in tensors_in(run_forward(self.model, self.example_inputs)):
-                    see("", tensor)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return seen
+
+def _reads(model: nn.Module, example_inputs: Any) -> dict[Key, Tensor]:
+    """What layers read and the model puts out, in evaluation mode."""
+    seen: dict[Key, Tensor] = {}
+
+    def keep(key: Key, tensor: Tensor) -> None:
+        seen[key] = tensor.clone()  # what reads it may write into it
+
+    with reading({name: module for name, module in model.named_modules() if is_root(module)}, keep) as show:
+        for tensor in tensors_in(steady_forward(model, example_inputs)):
+            show("", tensor)
+    return seen
 
 
 def _jittered(tensor: Tensor) -> Tensor:
@@ -329,8 +326,11 @@ def _jittered(tensor: Tensor) -> Tensor:
 
 
 def _by_channel(layer: Any, difference: Tensor) -> Tensor:
-    """The largest value for each channel that a layer reads."""
-    return difference.abs().movedim(_dim(layer, difference), 0).unsqueeze(-1).flatten(1).amax(1)  # (O,) alone, too
+    """The largest size for each channel that a layer reads, or of all where no layer does."""
+    if layer is None or difference.dim() < 2:
+        return difference.abs().flatten() if layer is not None else difference.abs().max()[None]
+    dim = _dim(layer, difference)
+    return difference.abs().amax([d for d in range(difference.dim()) if d != dim])
 
 
 def _dim(layer: Any, tensor: Tensor) -> int:

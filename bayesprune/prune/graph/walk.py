@@ -4,19 +4,20 @@ torch-pruning's own walk goes on from a position as often as it is reached, by l
 which takes exponential time in some graphs and does not end in others. Here a walk goes on from a position once.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import nn
-from torch_pruning._helpers import _HybridIndex
 from torch_pruning.dependency import Dependency, Group
 from torch_pruning.pruner import function
 
 from bayesprune.prune.graph.cuts import axis_size, is_depthwise
+from bayesprune.prune.graph.internals import HybridIndex
 from bayesprune.prune.graph.mapping import Graph
 
-_Key = tuple[Any, Callable[..., Any]]
+_NOBODY, _UNKNOWN = -2, -1  # in place of a root channel
 
 
 @dataclass(frozen=True)
@@ -48,46 +49,73 @@ def walk(graph: Graph, root: nn.Module, *, bound: int) -> Reached:
     cut = function.prune_depthwise_conv_out_channels if is_depthwise(root) else pruner.prune_out_channels
     node = graph.module2node[root]
     start = Dependency(cut, cut, source=node, target=node)
-    channels = range(pruner.get_out_channels(root))
-    indices = [_HybridIndex(idx=channel, root_idx=channel) for channel in channels]
-    owners: dict[_Key, dict[int, int | None]] = {(node, cut): {channel: channel for channel in channels}}
-    dependencies, sizes = {(node, cut): start}, {(node, cut): len(channels)}
+    channels = np.arange(pruner.get_out_channels(root))
+    axes = {(node, cut): _Axis(start, len(channels))}
+    pending = [(start, axes[node, cut].fresh(channels, channels))]
     linked: dict[tuple[int, int], None] = {}
-    pending = [(start, indices)]
     while pending:
-        dependency, indices = pending.pop()
+        dependency, (idxs, roots) = pending.pop()
         for following in dependency.target.dependencies:
             if not following.is_triggered_by(dependency.handler):
                 continue
-            mapped = indices
-            for mapping in following.index_mapping:
-                mapped = mapped if mapping is None else mapping(mapped)  # type: ignore[misc]
-            if not mapped:
+            mapped, of = _mapped(following, idxs, roots)
+            if not len(mapped):
                 continue
             if following.target in graph.even_parts:  # what leaves one part leaves all
                 part, whole = graph.even_parts[following.target]
-                mapped = [
-                    _HybridIndex(idx=place, root_idx=index.root_idx)
-                    for index in mapped
-                    for place in range(index.idx % part, whole, part)
-                ]
+                places = np.arange(0, whole, part)
+                mapped, of = (mapped[:, None] % part + places).ravel(), of.repeat(len(places))
             key = (following.target, following.handler)
-            if key not in owners:
-                owners[key], dependencies[key] = {}, following
+            if key not in axes:
                 size = axis_size(graph, following)
-                sizes[key] = bound if size is None else size
-            owner, size = owners[key], sizes[key]
-            fresh = []
-            for index in mapped:
-                if index.idx not in owner:
-                    owner[index.idx] = index.root_idx
-                    if index.idx < size:
-                        fresh.append(index)
-                elif (other := owner[index.idx]) != index.root_idx and None not in (other, index.root_idx):
-                    linked[index.root_idx, other] = None  # type: ignore[index]
-            if fresh:
-                pending.append((following, fresh))
-    return Reached(_as_group(graph, dependencies, owners), list(linked))
+                axes[key] = _Axis(following, bound if size is None else size)
+            found = axes[key].fresh(mapped, of, linked)
+            if len(found[0]):
+                pending.append((following, found))
+    return Reached(_as_group(graph, axes.values()), list(linked))
+
+
+class _Axis:
+    """One axis that a walk came to: which positions it reached, in their order, and from which root channels."""
+
+    def __init__(self, dependency: Dependency, size: int) -> None:
+        self.dependency, self.size = dependency, size
+        self.owners = np.full(size, _NOBODY)
+        self.reached: list[np.ndarray] = []
+
+    def fresh(
+        self, idxs: np.ndarray, roots: np.ndarray, linked: dict[tuple[int, int], None] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The positions that nobody reached before, and their root channels; two that meet at one are linked."""
+        if idxs.min() < 0:
+            raise ValueError(f"position {idxs.min()} of {self.size}")
+        if idxs.max() >= len(self.owners):
+            missing = idxs.max() + 1 - len(self.owners)
+            self.owners = np.append(self.owners, np.full(missing, _NOBODY))
+        is_first = np.zeros(len(idxs), dtype=bool)
+        is_first[np.unique(idxs, return_index=True)[1]] = True
+        is_first &= self.owners[idxs] == _NOBODY
+        self.owners[idxs[is_first]] = roots[is_first]
+        self.reached.append(idxs[is_first])
+        owners = self.owners[idxs]
+        meets = (owners != roots) & (owners != _UNKNOWN) & (roots != _UNKNOWN)
+        if linked is not None and meets.any():
+            linked.update(dict.fromkeys(zip(roots[meets].tolist(), owners[meets].tolist(), strict=True)))
+        goes_on = is_first & (idxs < self.size)
+        return idxs[goes_on], roots[goes_on]
+
+
+def _mapped(dependency: Dependency, idxs: np.ndarray, roots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where positions are behind the mappings of an edge, with the root channels that they came from."""
+    mappings = [mapping for mapping in dependency.index_mapping if mapping is not None]
+    if not mappings:
+        return idxs, roots
+    named = zip(idxs.tolist(), roots.tolist(), strict=True)
+    indices = [HybridIndex(idx=idx, root_idx=None if root == _UNKNOWN else root) for idx, root in named]
+    for mapping in mappings:
+        indices = mapping(indices)  # type: ignore[misc]
+    found = [(index.idx, _UNKNOWN if index.root_idx is None else index.root_idx) for index in indices]
+    return tuple(np.array(found, dtype=np.int64).reshape(-1, 2).T)  # type: ignore[return-value]
 
 
 def largest_axis(graph: Graph) -> int:
@@ -102,10 +130,11 @@ def _parts(operation: Any) -> list[int]:
     return [part for part in parts if part is not None]
 
 
-def _as_group(graph: Graph, dependencies: dict[_Key, Dependency], owners: dict[_Key, dict[int, int | None]]) -> Group:
+def _as_group(graph: Graph, axes: Iterable[_Axis]) -> Group:
     group: Any = Group()
     group._DG = graph
-    for key, dependency in dependencies.items():
-        group.add_dep(dependency, list(owners[key]))
-        group[-1].root_idxs = list(owners[key].values())
+    for axis in axes:
+        idxs = np.concatenate(axis.reached)
+        group.add_dep(axis.dependency, idxs.tolist())
+        group[-1].root_idxs = [None if root == _UNKNOWN else root for root in axis.owners[idxs].tolist()]
     return group

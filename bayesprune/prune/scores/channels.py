@@ -24,11 +24,11 @@ from torch_pruning.dependency import Group
 from bayesprune import estimators
 from bayesprune.foundation.kinds import kind_of
 from bayesprune.layers import VariationalLayer
-from bayesprune.prune.graph.companions import install
 from bayesprune.prune.graph.cuts import cut_parameters, num_stacked
 from bayesprune.prune.graph.roots import is_frozen
 from bayesprune.prune.graph.structure import ChannelGroup
 from bayesprune.prune.graph.trace import quiet
+from bayesprune.prune.scores.criterion import Criterion
 
 GRADIENTS = "A criterion that needs gradients, as Taylor's does, needs loss.backward() before."
 
@@ -47,13 +47,13 @@ class RemovedWeights(NamedTuple):
     number: Tensor
 
 
-class SNRImportance(tp.importance.Importance):
+class SNRImportance(Criterion):
     """Score per channel: sum of mu^2 / (s^min(1, 2 - power) sigma^power) over the weights that leave with it.
 
     s is the root mean square of a layer's means at scoring time. Deterministic layers of a group contribute nothing,
     and a group without any variational layer, or with a frozen one, gets no score (None): torch-pruning then leaves it
-    alone. Biases do not count, nor do the projections inside `nn.MultiheadAttention`. Constructing it makes stds and
-    masks follow their means through torch-pruning from then on.
+    alone. Biases do not count, nor do the projections inside `nn.MultiheadAttention`. In a torch-pruning pruner of your
+    own stds and masks follow their means, see `follow_stds`.
 
     torch-pruning's own global ranking skips a group whole once all of its channels fall under the threshold, so that
     it removes less than asked for; `bayesprune.prune_channels` keeps a share of every group instead and meets the
@@ -86,10 +86,9 @@ class SNRImportance(tp.importance.Importance):
             raise ValueError(f"power is {power!r}; expected 0 (stds ignored), 1, 2 (SNR^2), or between.")
         self.power = power
         self.reduction = reduction
-        install()
 
     @torch.no_grad()
-    def __call__(self, group: Group) -> Tensor | None:  # type: ignore[override]
+    def scores(self, group: Group) -> Tensor | None:
         """Scores (C,) of the root channels of a dependency group; None where nothing in it is variational."""
         removed = removed_weights(group, partial(weight_scores, power=self.power))
         if removed is None:
@@ -111,7 +110,7 @@ def removed_weights(group: Group, weight_score: Callable[..., Tensor]) -> Remove
     removed: RemovedWeights | None = None
     for item in group:
         layer, root_idxs = item.dep.layer, item.root_idxs
-        if not item.idxs or root_idxs is None or any(root is None for root in root_idxs):
+        if not item.idxs or root_idxs is None or None in root_idxs:
             continue  # members that grouped-query attention reaches have no root of their own
         into_inputs = item.dep.handler.__name__ == "prune_in_channels"
         for name in _weights(layer, into_inputs=into_inputs) if isinstance(layer, VariationalLayer) else ():
@@ -121,9 +120,13 @@ def removed_weights(group: Group, weight_score: Callable[..., Tensor]) -> Remove
                 removed = RemovedWeights(zeros, zeros.clone())
             positions = torch.tensor(item.idxs, device=scores.device)
             targets = torch.tensor([roots[root] for root in root_idxs], device=removed.score.device)
-            for total, values in zip(removed, (scores, torch.ones_like(scores) if mask is None else mask), strict=True):
-                per_position = per_channel_sums(layer, values, into_inputs=into_inputs)[positions]
-                total.scatter_add_(0, targets, per_position.to(total))
+            sums = per_channel_sums(layer, scores, into_inputs=into_inputs)
+            if mask is None:
+                numbers = torch.full_like(sums, scores.numel() / len(sums))
+            else:
+                numbers = per_channel_sums(layer, mask, into_inputs=into_inputs)
+            for total, values in zip(removed, (sums, numbers), strict=True):
+                total.scatter_add_(0, targets, values[positions].to(total))
     return removed
 
 
@@ -193,7 +196,7 @@ def unit_scores(importance: Importance, group: ChannelGroup) -> Scored | None:
         raise ValueError(f"{name} gave NaN for channels of {group.name}; check its weights and gradients.")
     values = scores.double().cpu()
     group = group.by_rank(values)
-    return Scored(group, values[torch.tensor(group.units)].mean(1).tolist())
+    return Scored(group, values[group.roots].mean(1).tolist())
 
 
 def has_gradients(layers: Iterable[nn.Module | Tensor]) -> bool:

@@ -20,14 +20,13 @@ It takes the posterior at its word, so it means nothing
 """
 
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
 from torch_pruning.dependency import Group
 
 from bayesprune.layers import Posterior, VariationalLayer
 from bayesprune.priors import ARD, BoundNormal, BoundPrior, Gaussian, Horseshoe, Prior
-from bayesprune.prune.graph.companions import install
 from bayesprune.prune.scores.channels import removed_weights
+from bayesprune.prune.scores.criterion import Criterion
 from bayesprune.train.kl import bind_prior
 
 
@@ -48,7 +47,7 @@ def evidence(model: nn.Module, prior: Prior | None = None) -> dict[str, Tensor]:
     return {posterior.name: _evidence(posterior, its) for posterior, its in bind_prior(model, prior).items()}
 
 
-class EvidenceImportance(tp.importance.Importance):
+class EvidenceImportance(Criterion):
     """A torch-pruning importance: -dF in nats, summed over all weights that leave with a channel; below 0 it may go.
 
     `prune_channels(model, x, "evidence=0")` removes exactly those, with no number to choose. As a ranking for
@@ -67,10 +66,9 @@ class EvidenceImportance(tp.importance.Importance):
 
     def __init__(self, prior: Prior | None = None) -> None:
         self.prior = _checked_for_channels(prior)
-        install()
 
     @torch.no_grad()
-    def __call__(self, group: Group) -> Tensor | None:  # type: ignore[override]
+    def scores(self, group: Group) -> Tensor | None:
         """Scores (C,) of the root channels of a dependency group; None where nothing in it is variational."""
         removed = removed_weights(group, self._weight_costs)
         return None if removed is None else removed.score

@@ -3,18 +3,17 @@
 from collections.abc import Callable
 
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
 from torch_pruning.dependency import Group
 
 from bayesprune.layers import Posterior, fold_gates, named_gates
 from bayesprune.layers.gates import ChannelGate, GatedSide, weight_gate
-from bayesprune.prune.graph.companions import install
+from bayesprune.prune.scores.criterion import Criterion
 
 BeforeCut = Callable[[dict[str, list[int]]], object]
 
 
-class InclusionImportance(tp.importance.Importance):
+class InclusionImportance(Criterion):
     """A torch-pruning importance: the posterior probability that a channel is there, by its gate.
 
     `prune_channels(model, x, "inclusion=0.5")` removes the channels that are more likely not there; as a
@@ -22,11 +21,8 @@ class InclusionImportance(tp.importance.Importance):
     `gates.close` first, or leave the cut to `prune_channels`.
     """
 
-    def __init__(self) -> None:
-        install()
-
     @torch.no_grad()
-    def __call__(self, group: Group) -> Tensor | None:  # type: ignore[override]
+    def scores(self, group: Group) -> Tensor | None:
         """Probabilities (C,) of the root channels of a dependency group; None where it has no gates."""
         roots = {channel: index for index, channel in enumerate(group[0].root_idxs)}
         for item in group:

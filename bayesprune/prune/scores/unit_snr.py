@@ -13,11 +13,10 @@ Units leave one at a time, and what is left is conditioned on it (Frantar & Alis
 so that of two units which say the same the first is free and the second is not.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
-import torch_pruning as tp
 from torch import Tensor, nn
 from torch_pruning.dependency import Group
 
@@ -25,11 +24,12 @@ from bayesprune.laplace import KroneckerFactors, KroneckerPosterior
 from bayesprune.laplace.matrices import damped, removed_columns
 from bayesprune.layers import VariationalLayer
 from bayesprune.prune.graph.structure import ChannelGroup
+from bayesprune.prune.scores.criterion import Criterion
 
 _DAMPING = 0.01  # of A, as a fraction of its mean diagonal; conditioning takes the same
 
 
-class UnitSNRImportance(tp.importance.Importance):
+class UnitSNRImportance(Criterion):
     """A torch-pruning importance: what each channel or head costs in nats when the others have made up for it.
 
     Channels leave one after the other, and a channel's score is what its turn costs, or what an earlier one cost where
@@ -54,7 +54,7 @@ class UnitSNRImportance(tp.importance.Importance):
         self._names = {id(module): name for name, module in model.named_modules()}
 
     @torch.no_grad()
-    def __call__(self, group: Group) -> Tensor | None:  # type: ignore[override]
+    def scores(self, group: Group) -> Tensor | None:
         """Scores (C,) of the root channels of a dependency group, each a unit by itself; None where none is known."""
         positions: dict[tuple[str, VariationalLayer], dict[int, list[int]]] = {}
         for item in group:
@@ -78,7 +78,9 @@ class UnitSNRImportance(tp.importance.Importance):
         return self._scores(readers, group.units)
 
     def _scores(
-        self, readers: dict[tuple[str, VariationalLayer], dict[int, list[int]]], units: Sequence[Sequence[int]]
+        self,
+        readers: Mapping[tuple[str, VariationalLayer], Mapping[int, Sequence[int]]],
+        units: Sequence[Sequence[int]],
     ) -> Tensor | None:
         systems = [
             system

@@ -25,16 +25,14 @@ from bayesprune.laplace.inputs import InputMoments, Stage, input_moments, moves_
 from bayesprune.laplace.kronecker import layer_matrix
 from bayesprune.laplace.matrices import from_matrix, is_matrix_product, to_matrix
 from bayesprune.laplace.support import best_support
-from bayesprune.layers import Posterior
+from bayesprune.layers import Posterior, holders_of, removable_weights
 from bayesprune.prune.batch_norm import recalibrate_batch_norm
 from bayesprune.prune.weights.division import divergence, divide, levels
 from bayesprune.prune.weights.prune import (
     WeightReport,
     checked_goal,
-    holders_of,
     keep_count,
     keep_pattern,
-    removable_weights,
     removed_fractions,
     set_masks,
     whole_note,

@@ -5,7 +5,6 @@ make the model faster on ordinary hardware (removed channels do, see `prune_chan
 """
 
 import logging
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,12 +19,12 @@ from bayesprune.foundation.kinds import EMBEDDING, kind_of
 from bayesprune.foundation.sharding import whole
 from bayesprune.foundation.target import PATTERN, Target
 from bayesprune.foundation.text import as_text, first_names
-from bayesprune.layers import Posterior, VariationalLayer, named_gates, named_posteriors, variational_layers
+from bayesprune.layers import Posterior, holders_of, named_gates, named_posteriors, removable_weights
 from bayesprune.prune.batch_norm import recalibrate_batch_norm
 from bayesprune.prune.scores.weights import snr
-from bayesprune.prune.weights.averages import averages_without_masks
 from bayesprune.prune.weights.floors import check_min_kept, floor_of, keep_best, within_caps
 from bayesprune.train.attach import is_attached
+from bayesprune.train.averages import has_masks, warn_of_averages
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -111,9 +110,10 @@ def prune_weights(
 
     Frozen weights (`requires_grad=False`) stay, whatever the score; call `requires_grad_(True)` on what may go.
     What was removed before stays removed and counts. Removed weights are zeros, draw no noise, do not count in the KL,
-    and stay zeros through further training with any torch optimizer, attached or not; where something moves weights
-    outside a step, they are zeros in evaluation and wherever the model's state is written. With FSDP 2 every process
-    calls it, has all scores for a moment, and keeps the masks whole.
+    and stay zeros through further training with any torch optimizer: an attachment sets them to zero again after the
+    steps of its optimizer, and for layers that none trains a hook does so after the steps of every optimizer in the
+    process. Where something moves weights outside a step, they are zeros in evaluation and wherever the model's state
+    is written. With FSDP 2 every process calls it, has all scores for a moment, and keeps the masks whole.
 
     Args:
         model: A variational model.
@@ -165,8 +165,8 @@ def set_masks(
 ) -> WeightReport:
     """Removes what is not kept of each posterior, in place, in all layers that hold it; None leaves one as it is."""
     rows, holders = [], holders_of(model)
-    if is_attached(model) and not any(layer.masked_names() for _, layer in variational_layers(model)):
-        _warn_of_averages(model)
+    if is_attached(model) and not has_masks(model):
+        warn_of_averages(model)
     for posterior, keep, note in zip(posteriors, keeps, notes, strict=True):
         total = posterior.mean.numel()
         if keep is not None:
@@ -175,25 +175,6 @@ def set_masks(
                 layer.set_mask(name, keep)
         rows.append(WeightRow(posterior.name, total, total - int(_removed(posterior).sum()), note))
     return WeightReport(tuple(rows), _untouched(model, posteriors))
-
-
-def removable_weights(model: nn.Module) -> list[Posterior]:
-    """The posteriors whose weights may go: no biases, and nothing that is frozen.
-
-    Raises:
-        ValueError: the model has no variational layer, or none that trains.
-    """
-    weights = [posterior for posterior in named_posteriors(model) if posterior.is_weight]
-    if not weights:
-        raise ValueError("prune_weights got a model without variational layers; call to_variational first.")
-    found = [posterior for posterior in weights if not posterior.is_frozen]
-    if not found:
-        raise ValueError(
-            f"prune_weights leaves frozen weights alone, and all {len(weights)} weight tensors with a posterior are "
-            "frozen (requires_grad=False). Call model.requires_grad_(True) first if the model was frozen for "
-            "evaluation alone."
-        )
-    return found
 
 
 def _untouched(model: nn.Module, removable: Sequence[Posterior]) -> tuple[WeightRow, ...]:
@@ -211,16 +192,6 @@ def _untouched(model: nn.Module, removable: Sequence[Posterior]) -> tuple[Weight
             reason = reasons.get(layer, "it has no posterior") if parameter.requires_grad else FROZEN
             rows.append(WeightRow(name, parameter.numel(), parameter.numel() - removed, reason))
     return tuple(rows)
-
-
-def _warn_of_averages(model: nn.Module) -> None:
-    for kind in averages_without_masks(model):
-        warnings.warn(
-            f"{kind} holds a copy of this model from before it had masks, and copies tensors by their position; its "
-            'next update fails or mixes the wrong ones. Make it again, after prune_weights(model, "weights=1"), which '
-            "makes the masks and removes nothing.",
-            stacklevel=4,
-        )
 
 
 def checked_goal(
@@ -309,15 +280,6 @@ def _inputs(posterior: Posterior) -> tuple[int, int]:
     """The dimension of the weight that numbers inputs, and how many of them each output has."""
     kind = kind_of(posterior.layer)
     return kind.input_dim, posterior.mean.shape[kind.input_dim] // (kind.num_groups if kind.input_dim == 0 else 1)
-
-
-def holders_of(model: nn.Module) -> dict[int, list[tuple[VariationalLayer, str]]]:
-    """The layers that hold each posterior mean, several where it is tied, by the mean's id."""
-    holders: dict[int, list[tuple[VariationalLayer, str]]] = defaultdict(list)
-    for _, layer in variational_layers(model):
-        for name in layer.active_names():
-            holders[id(getattr(layer, name))].append((layer, name))
-    return holders
 
 
 def _scores(posterior: Posterior, score: Score) -> Tensor:

@@ -1,4 +1,4 @@
-"""The KL's temperature and the sparsity at each step: pure functions of the share of the training that is done.
+"""The sparsity at each step: a pure function of the share of the training that is done.
 
 Nothing is remembered between steps, so a run that was resumed goes on as if it had never stopped.
 """
@@ -59,16 +59,6 @@ def shares(target: str, num_rounds: int, *, ramp: Ramp = "cubic") -> tuple[str, 
         raise ValueError(f"the number of rounds is {num_rounds!r}; expected 1 or more.")
     kept = [1 - ramps[ramp](goal.removed, done / num_rounds) for done in range(1, num_rounds)]
     return tuple(map(str, [*(Target("weights", share) for share in kept), goal]))
-
-
-def ramp(progress: float, warmup: float) -> float:
-    """Rises linearly from 0 to 1 over the share `warmup` of the training, and stays there.
-
-    Args:
-        progress: Share of the training that is done after this step, above 0 to 1.
-        warmup: Share of the training over which it rises; 0 is no ramp.
-    """
-    return min(1.0, progress / warmup) if warmup else 1.0
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 def train_on_elbo(model: nn.Module, recorded: Recorder, accumulation: int, schedule: PruneSchedule | None) -> None:
     """Gradients of each process's own losses and noise, summed over processes, plus those of the KL."""
     if schedule is not None:
-        bp.prune_weights(model, "weights=1")
+        bp.prune.make_masks(model)
     bound = bind_prior(model, bp.priors.Gaussian())
     stds, others = stds_of(model), others_of(model)
     optimizer = torch.optim.AdamW(others.values(), lr=LR, weight_decay=0.0)

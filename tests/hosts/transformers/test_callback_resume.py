@@ -76,8 +76,8 @@ def test_the_state_is_one_file_without_pickle(tmp_path):
     with safe_open(tmp_path / f"checkpoint-{SAVED}" / FILE_NAME, "pt") as file:
         about = json.loads(file.metadata()["bayesprune"])
         assert {key.rsplit("/", 1)[1] for key in file.keys()} == {"step", "exp_avg", "exp_avg_sq"}  # noqa: SIM118
-    assert about["num_data"] == sum(label != -100 for row in tiny.language() for label in row["labels"][1:])
-    assert dict(about["attachment"]["dict"])["step"] == SAVED
+    assert about["about"]["num_data"] == sum(label != -100 for row in tiny.language() for label in row["labels"][1:])
+    assert dict(about["outline"]["dict"])["step"] == SAVED
     assert not [*tmp_path.rglob("*.partial")]
 
 

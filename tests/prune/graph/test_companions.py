@@ -3,11 +3,13 @@ import torch
 import torch_pruning as tp
 from torch import nn
 from torch_pruning.pruner.function import BasePruningFunc
+from torch_pruning.utils.op_counter import MODULES_MAPPING
 
+import bayesprune as bp
 from bayesprune import to_variational
-from bayesprune.layers import variational_layers
+from bayesprune.layers import VariationalLayer, variational_layers
 from bayesprune.prune.graph import companions as follow
-from bayesprune.prune.scores.channels import SNRImportance
+from bayesprune.prune.scores import EvidenceImportance, InclusionImportance, SNRImportance, UnitSNRImportance
 from tests.cases import structures
 from tests.prune.nets import assert_stds_follow, nets, tie_means_to_stds
 
@@ -44,7 +46,7 @@ def test_stds_follow_through_a_pruner_of_ones_own(case, std):
 @nets
 def test_stds_follow_a_criterion_of_torch_pruning(case):
     """Its criteria compare pruning functions by identity, so nothing must stand in for those functions."""
-    follow.install()
+    follow.follow_stds()
     net = to_variational(case.net())
     tie_means_to_stds(net)
     before = sum(parameter.numel() for parameter in net.parameters())
@@ -54,7 +56,7 @@ def test_stds_follow_a_criterion_of_torch_pruning(case):
 
 
 def test_stds_follow_pruning_functions_called_by_hand():
-    follow.install()
+    follow.follow_stds()
     layer = to_variational(nn.Linear(5, 4))
     tie_means_to_stds(layer)
     tp.prune_linear_out_channels(layer, [0, 2])
@@ -64,7 +66,7 @@ def test_stds_follow_pruning_functions_called_by_hand():
 
 
 def test_cut_parameters_stay_frozen():
-    follow.install()
+    follow.follow_stds()
     layer = nn.Linear(5, 4)
     layer.weight.requires_grad_(False)
     tp.prune_linear_out_channels(layer, [0])
@@ -73,19 +75,69 @@ def test_cut_parameters_stay_frozen():
 
 
 def test_torch_pruning_counts_variational_layers():
-    follow.install()
+    follow.follow_stds()
     net, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(36, 2)), torch.randn(1, 3, 5, 5)
     macs, _ = tp.utils.count_ops_and_params(net, x)
     assert macs > 0
     assert tp.utils.count_ops_and_params(to_variational(net), x)[0] == macs
 
 
-def test_installing_twice_wraps_once():
-    assert follow.install()
+def test_following_twice_wraps_once():
+    assert follow.follow_stds()
     once = BasePruningFunc._prune_parameter_and_grad
-    assert follow.install()
-    SNRImportance()
+    assert follow.follow_stds()
     assert BasePruningFunc._prune_parameter_and_grad is once
+
+
+@pytest.fixture
+def stock(monkeypatch):
+    """torch-pruning as it comes; yields what tells whether it still is."""
+    function = BasePruningFunc._prune_parameter_and_grad
+    function = getattr(function, "__wrapped__", function)
+    counted = {kind: count for kind, count in MODULES_MAPPING.items() if not issubclass(kind, VariationalLayer)}
+    monkeypatch.setattr(BasePruningFunc, "_prune_parameter_and_grad", function)
+    monkeypatch.setattr("torch_pruning.utils.op_counter.MODULES_MAPPING", dict(counted))
+    return lambda: (
+        BasePruningFunc._prune_parameter_and_grad is function
+        and tp.utils.op_counter.MODULES_MAPPING.keys() == counted.keys()
+    )
+
+
+def criteria(net: nn.Module, x: torch.Tensor) -> list:
+    loss = lambda model: float(model(x).square().mean())  # noqa: E731
+    return [
+        SNRImportance(),
+        EvidenceImportance(),
+        InclusionImportance(),
+        UnitSNRImportance(net, bp.laplace.fit_kronecker(net, [x])),
+        bp.prune.MeasuredImportance(net, x, loss),
+    ]
+
+
+def test_making_a_criterion_and_cutting_channels_leave_torch_pruning_as_it_is(stock):
+    net, x = to_variational(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))), torch.randn(9, 4)
+    tie_means_to_stds(net)
+    made = criteria(net, x)
+    assert stock()
+    for importance in made:
+        if not isinstance(importance, InclusionImportance):  # the model has no gates
+            assert bp.prune_channels(net, x, "macs=0.5", importance=importance, dry_run=True).removed
+    bp.prune_channels(net, x, "macs=0.5")
+    assert net[0].weight.shape == net[0].weight_mask.shape != (8, 4)
+    assert_stds_follow(net)
+    assert stock()
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_stds_follow_from_the_first_score_that_a_pruner_asks_for(stock, number):
+    net, x = to_variational(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))), torch.randn(9, 4)
+    tie_means_to_stds(net)
+    importance = criteria(net, x)[number]
+    assert stock()
+    prune_with_torch_pruning(net, x, importance)
+    assert not stock()
+    assert (net[0].out_features < 8) is not isinstance(importance, InclusionImportance)  # it has no gates
+    assert_stds_follow(net)
 
 
 def another_signature(self, weight, keep_idxs):
@@ -100,11 +152,11 @@ def another_result(self, weight, keep_idxs, pruning_dim):
 def test_warns_where_torch_pruning_is_not_as_expected(monkeypatch, function):
     monkeypatch.setattr(BasePruningFunc, "_prune_parameter_and_grad", function)
     with pytest.warns(UserWarning, match="do not follow their means"):
-        assert not follow.install()
+        assert not follow.follow_stds()
     assert BasePruningFunc._prune_parameter_and_grad is function
 
 
 def test_warns_where_the_function_is_gone(monkeypatch):
     monkeypatch.delattr(BasePruningFunc, "_prune_parameter_and_grad")
     with pytest.warns(UserWarning, match="has no _prune_parameter_and_grad"):
-        assert not follow.install()
+        assert not follow.follow_stds()

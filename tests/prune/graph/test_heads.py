@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
@@ -14,6 +16,8 @@ from bayesprune.prune.graph import heads as finder
 from bayesprune.prune.graph.cuts import cut_parameters
 from bayesprune.prune.graph.find import find_groups
 from bayesprune.prune.graph.heads import find_heads
+from bayesprune.prune.graph.observe import Observed
+from bayesprune.prune.graph.positions import Positions
 from bayesprune.prune.graph.removal import remove
 from bayesprune.prune.graph.silenced import disagreement
 from bayesprune.prune.graph.verify import permute
@@ -36,7 +40,7 @@ def silence(group, unit) -> None:
 
 @attention
 def test_heads_are_found(case):
-    structure = find_heads(case.net(), case.inputs())
+    structure = find_heads(Observed(case.net(), case.inputs()))
     assert [(len(group.units), group.heads_per_unit) for group in structure.groups] == case.units
 
 
@@ -44,7 +48,7 @@ def test_heads_are_found(case):
 @torch.no_grad()
 def test_a_head_that_nobody_listens_to_leaves_and_the_output_stays(case):
     net, x = case.net(), case.inputs()
-    groups = find_heads(net, x).groups
+    groups = find_heads(Observed(net, x)).groups
     chosen = [(group, [group.units[(2 * index + 1) % len(group.units)]]) for index, group in enumerate(groups)][::2]
     for group, units in chosen:
         silence(group, units[0])
@@ -59,7 +63,7 @@ def test_a_head_that_nobody_listens_to_leaves_and_the_output_stays(case):
 @attention
 def test_another_order_of_the_heads_gives_the_same_output(case):
     net, x = case.net(), case.inputs()
-    groups = find_heads(net, x).groups
+    groups = find_heads(Observed(net, x)).groups
     dense = output_of(net, x)
     permute(net, groups)
     torch.testing.assert_close(output_of(net, x), dense, atol=1e-5, rtol=1e-5)
@@ -90,7 +94,7 @@ def test_heads_go_and_training_goes_on(case, caplog):
 def test_generation_with_a_cache_goes_on(name):
     case = BY_NAME[name]
     net, x = case.net(), case.inputs()
-    groups = find_heads(net, x).groups
+    groups = find_heads(Observed(net, x)).groups
     remove(net, [(group, [group.units[-1]]) for group in groups[1::2]])
     options = {"do_sample": False, "min_new_tokens": 6, "max_new_tokens": 6, "pad_token_id": 0}
     cached = net.generate(x["input_ids"], use_cache=True, **options)
@@ -107,10 +111,10 @@ def test_generation_with_a_cache_goes_on(name):
 def test_scores_permute_with_the_heads(name, importance):
     case = BY_NAME[name]
     net, x = bp.to_variational(case.net(), std="rank_one"), case.inputs()
-    group, *_ = find_heads(net, x).groups
+    group, *_ = find_heads(Observed(net, x)).groups
     before = importance(group.group).reshape(len(group.units), -1).mean(1)
     permute(net, [group])
-    moved, *_ = find_heads(net, x).groups
+    moved, *_ = find_heads(Observed(net, x)).groups
     after = importance(moved.group).reshape(len(group.units), -1).mean(1)
     assert not torch.allclose(before, after)
     torch.testing.assert_close(before.sort().values, after.sort().values)
@@ -119,7 +123,7 @@ def test_scores_permute_with_the_heads(name, importance):
 def test_the_score_of_a_head_is_a_sum_over_all_weights_that_leave():
     case = BY_NAME["llama"]
     net, x = bp.to_variational(case.net()), case.inputs()
-    group, *_ = find_heads(net, x).groups
+    group, *_ = find_heads(Observed(net, x)).groups
     of_attention, total = net.model.layers[0].self_attn, torch.zeros(2)
     for layer, rows in ((of_attention.q_proj, 16), (of_attention.k_proj, 8), (of_attention.v_proj, 8)):
         mean, std = layer.posteriors()["weight"]
@@ -219,7 +223,7 @@ def bloom() -> nn.Module:
 )
 def test_heads_that_cannot_leave_stay_with_a_reason(build, x, layer, reason):
     net = build().eval()
-    structure = find_heads(net, x)
+    structure = find_heads(Observed(net, x))
     assert structure.groups == ()
     assert reason in structure.left_whole[layer]
 
@@ -227,11 +231,14 @@ def test_heads_that_cannot_leave_stay_with_a_reason(build, x, layer, reason):
 def test_a_wrong_layout_is_found_out():
     case = BY_NAME["gpt_neox"]
     net, x = case.net(), case.inputs()
-    right, *_ = find_heads(net, x).groups
+    right, *_ = find_heads(Observed(net, x)).groups
     assert disagreement(net, [(right, [right.units[1]])], x) is None
     (fused,) = [member for member in right.members if member.axis[1] == "out"]
-    fused.positions.update({c: [c, c + 32, c + 64] for c in range(32)})  # all queries, all keys, all values
-    assert "not the model that ignores it" in disagreement(net, [(right, [right.units[1]])], x)
+    apart = replace(
+        fused, positions=Positions.by_root({c: [c, c + 32, c + 64] for c in range(32)})
+    )  # all queries, all keys, all values
+    wrong = replace(right, members=tuple(apart if member is fused else member for member in right.members))
+    assert "not the model that ignores it" in disagreement(net, [(wrong, [wrong.units[1]])], x)
 
 
 @pytest.mark.parametrize("case", [BY_NAME["t5"], BY_NAME["timm_swin"]], ids=lambda case: case.name)
@@ -246,7 +253,7 @@ def test_looking_for_heads_leaves_the_model_as_it_was(case):
         return parameters, buffers, attributes, {name: tensor.clone() for name, tensor in net.state_dict().items()}
 
     *before, values = state()
-    assert find_heads(net, x).groups
+    assert find_heads(Observed(net, x)).groups
     *after, unchanged = state()
     assert before == after
     assert all(torch.equal(value, unchanged[name]) for name, value in values.items())
@@ -255,7 +262,7 @@ def test_looking_for_heads_leaves_the_model_as_it_was(case):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_heads_are_found_in_other_precisions(dtype):
     case = BY_NAME["gpt_neox"]
-    structure = find_heads(case.net().to(dtype), case.inputs())
+    structure = find_heads(Observed(case.net().to(dtype), case.inputs()))
     assert [(len(group.units), group.heads_per_unit) for group in structure.groups] == case.units
 
 
@@ -324,15 +331,15 @@ class _FixedSize(nn.Module):
 def test_trials_do_not_grow_with_the_number_of_blocks_that_are_alike(monkeypatch):
     trials = []
 
-    def counting(*args):
+    def counting(*args, **options):
         trials[-1] += 1
-        return disagreement(*args)
+        return disagreement(*args, **options)
 
     monkeypatch.setattr(finder, "disagreement", counting)
     for depth in (3, 6):
         trials.append(0)
         net = nn.Sequential(*(_FixedSize() for _ in range(depth)))
-        structure = find_heads(net, torch.randn(1, 4, 8))
+        structure = find_heads(Observed(net, torch.randn(1, 4, 8)))
         assert structure.groups == ()
         assert all("the model does not run without one" in reason for reason in structure.left_whole.values())
         assert len(structure.left_whole) == depth

@@ -4,7 +4,7 @@ from torch import nn
 
 from bayesprune.prune.graph.cuts import side
 from bayesprune.prune.graph.find import find_groups
-from bayesprune.prune.graph.trace import trace
+from bayesprune.prune.graph.observe import Observed
 from bayesprune.prune.graph.walk import largest_axis, walk
 
 
@@ -51,7 +51,7 @@ def test_gated_units_behind_a_class_token_may_go():
 @pytest.mark.parametrize("dim", [1, 3])
 def test_parts_go_where_the_sizes_say(dim):
     net, x = Branches(dim).eval(), torch.randn(2, *((3, 4, 4) if dim == 1 else (4, 4, 3)))
-    graph = trace(net, x).graph
+    graph = Observed(net, x).trace.graph
     places = {}
     for root in (net.stem, net.a, net.c):
         for item in walk(graph, root, bound=largest_axis(graph)).group:

@@ -8,7 +8,7 @@ from torch import nn
 from bayesprune.prune.channels.prune import prune_channels
 from bayesprune.prune.graph.cuts import side
 from bayesprune.prune.graph.find import find_groups
-from bayesprune.prune.graph.trace import trace
+from bayesprune.prune.graph.observe import Observed
 from bayesprune.prune.graph.walk import largest_axis, walk
 from tests.prune.nets import assert_removing_is_silencing, units
 
@@ -83,7 +83,7 @@ class Merged(nn.Module):
 def test_slices_of_rows_take_no_channels_away(halves):
     torch.manual_seed(0)
     net = Merged(halves=halves)
-    graph = trace(net, IMAGE).graph
+    graph = Observed(net, IMAGE).trace.graph
     places = {side(item.dep): item for item in walk(graph, net.stem, bound=largest_axis(graph)).group}["in"]
     expected = [[c, c + 8] if halves else [c, c + 8, c + 16, c + 24] for c in range(8)]
     for channel, positions in enumerate(expected):

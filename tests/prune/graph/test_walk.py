@@ -3,8 +3,9 @@ import timm
 import torch
 from torch import nn
 
+from bayesprune.prune.graph.observe import Observed
 from bayesprune.prune.graph.roots import is_root
-from bayesprune.prune.graph.trace import quiet, trace
+from bayesprune.prune.graph.trace import quiet
 from bayesprune.prune.graph.walk import largest_axis, walk
 
 
@@ -28,7 +29,7 @@ def described(group):
 
 
 def walked(net, x):
-    graph = trace(net, x).graph
+    graph = Observed(net, x).trace.graph
     bound, done = largest_axis(graph), set()
     for root in [module for module in graph.module2node if is_root(module)]:
         if root not in done:

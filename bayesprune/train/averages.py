@@ -2,6 +2,7 @@
 
 import gc
 import sys
+import warnings
 from collections.abc import Iterator
 
 from torch import nn
@@ -12,7 +13,22 @@ from bayesprune.layers import VariationalLayer, variational_layers
 _TIMM, _OF_TIMM = "timm.utils.model_ema", ("ModelEma", "ModelEmaV2", "ModelEmaV3")
 
 
-def averages_without_masks(model: nn.Module) -> Iterator[str]:
+def warn_of_averages(model: nn.Module) -> None:
+    """Says which averages a model that gets its first masks now leaves behind."""
+    for kind in _averages_without_masks(model):
+        warnings.warn(
+            f"{kind} holds a copy of this model from before it had masks, and copies tensors by their position; its "
+            "next update fails or mixes the wrong ones. Make it again, after bayesprune.prune.make_masks(model).",
+            stacklevel=4,
+        )
+
+
+def has_masks(model: nn.Module) -> bool:
+    """Whether a layer of the model has a mask."""
+    return any(layer.masked_names() for _, layer in variational_layers(model))
+
+
+def _averages_without_masks(model: nn.Module) -> Iterator[str]:
     """Kinds of the averages, torch's and timm's, that hold a copy of this model's layers from before they had masks.
 
     No model knows its copies, so they are looked for among all objects, which takes some hundredths of a second.

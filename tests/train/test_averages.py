@@ -24,13 +24,27 @@ def timms(model):
 def test_an_average_from_before_the_masks_is_said(make):
     model, attachment = attached()
     average = make(model)
-    with pytest.warns(UserWarning, match=rf"{type(average).__name__} holds a copy .* before it had masks.*=0\.0"):
+    with pytest.warns(UserWarning, match=rf"{type(average).__name__} holds a copy .* before it had masks.*make_masks"):
         bp.prune_weights(model, "weights=0.5")
     average = make(model)
     bp.prune_weights(model, "weights=0.4")
     getattr(average, "update_parameters", getattr(average, "update", None))(model)
     assert torch.equal(average.module[5].weight_mask, model[5].weight_mask)
     assert attachment.step == 0
+
+
+def test_masks_that_attach_makes_come_after_the_average():
+    model = net()
+    average = AveragedModel(model)
+    with pytest.warns(UserWarning, match="AveragedModel holds a copy .* before it had masks"):
+        bp.attach(
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            model,
+            num_data=NUM_DATA,
+            num_steps=4,
+            prune=bp.prune.PruneSchedule("weights=0.5"),
+        )
+    assert average is not None
 
 
 @pytest.mark.parametrize("other", ["a copy", "of another model", "none attached"])
