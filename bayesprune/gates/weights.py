@@ -7,7 +7,7 @@ and is not a target of its own.
 from torch import Tensor, nn
 
 from bayesprune.layers import GateOptions, named_gates, named_posteriors, variational_layers
-from bayesprune.layers.gates import WeightGate, has_weight_gates, keep_slow_path
+from bayesprune.layers.gates import WeightGate, gated, keep_slow_path
 
 
 def add_weight_gates(
@@ -38,13 +38,14 @@ def add_weight_gates(
     posteriors = [posterior for posterior in named_posteriors(model) if posterior.is_weight]
     if not posteriors:
         raise ValueError("add_weight_gates got a model without variational layers; call to_variational first.")
-    if any(has_weight_gates(layer) for _, layer in variational_layers(model)):
+    if any(isinstance(gate, WeightGate) for _, gate in named_gates(model)):
         raise ValueError("the model has gates on its weights already; call gates.close first.")
     gates = {id(p.mean): WeightGate(tuple(p.mean.shape), options, p.mean.device) for p in posteriors}
     for _, layer in variational_layers(model):
         for name in layer.active_names():
             if (gate := gates.get(id(getattr(layer, name)))) is not None:  # tied weights have one gate
                 layer.add_module(f"{name}_gate", gate.train(layer.training))
+                layer.posterior_hook = gated
         layer.register_forward_pre_hook(keep_slow_path)
     return model
 

@@ -16,7 +16,7 @@ from bayesprune.errors import UnsupportedModelError
 from bayesprune.estimators import Bilinear, Gaussian, Gradients, LogGaussian
 from bayesprune.foundation.kinds import kind_of
 from bayesprune.foundation.sharding import sharded_as
-from bayesprune.layers import gates, masks
+from bayesprune.layers import masks
 from bayesprune.layers.stacks import axis_size, select
 from bayesprune.layers.structures import SUFFIXES, not_narrowed
 from bayesprune.moments.sampled import is_drawing
@@ -35,6 +35,8 @@ class VariationalLayer(nn.Module):
         std: Structure of the stds: "per_weight", "rank_one" or "per_channel".
         estimator: What runs while the layer is in training mode.
         estimator_override: What runs in any mode, set by `sampling`; None outside it.
+        posterior_hook: `posterior_hook(layer, name, posterior)` gives the posterior of a parameter that is drawn in
+            place of this one, as gates on weights do; None for none.
     """
 
     stock_type: ClassVar[type[nn.Module]]
@@ -46,6 +48,7 @@ class VariationalLayer(nn.Module):
     std: str
     estimator: str
     estimator_override: str | None
+    posterior_hook: Callable[["VariationalLayer", str, estimators.Posterior], estimators.Posterior] | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The stock forward at the means in eval mode; the estimator's output in training or under `sampling`."""
@@ -109,9 +112,9 @@ class VariationalLayer(nn.Module):
         return chosen
 
     def changes_weights(self) -> bool:
-        """Whether the weights of a forward without noise are computed: gates, or masks that gradients go through."""
+        """Whether a forward without noise computes its weights: a hook, or masks that gradients go through."""
         in_graph = self.training or torch.compiler.is_compiling()
-        return gates.has_weight_gates(self) or bool(in_graph and self.masked_names())
+        return self.posterior_hook is not None or bool(in_graph and self.masked_names())
 
     def train(self, mode: bool = True) -> Any:
         """As in torch; models that read raw weights, past the forward, find zeros where weights were removed."""
@@ -167,7 +170,8 @@ class VariationalLayer(nn.Module):
     def posterior(self, name: str) -> estimators.Posterior:
         """The posterior of one parameter, in parts, from which an estimator computes what it needs."""
         parts = tuple(self._checked_parts(name))
-        return gates.gated(self, name, LogGaussian(getattr(self, name), parts, self.mask(name)))
+        posterior = LogGaussian(getattr(self, name), parts, self.mask(name))
+        return posterior if self.posterior_hook is None else self.posterior_hook(self, name, posterior)
 
     def set_mask(self, name: str, keep: Tensor) -> None:
         """Removes the weights where `keep`, which is whole, is False: they are zero from now on, also in training."""

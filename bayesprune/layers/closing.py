@@ -53,6 +53,7 @@ def drop_gates(model: nn.Module) -> None:
                 ):
                     registry.pop(key, None)
     for module in list(model.modules()):
+        vars(module).pop("posterior_hook", None)
         for key in [key for key, child in module._modules.items() if isinstance(child, ChannelGate | WeightGate)]:
             del module._modules[key]
 

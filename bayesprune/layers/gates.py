@@ -254,11 +254,6 @@ def named_gates(model: nn.Module) -> Iterator[tuple[str, Gate]]:
             yield name.removesuffix("_gate"), module
 
 
-def has_weight_gates(layer: nn.Module) -> bool:
-    """Whether a layer has gates on its own weights."""
-    return any(isinstance(child, WeightGate) for child in layer._modules.values())
-
-
 def weight_gate(layer: nn.Module, name: str) -> WeightGate | None:
     """The gate of a layer's parameter, if it has one."""
     gate = layer._modules.get(f"{name}_gate")
@@ -270,7 +265,7 @@ def keep_slow_path(*_: Any) -> None:
 
 
 def gated(layer: nn.Module, name: str, posterior: Posterior) -> Posterior:
-    """The posterior of a layer's parameter given a draw of its gates; as it is where it has none."""
+    """The `posterior_hook` of layers with gates: the posterior of a parameter given a draw of its gates, if any."""
     gate = weight_gate(layer, name)
     return posterior if gate is None or gate.passes else gate(as_gaussian(posterior))
 

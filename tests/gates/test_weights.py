@@ -104,3 +104,13 @@ def test_refuses():
     layer = gates.add_weight_gates(bp.to_variational(nn.Linear(2, 2)))
     with pytest.raises(ValueError, match="already"):
         gates.add_weight_gates(layer)
+
+
+def test_only_layers_with_gates_have_a_hook_and_closing_takes_it_away():
+    model = bp.to_variational(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)))
+    plain = bp.to_variational(nn.Linear(3, 2))
+    gates.add_weight_gates(model)
+    copied = copy.deepcopy(model)
+    assert all(layer.changes_weights() for layer in (model[0], copied[2]))
+    assert not plain.eval().changes_weights()
+    assert not any("posterior_hook" in vars(module) for module in gates.close(model).modules())
