@@ -23,6 +23,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch_pruning.dependency import Group
 
 from bayesprune import estimators
+from bayesprune.foundation import defaults
 from bayesprune.layers import VariationalLayer
 from bayesprune.layers.stacks import stack_of
 from bayesprune.prune.graph.cuts import cut_parameters, num_stacked
@@ -80,7 +81,7 @@ class SNRImportance(Criterion):
         ValueError: the reduction is unknown or the power negative.
     """
 
-    def __init__(self, power: float = 1.0, *, reduction: Literal["sum", "mean"] = "sum") -> None:
+    def __init__(self, power: float = defaults.CHANNEL_POWER, *, reduction: Literal["sum", "mean"] = "sum") -> None:
         if reduction not in ("sum", "mean"):
             raise ValueError(f'reduction is {reduction!r}; expected "sum" or "mean".')
         if not 0 <= power <= 2:
