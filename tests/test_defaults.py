@@ -36,9 +36,8 @@ def test_the_table_of_the_docs_is_the_file():
 
 
 def test_signatures_take_the_defaults():
-    assert not {
-        function.__name__: found for function, names in SIGNATURES.items() if (found := differing(function, names))
-    }
+    found = {function.__name__: differing(function, names) for function, names in SIGNATURES.items()}
+    assert not {name: values for name, values in found.items() if values}
 
 
 def test_the_loops_of_libraries_take_the_defaults():
@@ -54,5 +53,5 @@ def test_the_loops_of_libraries_take_the_defaults():
 def test_examples_of_the_docs_do_not_repeat_or_contradict_the_schedule():
     """Recommended loops name what is to be kept, and leave the rest to the defaults."""
     for page in ("quickstart.md", "huggingface.md", "timm.md", "../README.md"):
-        text = (DOCS / page).read_text(encoding="utf-8")
+        text = "".join(re.findall(r"```(?:python|diff)\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.S))
         assert not re.findall(r"(?:begin|end|num_updates|std_lr|max_noise_cost|warmup)=\d", text), page
