@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 
 from bayesprune import estimators
 from bayesprune.errors import UnsupportedModelError
+from bayesprune.foundation import defaults
 from bayesprune.foundation.kinds import kind_of
 from bayesprune.foundation.text import as_text
 from bayesprune.layers import (
@@ -172,10 +173,10 @@ _LOGGER = logging.getLogger(__name__)
 def to_variational(
     model: nn.Module,
     *,
-    std: str = "per_weight",
-    relative_std: float = 0.1,
+    std: str = defaults.STD,
+    relative_std: float = defaults.RELATIVE_STD,
     filter_fn: Filter | None = None,
-    estimator: str = "auto",
+    estimator: str = defaults.ESTIMATOR,
 ) -> nn.Module:
     """The same model with Gaussian posteriors over its weights, whose means are the trained weights; in place.
 

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from bayesprune.app.data.splits import Loaders
 from bayesprune.app.tasks.task import LoggedProgress, Progress, Task
 from bayesprune.convert import check_options, conversion_table, to_deterministic, to_variational
+from bayesprune.foundation import defaults
 from bayesprune.foundation.batches import device_of, first_example, on_device
 from bayesprune.foundation.target import Target
 from bayesprune.layers import named_posteriors
@@ -64,7 +65,7 @@ class Recipe:
     estimator: str
     granularity: tuple[str, ...]
     uniform: bool = False
-    relative_std: float = 0.1
+    relative_std: float = defaults.RELATIVE_STD
     distill: bool = True
     by: Literal["macs", "weights"] = "macs"
 
@@ -178,10 +179,10 @@ def compress(
         raise ValueError(f"data has no {missing[0]!r} batches; expected a mapping of train, validation and test.")
     if (target is None) == (tolerance is None):
         raise ValueError(f"got target={target!r} and tolerance={tolerance!r}; expected one of them.")
-    defaults = {"granularity": GRANULARITY, "std": "per_channel", "estimator": "auto"}
+    chosen = {"granularity": GRANULARITY, "std": "per_channel", "estimator": defaults.ESTIMATOR}
     if (target or options.get("by", "macs")).partition("=")[0].strip() == "weights":
-        defaults["std"] = "per_weight"
-    recipe = Recipe(target, tolerance, num_epochs, lr, lr, **(defaults | options))
+        chosen["std"] = "per_weight"
+    recipe = Recipe(target, tolerance, num_epochs, lr, lr, **(chosen | options))
     train = data["train"]
     if not isinstance(train, DataLoader):
         raise ValueError(f"the training batches are a {type(train).__name__}; expected a torch.utils.data.DataLoader.")

@@ -11,6 +11,7 @@ from typing import Literal
 from torch import nn
 from torch.optim import Optimizer
 
+from bayesprune.foundation import defaults
 from bayesprune.layers import Posterior, make_masks, named_posteriors
 from bayesprune.priors import Gaussian, Prior
 from bayesprune.train.attachment import ATTACHMENTS, Attachment
@@ -33,11 +34,11 @@ def attach(
     num_data: int,
     num_steps: int | None = None,
     prior: Prior | None = None,
-    temperature: float | Literal["auto"] = "auto",
+    temperature: float | Literal["auto"] = defaults.TEMPERATURE,
     warmup: float = 0.0,
     prune: RemovalSchedule | None = None,
-    std_lr: float = 1e-2,
-    max_noise_cost: float | None = 0.2,
+    std_lr: float = defaults.STD_LR,
+    max_noise_cost: float | None = defaults.MAX_NOISE_COST,
 ) -> Attachment:
     """Makes each step of this optimizer a step on mean NLL + temperature * KL / num_data; the loop stays as it is.
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bayesprune.foundation import defaults
 from bayesprune.foundation.batches import Batch, logits_of, on_device, split
 from bayesprune.prediction.predict import Classification, Prediction
 
@@ -25,8 +26,8 @@ _MAPS = 4  # dimensions of (N, C, H, W)
 def distillation(
     teacher: nn.Module | Callable[..., Any],
     *,
-    temperature: float = 4.0,
-    weight: float = 0.9,
+    temperature: float = defaults.DISTILLATION_TEMPERATURE,
+    weight: float = defaults.DISTILLATION_WEIGHT,
     likelihood: Likelihood = "categorical",
 ) -> "Distillation":
     """A loss that makes one model learn from another: `loss = distill(model(x), x, task_loss)`.

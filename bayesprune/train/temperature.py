@@ -2,9 +2,10 @@
 
 from torch import nn
 
+from bayesprune.foundation import defaults
 from bayesprune.layers import named_posteriors
 
-_LARGEST, _FACTOR = 0.1, 0.4
+_FACTOR = 0.4
 
 
 def default_temperature(model: nn.Module, num_data: int) -> float:
@@ -20,4 +21,4 @@ def default_temperature(model: nn.Module, num_data: int) -> float:
         num_data: Terms that the training loss is a mean over.
     """
     num_weights = sum(posterior.mean.numel() for posterior in named_posteriors(model) if posterior.is_weight)
-    return min(_LARGEST, _FACTOR * (num_data / max(num_weights, 1)) ** 0.5)
+    return min(defaults.LARGEST_TEMPERATURE, _FACTOR * (num_data / max(num_weights, 1)) ** 0.5)

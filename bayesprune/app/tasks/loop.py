@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from bayesprune.app.data.splits import Loaders
 from bayesprune.app.tasks.task import Checkpoint, Progress, Split, Task, check_finite
+from bayesprune.foundation import defaults
 from bayesprune.foundation.batches import device_of, logits_of, on_device, split
 from bayesprune.foundation.model import load_values
 from bayesprune.foundation.sharding import sharded_as, values_sharded_as, whole, whole_values
@@ -61,7 +62,7 @@ class LoaderTask(Task):
         distill: Distillation | None = None,
         checkpoint: Checkpoint | None = None,
     ) -> None:
-        """Minimises the cross-entropy; removes weights in ten steps after a fifth of the training, for half of it."""
+        """Minimises the cross-entropy; removes weights by the default schedule."""
         device, loader = device_of(model), self._training_loader()
         trained = copy.deepcopy(model) if self._is_sharded else model
         optimizer = torch.optim.AdamW(trained.parameters(), lr=lr, weight_decay=0.0)
@@ -70,16 +71,13 @@ class LoaderTask(Task):
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=num_steps)
         parts: dict[str, Any] = {"model": trained, "optimizer": optimizer, "schedule": schedule}
         if learn_stds:
-            removal = None
-            if sparsity is not None:
-                removal = PruneSchedule(f"weights={1 - sparsity}", begin=0.2, end=0.7, num_updates=10)
+            removal = None if sparsity is None else PruneSchedule(f"weights={1 - sparsity}")
             parts["attachment"] = attach(
                 optimizer,
                 trained,
                 num_data=self.data.num_data,
                 num_steps=num_steps,
-                temperature=0.1,
-                warmup=0.2,
+                warmup=defaults.WARMUP,
                 prune=removal,
             )
         if self.accelerator.scaler is not None:

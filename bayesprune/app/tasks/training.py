@@ -14,7 +14,6 @@ from bayesprune.hosts.transformers.distillation import DistillationCallback
 from bayesprune.prune.weights.schedule import PruneSchedule
 from bayesprune.train import Distillation
 
-_WARMUP = 0.2  # share of the training over which the KL's weight rises
 _LOGS_PER_EPOCH = 20
 
 
@@ -66,8 +65,8 @@ def train(
         )
         callbacks: list[TrainerCallback] = []
         if learn_stds:
-            prune = None if sparsity is None else PruneSchedule(f"weights={1 - sparsity}", begin=0.1, end=0.7)
-            callbacks.append(BayesPruneCallback(warmup=_WARMUP, prune=prune))
+            prune = None if sparsity is None else PruneSchedule(f"weights={1 - sparsity}")
+            callbacks.append(BayesPruneCallback(prune=prune))
         if distill is not None:
             callbacks.append(DistillationCallback(distill))
         with progress.training(num_epochs, steps_per_epoch) as advance:

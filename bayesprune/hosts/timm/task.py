@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bayesprune.errors import StorageError
+from bayesprune.foundation import defaults
 from bayesprune.hosts.options import TrainingOptions
 from bayesprune.layers import named_posteriors, variational_layers
 from bayesprune.priors import Prior
@@ -49,10 +50,10 @@ class BayesPruneTask(nn.Module):
         task: Any,
         *,
         prior: Prior | None = None,
-        temperature: float | Literal["auto"] = "auto",
-        warmup: float = 0.1,
-        std_lr: float = 1e-2,
-        max_noise_cost: float | None = 0.2,
+        temperature: float | Literal["auto"] = defaults.TEMPERATURE,
+        warmup: float = defaults.WARMUP,
+        std_lr: float = defaults.STD_LR,
+        max_noise_cost: float | None = defaults.MAX_NOISE_COST,
         prune: str | PruneSchedule | None = None,
         convert: Mapping[str, Any] | None = None,
     ) -> None:

@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from bayesprune.foundation import defaults
 from bayesprune.foundation.model import load_values
 from bayesprune.foundation.sharding import whole
 from bayesprune.hosts.options import TrainingOptions, is_variational
@@ -55,10 +56,10 @@ class BayesPruneCallback(TrainerCallback):
         num_data: int | None = None,
         prior: Prior | None = None,
         *,
-        temperature: float | Literal["auto"] = "auto",
-        warmup: float = 0.1,
-        std_lr: float = 1e-2,
-        max_noise_cost: float | None = 0.2,
+        temperature: float | Literal["auto"] = defaults.TEMPERATURE,
+        warmup: float = defaults.WARMUP,
+        std_lr: float = defaults.STD_LR,
+        max_noise_cost: float | None = defaults.MAX_NOISE_COST,
         prune: str | PruneSchedule | None = None,
         tolerance: Tolerance | None = None,
         convert: Mapping[str, Any] | None = None,

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from bayesprune.foundation import defaults
 from bayesprune.foundation.batches import device_of, on_device, split
 from bayesprune.foundation.model import eval_mode
 from bayesprune.laplace.calibration import output_metric, predictions
@@ -32,7 +33,6 @@ from bayesprune.prune.scores.channels import Scored, SNRImportance, lowest, unit
 from bayesprune.prune.scores.unit_snr import UnitSNRImportance
 
 MAX_TILT = 3.0
-MAX_EXAMPLES = 1024
 _SEARCH_EXAMPLES = 256  # to compensate in the search; as many others judge
 _DAMPING = 0.01  # of compensation in the search, which then takes a third of the time
 _MAX_BATCHES = 50
@@ -60,7 +60,7 @@ class Calibration:
         for batch in islice(data, _MAX_BATCHES):
             self.batches.append(on_device(batch, device))
             self.num_examples += split(model, self.batches[-1]).num_examples
-            if self.num_examples >= MAX_EXAMPLES:
+            if self.num_examples >= defaults.CALIBRATION_EXAMPLES:
                 break
         if not self.batches:
             raise ValueError("data has no batch; expected an iterable of input batches.")

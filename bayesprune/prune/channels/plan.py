@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bayesprune.foundation import defaults
 from bayesprune.layers import VariationalLayer, named_gates
 from bayesprune.prune.graph.cuts import Axis, cut_parameters, num_stacked
 from bayesprune.prune.graph.structure import ChannelGroup
@@ -23,7 +24,7 @@ from bayesprune.prune.graph.structure import ChannelGroup
 Counts = Sequence[int]
 """Units removed from each group."""
 
-FLOOR = Fraction(1, 10)
+_FLOOR = Fraction(str(defaults.CHANNEL_FLOOR))  # exact: a tenth of 30 is 3
 
 
 @dataclass(frozen=True)
@@ -228,7 +229,7 @@ def _reachable(group: ChannelGroup, round_to: int) -> list[int]:
     """Numbers of units that leave one after the other, from all channels down to the floor."""
     size = 1 if group.num_experts else group.unit_size  # every expert has a layer of its own
     multiple = math.lcm(round_to // math.gcd(round_to, size), group.multiple)
-    floor = max(round_to, math.ceil(FLOOR * len(group.units) * size))
+    floor = max(round_to, math.ceil(_FLOOR * len(group.units) * size))
     kept, steps = len(group.units), []
     while True:
         step = kept % multiple or multiple

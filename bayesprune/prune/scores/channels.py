@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch_pruning.dependency import Group
 
 from bayesprune import estimators
+from bayesprune.foundation import defaults
 from bayesprune.foundation.kinds import kind_of
 from bayesprune.layers import VariationalLayer
 from bayesprune.prune.graph.cuts import cut_parameters, num_stacked
@@ -79,7 +80,7 @@ class SNRImportance(Criterion):
         ValueError: the reduction is unknown or the power negative.
     """
 
-    def __init__(self, power: float = 1.0, *, reduction: Literal["sum", "mean"] = "sum") -> None:
+    def __init__(self, power: float = defaults.CHANNEL_POWER, *, reduction: Literal["sum", "mean"] = "sum") -> None:
         if reduction not in ("sum", "mean"):
             raise ValueError(f'reduction is {reduction!r}; expected "sum" or "mean".')
         if not 0 <= power <= 2:

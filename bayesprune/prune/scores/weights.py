@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from bayesprune.foundation import defaults
 from bayesprune.layers import Posterior, named_posteriors
 
 
@@ -44,7 +45,7 @@ class SNRScore:
         power: Weight given to the stds, from 0 to 2.
     """
 
-    power: float = 0.5
+    power: float = defaults.WEIGHT_POWER
 
     def __post_init__(self) -> None:
         if not 0 <= self.power <= 2:

@@ -9,6 +9,7 @@ from typing import Literal
 
 from torch import nn
 
+from bayesprune.foundation import defaults
 from bayesprune.foundation.target import Target
 from bayesprune.prune.scores.weights import snr
 from bayesprune.prune.weights.floors import check_min_kept
@@ -80,9 +81,9 @@ class PruneSchedule:
     """
 
     target: str
-    begin: float = 0.25
-    end: float = 0.75
-    num_updates: int = 50
+    begin: float = defaults.PRUNE_BEGIN
+    end: float = defaults.PRUNE_END
+    num_updates: int = defaults.PRUNE_UPDATES
     scope: Literal["global", "layer"] = "global"
     score: Score = snr
     min_kept: float = 1
