@@ -6,7 +6,7 @@ forward, by its derivatives. Whoever adds a kind adds a case, and finds here wha
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ from bayesprune.prune.scores.channels import per_channel_sums
 from bayesprune.reports.layers import layer_sizes
 from bayesprune.train.kl import bind_prior
 
-WIDTH, TARGETS = 8, 3
+WIDTH = 8
 
 
 class Plain(nn.Module):
@@ -73,7 +73,7 @@ class Table(nn.Embedding):
 
 @dataclass(frozen=True)
 class Case:
-    """A layer of WIDTH inputs and WIDTH outputs.
+    """A layer of WIDTH inputs.
 
     Attributes:
         name: What the case is called.
@@ -81,6 +81,7 @@ class Case:
         shape: Of an input of one example behind the channels, or before them where `is_last`.
         is_last: Whether channels are the last dimension.
         is_table: Whether the inputs are numbers of entries.
+        num_outputs: Its outputs.
     """
 
     name: str
@@ -88,10 +89,11 @@ class Case:
     shape: tuple[int, ...] = ()
     is_last: bool = False
     is_table: bool = False
+    num_outputs: int = 12
 
     def layer(self) -> nn.Module:
         torch.manual_seed(0)
-        return self.build(WIDTH, WIDTH).double()
+        return self.build(WIDTH, self.num_outputs).double()
 
     def input(self, number: int = 5) -> Tensor:
         generator = torch.Generator().manual_seed(1)
@@ -115,8 +117,9 @@ class Case:
         """The layer between layers that keep positions apart; a table is the first."""
         torch.manual_seed(0)
         pointwise = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}.get(0 if self.is_last else len(self.shape))
-        front, back = (pointwise(WIDTH, WIDTH, 1) if pointwise else nn.Linear(WIDTH, WIDTH) for _ in range(2))
-        layer = self.build(WIDTH, WIDTH)
+        linear = partial(pointwise, kernel_size=1) if pointwise else nn.Linear
+        front, back = linear(WIDTH, WIDTH), linear(self.num_outputs, WIDTH)
+        layer = self.build(WIDTH, self.num_outputs)
         parts = (layer, nn.ReLU(), back) if self.is_table else (front, nn.ReLU(), layer, nn.ReLU(), back)
         return nn.Sequential(*parts).double()
 
@@ -160,7 +163,7 @@ CASES = [
     Case("conv2d", lambda i, o: nn.Conv2d(i, o, 2, padding=1), shape=(3, 3)),
     Case("conv3d", lambda i, o: nn.Conv3d(i, o, (1, 2, 1)), shape=(2, 3, 2)),
     Case("grouped", lambda i, o: nn.Conv2d(i, o, 3, padding=1, groups=2), shape=(3, 3)),
-    Case("depthwise", lambda i, o: nn.Conv2d(i, o, 3, padding=1, groups=i), shape=(3, 3)),
+    Case("depthwise", lambda i, o: nn.Conv2d(i, o, 3, padding=1, groups=i), (3, 3), num_outputs=WIDTH),
     Case("transposed1d", lambda i, o: nn.ConvTranspose1d(i, o, 3), shape=(3,)),
     Case("transposed2d", lambda i, o: nn.ConvTranspose2d(i, o, 2, stride=2), shape=(2, 2)),
     Case("transposed3d", lambda i, o: nn.ConvTranspose3d(i, o, 2), shape=(2, 2, 2)),
@@ -193,7 +196,8 @@ def consumer(function: Callable[[Case], str | None]) -> Callable[[Case], str | N
 
 
 def oracle_sums(values: Tensor, channels: Tensor) -> Tensor:
-    return torch.zeros(WIDTH, dtype=values.dtype).index_add(0, channels.flatten(), values.flatten())
+    sums = torch.zeros(int(channels.max()) + 1, dtype=values.dtype)
+    return sums.index_add(0, channels.flatten(), values.flatten())
 
 
 def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -206,14 +210,15 @@ def layout(case: Case) -> None:
     if kind is UNKNOWN:
         assert kind.unit_dims == (0,)
         assert kind.input_dims == (1,)
-    assert kind.sizes(weight.shape) == (WIDTH, WIDTH)
+    assert kind.sizes(weight.shape) == (WIDTH, case.num_outputs)
     rows, columns = kind.matrices(outputs), kind.matrices(inputs)
     assert (rows == rows[..., :1]).all(), "a row of a matrix is one output's"
     assert (columns == columns[:, :1]).all(), "a column of a matrix is one input's"
     assert len(rows) == kind.num_groups
     assert torch.equal(kind.from_matrices(kind.matrices(weight), weight.shape), weight)
     x = case.input()
-    assert case.is_table or case.layer()(x).shape[kind.feature_dim] == x.shape[kind.feature_dim] == WIDTH
+    assert case.layer()(x).shape[-1 if case.is_table else kind.feature_dim] == case.num_outputs
+    assert case.is_table or x.shape[kind.feature_dim] == WIDTH
     assert kind_of(case.variational()) == kind
 
 
@@ -232,10 +237,10 @@ def stds(case: Case) -> None:
     layer = case.variational("per_channel")
     assert has_one(layer.weight_log_std, outputs)
     layer = case.variational("rank_one")
-    width = WIDTH // kind_of(layer).num_groups
+    groups = kind_of(layer).num_groups
     row, column = layer.weight_row_log_std, layer.weight_column_log_std
-    assert has_one(row, outputs) or has_one(row, outputs % width)
-    assert has_one(column, inputs) or has_one(column, inputs % width)
+    assert has_one(row, outputs) or has_one(row, outputs % (case.num_outputs // groups))
+    assert has_one(column, inputs) or has_one(column, inputs % (WIDTH // groups))
 
 
 def has_one(part: Tensor, channels: Tensor) -> bool:
@@ -298,7 +303,7 @@ def prune_weights_of_a_pattern(case: Case) -> str | None:
         return note
     per_group = len(inputs[outputs == 0].unique())
     blocks = inputs % per_group // 4
-    for output in range(WIDTH):
+    for output in range(case.num_outputs):
         for block in range(per_group // 4):
             here = (outputs == output) & (blocks == block)
             assert int((layer.weight != 0)[here].sum()) * 2 == int(here.sum())
@@ -356,28 +361,32 @@ def automatic_relevance(case: Case) -> None:
 def report(case: Case) -> None:
     for layer in (case.layer(), case.variational()):
         (row,) = layer_sizes(nn.Sequential(layer), {"0": 7})
-        assert (row.channels, row.type) == (WIDTH, type(case.layer()).__name__)
+        assert (row.channels, row.type) == (case.num_outputs, type(case.layer()).__name__)
         assert row.parameters == sum(parameter.numel() for parameter in case.layer().parameters())
 
 
 @consumer
 def prune_channels(case: Case) -> str | None:
-    """Channels 1 and 5, of different groups, make nothing: they leave both sides, and the net computes the same."""
-    net, x, channels = case.net(), case.input(), case.channels
+    """Channels that make nothing, one of each half, leave both sides, and the net computes the same."""
+    net, x = case.net(), case.input()
     layer, front, back = net[0 if case.is_table else 2], net[0], net[-1]
-    for of_side in channels:
-        layer.weight.data[(of_side == 1) | (of_side == 5)] = 0
-    back.weight.data[:, [1, 5]] = 0
-    front.weight.data[[1, 5]] = 0
-    for dead in (front, layer):
+    ends = [[1, size // 2 + 1] for size in (WIDTH, case.num_outputs)]
+    for channels, gone in zip(case.channels, ends, strict=True):
+        layer.weight.data[torch.isin(channels, torch.tensor(gone))] = 0
+    back.weight.data[:, ends[1]] = 0
+    for dead, gone in ((front, ends[0]), (layer, ends[1])):
         if getattr(dead, "bias", None) is not None:
-            dead.bias.data[[1, 5]] = 0
+            dead.bias.data[gone] = 0
+    if front is not layer:
+        front.weight.data[ends[0]] = 0
     expected = bp.to_variational(net).eval()(x)
     bp.prune_channels(net, x, "snr=0.01")
     torch.testing.assert_close(net(x), expected)
     sizes = kind_of(layer).sizes(layer.weight.shape)
-    assert sizes in ((WIDTH, WIDTH), (WIDTH - 2, WIDTH - 2))
-    return "left whole" if sizes == (WIDTH, WIDTH) else None
+    if sizes == (WIDTH, case.num_outputs):
+        return "left whole"
+    assert sizes == (WIDTH - 2, case.num_outputs - 2)
+    return None
 
 
 @consumer
