@@ -8,6 +8,7 @@ import copy
 import itertools
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -24,7 +25,7 @@ from bayesprune.foundation.batches import device_of, first_example, on_device
 from bayesprune.foundation.target import Target
 from bayesprune.layers import named_posteriors
 from bayesprune.prediction.predict import sampling
-from bayesprune.prune import prune_channels, signal_to_noise, smallest_within
+from bayesprune.prune import freeze_batch_norm, prune_channels, signal_to_noise, smallest_within
 from bayesprune.prune.channels.checks import checked_target
 from bayesprune.prune.graph.structure import GRANULARITY
 from bayesprune.reports import ACCURACY, HistoryPoint, Metric, Report, count_parameters, report
@@ -235,6 +236,7 @@ def run(
         ratios = signal_to_noise(model)
         progress.say(f"validation {task.metric.shown(task.score(model, 'validation'))}")
 
+    frozen: AbstractContextManager[Any] = nullcontext()
     progress.stage(recipe.removal)
     progress.say(f"layers: {conversion_table(model).summary()}")
     if recipe.target is None:
@@ -253,13 +255,15 @@ def run(
             uniform=recipe.uniform,
             data=task.calibration,
         )
+        frozen = freeze_batch_norm(model) if removal.keeps_statistics else frozen
         progress.say(str(removal))
         validate(model, "removed")
 
     progress.stage("Fine-tune the smaller model")
     if not recipe.removes_weights:
         to_deterministic(model)
-        task.train(model, progress, num_epochs=recipe.num_epochs, lr=recipe.lr, distill=distill)
+        with frozen:
+            task.train(model, progress, num_epochs=recipe.num_epochs, lr=recipe.lr, distill=distill)
     else:
         _fine_tune(model, task, recipe.num_epochs, recipe.lr, progress, distill)  # its masks keep the zeros
         to_deterministic(model)

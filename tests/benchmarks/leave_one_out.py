@@ -49,9 +49,10 @@ seeds: over all channels, and inside layers (mean over the {layers} layers). "ou
 gradients, "ours, variational" and "SNR^2 at temperature 10" score networks that were trained with noise, whose
 increases are their own. Rows about Kronecker factors read 1,024 training images: "unit SNR" is what removing a
 channel costs once the others have made up for it, "Kronecker cost" what it costs when nothing does, which is what is
-measured here; the metric is that of the logits, or the Fisher information with sampled labels. "{again}" is as far as
-any score can come: **the loss on so few images is noise**, since labels decide its sign; the divergence is not. The
-file says which rows were trained in float32.
+measured here; the metric is that of the logits, or the Fisher information with sampled labels. "{again}" says how
+much of a measurement is chance: a score that knew the truth could reach about the square root of it. **The loss on so
+few images is noise**, since labels decide its sign; the divergence less so. The file says which rows were trained in
+float32.
 
 | score | divergence: all channels | inside layers | loss: all channels | inside layers |
 |---|---|---|---|---|

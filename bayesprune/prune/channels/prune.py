@@ -19,6 +19,7 @@ from bayesprune.foundation.macs import macs_by_module
 from bayesprune.foundation.target import Target
 from bayesprune.laplace.compensation import compensate
 from bayesprune.layers import drop_gates, passing_gates, variational_layers
+from bayesprune.prune.batch_norm import measured_norms
 from bayesprune.prune.channels import plan
 from bayesprune.prune.channels.calibrated import Calibration, recalibrate_if_better, tilted, unit_costs
 from bayesprune.prune.channels.checks import check_model, checked_target
@@ -173,10 +174,11 @@ def prune_channels(
         return report
     if calibration is not None:
         try:
-            recalibrate_if_better(model, calibration)
+            is_measured_anew = recalibrate_if_better(model, calibration)
         except BaseException:
             undo()
             raise
+        report = replace(report, keeps_statistics=bool(measured_norms(model)) and not is_measured_anew)
     drop_gates(model)
     if uniform:
         report = replace(report, config=follow_config(model, [(g, len(units)) for g, units in selection]))

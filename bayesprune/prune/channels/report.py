@@ -73,6 +73,8 @@ class ChannelReport:
         counter: What counted the MACs.
         holdings: Which modules hold the MACs that stay, by reason, the most first.
         how: What ranked the channels, divided the budget and made up for what went, in one line.
+        keeps_statistics: Whether batch norms keep the statistics that they had, because with statistics of `data` the
+            outputs would be further from the dense model's. Fine-tune with `prune.freeze_batch_norm` then.
     """
 
     rows: tuple[ChannelRow, ...]
@@ -89,6 +91,7 @@ class ChannelReport:
     counter: str = COUNTER
     holdings: tuple[Holding, ...] = ()
     how: str = ""
+    keeps_statistics: bool = False
 
     @property
     def achieved(self) -> dict[str, float]:
@@ -120,6 +123,8 @@ class ChannelReport:
         if self.config:
             fields = ", ".join(f"{name}={value}" for name, value in self.config.items())
             notes.insert(0, f"the config says so: {fields}")
+        if self.keeps_statistics:
+            notes.insert(0, "batch norms keep their statistics: fine-tune with bp.prune.freeze_batch_norm(model)")
         notes = [self.how, *notes] if self.how else notes
         return as_text(title, table, *notes)
 
