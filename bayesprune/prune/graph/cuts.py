@@ -19,7 +19,8 @@ from bayesprune.prune.graph.roots import is_root, layer_sizes
 Axis = tuple[str, str]
 """A layer's name, and "out" or "in"."""
 
-CUTTABLE = (*STOCK_KINDS, nn.Parameter)
+CUTTABLE = (*(stock for stock in STOCK_KINDS if stock is not nn.EmbeddingBag), nn.Parameter)
+"""What torch-pruning knows how to cut."""
 
 
 @dataclass(frozen=True, eq=False)
