@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bayesprune import estimators
 from bayesprune.errors import UnsupportedModelError
 from bayesprune.estimators import Factors, Gaussian, LogGaussian
-from bayesprune.foundation.sharding import sharded_as
+from bayesprune.foundation.sharding import shard_like
 from bayesprune.layers import gates, masks
 from bayesprune.layers.operations import LayerOperation
 from bayesprune.layers.stacks import axis_size, select
@@ -140,7 +140,7 @@ class VariationalLayer(nn.Module):
     def mask(self, name: str, *, whole: bool = False) -> Tensor | None:
         """True where the weight is kept, sharded as it is unless `whole`; None while nothing was removed."""
         mask = self._buffers.get(f"{name}_mask")
-        return mask if mask is None or whole else sharded_as(mask, getattr(self, name))
+        return mask if mask is None or whole else shard_like(mask, getattr(self, name))
 
     def log_std_parts(self, name: str) -> list[nn.Parameter]:
         """The parameters whose broadcast sum is the log std of this parameter."""
