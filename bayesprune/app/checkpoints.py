@@ -28,14 +28,14 @@ _LOGGER = logging.getLogger(__name__)
 _JOB, _RUNNING, _ENDED = "job.json", "running.safetensors", "ended-{number:03}.safetensors"
 
 
-class Interval(NamedTuple):
+class CheckpointEvery(NamedTuple):
     """How often the running training is written: after so many optimizer steps, or so many seconds."""
 
     steps: float = float("inf")
     seconds: float = float("inf")
 
     @classmethod
-    def parse(cls, text: str) -> "Interval":
+    def parse(cls, text: str) -> "CheckpointEvery":
         """An interval from "500" (steps), "30s", "10min" or "2h".
 
         Raises:
@@ -60,7 +60,7 @@ class Checkpoints:
         self,
         directory: Path,
         request: Mapping[str, Any],
-        every: Interval,
+        every: CheckpointEvery,
         *,
         generators: Sequence[torch.Generator] = (),
         is_writer: bool = True,
@@ -148,7 +148,7 @@ class Running(Checkpoint):
     """The checkpoint of one training, in a file."""
 
     def __init__(
-        self, path: Path, number: int, every: Interval, generators: Sequence[torch.Generator], is_writer: bool
+        self, path: Path, number: int, every: CheckpointEvery, generators: Sequence[torch.Generator], is_writer: bool
     ) -> None:
         """Use `Checkpoints.running`."""
         self._path, self._number, self._every = path, number, every
@@ -218,13 +218,13 @@ class ResumableTask(Task):
         ):  # a loader draws a seed, which it would not if the score were remembered
             return self.checkpoints.score(number, lambda: self.task.score(model, split))
 
-    def save_beside(self, directory: Path) -> None:
-        """As `Task.save_beside`."""
-        self.task.save_beside(directory)
+    def save_preparation(self, directory: Path) -> None:
+        """As `Task.save_preparation`."""
+        self.task.save_preparation(directory)
 
-    def how_to_load(self, directory: Path) -> str:
-        """As `Task.how_to_load`."""
-        return self.task.how_to_load(directory)
+    def loading_instructions(self, directory: Path) -> str:
+        """As `Task.loading_instructions`."""
+        return self.task.loading_instructions(directory)
 
     def close(self) -> None:
         """Deletes the checkpoints: the result is saved."""

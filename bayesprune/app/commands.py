@@ -16,7 +16,7 @@ from torch import Tensor
 from typer import Option
 
 from bayesprune.app import pipeline
-from bayesprune.app.checkpoints import Checkpoints, Interval, ResumableTask
+from bayesprune.app.checkpoints import CheckpointEvery, Checkpoints, ResumableTask
 from bayesprune.app.jobs import DEFAULTS, Request, library_of, prepare
 from bayesprune.app.progress import ConsoleProgress
 from bayesprune.errors import BayespruneError, StorageError
@@ -159,7 +159,7 @@ def compress(
         seed=seed,
         device=device,
     )
-    every = Interval.parse(checkpoint_every)
+    every = CheckpointEvery.parse(checkpoint_every)
     require_matplotlib()  # for the report, which comes last
     _check_writable(out)
     torch.manual_seed(seed)
@@ -178,7 +178,7 @@ def compress(
     if result is not None:
         _CONSOLE.print(result.table())
         progress.say(f"report: {out / 'report.html'}")
-        progress.say(f"load the model: {resumable.how_to_load(out)}")
+        progress.say(f"load the model: {resumable.loading_instructions(out)}")
     resumable.close()
 
 

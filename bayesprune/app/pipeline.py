@@ -290,7 +290,7 @@ def run(
             title=f"{name} on {task.description}",
         )
     result.save(out)
-    task.save_beside(out)
+    task.save_preparation(out)
     return Compressed(model, result)
 
 

@@ -9,10 +9,10 @@ propagated at once, and the full spatial covariance is kept as a product of fact
 
 from bayesprune.evi.compression import kernel_norm, self_compress
 from bayesprune.evi.propagation import ClassMoments, propagate
-from bayesprune.evi.training import TAU, convert, gaussian_kl, gaussian_nll, loss, published_kl
+from bayesprune.evi.training import PUBLISHED_KL_WEIGHTS, convert, gaussian_kl, gaussian_nll, loss, published_kl
 
 __all__ = [
-    "TAU",
+    "PUBLISHED_KL_WEIGHTS",
     "ClassMoments",
     "convert",
     "gaussian_kl",

@@ -17,7 +17,7 @@ from bayesprune.evi.propagation import propagate
 from bayesprune.layers import named_posteriors
 from bayesprune.priors import BoundGaussian
 
-TAU = MappingProxyType({"mnist": 0.002, "cifar10": 1e-5})
+PUBLISHED_KL_WEIGHTS = MappingProxyType({"mnist": 0.002, "cifar10": 1e-5})
 """Weight of the KL in the authors' published runs, whose loss is a mean per example."""
 
 _CERTAIN_LOG_STD = -20.0  # std 2e-9, the least that `attach` allows: nothing beside any bias in float32
@@ -98,7 +98,7 @@ def loss(
     *,
     covariance: Literal["diagonal", "spatial"] = "diagonal",
     kl: Callable[[nn.Module], Tensor] = gaussian_kl,
-    tau: float = TAU["mnist"],
+    tau: float = PUBLISHED_KL_WEIGHTS["mnist"],
     ridge: float = 1e-3,
 ) -> Tensor:
     """The paper's objective: mean Gaussian negative log-likelihood + tau * KL; a scalar for `backward`.
@@ -111,7 +111,7 @@ def loss(
         target: Labels (N,).
         covariance: As for `propagate`.
         kl: `gaussian_kl` (the text's) or `published_kl` (the code's).
-        tau: Weight of the KL; `TAU` has the published values.
+        tau: Weight of the KL; `PUBLISHED_KL_WEIGHTS` has the published values.
         ridge: As for `gaussian_nll`.
     """
     mean, variance = propagate(model, x, covariance=covariance)

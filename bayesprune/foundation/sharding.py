@@ -7,17 +7,17 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The tensor itself; one that is sharded over processes, gathered. Every process must call it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[attr-defined]
 
 
 def whole_values(state: Any) -> Any:
     """The same nested dicts, lists and tuples, with all tensors whole. Every process must call it."""
-    return tree_map(lambda value: whole(value) if isinstance(value, Tensor) else value, state)
+    return tree_map(lambda value: full_tensor(value) if isinstance(value, Tensor) else value, state)
 
 
-def sharded_as(tensor: Tensor, other: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
     """The tensor, whole in every process, cut as `other` of the same shape is; nothing is sent."""
     if not hasattr(other, "full_tensor") or hasattr(tensor, "full_tensor"):
         return tensor
@@ -26,14 +26,14 @@ def sharded_as(tensor: Tensor, other: Tensor) -> Tensor:
     return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)  # type: ignore[attr-defined]
 
 
-def values_sharded_as(parameter: Tensor, values: Mapping[str, Any]) -> dict[str, Any]:
+def shard_values_like(parameter: Tensor, values: Mapping[str, Any]) -> dict[str, Any]:
     """The values, those of the parameter's shape sharded as it is: what an optimizer knows of the parameter."""
     return {
-        key: sharded_as(value, parameter) if isinstance(value, Tensor) and value.shape == parameter.shape else value
+        key: shard_like(value, parameter) if isinstance(value, Tensor) and value.shape == parameter.shape else value
         for key, value in values.items()
     }
 
 
-def placed_as(tensor: Tensor, other: Tensor) -> Tensor:
+def place_like(tensor: Tensor, other: Tensor) -> Tensor:
     """A sharded tensor, or one of which each process has a summand, cut as `other` is; others as they are."""
     return tensor.redistribute(placements=other.placements) if hasattr(other, "full_tensor") else tensor  # type: ignore[attr-defined]

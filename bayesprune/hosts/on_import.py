@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from bayesprune.errors import StorageError
-from bayesprune.storage.base import Base, Host, register_host
+from bayesprune.storage.base import BaseModel, LibraryAdapter, register_adapter
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def register() -> None:
     """
     if find_spec(LIBRARY) is None:
         return
-    register_host(Host(LIBRARY, _describe, _build, _files))  # until the host itself takes its place
+    register_adapter(LibraryAdapter(LIBRARY, _describe, _build, _files))  # until the host itself takes its place
     if not _is_recent():
         _LOGGER.warning("%s", _too_old())
     elif AFTER in sys.modules:
@@ -72,19 +72,19 @@ def register() -> None:
         sys.meta_path.insert(0, AfterImport())
 
 
-def _describe(model: nn.Module, model_args: dict[str, Any] | None) -> Base | None:
+def _describe(model: nn.Module, model_args: dict[str, Any] | None) -> BaseModel | None:
     return None  # without transformers no model is one of its
 
 
-def _build(base: Base) -> nn.Module:
+def _build(base: BaseModel) -> nn.Module:
     return _host().build(base)
 
 
-def _files(base: Base, spec: dict[str, Any], save_id: str) -> dict[str, Any]:
+def _files(base: BaseModel, spec: dict[str, Any], save_id: str) -> dict[str, Any]:
     return _host().files(base, spec, save_id)
 
 
-def _host() -> Host:
+def _host() -> LibraryAdapter:
     if not _is_recent():
         raise StorageError(_too_old())
     return importlib.import_module(HOST).HOST

@@ -15,7 +15,7 @@ from bayesprune import estimators
 from bayesprune.errors import UnsupportedModelError
 from bayesprune.estimators import Bilinear, Gaussian, Gradients, LogGaussian
 from bayesprune.foundation.kinds import kind_of
-from bayesprune.foundation.sharding import sharded_as
+from bayesprune.foundation.sharding import shard_like
 from bayesprune.layers import masks
 from bayesprune.layers.stacks import axis_size, select
 from bayesprune.layers.structures import SUFFIXES, not_narrowed
@@ -137,7 +137,7 @@ class VariationalLayer(nn.Module):
     def mask(self, name: str, *, whole: bool = False) -> Tensor | None:
         """True where the weight is kept, sharded as it is unless `whole`; None while nothing was removed."""
         mask = self._buffers.get(f"{name}_mask")
-        return mask if mask is None or whole else sharded_as(mask, getattr(self, name))
+        return mask if mask is None or whole else shard_like(mask, getattr(self, name))
 
     def log_std_parts(self, name: str) -> list[nn.Parameter]:
         """The parameters whose broadcast sum is the log std of this parameter."""

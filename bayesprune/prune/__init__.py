@@ -11,7 +11,7 @@ from bayesprune.prune.scores.evidence import EvidenceImportance, evidence
 from bayesprune.prune.scores.inclusion import InclusionImportance
 from bayesprune.prune.scores.unit_snr import UnitSNRImportance
 from bayesprune.prune.scores.weights import SNRScore, signal_to_noise
-from bayesprune.prune.search import Compression, Trial, smallest_within
+from bayesprune.prune.search import Compression, SearchStep, smallest_within
 from bayesprune.prune.weights.discovery import discover_mask
 from bayesprune.prune.weights.one_shot import prune_one_shot
 from bayesprune.prune.weights.prune import WeightReport, prune_weights
@@ -27,7 +27,7 @@ __all__ = [
     "PruneSchedule",
     "SNRImportance",
     "SNRScore",
-    "Trial",
+    "SearchStep",
     "UnitSNRImportance",
     "WeightReport",
     "dependency_groups",

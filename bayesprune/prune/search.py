@@ -32,7 +32,7 @@ _LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Trial:
+class SearchStep:
     """One model: the fraction kept of MACs or weights, its score, and whether that is within the tolerance."""
 
     kept: float
@@ -53,13 +53,13 @@ class Compression:
     """
 
     model: nn.Module
-    trials: tuple[Trial, ...]
+    trials: tuple[SearchStep, ...]
     by: str
     reference: float
     tolerance: float
 
     @property
-    def curve(self) -> tuple[Trial, ...]:
+    def curve(self) -> tuple[SearchStep, ...]:
         """The trials from the largest model to the smallest."""
         return tuple(sorted(self.trials, key=lambda trial: trial.kept, reverse=True))
 
@@ -135,7 +135,7 @@ def smallest_within(
     score = evaluate(model)
     reference = score if reference is None else reference
     kept = 1.0 if by == "macs" else _share_of_weights(model)
-    smallest, trials = model, [Trial(kept, score, score >= reference - tolerance)]
+    smallest, trials = model, [SearchStep(kept, score, score >= reference - tolerance)]
     passed, failed, failed_sizes = kept, _SMALLEST, set[float]()
     while passed * (1 - min_step) > failed:
         fraction = max(math.sqrt(failed * passed), 0 if fine_tune is None else passed * (1 - step))
@@ -152,7 +152,7 @@ def smallest_within(
         if fine_tune is not None:
             fine_tune(candidate)
         score = evaluate(candidate)
-        trials.append(Trial(size, score, score >= reference - tolerance))
+        trials.append(SearchStep(size, score, score >= reference - tolerance))
         verdict = "kept" if trials[-1].accepted else "undone"
         _LOGGER.info("smallest_within: %.2f%% of the %s, score %.4f, %s", 100 * size, UNITS[by], score, verdict)
         if trials[-1].accepted:

@@ -18,7 +18,7 @@ _MAX_SAID = 500
 
 
 @dataclass(frozen=True)
-class Base:
+class BaseModel:
     """The dense model that a saved model was made from.
 
     Attributes:
@@ -38,7 +38,7 @@ class Base:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, value: Any, where: str) -> "Base":
+    def from_json(cls, value: Any, where: str) -> "BaseModel":
         """The base of a file's JSON value.
 
         Raises:
@@ -52,7 +52,7 @@ class Base:
 
 
 @dataclass(frozen=True)
-class Host:
+class LibraryAdapter:
     """How one library's models are named, built, and saved in the library's own form.
 
     Attributes:
@@ -64,21 +64,21 @@ class Host:
     """
 
     library: str
-    describe: Callable[[nn.Module, dict[str, Any] | None], Base | None]
-    build: Callable[[Base], nn.Module]
-    files: Callable[[Base, dict[str, Any], str], dict[str, Any]]
+    describe: Callable[[nn.Module, dict[str, Any] | None], BaseModel | None]
+    build: Callable[[BaseModel], nn.Module]
+    files: Callable[[BaseModel, dict[str, Any], str], dict[str, Any]]
 
 
-_HOSTS: dict[str, Host] = {}
+_HOSTS: dict[str, LibraryAdapter] = {}
 
 
-def register_host(host: Host) -> Host:
+def register_adapter(host: LibraryAdapter) -> LibraryAdapter:
     """The host itself, known from now on to `save` and `load`; one of the same name is replaced."""
     _HOSTS[host.library] = host
     return host
 
 
-def describe(model: nn.Module, model_args: dict[str, Any] | None) -> Base | None:
+def describe(model: nn.Module, model_args: dict[str, Any] | None) -> BaseModel | None:
     """The model's base by the first host that knows it; None for a plain module."""
     for host in _HOSTS.values():
         base = host.describe(model, model_args)
@@ -87,7 +87,7 @@ def describe(model: nn.Module, model_args: dict[str, Any] | None) -> Base | None
     return None
 
 
-def host_of(base: Base) -> Host:
+def host_of(base: BaseModel) -> LibraryAdapter:
     """The host of a base's library.
 
     Raises:
@@ -103,7 +103,7 @@ def host_of(base: Base) -> Host:
     return _HOSTS[base.library]
 
 
-def build(base: Base) -> nn.Module:
+def build(base: BaseModel) -> nn.Module:
     """The dense base, built by its host; the global random numbers stay where they were.
 
     Raises:

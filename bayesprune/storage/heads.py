@@ -7,11 +7,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from bayesprune.storage.rebuild import resized
-from bayesprune.storage.spec import Shape, Spec, module_classes, module_constants, plain_attributes
+from bayesprune.storage.spec import ModelRecord, Shape, module_classes, module_constants, plain_attributes
 from bayesprune.storage.values import is_same
 
 
-def for_other_head(spec: Spec, dense: nn.Module, asked: nn.Module) -> tuple[Spec, frozenset[str]]:
+def for_other_head(spec: ModelRecord, dense: nn.Module, asked: nn.Module) -> tuple[ModelRecord, frozenset[str]]:
     """The spec of a model that is built otherwise than the saved one, and the names of its tensors that are new.
 
     A new tensor has the size that was asked for where this is another one, else the saved size: a head for five classes
@@ -46,7 +46,9 @@ def for_other_head(spec: Spec, dense: nn.Module, asked: nn.Module) -> tuple[Spec
     ), fresh
 
 
-def with_new(tensors: Mapping[str, Tensor], spec: Spec, fresh: frozenset[str], asked: nn.Module) -> dict[str, Tensor]:
+def with_new(
+    tensors: Mapping[str, Tensor], spec: ModelRecord, fresh: frozenset[str], asked: nn.Module
+) -> dict[str, Tensor]:
     """The saved tensors that the spec has; the new ones are the model's own, cut to size, in the dtype of the rest."""
     kept = {name: tensor for name, tensor in tensors.items() if name in spec.shapes or name in spec.computed}
     state = asked.state_dict()

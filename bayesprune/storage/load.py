@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from bayesprune.errors import StorageError
 from bayesprune.storage import base as bases
-from bayesprune.storage.base import Base
+from bayesprune.storage.base import BaseModel
 from bayesprune.storage.bounds import bounded_building
 from bayesprune.storage.digests import check_json, check_seal
 from bayesprune.storage.reading import FORMAT_VERSION, RECORD, TENSORS, read_all_tensors, read_json
 from bayesprune.storage.rebuild import rebuild, shape_differences
-from bayesprune.storage.spec import Spec
+from bayesprune.storage.spec import ModelRecord
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Record:
         files: Digests of the JSON files beside it, which its library reads.
     """
 
-    base: Base | None
-    spec: Spec
+    base: BaseModel | None
+    spec: ModelRecord
     save_id: str
     versions: dict[str, str]
     files: dict[str, Any]
@@ -129,8 +129,8 @@ def read_record(directory: Path) -> Record:
     save_id = record.get("save_id")
     if not isinstance(save_id, str) or not save_id:
         raise StorageError(f"{path} holds no save_id but {reprlib.repr(save_id)}. The file is damaged.")
-    base = None if record.get("base") is None else Base.from_json(record["base"], str(path))
-    spec = Spec.from_json(record.get("spec"), str(path))
+    base = None if record.get("base") is None else BaseModel.from_json(record["base"], str(path))
+    spec = ModelRecord.from_json(record.get("spec"), str(path))
     check_seal(record, str(path))
     files = record.get("files")
     return Record(base, spec, save_id, _versions(record), files if isinstance(files, dict) else {})

@@ -16,8 +16,8 @@ from bayesprune.errors import StorageError
 from bayesprune.foundation.model import load_values, requires_grad
 from bayesprune.layers import VariationalLayer, named_posteriors, variational_layers
 from bayesprune.storage.spec import (
+    ModelRecord,
     Shape,
-    Spec,
     module_classes,
     module_constants,
     module_notes,
@@ -31,7 +31,7 @@ _LOGGER = logging.getLogger(__name__)
 _MAX_LINES = 12
 
 
-def rebuild(model: nn.Module, spec: Spec, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
+def rebuild(model: nn.Module, spec: ModelRecord, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
     """The model as the spec says, in place; with the values of `tensors`, else with its own, cut or repeated to size.
 
     A parameter that keeps shape and dtype stays the same object. Attributes are set only where the model has one of
@@ -87,7 +87,7 @@ def shape_differences(found: Mapping[str, Shape], recorded: Mapping[str, Shape],
     return [difference(what, f"in {holder}", items) for what, items in lists if items]
 
 
-def _check_layers(model: nn.Module, spec: Spec) -> None:
+def _check_layers(model: nn.Module, spec: ModelRecord) -> None:
     found = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     modules = dict(model.named_modules(remove_duplicate=False))
     recorded = {  # log stds and masks come with the conversion
@@ -158,7 +158,7 @@ def _tell_notes(model: nn.Module, notes: Mapping[str, str]) -> None:
         )
 
 
-def _resize(model: nn.Module, spec: Spec, tensors: Mapping[str, Tensor] | None) -> None:
+def _resize(model: nn.Module, spec: ModelRecord, tensors: Mapping[str, Tensor] | None) -> None:
     """Gives every tensor its recorded shape and dtype, and every tied name the same tensor."""
     new: dict[str, Tensor] = {}
     taken: set[int] = set()
@@ -214,7 +214,7 @@ def _make_variational(model: nn.Module, variational: Mapping[str, Mapping[str, s
             layer.estimator = variational[name]["estimator"]
 
 
-def _tie_masks(model: nn.Module, spec: Spec) -> None:
+def _tie_masks(model: nn.Module, spec: ModelRecord) -> None:
     """Loading gives every layer a mask of its own, though those of tied weights are one."""
     for alias, first in spec.tied.items():
         owner, _, key = alias.rpartition(".")
@@ -223,7 +223,7 @@ def _tie_masks(model: nn.Module, spec: Spec) -> None:
             layer._buffers[key] = model.get_buffer(first)
 
 
-def _check_result(model: nn.Module, spec: Spec, *, with_masks: bool) -> None:
+def _check_result(model: nn.Module, spec: ModelRecord, *, with_masks: bool) -> None:
     found = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     recorded = (
         spec.shapes if with_masks else {k: v for k, v in spec.shapes.items() if k in found or not k.endswith("_mask")}
@@ -242,7 +242,7 @@ def _check_result(model: nn.Module, spec: Spec, *, with_masks: bool) -> None:
         raise StorageError("the model does not become what was recorded.\n" + "\n".join(problems))
 
 
-def _is_companion(name: str, spec: Spec) -> bool:
+def _is_companion(name: str, spec: ModelRecord) -> bool:
     return name.rpartition(".")[0] in spec.variational and name.endswith(("_log_std", "_mask"))
 
 

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from bayesprune.errors import StorageError, UnsupportedModelError
 from bayesprune.layers import named_gates
 from bayesprune.storage import base as bases
-from bayesprune.storage.base import Base
+from bayesprune.storage.base import BaseModel
 from bayesprune.storage.digests import json_digest, sealed
 from bayesprune.storage.files import json_writer, num_bytes, shard_writers, write_together
 from bayesprune.storage.reading import FORMAT_VERSION, RECORD
 from bayesprune.storage.rebuild import difference, rebuild
-from bayesprune.storage.spec import Spec, computed_buffers, describe_model, state_tensors, unsaved_buffers
+from bayesprune.storage.spec import ModelRecord, computed_buffers, describe_model, state_tensors, unsaved_buffers
 from bayesprune.storage.unsaved import doubtful, lost, outputs_differ
 
 _LOGGER = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ def save(
     write_together(Path(directory), writers)
 
 
-def _spec_against(model: nn.Module, base: Base, example_inputs: Any) -> Spec:
+def _spec_against(model: nn.Module, base: BaseModel, example_inputs: Any) -> ModelRecord:
     """The spec relative to the base, after a try that it rebuilds the model."""
     try:
         skeleton = bases.build(base)
@@ -130,7 +130,7 @@ def _spec_against(model: nn.Module, base: Base, example_inputs: Any) -> Spec:
     return spec
 
 
-def _check_outputs(model: nn.Module, rebuilt: nn.Module, spec: Spec, example_inputs: Any) -> None:
+def _check_outputs(model: nn.Module, rebuilt: nn.Module, spec: ModelRecord, example_inputs: Any) -> None:
     """Refuses a model whose outputs are not those of the rebuilt one with the same tensors."""
     rebuild(rebuilt, spec, _tensors_to_write(model, spec))
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
@@ -141,7 +141,7 @@ def _check_outputs(model: nn.Module, rebuilt: nn.Module, spec: Spec, example_inp
         )
 
 
-def _tensors_to_write(model: nn.Module, spec: Spec) -> dict[str, Tensor]:
+def _tensors_to_write(model: nn.Module, spec: ModelRecord) -> dict[str, Tensor]:
     """One contiguous CPU tensor for every name but the tied ones and every computed buffer, no two in one storage."""
     tensors: dict[str, Tensor] = {}
     storages: set[int] = set()

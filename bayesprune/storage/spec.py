@@ -35,7 +35,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Spec:
+class ModelRecord:
     """What `load` needs beside the base and the tensors.
 
     Attributes:
@@ -80,7 +80,7 @@ class Spec:
         }
 
     @classmethod
-    def from_json(cls, value: Any, where: str) -> "Spec":
+    def from_json(cls, value: Any, where: str) -> "ModelRecord":
         """The spec of a file's JSON value.
 
         Raises:
@@ -109,14 +109,14 @@ class Spec:
         return spec
 
 
-def describe_model(model: nn.Module, skeleton: nn.Module | None = None) -> Spec:
+def describe_model(model: nn.Module, skeleton: nn.Module | None = None) -> ModelRecord:
     """The spec of a model; with the attributes that differ from `skeleton`, or all of them where it is None.
 
     Raises:
         UnsupportedModelError: the state dict holds something that safetensors cannot, or that `load` could not restore.
     """
     state = state_tensors(model)
-    return Spec(
+    return ModelRecord(
         shapes={name: tuple(tensor.shape) for name, tensor in state.items()},
         attributes=_attributes(model, skeleton),
         classes=module_classes(model),

@@ -17,7 +17,7 @@ from bayesprune.priors import Gaussian, Prior
 from bayesprune.train.attachment import ATTACHMENTS, Attachment
 from bayesprune.train.averages import has_masks, warn_of_averages
 from bayesprune.train.checks import check_groups, check_hooks, check_length, check_options, check_types
-from bayesprune.train.gates import GateTraining
+from bayesprune.train.gates import GateOptimizer
 from bayesprune.train.kl import bind_prior
 from bayesprune.train.optimizers import held_by, unwrapped
 from bayesprune.train.removal import Removal, RemovalSchedule
@@ -87,7 +87,7 @@ def attach(
     check_hooks(optimizer)
     model = getattr(model, "_orig_mod", model)
     model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    gates = GateTraining(model)
+    gates = GateOptimizer(model)
     bound = bind_prior(model, Gaussian() if prior is None else prior, gates)
     owners = [getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_pre_hooks.values()]
     check_groups(optimizer, bound, [owner._parts for owner in owners if isinstance(owner, Attachment)])

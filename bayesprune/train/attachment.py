@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from bayesprune.foundation.sharding import values_sharded_as
+from bayesprune.foundation.sharding import shard_values_like
 from bayesprune.layers import Posterior, VariationalLayer, variational_layers
 from bayesprune.layers.masks import Keeper
 from bayesprune.priors import BoundPrior
 from bayesprune.train.checks import collapsed_layers
-from bayesprune.train.fused import Target, add_kl_gradients, bound_log_std, has_kl, mark_with_kl
-from bayesprune.train.gates import GateTraining
+from bayesprune.train.fused import KLTerm, add_kl_gradients, bound_log_std, has_kl, mark_with_kl
+from bayesprune.train.gates import GateOptimizer
 from bayesprune.train.kl import collapsed_groups, refresh_scales
 from bayesprune.train.noise_cost import NoiseCost, dearest, scale_back
 from bayesprune.train.optimizers import (
@@ -64,7 +64,7 @@ class Attachment:
         self,
         optimizer: Optimizer,
         bound: dict[Posterior, BoundPrior],
-        gates: GateTraining,
+        gates: GateOptimizer,
         model: nn.Module,
         *,
         trained: Collection[Posterior],
@@ -178,9 +178,9 @@ class Attachment:
         self.step = state["step"]
         self._std_optimizer.load_state_dict(state["std_optimizer"])
         for part, values in self._std_optimizer.state.items():
-            values.update(values_sharded_as(part, values))
+            values.update(shard_values_like(part, values))
         for posterior, prior in self._bound.items():
-            constants = values_sharded_as(posterior.mean, state["prior"][posterior.name])
+            constants = shard_values_like(posterior.mean, state["prior"][posterior.name])
             self._bound[posterior] = prior.with_state(constants)
         self._train(self._parts)
         if self._removal is not None:
@@ -324,7 +324,7 @@ class Attachment:
         self._masks.end()
         self._look()
 
-    def _targets(self) -> Iterator[Target]:
+    def _targets(self) -> Iterator[KLTerm]:
         """The posteriors that are part of this step; torch's weight decay leaves the others alone, too."""
         for posterior, prior in self._trained.items():
             mean, parts = posterior.mean, self._parts[posterior]
@@ -332,7 +332,7 @@ class Attachment:
             if not has_draw and has_kl(mean.grad):
                 continue
             if has_draw or mean.grad is not None:
-                yield Target(mean, parts, prior, self._gates.keep(posterior))
+                yield KLTerm(mean, parts, prior, self._gates.keep(posterior))
             if mean.grad is not None and not has_draw and parts[0].requires_grad:
                 self._warn(
                     "noise",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bayesprune.errors import UnsupportedModelError
-from bayesprune.foundation.sharding import whole
+from bayesprune.foundation.sharding import full_tensor
 from bayesprune.layers import Posterior
 from bayesprune.train.optimizers import unwrapped
 
@@ -169,7 +169,7 @@ def collapsed_layers(posteriors: Iterable[Posterior]) -> Iterator[tuple[str, flo
         if posterior.is_weight:
             mask = posterior.layer.mask(posterior.parameter, whole=True)
             log_snr = posterior.mean.abs().to(posterior.log_std.dtype).log_().sub_(posterior.log_std).amax()
-            found.append((posterior.name, whole(log_snr).exp(), None if mask is None else mask.any()))
+            found.append((posterior.name, full_tensor(log_snr).exp(), None if mask is None else mask.any()))
     for name, largest, is_there in found:  # what has to wait for the device does so when all is under way
         if float(largest) < 1 and (is_there is None or bool(is_there)):
             yield name, float(largest)

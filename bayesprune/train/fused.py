@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from bayesprune.estimators.seeded import LOG2_E
-from bayesprune.foundation.sharding import placed_as, whole
+from bayesprune.foundation.sharding import full_tensor, place_like
 from bayesprune.priors import BoundNormal, BoundPrior
 
 _CACHED = 1 << 17  # elements of a piece on a processor: with what is made of it, less than a core's second cache
@@ -32,7 +32,7 @@ MIN_LOG_STD = -20.0
 """exp(-20) = 2e-9: below the resolution of float32 beside any weight."""
 
 
-class Target(NamedTuple):
+class KLTerm(NamedTuple):
     """One posterior in one step.
 
     Attributes:
@@ -64,7 +64,7 @@ class Target(NamedTuple):
 
 
 @torch.no_grad()
-def add_kl_gradients(targets: Iterable[Target], weight: float, scale: Tensor | None = None) -> None:
+def add_kl_gradients(targets: Iterable[KLTerm], weight: float, scale: Tensor | None = None) -> None:
     """Adds `weight` times the gradient of the KL to the gradients of means and log stds that are there.
 
     Args:
@@ -74,7 +74,7 @@ def add_kl_gradients(targets: Iterable[Target], weight: float, scale: Tensor | N
     """
     if not weight:
         return
-    together: dict[tuple, list[Target]] = defaultdict(list)
+    together: dict[tuple, list[KLTerm]] = defaultdict(list)
     for target in targets:
         mean, variance = target.mean, target.variance
         if variance is None or (_is_sharded(mean) and not target.is_elementwise):
@@ -91,7 +91,7 @@ def add_kl_gradients(targets: Iterable[Target], weight: float, scale: Tensor | N
             add_together(group, weight)
 
 
-def mark_with_kl(targets: Iterable[Target]) -> None:
+def mark_with_kl(targets: Iterable[KLTerm]) -> None:
     """Writes on the gradients of the means that they have the KL: from a draw or, where from none, in which version."""
     for target in targets:
         if (gradient := target.mean.grad) is not None:
@@ -114,12 +114,12 @@ def bound_log_std(parts: Sequence[Tensor], largest: float) -> None:
     for part in parts:
         part.clamp_(min=MIN_LOG_STD)
     if largest < math.inf:
-        of_others = [whole(part).amax() for part in parts[1:]]  # a process may hold nothing of a part
+        of_others = [full_tensor(part).amax() for part in parts[1:]]  # a process may hold nothing of a part
         first = parts[0].to_local() if _is_sharded(parts[0]) else parts[0]  # type: ignore[attr-defined]
         first.copy_(torch.minimum(first, largest - reduce(torch.add, of_others)))
 
 
-def add_together(targets: Sequence[Target], weight: float) -> None:
+def add_together(targets: Sequence[KLTerm], weight: float) -> None:
     """The gradients of fixed Gaussians around zero, of posteriors with a std for every weight, all kept."""
     moving = [(t.mean, t.mean.grad, weight / _known(t)) for t in targets if t.mean.grad is not None]
     if moving:
@@ -140,19 +140,19 @@ def _foreach(name: str, *operands: Any) -> Any:
     return getattr(torch, f"_foreach_{name}")(*operands)
 
 
-def _goes_with_others(target: Target) -> bool:
+def _goes_with_others(target: KLTerm) -> bool:
     is_grouped = target.mean.device.type != "cpu" or target.mean.numel() <= _SMALL
     return is_grouped and target.keep is target.center is None and not _is_sharded(target.mean)
 
 
-def _known(target: Target) -> float:
+def _known(target: KLTerm) -> float:
     assert target.variance is not None, "only fixed Gaussians get here"
     return target.variance
 
 
-def _groups(targets: Sequence[Target]) -> Iterator[list[Target]]:
+def _groups(targets: Sequence[KLTerm]) -> Iterator[list[KLTerm]]:
     """Neighbours, so many that their sizes stay below a bound, or one alone."""
-    group: list[Target] = []
+    group: list[KLTerm] = []
     size = 0
     for target in targets:
         if group and size + target.mean.numel() > _GROUPED:
@@ -163,7 +163,7 @@ def _groups(targets: Sequence[Target]) -> Iterator[list[Target]]:
     yield group
 
 
-def _add_elementwise(target: Target, variance: float, weight: float, scale: Tensor | None) -> None:
+def _add_elementwise(target: KLTerm, variance: float, weight: float, scale: Tensor | None) -> None:
     """A std for every weight, a fixed Gaussian."""
     _add_mean(target, weight / variance, scale)
     (log_std,) = target.parts
@@ -177,7 +177,7 @@ def _add_elementwise(target: Target, variance: float, weight: float, scale: Tens
         _add(gradient, term, 1.0, scale)
 
 
-def _add_mean(target: Target, factor: float, scale: Tensor | None) -> None:
+def _add_mean(target: KLTerm, factor: float, scale: Tensor | None) -> None:
     """The means' part of a fixed Gaussian."""
     mean, gradient = target.mean, target.mean.grad
     if gradient is None:
@@ -190,7 +190,7 @@ def _add_mean(target: Target, factor: float, scale: Tensor | None) -> None:
         _add(of_values, distance if keep is None else distance * keep, factor, scale)
 
 
-def _add_shared(target: Target, variance: float, weight: float, scale: Tensor | None) -> None:
+def _add_shared(target: KLTerm, variance: float, weight: float, scale: Tensor | None) -> None:
     """Stds that several weights share, a fixed Gaussian: sums over these weights."""
     mean, parts = target.mean, target.parts
     squares = [torch.exp(2 * part) for part in parts]
@@ -210,7 +210,7 @@ def _add_shared(target: Target, variance: float, weight: float, scale: Tensor | 
         _add(gradient, total, weight, scale)
 
 
-def _add_any(target: Target, weight: float, scale: Tensor | None) -> None:
+def _add_any(target: KLTerm, weight: float, scale: Tensor | None) -> None:
     """Any prior: the gradients that it says, summed over the weights that share a std."""
     mean, parts = target.mean, target.parts
     log_std = sum(parts[1:], start=parts[0])
@@ -219,7 +219,7 @@ def _add_any(target: Target, weight: float, scale: Tensor | None) -> None:
         _add(mean.grad, of_mean, weight, scale)
     for part in parts:
         if part.grad is not None:
-            _add(part.grad, placed_as(of_std.sum_to_size(part.shape), part), weight, scale)
+            _add(part.grad, place_like(of_std.sum_to_size(part.shape), part), weight, scale)
 
 
 def _add(gradient: Tensor, term: Tensor, factor: float, scale: Tensor | None) -> None:

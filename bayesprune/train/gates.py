@@ -32,7 +32,7 @@ def _total(terms: list[Tensor]) -> Tensor:
     return torch.stack([term.to(terms[0]) for term in terms]).sum()
 
 
-class GateTraining:
+class GateOptimizer:
     """The gates of a model, what they do to the KL, and the optimizer that moves their logits.
 
     Attributes:

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from bayesprune.foundation.kinds import kind_of
-from bayesprune.foundation.sharding import whole
+from bayesprune.foundation.sharding import full_tensor
 from bayesprune.layers import Posterior, VariationalLayer, named_posteriors
 from bayesprune.priors import Binding, BoundDependency, BoundPrior, Gaussian, Prior, refresh
-from bayesprune.train.gates import GateTraining
+from bayesprune.train.gates import GateOptimizer
 
 
 def kl_divergence(model: nn.Module, prior: Prior | None = None) -> Tensor:
@@ -28,11 +28,11 @@ def kl_divergence(model: nn.Module, prior: Prior | None = None) -> Tensor:
     Raises:
         ValueError: the model has no variational layer.
     """
-    gates = GateTraining(model)
+    gates = GateOptimizer(model)
     return gates.kl(bind_prior(model, Gaussian() if prior is None else prior, gates))
 
 
-def bind_prior(model: nn.Module, prior: Prior, gates: GateTraining | None = None) -> dict[Posterior, BoundPrior]:
+def bind_prior(model: nn.Module, prior: Prior, gates: GateOptimizer | None = None) -> dict[Posterior, BoundPrior]:
     """The prior of every posterior of the model, its constants fixed from now on.
 
     Args:
@@ -47,7 +47,7 @@ def bind_prior(model: nn.Module, prior: Prior, gates: GateTraining | None = None
     if not posteriors:
         raise ValueError("the model has no variational layer; call to_variational first.")
     bound = dict(zip(posteriors, prior.bind_all([_binding(posterior) for posterior in posteriors]), strict=True))
-    refresh_scales(bound, (gates or GateTraining(model)).keep, until_rest=True)
+    refresh_scales(bound, (gates or GateOptimizer(model)).keep, until_rest=True)
     return bound
 
 
@@ -96,4 +96,4 @@ def _rms(layer: VariationalLayer, names: list[str]) -> float:
     """Root mean square of the weights that are kept."""
     means, masks = [getattr(layer, name).detach() for name in names], [layer.mask(name, whole=True) for name in names]
     count = sum(mean.numel() if mask is None else int(mask.sum()) for mean, mask in zip(means, masks, strict=True))
-    return (sum(float(whole(mean.double().square().sum())) for mean in means) / max(count, 1)) ** 0.5
+    return (sum(float(full_tensor(mean.double().square().sum())) for mean in means) / max(count, 1)) ** 0.5

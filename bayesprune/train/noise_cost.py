@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayesprune.foundation.sharding import whole
+from bayesprune.foundation.sharding import full_tensor
 from bayesprune.layers import Posterior
 
 WINDOW = 10
@@ -36,7 +36,7 @@ class NoiseCost:
         for index, part in enumerate(self._firsts):
             if part.grad is None:
                 continue
-            cost = whole(part.grad.sum(dtype=torch.float32)) / 2
+            cost = full_tensor(part.grad.sum(dtype=torch.float32)) / 2
             if scale is not None:
                 cost = cost / scale
             self._sums[index] += cost if found_inf is None else torch.where(found_inf > 0, 0.0, cost)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from bayesprune.app.checkpoints import Checkpoints, Interval, ResumableTask
+from bayesprune.app.checkpoints import CheckpointEvery, Checkpoints, ResumableTask
 from bayesprune.app.data.images import Data
 from bayesprune.app.pipeline import Recipe, run
 from bayesprune.errors import StorageError
@@ -89,7 +89,7 @@ def job(folder, progress, *, target, tolerance=None, every=3):
     )
     task = LoaderTask(data(), accelerate.Accelerator(cpu=True))
     request = {"target": str(target), "tolerance": tolerance}
-    checkpoints = Checkpoints(folder / "checkpoints", request, Interval(steps=every), generators=task.generators)
+    checkpoints = Checkpoints(folder / "checkpoints", request, CheckpointEvery(steps=every), generators=task.generators)
     resumable = ResumableTask(task, checkpoints)
     run(model, resumable, recipe, folder / "out", progress, name="small", is_trained=False)
     resumable.close()
@@ -131,17 +131,17 @@ def test_other_options_and_damaged_files_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("500", Interval(steps=500)),
-        ("30s", Interval(seconds=30)),
-        ("10 min", Interval(seconds=600)),
-        ("2h", Interval(seconds=7200)),
+        ("500", CheckpointEvery(steps=500)),
+        ("30s", CheckpointEvery(seconds=30)),
+        ("10 min", CheckpointEvery(seconds=600)),
+        ("2h", CheckpointEvery(seconds=7200)),
     ],
 )
 def test_an_interval_is_steps_or_a_time(text, expected):
-    assert Interval.parse(text) == expected
+    assert CheckpointEvery.parse(text) == expected
 
 
 @pytest.mark.parametrize("text", ["", "0", "often", "1.5min", "-3"])
 def test_no_interval(text):
     with pytest.raises(ValueError, match="10min"):
-        Interval.parse(text)
+        CheckpointEvery.parse(text)

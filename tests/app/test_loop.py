@@ -13,7 +13,7 @@ from torch import multiprocessing, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import bayesprune as bp
-from bayesprune.app.checkpoints import Interval, Running
+from bayesprune.app.checkpoints import CheckpointEvery, Running
 from bayesprune.app.data.images import Data
 from tests.app.test_checkpoints import Killed, Until
 
@@ -41,7 +41,7 @@ def trained(batch_size, *, estimator="moments", with_norm=False, checkpoints=Non
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8) if with_norm else nn.Tanh(), nn.Linear(8, 3))
     bp.to_variational(model, relative_std=0.3, estimator=estimator)
     whole = task(batch_size)
-    running = None if checkpoints is None else Running(checkpoints, 0, Interval(steps=4), (), whole.is_main)
+    running = None if checkpoints is None else Running(checkpoints, 0, CheckpointEvery(steps=4), (), whole.is_main)
     whole.train(model, Until(num_steps), num_epochs=9, lr=0.05, learn_stds=True, sparsity=0.4, checkpoint=running)
     return whole, model
 
@@ -123,7 +123,7 @@ def test_the_teacher_is_in_the_loss_and_stays_as_it_was(tmp_path):
         wrong = task(8)
         images, labels = wrong.data.train.dataset.tensors
         wrong.data.train.dataset.tensors = (images, (labels + 1) % 3)
-        running = Running(checkpoints, 0, Interval(steps=6), wrong.generators, True)
+        running = Running(checkpoints, 0, CheckpointEvery(steps=6), wrong.generators, True)
         wrong.train(model, Until(num_steps), num_epochs=9, lr=0.05, distill=distill, checkpoint=running)
         return model
 

@@ -50,10 +50,10 @@ class BySize:
         weights = [p for name, p in model.named_parameters() if name.endswith("weight")]
         return self.of_size(sum(int(weight.count_nonzero()) for weight in weights) / (8 * 40 + 40 * 4))
 
-    def save_beside(self, directory):
+    def save_preparation(self, directory):
         (directory / "beside.txt").write_text("")
 
-    def how_to_load(self, directory):
+    def loading_instructions(self, directory):
         return "load"
 
 

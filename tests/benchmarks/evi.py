@@ -70,7 +70,7 @@ class Settings:
     batch_size: int = 20
     steps: int = 1200
     std_lr: float = 1e-2
-    tau: float = evi.TAU["mnist"]
+    tau: float = evi.PUBLISHED_KL_WEIGHTS["mnist"]
     ridge: float = 1e-3
     relative_std: float = 0.1
     retraining_steps: int = 150

@@ -38,7 +38,7 @@ SETTINGS: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Trial:
+class SearchStep:
     """How a network is trained and scored.
 
     Attributes:
@@ -59,9 +59,9 @@ class Trial:
     allocation: str = "score"
 
 
-NOISE, LAPLACE = Trial(), Trial(estimator="laplace", power=0.5)
-WARM = Trial(temperature=10.0, relative_std=0.3, std_lr=0.05)
-TRIALS: dict[str, list[Trial]] = {
+NOISE, LAPLACE = SearchStep(), SearchStep(estimator="laplace", power=0.5)
+WARM = SearchStep(temperature=10.0, relative_std=0.3, std_lr=0.05)
+TRIALS: dict[str, list[SearchStep]] = {
     "Estimator": [
         NOISE,
         replace(NOISE, estimator="flipout"),
@@ -99,7 +99,7 @@ def training_images(data_dir: Path) -> Images:
     return Images(data_dir / "cifar10", "train", slice(0, -500))
 
 
-def prepared(trial: Trial, dense: nn.Module) -> tuple[nn.Module, bp.priors.Prior]:
+def prepared(trial: SearchStep, dense: nn.Module) -> tuple[nn.Module, bp.priors.Prior]:
     """The converted network and its prior."""
     estimator = "mean" if trial.estimator == "laplace" else trial.estimator
     model = bp.to_variational(dense, std=trial.std, relative_std=trial.relative_std, estimator=estimator)
@@ -115,7 +115,7 @@ def prepared(trial: Trial, dense: nn.Module) -> tuple[nn.Module, bp.priors.Prior
 
 
 def trained(
-    trial: Trial,
+    trial: SearchStep,
     data_dir: Path,
     batches: Iterator[Any],
     num_steps: int,
@@ -157,7 +157,7 @@ def trained(
 
 
 @cache
-def both(trial: Trial, data_dir: Path, precision: torch.dtype) -> tuple[nn.Module, nn.Module]:
+def both(trial: SearchStep, data_dir: Path, precision: torch.dtype) -> tuple[nn.Module, nn.Module]:
     """The network that lost nine tenths of its weights, and the one before channels go."""
     images, found = training_images(data_dir), []
     for budget, sparsity in ((WEIGHTS["20"], 0.9), (CHANNELS["20"], 0.0)):
@@ -169,7 +169,7 @@ def both(trial: Trial, data_dir: Path, precision: torch.dtype) -> tuple[nn.Modul
     return weights, channels
 
 
-def run(trial: Trial, data_dir: Path, held_out: list[Any], precision: torch.dtype) -> dict[str, float]:
+def run(trial: SearchStep, data_dir: Path, held_out: list[Any], precision: torch.dtype) -> dict[str, float]:
     """Accuracies without single weights and without channels."""
     images = training_images(data_dir)
 

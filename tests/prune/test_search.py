@@ -8,7 +8,7 @@ from torch import nn
 
 import bayesprune as bp
 from bayesprune.layers import named_posteriors
-from bayesprune.prune import Compression, Trial
+from bayesprune.prune import Compression, SearchStep
 from bayesprune.prune.scores.weights import magnitude
 
 
@@ -183,7 +183,7 @@ def test_the_curve_is_drawn():
     pytest.importorskip("matplotlib")
     from bayesprune.reports.plots import compression_curve
 
-    trials = (Trial(1.0, 0.9, True), Trial(0.5, 0.89, True), Trial(0.02, 0.7, False))
+    trials = (SearchStep(1.0, 0.9, True), SearchStep(0.5, 0.89, True), SearchStep(0.02, 0.7, False))
     drawn = compression_curve(Compression(nn.Identity(), trials, "weights", 0.9, 0.02))
     assert drawn.startswith('<svg role="img" aria-label="Score against weights kept"')
     assert "weights kept" in drawn

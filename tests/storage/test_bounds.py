@@ -11,7 +11,7 @@ import bayesprune as bp
 from bayesprune.errors import StorageError
 from bayesprune.estimators import ESTIMATORS
 from bayesprune.storage import parsing
-from bayesprune.storage.base import Base, Host, build, register_host
+from bayesprune.storage.base import BaseModel, LibraryAdapter, build, register_adapter
 from bayesprune.storage.bounds import MAX_INTEGER, bounded_building, check_integers
 from bayesprune.storage.parsing import MAX_DEPTH, MAX_VALUES, parse_json
 from tests.storage.sealing import reseal, rewrite
@@ -127,9 +127,9 @@ def test_whatever_a_library_raises_is_a_storage_error(error):
     def fail(base):
         raise error
 
-    register_host(Host("failing", lambda *_: None, fail, lambda *_: {}))
+    register_adapter(LibraryAdapter("failing", lambda *_: None, fail, lambda *_: {}))
     with pytest.raises(StorageError, match=f"failing does not build 'net' with .*{type(error).__name__}"):
-        build(Base("failing", "net", {"a": 1}))
+        build(BaseModel("failing", "net", {"a": 1}))
 
 
 TIMM = {

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 import bayesprune as bp
 from bayesprune.foundation import noise
-from bayesprune.foundation.sharding import whole
+from bayesprune.foundation.sharding import full_tensor
 from tests.oracles import HandMadeAdam
 from tests.train.reference import NUM_DATA, assert_same_parameters, batches, others_of, stds_of, train
 
@@ -116,13 +116,13 @@ def test_a_sharded_model_takes_the_steps_of_the_plain_one(process_group, structu
         report = bp.prune_weights(model, "weights=0.6")
         assert report.sparsity == pytest.approx(0.4, abs=0.01)
         saved = tree_map(
-            lambda value: whole(value) if isinstance(value, torch.Tensor) else value, attachment.state_dict()
+            lambda value: full_tensor(value) if isinstance(value, torch.Tensor) else value, attachment.state_dict()
         )
         attachment.detach()
         attachment = bp.attach(optimizer, model, num_data=NUM_DATA, prior=bp.priors.Gaussian(centered=True))
         attachment.load_state_dict(saved)
         train(model, optimizer)
-        runs.append({key: whole(value) for key, value in model.state_dict().items()})
+        runs.append({key: full_tensor(value) for key, value in model.state_dict().items()})
     for key, value in runs[0].items():
         torch.testing.assert_close(runs[1][key], value, rtol=0, atol=1e-14, msg=key)
         assert not key.endswith("_mask") or not runs[1][key.removesuffix("_mask")][~value].any()

@@ -6,7 +6,7 @@ import torch
 import bayesprune as bp
 from bayesprune.priors import ARD, Binding, BoundPrior, Gaussian, Prior
 from bayesprune.train import fused
-from bayesprune.train.fused import Target, add_kl_gradients
+from bayesprune.train.fused import KLTerm, add_kl_gradients
 from bayesprune.train.optimizers import StepCount
 from tests.train.reference import NUM_DATA, net, train
 
@@ -19,7 +19,7 @@ PARTS = {
 }
 
 
-def target(std: str, prior: Prior, kept: str, dtype: torch.dtype = torch.float64) -> Target:
+def target(std: str, prior: Prior, kept: str, dtype: torch.dtype = torch.float64) -> KLTerm:
     """Means and log stds that have a gradient already."""
     mean = torch.randn(4, 3, 2, 2, dtype=dtype)
     binding = Binding(mean + 0.1, 0.7, (0,), (1,))
@@ -27,10 +27,10 @@ def target(std: str, prior: Prior, kept: str, dtype: torch.dtype = torch.float64
     keep = {"all": None, "mask": torch.rand(mean.shape) > 0.4, "gates": torch.rand(mean.shape).double()}[kept]
     for tensor in (mean, *parts):
         tensor.grad = torch.randn_like(tensor)
-    return Target(mean, parts, prior.bind(binding), keep)
+    return KLTerm(mean, parts, prior.bind(binding), keep)
 
 
-def expected(of: Target, factor: float) -> list[torch.Tensor]:
+def expected(of: KLTerm, factor: float) -> list[torch.Tensor]:
     """The gradients by autograd, added to those that are there."""
     mean, *parts = (t.detach().double().requires_grad_() for t in (of.mean, *of.parts))
     kl = of.prior.kl(mean, sum(parts[1:], start=parts[0]), of.keep)
@@ -75,7 +75,7 @@ def test_a_std_of_single_weights_takes_no_memory_of_its_size():
     """Beside the pieces nothing is allocated."""
     mean, log_std = torch.randn(512, 1024), torch.full((512, 1024), -3.0)
     mean.grad, log_std.grad = torch.zeros_like(mean), torch.zeros_like(mean)
-    one = Target(mean, [log_std], Gaussian(0.3).bind(Binding(mean, 1.0, (0,))))
+    one = KLTerm(mean, [log_std], Gaussian(0.3).bind(Binding(mean, 1.0, (0,))))
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
         add_kl_gradients([one], WEIGHT)
     allocated = max(event.cpu_memory_usage for event in recorded.events())

@@ -241,14 +241,14 @@ class Logged(torch.optim.AdamW):
         return loss
 
 
-class Passing(torch.optim.SGD):
+class UnsavedStr(torch.optim.SGD):
     def step(self, closure=None):
         return super().step(closure)
 
 
 NESTED = {
     "logged": (lambda p: Logged(p, lr=0.01, weight_decay=0.0), "adamw"),
-    "passing": (lambda p: Passing(p, lr=0.05), "sgd"),
+    "passing": (lambda p: UnsavedStr(p, lr=0.05), "sgd"),
 }
 
 

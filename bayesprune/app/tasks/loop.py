@@ -18,7 +18,7 @@ from bayesprune.app.tasks.task import Checkpoint, Progress, Split, Task, check_f
 from bayesprune.foundation import defaults
 from bayesprune.foundation.batches import device_of, logits_of, on_device, split
 from bayesprune.foundation.model import load_values
-from bayesprune.foundation.sharding import sharded_as, values_sharded_as, whole, whole_values
+from bayesprune.foundation.sharding import full_tensor, shard_like, shard_values_like, whole_values
 from bayesprune.prune import PruneSchedule
 from bayesprune.reports import ACCURACY, PERPLEXITY, Metric, accuracy, perplexity
 from bayesprune.train import Distillation, attach
@@ -103,7 +103,7 @@ class LoaderTask(Task):
                     checkpoint.keep(step, batches.state())
         self.accelerator.free_memory()
         if self._is_sharded:
-            load_values(model, {name: whole(value) for name, value in trained.state_dict().items()})
+            load_values(model, {name: full_tensor(value) for name, value in trained.state_dict().items()})
         if self.accelerator.num_processes > 1:  # each has batch-norm statistics of its own images
             with torch.no_grad():
                 broadcast(list(model.state_dict().values()))
@@ -126,10 +126,10 @@ class LoaderTask(Task):
             logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
         return F.cross_entropy(logits, labels)
 
-    def save_beside(self, directory: Path) -> None:
+    def save_preparation(self, directory: Path) -> None:
         """Nothing: timm's `config.json` says how images are prepared."""
 
-    def how_to_load(self, directory: Path) -> str:
+    def loading_instructions(self, directory: Path) -> str:
         """By `bayesprune.load`."""
         return f'import bayesprune; model = bayesprune.load("{directory}")'
 
@@ -228,10 +228,10 @@ def _restore(part: Any, state: dict[str, Any]) -> None:
     """`part.load_state_dict` of whole tensors, which are cut where the part is sharded."""
     if isinstance(part, nn.Module):
         current = part.state_dict()
-        state = {name: sharded_as(value, current[name]) if name in current else value for name, value in state.items()}
+        state = {name: shard_like(value, current[name]) if name in current else value for name, value in state.items()}
         load_values(part, state)
         return
     part.load_state_dict(state)
     if isinstance(part, torch.optim.Optimizer):
         for parameter, values in part.state.items():
-            values.update(values_sharded_as(parameter, values))
+            values.update(shard_values_like(parameter, values))

@@ -125,10 +125,10 @@ class Task(Protocol):
         """The metric on all of a split."""
         ...
 
-    def save_beside(self, directory: Path) -> None:
+    def save_preparation(self, directory: Path) -> None:
         """Adds what prepares the model's inputs, where the library has files for it."""
 
-    def how_to_load(self, directory: Path) -> str:
+    def loading_instructions(self, directory: Path) -> str:
         """The Python that loads the saved model in a fresh process."""
         ...
 

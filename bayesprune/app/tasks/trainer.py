@@ -106,12 +106,12 @@ class TrainerTask:
         measure = perplexity if self.metric == PERPLEXITY else accuracy
         return measure(model, self._loader(split))
 
-    def save_beside(self, directory: Path) -> None:
+    def save_preparation(self, directory: Path) -> None:
         """Adds the tokenizer or image processor."""
         if self.preparation is not None:
             self.preparation.save_pretrained(directory)
 
-    def how_to_load(self, directory: Path) -> str:
+    def loading_instructions(self, directory: Path) -> str:
         """By transformers itself; where the config cannot say the model's sizes, once bayesprune is imported."""
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         auto_class = AUTO_CLASSES[self.kind]

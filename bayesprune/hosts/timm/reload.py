@@ -19,12 +19,12 @@ from bayesprune.hosts.timm_names import ARCHITECTURE, ENTRYPOINT_ARGS, NOT_FOR_B
 from bayesprune.layers import VariationalLayer, register_layer
 from bayesprune.layers.stock import VariationalConv2d
 from bayesprune.storage import base as bases
-from bayesprune.storage.base import Base, Host, register_host
+from bayesprune.storage.base import BaseModel, LibraryAdapter, register_adapter
 from bayesprune.storage.bounds import bounded_building
 from bayesprune.storage.heads import for_other_head, with_new
 from bayesprune.storage.load import check_file, check_same_save, fill, read
 from bayesprune.storage.rebuild import rebuild
-from bayesprune.storage.spec import Spec
+from bayesprune.storage.spec import ModelRecord
 
 try:
     import timm
@@ -40,7 +40,7 @@ except ImportError as error:
 _SOURCE_KEYS = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load", "label_offset")
 
 
-def timm_base(model: nn.Module, model_args: Mapping[str, Any] | None = None) -> Base | None:
+def timm_base(model: nn.Module, model_args: Mapping[str, Any] | None = None) -> BaseModel | None:
     """The architecture a timm model was created as, and with what arguments; None for any other module.
 
     Recent timm versions remember the arguments; for older ones `num_classes` and `in_chans` are read off the model.
@@ -76,10 +76,10 @@ def timm_base(model: nn.Module, model_args: Mapping[str, Any] | None = None) -> 
     kept = {k: v for k, v in config.items() if k not in _SOURCE_KEYS and _is_json(v)}
     kept |= {"input_size": size} | {k: args[k] for k in ("num_classes",) if k in args}
     # What is built now to compare with the model is to be what is built from the file: lists, no tuples.
-    return Base("timm", config["architecture"], *json.loads(json.dumps([args, kept])))
+    return BaseModel("timm", config["architecture"], *json.loads(json.dumps([args, kept])))
 
 
-def build(base: Base) -> nn.Module:
+def build(base: BaseModel) -> nn.Module:
     """The dense timm model, with fresh weights.
 
     Raises:
@@ -146,7 +146,7 @@ def create(
     return model
 
 
-def files(base: Base, spec: dict[str, Any], save_id: str) -> dict[str, Any]:
+def files(base: BaseModel, spec: dict[str, Any], save_id: str) -> dict[str, Any]:
     """timm's `config.json`, which names our entry point and holds what that needs."""
     num_classes = {k: base.args[k] for k in ("num_classes",) if k in base.args}
     args = {"base": base.name, "base_args": base.args, "spec": spec, "save_id": save_id} | num_classes
@@ -191,9 +191,9 @@ def bayesprune_pruned(
     for key in ("pretrained_model_args", "cache_dir"):
         kwargs.pop(key, None)
     said = {"library": "timm", "name": base, "args": base_args or {}, "config": config}
-    described = Spec.from_json(spec, "config.json")
+    described = ModelRecord.from_json(spec, "config.json")
     with bounded_building(_claimed(described) if saved is None else saved.tensors, len(described.classes)):
-        skeleton, dense = _skeleton(Base.from_json(said, "config.json"), kwargs)
+        skeleton, dense = _skeleton(BaseModel.from_json(said, "config.json"), kwargs)
     vars(skeleton)["pretrained_cfg"].update(pretrained_cfg_overlay or {})  # how images are prepared, not what is built
     if not pretrained:
         return rebuild(skeleton, described if dense is None else for_other_head(described, dense, skeleton)[0])
@@ -208,7 +208,7 @@ def bayesprune_pruned(
     return fill(skeleton, saved, directory)
 
 
-def _claimed(spec: Spec) -> dict[str, torch.Tensor]:
+def _claimed(spec: ModelRecord) -> dict[str, torch.Tensor]:
     """The tensors that a spec says there are, where no file of tensors is at hand to say so."""
     try:
         return {name: torch.empty(shape, device="meta") for name, shape in spec.shapes.items()}
@@ -222,7 +222,7 @@ def _check_known(name: str) -> None:
         raise ValueError(f"timm {timm.__version__} has no architecture {name!r}; it has {similar}.")
 
 
-def _skeleton(base: Base, overrides: Mapping[str, Any]) -> tuple[nn.Module, nn.Module | None]:
+def _skeleton(base: BaseModel, overrides: Mapping[str, Any]) -> tuple[nn.Module, nn.Module | None]:
     """The dense model with the arguments of the call; the saved one as well where they ask for another head."""
     changed = {k: v for k, v in overrides.items() if k not in base.args or _text(v) != _text(base.args[k])}
     saved = bases.build(base)
@@ -270,6 +270,6 @@ class VariationalConv2dSame(VariationalConv2d, Conv2dSame):
     operation = VariationalLayer.operation
 
 
-register_host(Host("timm", timm_base, build, files))
+register_adapter(LibraryAdapter("timm", timm_base, build, files))
 if not is_model(ARCHITECTURE):
     register_model(bayesprune_pruned)

@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from bayesprune.foundation import defaults
 from bayesprune.foundation.model import load_values
-from bayesprune.foundation.sharding import whole
+from bayesprune.foundation.sharding import full_tensor
 from bayesprune.hosts.options import TrainingOptions, is_variational
 from bayesprune.hosts.transformers import checkpoint
 from bayesprune.hosts.transformers.adapters import warn_of_pruning
@@ -177,7 +177,7 @@ class BayesPruneCallback(TrainerCallback):
             return
         if "loss" in logs and self._attachment is not None:
             with torch.no_grad():
-                kl = float(whole(self._attachment.kl_divergence()))
+                kl = float(full_tensor(self._attachment.kl_divergence()))
             added = {
                 "nll": logs.get("nll", logs["loss"]),
                 "kl_nats": kl,

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from bayesprune.errors import StorageError
-from bayesprune.foundation.sharding import whole, whole_values
+from bayesprune.foundation.sharding import full_tensor, whole_values
 from bayesprune.layers import named_gates, named_posteriors
 from bayesprune.storage.state import read_about, read_state, write_state
 from bayesprune.train.attachment import Attachment
@@ -85,7 +85,7 @@ def fingerprint(model: nn.Module) -> str:
     """A digest of the beginnings of log stds and gates: equal for the model that was saved and the one loaded."""
     digest = hashlib.sha256()
     for part in (*_parts(model), *(gate.logits for _, gate in named_gates(model))):
-        digest.update(whole(part.detach()).flatten()[:_FINGERPRINT_SIZE].cpu().numpy().tobytes())
+        digest.update(full_tensor(part.detach()).flatten()[:_FINGERPRINT_SIZE].cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from bayesprune.errors import StorageError
-from bayesprune.storage.spec import Shape, Spec, module_classes, module_constants, tied_names, unsaved_buffers
+from bayesprune.storage.spec import ModelRecord, Shape, module_classes, module_constants, tied_names, unsaved_buffers
 
 FIELDS = ("shapes", "attributes", "variational", "tied")
 
@@ -34,7 +34,7 @@ def changes(spec: Mapping[str, Any], skeleton: nn.Module) -> dict[str, Any] | No
     return found | {"tied": spec["tied"]}
 
 
-def spec_of(changed: Mapping[str, Any], model: PreTrainedModel, where: str) -> Spec:
+def spec_of(changed: Mapping[str, Any], model: PreTrainedModel, where: str) -> ModelRecord:
     """The spec of a dense model with these changes; those to modules that the model does not have are left out.
 
     Raises:
@@ -62,7 +62,7 @@ def spec_of(changed: Mapping[str, Any], model: PreTrainedModel, where: str) -> S
         },
         "computed": {name: shape for name, shape in computed.items() if name in buffers},
     }
-    return Spec.from_json(value, where)
+    return ModelRecord.from_json(value, where)
 
 
 def shapes_of(model: nn.Module) -> dict[str, Shape]:

@@ -14,7 +14,7 @@ from transformers.modeling_utils import PreTrainedModel
 from bayesprune.hosts.transformers.config_delta import shapes_of, spec_of
 from bayesprune.hosts.transformers.host import hf_base, skeleton
 from bayesprune.storage.heads import for_other_head
-from bayesprune.storage.spec import Shape, Spec, plain_attributes
+from bayesprune.storage.spec import ModelRecord, Shape, plain_attributes
 
 
 def has_other_sizes(model: PreTrainedModel, config: Mapping[str, Any]) -> bool:
@@ -26,7 +26,7 @@ def has_other_sizes(model: PreTrainedModel, config: Mapping[str, Any]) -> bool:
 
 def with_other_sizes(
     changed: Mapping[str, Any], model: PreTrainedModel, config: Mapping[str, Any], where: str
-) -> tuple[Spec, frozenset[str] | None]:
+) -> tuple[ModelRecord, frozenset[str] | None]:
     """The spec of a model of the saved class and another config, and the names of its tensors that are new, if any.
 
     Raises:
@@ -41,7 +41,7 @@ def with_other_sizes(
 
 def with_other_class(
     changed: Mapping[str, Any], model: PreTrainedModel, found: Mapping[str, Tensor], where: str
-) -> tuple[Spec, frozenset[str]]:
+) -> tuple[ModelRecord, frozenset[str]]:
     """The spec of a model of another class than the saved one, and the names of its tensors that are new.
 
     The trunk is the saved one. What is new is as wide as the trunk's end is: every size that is that of the uncut trunk

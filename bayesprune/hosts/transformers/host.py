@@ -16,17 +16,17 @@ from transformers.modeling_utils import PreTrainedModel
 
 from bayesprune.errors import StorageError
 from bayesprune.hosts.transformers.closed import check_config, check_generation, closed, for_building
-from bayesprune.storage.base import Base
+from bayesprune.storage.base import BaseModel
 
 LIBRARY = "transformers"
 _DERIVED = "is_derived"  # the key of a base that is no class of transformers itself
 
 
-class Passing(str):
+class UnsavedStr(str):
     """Where a model was loaded from. It is no part of what the model is, and only exact `str` attributes are saved."""
 
 
-def hf_base(model: nn.Module, model_args: Mapping[str, Any] | None = None) -> Base | None:
+def hf_base(model: nn.Module, model_args: Mapping[str, Any] | None = None) -> BaseModel | None:
     """The class and config of a model of transformers, or of a class of one's own derived from its; None for others.
 
     Raises:
@@ -48,10 +48,10 @@ def hf_base(model: nn.Module, model_args: Mapping[str, Any] | None = None) -> Ba
     }
     if model.can_generate() and model.generation_config is not None:
         kept["generation_config"] = json.loads(model.generation_config.to_json_string())
-    return Base(LIBRARY, type(model).__name__, {"config": config}, kept)
+    return BaseModel(LIBRARY, type(model).__name__, {"config": config}, kept)
 
 
-def build(base: Base) -> PreTrainedModel:
+def build(base: BaseModel) -> PreTrainedModel:
     """The dense model, whose weights are all zero.
 
     Raises:
@@ -92,11 +92,11 @@ def build(base: Base) -> PreTrainedModel:
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            module.name_or_path = Passing(module.name_or_path)
+            module.name_or_path = UnsavedStr(module.name_or_path)
     return model
 
 
-def skeleton(base: Base) -> PreTrainedModel:
+def skeleton(base: BaseModel) -> PreTrainedModel:
     """The dense model on the meta device: all but its numbers."""
     with torch.device("meta"):
         return build(base)

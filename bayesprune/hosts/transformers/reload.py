@@ -30,12 +30,12 @@ from bayesprune.hosts.transformers.closed import check_config, for_building, for
 from bayesprune.hosts.transformers.config_delta import Renaming, changes, spec_of
 from bayesprune.hosts.transformers.heads import has_other_sizes, with_other_class, with_other_sizes
 from bayesprune.hosts.transformers.host import LIBRARY, build, hf_base, skeleton
-from bayesprune.storage.base import Base, Host, register_host
+from bayesprune.storage.base import BaseModel, LibraryAdapter, register_adapter
 from bayesprune.storage.digests import check_json, check_seal, json_digest, sealed, tensor_header
 from bayesprune.storage.load import check_same_save
 from bayesprune.storage.reading import FORMAT_VERSION, read_header, read_json, read_tensors
 from bayesprune.storage.rebuild import difference, rebuild, shape_differences
-from bayesprune.storage.spec import Spec, computed_buffers, describe_model, tied_names, unsaved_buffers
+from bayesprune.storage.spec import ModelRecord, computed_buffers, describe_model, tied_names, unsaved_buffers
 from bayesprune.storage.unsaved import lost
 
 METHOD = "bayesprune"
@@ -80,7 +80,7 @@ class BayespruneQuantizer(HfQuantizer):
     """Cuts and converts the model that transformers built, before it reads the weights; quantizes nothing."""
 
     quantization_config: BayespruneConfig  # type: ignore[assignment]
-    spec: Spec | None = None
+    spec: ModelRecord | None = None
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
@@ -134,7 +134,7 @@ class BayespruneQuantizer(HfQuantizer):
 
     def _spec(
         self, model: PreTrainedModel, found: dict[str, Tensor], where: Path
-    ) -> tuple[Spec, frozenset[str] | None]:
+    ) -> tuple[ModelRecord, frozenset[str] | None]:
         """What to make of the model, and which of its tensors are new; None where it is just what was saved."""
         config, saved = self.quantization_config, read_json(where)
         if type(model).__name__ != config.architecture:
@@ -237,7 +237,7 @@ class BayespruneQuantizer(HfQuantizer):
         return True
 
 
-def _tied_buffers(model: nn.Module, spec: Spec) -> Iterator[tuple[nn.Module, str, str]]:
+def _tied_buffers(model: nn.Module, spec: ModelRecord) -> Iterator[tuple[nn.Module, str, str]]:
     """Module and key of every buffer that is another one under a second name, and the name of that one."""
     for alias, first in spec.tied.items():
         owner, _, key = alias.rpartition(".")
@@ -245,7 +245,7 @@ def _tied_buffers(model: nn.Module, spec: Spec) -> Iterator[tuple[nn.Module, str
             yield module, key, first
 
 
-def _computed_buffers(model: nn.Module, spec: Spec) -> Iterator[tuple[nn.Module, str]]:
+def _computed_buffers(model: nn.Module, spec: ModelRecord) -> Iterator[tuple[nn.Module, str]]:
     """Module and key of every buffer outside the state dict whose values are in the files."""
     for name in spec.computed:
         owner, _, key = name.rpartition(".")
@@ -271,7 +271,7 @@ def follow_saves(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def quantization_config(base: Base, spec: dict[str, Any], save_id: str) -> dict[str, Any] | None:
+def quantization_config(base: BaseModel, spec: dict[str, Any], save_id: str) -> dict[str, Any] | None:
     """The entry of `config.json`; None where the config says all there is."""
     if (changed := changes(spec, skeleton(base))) is None:
         return None
@@ -286,7 +286,7 @@ def quantization_config(base: Base, spec: dict[str, Any], save_id: str) -> dict[
     return sealed(values.to_dict())
 
 
-def files(base: Base, spec: dict[str, Any], save_id: str) -> dict[str, Any]:
+def files(base: BaseModel, spec: dict[str, Any], save_id: str) -> dict[str, Any]:
     """transformers' `config.json`, and `generation_config.json` for a model that generates."""
     config = dict(base.args["config"])
     if (values := quantization_config(base, spec, save_id)) is not None:
@@ -295,7 +295,7 @@ def files(base: Base, spec: dict[str, Any], save_id: str) -> dict[str, Any]:
     return {"config.json": config} | ({} if generation is None else {"generation_config.json": generation})
 
 
-def _build(base: Base) -> nn.Module:
+def _build(base: BaseModel) -> nn.Module:
     try:
         return follow_saves(build(base))
     except StrictDataclassError as error:
@@ -334,13 +334,13 @@ def _headers(files: Sequence[str], where: str, save_id: str) -> dict[str, Tensor
     return found
 
 
-def _cast(name: str, tensor: Tensor, dtype: torch.dtype, spec: Spec) -> Tensor:
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype, spec: ModelRecord) -> Tensor:
     """The tensor in the dtype that was asked for, but stds in float32 whatever it is."""
     is_companion = name.rpartition(".")[0] in spec.variational and name.endswith("_log_std")
     return tensor if is_companion or not tensor.is_floating_point() else tensor.to(dtype)
 
 
-HOST = register_host(Host(LIBRARY, hf_base, _build, files))
+HOST = register_adapter(LibraryAdapter(LIBRARY, hf_base, _build, files))
 if METHOD not in AUTO_QUANTIZER_MAPPING:
     register_quantization_config(METHOD)(BayespruneConfig)
     register_quantizer(METHOD)(BayespruneQuantizer)

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from bayesprune.foundation.sharding import whole
+from bayesprune.foundation.sharding import full_tensor
 from bayesprune.layers import named_posteriors
 from bayesprune.prune.scores.weights import snr
 
@@ -23,7 +23,7 @@ def summarize(model: nn.Module) -> dict[str, float]:
         return {}
     stride = max(1, sum(posterior.mean.numel() for posterior in posteriors) // _MAX_SAMPLE)
     for posterior in posteriors:
-        scores = whole(snr(posterior))
+        scores = full_tensor(snr(posterior))
         total += scores.numel()
         mask = posterior.layer.mask(posterior.parameter, whole=True)
         scores = scores.flatten() if mask is None else scores[mask]

@@ -177,7 +177,7 @@ def order(groups: Sequence[ChannelGroup], scores: Sequence[Sequence[float]], *, 
     return Order(torch.tensor(of, dtype=torch.long)[places], torch.tensor(units, dtype=torch.long)[places], levels)
 
 
-def fewest(model: CostModel, order: Order, what: str, budget: float, *, gives_back: bool) -> list[int]:
+def smallest_counts(model: CostModel, order: Order, what: str, budget: float, *, gives_back: bool) -> list[int]:
     """Units to remove from each group: the first levels of the order whose cost is within the budget.
 
     All levels where none is.

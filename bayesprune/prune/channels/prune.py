@@ -275,7 +275,7 @@ def _choose(
         return plan.below(costs.groups, scores, -value if what == "evidence" else value, round_to)
     order = plan.order(costs.groups, scores, uniform=uniform, round_to=round_to)
     dense = costs.cost(what, [0] * len(scores))
-    counts = plan.fewest(costs, order, what, value * dense, gives_back=not uniform)
+    counts = plan.smallest_counts(costs, order, what, value * dense, gives_back=not uniform)
     if (reached := costs.cost(what, counts)) <= value * dense:
         return counts
     held = holdings(model, costs.parts(what, counts), dense, costs.layers, left_whole)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bayesprune.convert import FROZEN, reasons_to_leave
 from bayesprune.foundation.kinds import EMBEDDING, kind_of
-from bayesprune.foundation.sharding import whole
+from bayesprune.foundation.sharding import full_tensor
 from bayesprune.foundation.target import PATTERN, Target
 from bayesprune.foundation.text import as_text, first_names
 from bayesprune.layers import Posterior, holders_of, named_gates, named_posteriors, removable_weights
@@ -283,7 +283,7 @@ def _inputs(posterior: Posterior) -> tuple[int, int]:
 
 
 def _scores(posterior: Posterior, score: Score) -> Tensor:
-    scores = whole(score(posterior))
+    scores = full_tensor(score(posterior))
     if bad := int(scores.isnan().sum()):
         raise ValueError(
             f"the scores of {posterior.name} have {bad} of {scores.numel()} values that are NaN; expected numbers. "

@@ -9,7 +9,7 @@ import pytest
 from bayesprune.errors import StorageError
 from bayesprune.hosts import on_import
 from bayesprune.storage import base as bases
-from bayesprune.storage.base import Base
+from bayesprune.storage.base import BaseModel
 
 pytest.importorskip("transformers")
 
@@ -58,7 +58,7 @@ def test_loading_brings_the_library_in(monkeypatch):
     on_import.register()
     host = types.SimpleNamespace(build=lambda base: f"built {base.name}")
     monkeypatch.setitem(sys.modules, "slow_host", types.SimpleNamespace(HOST=host))
-    assert bases.host_of(Base("slow", "net")).build(Base("slow", "net")) == "built net"
+    assert bases.host_of(BaseModel("slow", "net")).build(BaseModel("slow", "net")) == "built net"
 
 
 @pytest.mark.usefixtures("library")
@@ -81,7 +81,7 @@ def test_older_library_is_left_alone(monkeypatch, caplog):
     importlib.import_module("slow.models")
     assert "slow_host" not in sys.modules
     with pytest.raises(StorageError, match="from 5 on: pip install -U"):
-        bases.host_of(Base("slow", "net")).build(Base("slow", "net"))
+        bases.host_of(BaseModel("slow", "net")).build(BaseModel("slow", "net"))
 
 
 @pytest.mark.usefixtures("library")
