@@ -38,9 +38,10 @@ EXAMPLE = torch.zeros(1, 3, SIZE, SIZE)
 SETTINGS = {"size": SIZE, "batch": BATCH, "steps_before": BEFORE, "steps_after": AFTER, "lr": LR}
 PHASE, ORDINARY = "after the variational phase", "after as many steps of ordinary training"
 PHASED = {"SNRImportance after it": False, "SNRImportance after it, uniform=True": True}
+BATCHES = "batch norms measure batches"
 SNIPPETS = {  # whether there is a teacher, and whether batch norms keep their statistics
     "README's snippet": (True, True),
-    "README's snippet, batch norms measure batches": (True, False),
+    f"README's snippet, {BATCHES}": (True, False),
     "README's snippet, no teacher": (False, True),
 }
 CONTROLS = {"torch-pruning, magnitude, global": True, "torch-pruning, magnitude, uniform": False}
@@ -249,7 +250,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "| | seeds | at once, % | accuracy, % | MACs left | parameters left |",
         "|---|---|---|---|---|---|",
     ]
-    for name in ("dense", *SNIPPETS, COMPENSATED, *CONTROLS, ORDINARY, PHASE, *PHASED):
+    for name in ("dense", *SNIPPETS, COMPENSATED, f"{COMPENSATED}, {BATCHES}", *CONTROLS, ORDINARY, PHASE, *PHASED):
         found = runs.get(name, [])
         if found:
             macs, params = (mean(row[key] / dense[key] for row in found) for key in ("macs", "params"))
