@@ -417,7 +417,7 @@ def dependency_groups(case: Case) -> str | None:
 @pytest.fixture(scope="module", autouse=True)
 def own_layers():
     """Registers the layers of this file, and forgets them."""
-    from bayesprune.layers import registry
+    from bayesprune.layers import base as registry
 
     before = dict(registry._REGISTERED)
     for stock in (Plain, Silent, Conv1D, Table):

@@ -3,7 +3,7 @@
 from bayesprune.estimators import Gaussian
 from bayesprune.foundation.kinds import LayerKind
 from bayesprune.layers import stock  # noqa: F401  (registers torch's layers)
-from bayesprune.layers.base import VariationalLayer
+from bayesprune.layers.base import VariationalLayer, register_layer, registered_types, variational_type
 from bayesprune.layers.closing import close_gates, drop_gates, fold_gates
 from bayesprune.layers.experts import register_experts
 from bayesprune.layers.gates import Gate, GateOptions, named_gates, passing_gates
@@ -15,7 +15,6 @@ from bayesprune.layers.posteriors import (
     removable_weights,
     variational_layers,
 )
-from bayesprune.layers.registry import register_layer, registered_types, variational_type
 from bayesprune.layers.structures import STRUCTURES, part_shapes
 
 __all__ = [

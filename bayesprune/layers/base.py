@@ -2,11 +2,16 @@
 
 A model is converted by exact class swap, so parameters, hooks, device, dtype, tied weights and state-dict keys of the
 stock layer survive; outside training and outside `sampling(...)` the stock forward runs, bit for bit.
+
+Which variational class stands for a stock class is matched by exact type. A stock subclass that inherits the forward of
+a registered class is as good as that class. One with a forward of its own (weight-standardised convolutions, say) gets
+weight sampling through its own forward, with a stated reason.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from functools import cache
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -281,8 +286,84 @@ class VariationalLayer(nn.Module):
 
 
 def _rebuild(stock_type: type[nn.Module]) -> VariationalLayer:
-    from bayesprune.layers.registry import variational_type  # the registry needs this module
-
     found = variational_type(stock_type)
     assert found is not None, f"{stock_type.__name__} was converted once, so it has a variational type"
     return found.__new__(found)
+
+
+_REGISTERED: dict[type[nn.Module], type[VariationalLayer]] = {}
+_Layer = TypeVar("_Layer", bound=type[VariationalLayer])
+
+
+def register_layer(stock_type: type[nn.Module]) -> Callable[[_Layer], _Layer]:
+    """Class decorator: registers a variational type for a stock layer type.
+
+    The class derives from `VariationalLayer` and the stock type, in this order. It overrides what differs:
+    `posterior_names`, `operation`, `meets_one_position`, `is_linear_in_weight`. A layer that does more than multiply
+    inputs by weights and add (a factor on its output, a normalisation) says `is_linear_in_weight = False`. One that
+    derives from no layer of torch says how its weight is laid out: `layer_kind = LayerKind("mine", output_dim=1,
+    input_dim=0)` for a linear layer of weight (I, O). Without it, it is trained, but not looked into.
+
+    Example:
+        >>> class Scaled(nn.Linear):
+        ...     def forward(self, x):
+        ...         return 2 * super().forward(x)
+        >>> @register_layer(Scaled)
+        ... class VariationalScaled(VariationalLayer, Scaled):
+        ...     is_linear_in_weight = False
+
+    Raises:
+        TypeError: the class does not derive from both.
+    """
+
+    def decorate(cls: _Layer) -> _Layer:
+        if not issubclass(cls, VariationalLayer) or not issubclass(cls, stock_type):
+            raise TypeError(
+                f"{cls.__name__} is registered for {stock_type.__name__}; expected a class that derives from "
+                f"VariationalLayer and {stock_type.__name__}, in this order."
+            )
+        cls.stock_type = stock_type
+        _REGISTERED[stock_type] = cls
+        variational_type.cache_clear()
+        return cls
+
+    return decorate
+
+
+def is_registered(stock_type: type[nn.Module]) -> bool:
+    """Whether this very type has a variational one."""
+    return stock_type in _REGISTERED
+
+
+def registered_types() -> list[type[nn.Module]]:
+    """The registered stock types."""
+    return list(_REGISTERED)
+
+
+@cache
+def variational_type(stock_type: type[nn.Module]) -> type[VariationalLayer] | None:
+    """The variational class for this exact stock type; None where there is no way."""
+    if issubclass(stock_type, VariationalLayer):
+        return stock_type  # converted already
+    if stock_type in _REGISTERED:
+        return _REGISTERED[stock_type]
+    for base in stock_type.__mro__[1:]:
+        if base in _REGISTERED:
+            return _derived(stock_type, base)
+    return None
+
+
+def _derived(stock_type: type[nn.Module], base: type[nn.Module]) -> type[VariationalLayer] | None:
+    name, doc = f"Variational{stock_type.__name__}", f"Variational {stock_type.__name__}."
+    forwards = ("forward", "_conv_forward")
+    registered, members = _REGISTERED[base], {"stock_type": stock_type, "__doc__": doc}
+    if all(getattr(stock_type, f, None) is getattr(base, f, None) for f in forwards):
+        return type(name, (registered, stock_type), members)
+    reason = f"{stock_type.__name__} has a forward of its own: weight sampling, whatever the estimator"
+    members |= {"is_linear_in_weight": False, "fallback_reason": reason}
+    if not registered.is_linear_in_weight:
+        return None  # attention with a forward of its own: nothing is known of how it uses its weights
+    said = getattr(registered, "layer_kind", None)
+    if said is not None:
+        members["layer_kind"] = said
+    return type(name, (VariationalLayer, stock_type), members)

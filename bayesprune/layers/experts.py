@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 from torch import nn
 
 from bayesprune.foundation.kinds import LayerKind
+from bayesprune.layers.base import is_registered, register_layer, variational_type
 from bayesprune.layers.drawn import DrawnLayer
-from bayesprune.layers.registry import is_registered, register_layer, variational_type
 from bayesprune.layers.stacks import STACKED_NAMES, stack_of
 
 

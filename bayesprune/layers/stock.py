@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from bayesprune.estimators import Gradients
-from bayesprune.layers.base import VariationalLayer
+from bayesprune.layers.base import VariationalLayer, register_layer
 from bayesprune.layers.drawn import DrawnLayer
-from bayesprune.layers.registry import register_layer
 
 Needed = tuple[bool, bool]
 

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from bayesprune.foundation import noise
+from bayesprune.moments.registry import lineariser
 from bayesprune.moments.settings import current
 from bayesprune.moments.tensor import Known, Moments, Parts, parts, plain
 
@@ -63,6 +64,7 @@ def through_weights(product: Product, x: Known, weight: Parts, bias: Parts, mean
     return Moments.along(mean, sum(directions[1:], start=directions[0]), residual)
 
 
+@lineariser
 def linearised(function: Callable[..., Any], rule: Callable[..., Any]) -> Callable[..., Any]:
     """The rule for tensors with directions, from the function itself and its rule for independent numbers."""
 

@@ -11,6 +11,7 @@ from bayesprune.errors import UnsupportedFunctionError
 Rule = TypeVar("Rule", bound=Callable[..., Any])
 _RULES: dict[Callable[..., Any], Callable[..., Any]] = {}
 _COMPLEX_RULES: dict[Callable[..., Any], Callable[..., Any]] = {}
+_LINEARISERS: list[Callable[..., Callable[..., Any]]] = []
 _FOLLOWING: set[Callable[..., Any]] = set()
 
 
@@ -54,11 +55,15 @@ def follows_directions(rule: Rule) -> Rule:
     return rule
 
 
+def lineariser(make: Rule) -> Rule:
+    """Decorator: make(function, rule) gives the rule that linearises a function."""
+    _LINEARISERS.append(make)
+    return make
+
+
 def following(function: Callable[..., Any], rule: Callable[..., Any]) -> Callable[..., Any]:
     """The rule for tensors with directions: itself if it follows them, else one that linearises the function."""
-    from bayesprune.moments.directions import linearised  # it needs the tensors, which need this table
-
-    return rule if rule in _FOLLOWING else linearised(function, rule)
+    return rule if rule in _FOLLOWING else _LINEARISERS[-1](function, rule)
 
 
 def find_rule(function: Callable[..., Any], *, is_complex: bool = False) -> Callable[..., Any]:

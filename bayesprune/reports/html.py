@@ -2,14 +2,11 @@
 
 from collections.abc import Iterable, Sequence
 from html import escape
-from typing import TYPE_CHECKING
 
 from bayesprune.reports import plots
+from bayesprune.reports.comparison import Comparison
 from bayesprune.reports.summary import quantities
 from bayesprune.reports.table import layer_table
-
-if TYPE_CHECKING:
-    from bayesprune.reports.report import Report
 
 _CSS = """
 :root { color-scheme: light dark; --ink: #1d2430; --soft: #5b6675; --line: #d9dee6; --page: #ffffff; --shade: #f5f7fa; }
@@ -54,7 +51,7 @@ svg { display: block; width: 100%; min-width: 23rem; max-width: 40rem; height: a
 """
 
 
-def page(report: "Report") -> str:
+def page(report: Comparison) -> str:
     """The whole page: summary, notes, three plots, the table of layers.
 
     Raises:
@@ -80,7 +77,7 @@ def page(report: "Report") -> str:
     )
 
 
-def _summary(report: "Report") -> str:
+def _summary(report: Comparison) -> str:
     labels = (report.before.label, report.after.label)
     head = "".join(f'<th scope="col">{escape(text)}</th>' for text in (*labels, "ratio"))
     rows = [
@@ -92,7 +89,7 @@ def _summary(report: "Report") -> str:
     return _table("summary", f'<th class="left"></th>{head}', rows)
 
 
-def _layers(report: "Report") -> str:
+def _layers(report: Comparison) -> str:
     heads, layers = layer_table(report)
     head = "".join(f'<th scope="col"{_left(i)}>{escape(text)}</th>' for i, text in enumerate(heads))
     rows = [
@@ -120,7 +117,7 @@ def _section(title: str, *parts: str) -> str:
     return f"<h2>{escape(title)}</h2>\n" + "\n".join(parts)
 
 
-def _score(report: "Report") -> list[str]:
+def _score(report: Comparison) -> list[str]:
     plot = plots.score_against_size(report)
     if plot is None:
         return [_remark(f"No {report.metric.name} was measured; pass evaluate=... to measure it.")]
@@ -128,11 +125,11 @@ def _score(report: "Report") -> list[str]:
     return [_figure(plot), _remark(f"Diamonds are the two models of this report, dots those seen on the way.{better}")]
 
 
-def _channels(report: "Report") -> list[str]:
+def _channels(report: Comparison) -> list[str]:
     return [_figure(plots.kept_channels(report.layers))] if report.layers else [_remark("The models have no layers.")]
 
 
-def _snr(report: "Report") -> list[str]:
+def _snr(report: Comparison) -> list[str]:
     if not report.snr:
         return [_remark("Not measured; pass snr=signal_to_noise(model), taken before anything is removed.")]
     return [

@@ -1,19 +1,14 @@
 """What a reader of a report must know beside its numbers, one sentence each."""
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from bayesprune.foundation.text import first_names
 from bayesprune.reports.layers import LayerSNR
+from bayesprune.reports.measurement import Measurement
 from bayesprune.reports.summary import percent
 
-if TYPE_CHECKING:
-    from bayesprune.reports.measurement import Measurement
 
-
-def remarks(
-    before: "Measurement", after: "Measurement", snr: Sequence[LayerSNR], *, side_by_side: bool
-) -> tuple[str, ...]:
+def remarks(before: Measurement, after: Measurement, snr: Sequence[LayerSNR], *, side_by_side: bool) -> tuple[str, ...]:
     """The sentences that hold for these two measurements."""
     return (
         *_on_zeros(before, after),
@@ -24,7 +19,7 @@ def remarks(
     )
 
 
-def _on_zeros(before: "Measurement", after: "Measurement") -> Iterator[str]:
+def _on_zeros(before: Measurement, after: Measurement) -> Iterator[str]:
     (old_zeros, old_total), (zeros, total) = (_zeros(measurement) for measurement in (before, after))
     if zeros * old_total > old_zeros * total:
         yield (
@@ -33,13 +28,13 @@ def _on_zeros(before: "Measurement", after: "Measurement") -> Iterator[str]:
         )
 
 
-def _zeros(measurement: "Measurement") -> tuple[int, int]:
+def _zeros(measurement: Measurement) -> tuple[int, int]:
     """Zeros and all parameters in layers; norms start with zeros that say nothing."""
     total = sum(layer.parameters for layer in measurement.layers)
     return total - sum(layer.nonzero_parameters for layer in measurement.layers), total
 
 
-def _on_comparison(before: "Measurement", after: "Measurement", side_by_side: bool) -> Iterator[str]:
+def _on_comparison(before: Measurement, after: Measurement, side_by_side: bool) -> Iterator[str]:
     if before.macs_counter != after.macs_counter or before.batch != after.batch:
         yield "The MACs have no ratio: counter or batch differ."
     if before.latency is None or after.latency is None:
@@ -56,13 +51,13 @@ def _on_comparison(before: "Measurement", after: "Measurement", side_by_side: bo
         yield "The latencies were not taken in turns: what else the machine did then is in their ratio."
 
 
-def _on_uncounted(before: "Measurement", after: "Measurement") -> Iterator[str]:
+def _on_uncounted(before: Measurement, after: Measurement) -> Iterator[str]:
     if uncounted := list(dict.fromkeys((*before.uncounted_layers, *after.uncounted_layers))):
         listed = first_names(uncounted, most=10)
         yield f"The MACs leave out layers that never ran or that the counter does not know: {listed}."
 
 
-def _on_names(before: "Measurement", after: "Measurement") -> Iterator[str]:
+def _on_names(before: Measurement, after: Measurement) -> Iterator[str]:
     old, new = ({layer.name: None for layer in measurement.layers} for measurement in (before, after))
     if gone := [name for name in old if name not in new]:
         yield f"Layers that only the model before has: {first_names(gone, most=10)}."

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from bayesprune.prune.search import UNITS, Compression
+from bayesprune.reports.comparison import Comparison
 from bayesprune.reports.layers import SNR_LOG10_EDGES, LayerRow, LayerSNR
 from bayesprune.reports.summary import short, significant
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from bayesprune.reports.report import Report
 
 _INK = "#010203"  # becomes the colour of the page's text
 _BLUE = "#3b82c4"
@@ -82,7 +82,7 @@ def snr_histograms(layers: Sequence[LayerSNR]) -> str:
         return _svg(figure, "Signal-to-noise ratios of the weights of each layer")
 
 
-def score_against_size(report: "Report") -> str | None:
+def score_against_size(report: Comparison) -> str | None:
     """SVG of the metric over the non-zero parameters of all models that it was measured of; None without any."""
     ends = [
         (model.nonzero_parameters, model.accuracy, model.label)

@@ -6,7 +6,6 @@ import os
 import platform
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +16,8 @@ from torch import Tensor, nn
 from bayesprune.errors import StorageError
 from bayesprune.foundation.text import first_names
 from bayesprune.reports import html, notes, schema, summary, table
-from bayesprune.reports.layers import SNR_LOG10_EDGES, LayerRow, LayerSNR, layer_snr, pair_layers
+from bayesprune.reports.comparison import Comparison, HistoryPoint
+from bayesprune.reports.layers import SNR_LOG10_EDGES, layer_snr
 from bayesprune.reports.measure import REPORT_FILES, file_bytes, latencies
 from bayesprune.reports.measurement import Measurement, measure
 from bayesprune.reports.metric import ACCURACY, Metric
@@ -30,32 +30,8 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 
 
-@dataclass(frozen=True)
-class HistoryPoint:
-    """A model seen on the way: its non-zero parameters and its accuracy, or the value of the report's metric."""
-
-    nonzero_parameters: int
-    accuracy: float
-    label: str = ""
-
-
-@dataclass(frozen=True)
-class Report:
-    """Two measurements, the SNRs by layer, the models seen between, and what to know when reading them."""
-
-    title: str
-    before: Measurement
-    after: Measurement
-    snr: tuple[LayerSNR, ...]
-    history: tuple[HistoryPoint, ...]
-    notes: tuple[str, ...]
-    versions: dict[str, str]
-    metric: Metric = ACCURACY
-
-    @property
-    def layers(self) -> tuple[LayerRow, ...]:
-        """One row per layer: kept channels, sizes and SNR."""
-        return pair_layers(self.before.layers, self.after.layers, self.snr)
+class Report(Comparison):
+    """A comparison that prints, and is written as JSON, CSV and an HTML page."""
 
     def table(self) -> "Group":
         """Tables for `rich.print`: coloured on a terminal, plain text in a file or a pipe."""

@@ -4,12 +4,9 @@ import csv
 import io
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from bayesprune.reports.comparison import Comparison
 from bayesprune.reports.measure import Latency
-
-if TYPE_CHECKING:
-    from bayesprune.reports.report import Report
 
 _HUGE = 1e6
 _MOST_DIGITS = 20
@@ -42,7 +39,7 @@ class Quantity:
         return ", ".join(text for text in (self.shown_unit, self.method) if text)
 
 
-def quantities(report: "Report") -> list[Quantity]:
+def quantities(report: Comparison) -> list[Quantity]:
     """The quantities that were measured on at least one of the models."""
     before, after = report.before, report.after
     counter = before.macs_counter if before.macs_counter == after.macs_counter else "different counters"
@@ -66,7 +63,7 @@ def quantities(report: "Report") -> list[Quantity]:
     return [row for row in rows if row.before is not None or row.after is not None]
 
 
-def to_csv(report: "Report") -> str:
+def to_csv(report: Comparison) -> str:
     """One line per quantity: of the whole model where `layer` is empty, else of that layer."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
@@ -135,7 +132,7 @@ def _conditions(latency: Latency) -> str:
     return f"median of {latency.num_repeats} on {where}"
 
 
-def _score(report: "Report") -> Quantity:
+def _score(report: Comparison) -> Quantity:
     metric, old, new = report.metric, report.before.accuracy, report.after.accuracy
     is_fraction = not metric.is_lower_better and all(value is None or 0 <= value <= 1 for value in (old, new))
     old_text, new_text = (

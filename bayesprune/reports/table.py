@@ -1,24 +1,21 @@
 """A report as tables for the terminal, by rich."""
 
 import io
-from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from bayesprune.reports.comparison import Comparison
 from bayesprune.reports.layers import LayerRow
 from bayesprune.reports.summary import percent, quantities, short, significant
-
-if TYPE_CHECKING:
-    from bayesprune.reports.report import Report
 
 _COLUMNS = ("layer", "type", "channels kept", "parameters kept", "non-zero", "MACs kept")
 _SNR_COLUMNS = ("median SNR", "SNR < 1")
 
 
-def render(report: "Report") -> Group:
+def render(report: Comparison) -> Group:
     """Before, after and ratio; the notes; one line per layer."""
     parts: list[RenderableType] = [_summary(report)]
     parts += [Text(f"note: {note}") for note in report.notes]
@@ -26,14 +23,14 @@ def render(report: "Report") -> Group:
     return Group(*parts)
 
 
-def plain_text(report: "Report", width: int = 140) -> str:
+def plain_text(report: Comparison, width: int = 140) -> str:
     """The tables without colours or control characters."""
     stream = io.StringIO()
     Console(file=stream, width=width, force_terminal=False, no_color=True).print(render(report))
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
 
 
-def layer_table(report: "Report") -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+def layer_table(report: Comparison) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Heads and rows of the table of layers; signal-to-noise ratios stand in it where the report has some."""
     heads, rows = _COLUMNS, [_cells(row) for row in report.layers]
     if not report.snr:
@@ -55,7 +52,7 @@ def _cells(row: LayerRow) -> tuple[str, ...]:
     )
 
 
-def _summary(report: "Report") -> Table:
+def _summary(report: Comparison) -> Table:
     table = Table(title=Text(report.title), title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("")
     table.add_column("unit and method", style="dim", overflow="fold")
@@ -67,7 +64,7 @@ def _summary(report: "Report") -> Table:
     return table
 
 
-def _layers(report: "Report") -> Table:
+def _layers(report: Comparison) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     heads, rows = layer_table(report)
     for i, title in enumerate(heads):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import bayesprune as bp
-from bayesprune.layers import registered_types, registry, variational_type
+from bayesprune.layers import base, registered_types, variational_type
 from tests.oracles import assert_mean
 
 
@@ -36,11 +36,11 @@ class Doubled(nn.Linear):
 
 @pytest.fixture
 def restored_registry():
-    before = dict(registry._REGISTERED)
+    before = dict(base._REGISTERED)
     yield
-    registry._REGISTERED.clear()
-    registry._REGISTERED.update(before)
-    registry.variational_type.cache_clear()
+    base._REGISTERED.clear()
+    base._REGISTERED.update(before)
+    base.variational_type.cache_clear()
 
 
 def test_exact_types_come_first():
