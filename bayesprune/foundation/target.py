@@ -79,7 +79,7 @@ class Target:
 
     def __str__(self) -> str:
         """The text that names it."""
-        return "{}:{}".format(*self.pattern) if self.pattern else f"{self.kind}={self.value!r}"
+        return "{}:{}".format(*self.pattern) if self.pattern else f"{self.kind}={float(self.value)!r}"
 
 
 def _read(text: str) -> Target | None:

@@ -2,7 +2,9 @@
 
 import re
 
+import numpy as np
 import pytest
+import torch
 
 from bayesprune.foundation.target import Target
 
@@ -58,6 +60,10 @@ def test_numbers_out_of_range_are_refused(text):
 def test_patterns_keep_some_of_each_block(text):
     with pytest.raises(ValueError, match=f"got the target '{text}'; expected \"N:M\" with 0 < N < M"):
         Target.parse(text, ALL, "prune")
+
+
+def test_numbers_of_other_types_are_numbers():
+    assert str(Target("macs", np.float64(0.5))) == str(Target("macs", torch.tensor(0.5))) == "macs=0.5"
 
 
 def test_a_caller_takes_its_own_kinds_alone():
