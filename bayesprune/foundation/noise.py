@@ -106,7 +106,7 @@ def signs(shape: torch.Size | tuple[int, ...], *, device: torch.device, dtype: t
 def many_signs(
     count: int, shape: torch.Size | tuple[int, ...], *, device: torch.device, dtype: torch.dtype
 ) -> Iterator[Tensor]:
-    """So many tensors of random signs, eight of them from one random byte an entry."""
+    """Yields `count` tensors of random signs; each random byte supplies eight of them."""
     options, byte = _from_rank(device), torch.empty(0)
     for index in range(count):
         if index % 8 == 0:

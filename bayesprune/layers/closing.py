@@ -40,7 +40,7 @@ def fold_gates(model: nn.Module, lost: Mapping[str, Collection[int]]) -> None:
 
 
 def drop_gates(model: nn.Module) -> None:
-    """Takes the gates out of the model, with their hooks, whatever they say."""
+    """Removes all gates and their hooks, open or closed."""
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             ours = [key for key, hook in hooks.items() if _is_ours(hook)]

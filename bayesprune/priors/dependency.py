@@ -8,8 +8,8 @@ with s_layer the layer's root mean square when training starts. The KL at given 
 together. Given the others, the best z of a unit is in closed form: that of `scales` with e / (the rest of s_w)^2 for e.
 All z move at once, each by 1 / C of its way there in ln z, where C is the largest number of groups that one of its
 weights lies in; by Jensen's inequality the KL cannot rise, whatever depends on what (as in generalised iterative
-scaling; Darroch and Ratcliff, 1972). A prior is swept until it rests when it is bound, and once in every step of
-training from then on, so that the scales follow the posterior at the cost of a few sums.
+scaling; Darroch and Ratcliff, 1972). Binding a prior iterates these updates to convergence. Every step of training does
+one of them, so that the scales follow the posterior at the cost of a few sums.
 """
 
 from collections.abc import Iterable, Sequence

@@ -111,7 +111,7 @@ def _check_layers(model: nn.Module, spec: ModelRecord) -> None:
     other = [
         f"{name or '(model)'}: {a or 'nothing'} in the model, {b or 'nothing'} recorded"
         for name, a, b in pairs
-        if (a or "Identity") != (b or "Identity")  # without a module, the input passes on as well
+        if (a or "Identity") != (b or "Identity")  # a missing module and an Identity are equivalent
     ]
     if other:
         problems.append(difference("other classes or functions", "in the model", other))

@@ -1,4 +1,4 @@
-"""How much the KL weighs where nobody says."""
+"""The default temperature of the KL."""
 
 from torch import nn
 

@@ -81,7 +81,7 @@ def train(
 
 
 class _Steps(TrainerCallback):
-    """Tells of each step with the loss that was logged last, which for this step is after its end."""
+    """Reports each step with the most recently logged loss."""
 
     def __init__(self, advance: Callable[[float], None], lr: float) -> None:
         self.advance, self.lr, self.loss = advance, lr, float("nan")

@@ -138,7 +138,7 @@ class BayesPruneTask(nn.Module):
         """
         if self._attachment is None and self.training:
             raise RuntimeError(
-                "the task has no optimizer, so that nothing would hold the stds; call task.attach(optimizer, "
+                "the task has no optimizer, and none would update the stds; call task.attach(optimizer, "
                 "loader_train, num_steps=num_epochs * updates_per_epoch) before the first epoch."
             )
         return self.task(*args, **kwargs)

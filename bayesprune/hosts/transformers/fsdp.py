@@ -35,7 +35,7 @@ def check_dtypes(model: nn.Module, mixed_precision: str) -> None:
 
 
 def freeze_stds(model: nn.Module) -> Frozen:
-    """The log stds that trained, by layer and name: sharding puts others in their places."""
+    """The log stds that trained, by layer and name: FSDP replaces the parameter objects."""
     frozen = []
     for _, layer in variational_layers(model):
         parts = {id(part) for name in layer.active_names() for part in layer.log_std_parts(name)}

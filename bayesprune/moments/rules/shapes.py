@@ -62,7 +62,7 @@ def spread(x: Moments, function: Callable[[Tensor], Tensor]) -> Moments:
 def reshaped(x: Any, *shape: Any) -> Moments:
     """The entries in another shape.
 
-    Where dimensions merge that are all positions, so is what they merge to. Positions merged with others (the pixels of
+    Merging position dimensions gives a position dimension. Positions merged with others (the pixels of
     a window with the windows of an image) make positions of all, which share the mean; but in the first dimension, the
     examples, and in the last, features, entries stay apart. What the first dimension splits into are examples and
     positions again: models merge tokens or windows with examples for a layer, and part them behind it.

@@ -3,7 +3,7 @@
 Hidden units of stacked experts are checked alike; the module of the experts is the layer behind them, too.
 
 Every weight, bias and table that has entries by head is random meanwhile, so that a wrong index changes the output by
-much, however alike the trained heads are. Nothing is left of that afterwards.
+much, however alike the trained heads are. The model is restored afterwards.
 """
 
 import math

@@ -53,7 +53,7 @@ def has_channel_gates(model: nn.Module) -> bool:
 
 
 def folding(model: nn.Module, before_cut: BeforeCut | None) -> BeforeCut | None:
-    """What to call right before a cut, such that gates which stay with their channels keep their say."""
+    """Returns what to call right before a cut, so that the gates of the kept channels still apply."""
     if not any(True for _ in named_gates(model)):
         return before_cut
 
