@@ -417,14 +417,14 @@ def dependency_groups(case: Case) -> str | None:
 @pytest.fixture(scope="module", autouse=True)
 def own_layers():
     """Registers the layers of this file, and forgets them."""
-    from bayesprune.layers import base as registry
+    from bayesprune.layers import base
 
-    before = dict(registry._REGISTERED)
+    before = dict(base._REGISTERED)
     for stock in (Plain, Silent, Conv1D, Table):
         register_layer(stock)(type(f"Variational{stock.__name__}", (VariationalLayer, stock), {"__doc__": "."}))
     yield
-    registry._REGISTERED.clear()
-    registry._REGISTERED.update(before)
+    base._REGISTERED.clear()
+    base._REGISTERED.update(before)
     registry.variational_type.cache_clear()
 
 

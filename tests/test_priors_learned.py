@@ -15,7 +15,7 @@ import bayesprune as bp
 from bayesprune import register_layer
 from bayesprune.errors import UnsupportedModelError
 from bayesprune.foundation.kinds import TRANSPOSED_LINEAR
-from bayesprune.layers import VariationalLayer, registry
+from bayesprune.layers import VariationalLayer, base
 from bayesprune.priors import ARD, Binding, DependencyGroup, Gaussian, Horseshoe, Member
 from bayesprune.prune import dependency_groups
 from bayesprune.train.gates import sum_kl
@@ -349,7 +349,7 @@ def test_input_channels_own_the_weights_that_meet_them(case):
 
 
 def test_inputs_of_layers_that_multiply_otherwise(monkeypatch):
-    monkeypatch.setattr(registry, "_REGISTERED", dict(registry._REGISTERED))
+    monkeypatch.setattr(base, "_REGISTERED", dict(base._REGISTERED))
 
     class Table(nn.Embedding):
         pass
