@@ -425,7 +425,7 @@ def own_layers():
     yield
     base._REGISTERED.clear()
     base._REGISTERED.update(before)
-    registry.variational_type.cache_clear()
+    base.variational_type.cache_clear()
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
