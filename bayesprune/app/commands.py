@@ -129,7 +129,7 @@ def compress(
         num_epochs=epochs or default.num_epochs,
         train_lr=default.train_lr if train_lr is None else train_lr,
         lr=default.lr if lr is None else lr,
-        std=std or ("per_weight" if by == "weights" else "per_channel"),
+        std=std,
         estimator=estimator,
         granularity=default.granularity if granularity is None else tuple(granularity.split(",")),
         uniform=uniform,

@@ -48,7 +48,8 @@ class Recipe:
         num_epochs: Epochs of each training stage.
         train_lr: Learning rate where the model is trained first.
         lr: Learning rate of the variational and the last fine-tuning.
-        std: Structure of the stds, where they are learned.
+        std: Structure of the stds, where they are learned; None is "per_weight" where single weights go, else
+            "per_channel".
         estimator: Estimator of the variational fine-tuning, where there is one.
         granularity: What may go, as for `prune_channels`.
         uniform: Whether the same fraction of every group goes, so that a config can say the sizes.
@@ -62,7 +63,7 @@ class Recipe:
     num_epochs: int
     train_lr: float
     lr: float
-    std: str
+    std: str | None
     estimator: str
     granularity: tuple[str, ...]
     uniform: bool = False
@@ -72,7 +73,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Refuses now what would be refused after minutes of training."""
-        check_options(self.std, self.relative_std, self.estimator)
+        check_options(self.structure, self.relative_std, self.estimator)
         if self.tolerance is not None and self.tolerance < 0:
             raise ValueError(f"tolerance is {self.tolerance!r}; expected the largest accepted loss, 0 or more.")
         if not self.removes_weights:
@@ -92,6 +93,11 @@ class Recipe:
     def removes_weights(self) -> bool:
         """Whether single weights go, by a target or in a search."""
         return self.goal.kind == "weights"
+
+    @property
+    def structure(self) -> str:
+        """Structure of the stds."""
+        return self.std or ("per_weight" if self.removes_weights else "per_channel")
 
     @property
     def learns_stds(self) -> bool:
@@ -180,9 +186,7 @@ def compress(
         raise ValueError(f"data has no {missing[0]!r} batches; expected a mapping of train, validation and test.")
     if (target is None) == (tolerance is None):
         raise ValueError(f"got target={target!r} and tolerance={tolerance!r}; expected one of them.")
-    chosen = {"granularity": GRANULARITY, "std": "per_channel", "estimator": defaults.ESTIMATOR}
-    if (target or options.get("by", "macs")).partition("=")[0].strip() == "weights":
-        chosen["std"] = "per_weight"
+    chosen = {"granularity": GRANULARITY, "std": None, "estimator": defaults.ESTIMATOR}
     recipe = Recipe(target, tolerance, num_epochs, lr, lr, **(chosen | options))
     train = data["train"]
     if not isinstance(train, DataLoader):
@@ -228,7 +232,7 @@ def run(
     distill = distillation(dense) if recipe.distill else None
     reference = validate(dense, "dense")
 
-    to_variational(model, std=recipe.std, relative_std=recipe.relative_std, estimator=recipe.estimator)
+    to_variational(model, std=recipe.structure, relative_std=recipe.relative_std, estimator=recipe.estimator)
     ratios = None
     if recipe.learns_stds:
         progress.stage("Learn how certain each weight is")

@@ -17,7 +17,7 @@ from torch_pruning.dependency import Group
 
 from bayesprune.foundation.model import eval_mode
 from bayesprune.foundation.target import Target
-from bayesprune.layers import Posterior
+from bayesprune.layers import Posterior, removable_weights
 from bayesprune.prune.channels import plan
 from bayesprune.prune.graph.find import groups_in
 from bayesprune.prune.graph.observe import Observed
@@ -28,7 +28,7 @@ from bayesprune.prune.graph.structure import GRANULARITY, ChannelGroup
 from bayesprune.prune.scores.channels import Importance, SNRImportance, lowest, unit_scores
 from bayesprune.prune.scores.criterion import Criterion
 from bayesprune.prune.scores.weights import snr
-from bayesprune.prune.weights.prune import Score, removable_weights
+from bayesprune.prune.weights.prune import Score
 
 CHANNEL_LEVELS = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 WEIGHT_LEVELS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)

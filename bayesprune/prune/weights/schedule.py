@@ -5,6 +5,7 @@ Nothing is remembered between steps, so a run that was resumed goes on as if it 
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from torch import nn
@@ -97,7 +98,7 @@ class PruneSchedule:
             raise ValueError(f"num_updates is {self.num_updates!r}; expected 1 or more.")
         check_min_kept(self.min_kept)
 
-    @property
+    @cached_property
     def sparsity(self) -> float:
         """The fraction of the weights that is removed in the end."""
         return Target.parse(self.target, ("weights",), "PruneSchedule").removed
