@@ -27,7 +27,7 @@ from bayesprune.layers import named_posteriors
 from bayesprune.prediction.predict import sampling
 from bayesprune.prune import freeze_batch_norm, prune_channels, signal_to_noise, smallest_within
 from bayesprune.prune.channels.checks import checked_target
-from bayesprune.prune.graph.structure import GRANULARITY
+from bayesprune.prune.graph.group import GRANULARITY
 from bayesprune.reports import ACCURACY, HistoryPoint, Metric, Report, count_parameters, report
 from bayesprune.storage import save
 from bayesprune.storage.base import describe

@@ -19,10 +19,9 @@ from bayesprune.foundation.text import as_text
 from bayesprune.gates.trial import reasons_against
 from bayesprune.layers import GateOptions
 from bayesprune.layers.gates import CHANNEL_GATE, ChannelGate, SharedDraws
-from bayesprune.prune.graph.cuts import cut_parameters
 from bayesprune.prune.graph.find import find_groups
-from bayesprune.prune.graph.roots import Layers, is_root
-from bayesprune.prune.graph.structure import GRANULARITY, ChannelGroup
+from bayesprune.prune.graph.group import GRANULARITY, ChannelGroup, cut_parameters
+from bayesprune.prune.graph.prunable_layers import Layers, is_root
 from bayesprune.prune.scores.inclusion import has_channel_gates
 
 

@@ -6,11 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayesprune.foundation.model import run_forward, tensors_in
+from bayesprune.foundation.model import run_forward, steady, tensors_in
 from bayesprune.layers.gates import ChannelGate, passing_gates
+from bayesprune.prune.graph.group import ChannelGroup
 from bayesprune.prune.graph.removal import SHAPE_ERRORS, remove
-from bayesprune.prune.graph.steady import steady
-from bayesprune.prune.graph.structure import ChannelGroup
 
 _OTHERWISE = (
     "a closed gate is not a removed channel here: a norm counts the channel, or a layer that is not called reads it"

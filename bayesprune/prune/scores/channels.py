@@ -25,9 +25,8 @@ from bayesprune import estimators
 from bayesprune.foundation import defaults
 from bayesprune.foundation.kinds import kind_of
 from bayesprune.layers import VariationalLayer
-from bayesprune.prune.graph.cuts import cut_parameters, num_stacked
-from bayesprune.prune.graph.roots import is_frozen
-from bayesprune.prune.graph.structure import ChannelGroup
+from bayesprune.prune.graph.group import ChannelGroup, cut_parameters, num_stacked
+from bayesprune.prune.graph.prunable_layers import is_frozen
 from bayesprune.prune.graph.trace import quiet
 from bayesprune.prune.scores.criterion import Criterion
 

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch_pruning.dependency import Group
 
 from bayesprune.prune.graph.companions import follow_stds
-from bayesprune.prune.graph.structure import ChannelGroup
+from bayesprune.prune.graph.group import ChannelGroup
 
 
 class Criterion(tp.importance.Importance):
