@@ -25,8 +25,7 @@ from bayesprune.prune.graph.observe import Observed
 from bayesprune.prune.graph.prunable_layers import Layers
 from bayesprune.prune.graph.removal import snapshot
 from bayesprune.prune.graph.trials import silence
-from bayesprune.prune.scores.channels import Importance, SNRImportance, lowest, unit_scores
-from bayesprune.prune.scores.criterion import Criterion
+from bayesprune.prune.scores.channels import Criterion, Importance, SNRImportance, lowest, unit_scores
 from bayesprune.prune.scores.weights import snr
 from bayesprune.prune.weights.prune import Score
 

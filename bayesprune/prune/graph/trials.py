@@ -1,6 +1,5 @@
 """Tries units on the model: without one it must run, and compute what it does when the layer behind ignores it.
 
-
 The units are heads of attention, hidden units of experts and whatever else leaves together; the module of the experts
 is the layer behind them, too.
 

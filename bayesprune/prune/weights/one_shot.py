@@ -24,7 +24,7 @@ from bayesprune.laplace.conditioning import conditional_mean
 from bayesprune.laplace.inputs import InputMoments, Stage, input_moments, moves_bias, stages
 from bayesprune.laplace.kronecker import layer_matrix
 from bayesprune.laplace.matrices import from_matrix, is_matrix_product, to_matrix
-from bayesprune.laplace.support import best_support
+from bayesprune.laplace.regression import best_support
 from bayesprune.layers import Posterior, holders_of, removable_weights
 from bayesprune.prune.batch_norm import recalibrate_batch_norm
 from bayesprune.prune.weights.division import divergence, divide, levels
