@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from bayesprune.app.data.splits import Loaders
+from bayesprune.app.data import Loaders
 from bayesprune.app.tasks.task import LoggedProgress, Progress, Task
 from bayesprune.convert import check_options, conversion_table, to_deterministic, to_variational
 from bayesprune.foundation import defaults

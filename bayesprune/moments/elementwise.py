@@ -5,11 +5,11 @@ from typing import Any
 
 from torch import Tensor
 
+from bayesprune.moments.covariance import aligned, mean_over
 from bayesprune.moments.gaussian import Formula, formula_of, transform
 from bayesprune.moments.memory import to_nan, writable
 from bayesprune.moments.registry import following, follows_directions, register_rule
 from bayesprune.moments.settings import current
-from bayesprune.moments.shared import aligned, mean_over
 from bayesprune.moments.tensor import Function, Known, Moments, Parts, Source, follows
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from bayesprune.moments.covariance import mean_over
 from bayesprune.moments.settings import current
-from bayesprune.moments.shared import mean_over
 from bayesprune.moments.tensor import Function, Known, Parts
 
 

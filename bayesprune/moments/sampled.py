@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from bayesprune.foundation import noise
+from bayesprune.moments.covariance import aligned, shared_dims
 from bayesprune.moments.gaussian import std
 from bayesprune.moments.settings import current
-from bayesprune.moments.shared import aligned, shared_dims
 from bayesprune.moments.tensor import Known, Moments, known, plain
 
 _DRAWING: ContextVar[bool] = ContextVar("bayesprune_moments_drawing", default=False)

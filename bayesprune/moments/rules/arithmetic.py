@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bayesprune.moments import closed_forms
+from bayesprune.moments.covariance import common_dims, shared_along
 from bayesprune.moments.elementwise import affine, apply, in_place, joint
 from bayesprune.moments.gaussian import Formula
 from bayesprune.moments.registry import follows_directions, register_rule
-from bayesprune.moments.shared import common_dims, shared_along
 from bayesprune.moments.tensor import Known, Moments, is_uncertain, known, plain
 
 

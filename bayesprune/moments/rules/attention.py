@@ -27,10 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bayesprune.moments.covariance import aligned, is_tracked, products_of_pairs
 from bayesprune.moments.registry import follows_directions, register_rule
 from bayesprune.moments.rules.reductions import dims_of, of_value
 from bayesprune.moments.settings import current
-from bayesprune.moments.shared import aligned, is_tracked, products_of_pairs
 from bayesprune.moments.tensor import Moments, is_uncertain, known, parts
 
 

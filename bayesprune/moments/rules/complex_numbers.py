@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayesprune.moments.directions import linearised
+from bayesprune.moments.covariance import aligned, linearised
 from bayesprune.moments.registry import find_rule, follows_directions, register_complex_rule, register_rule
 from bayesprune.moments.rules import shapes  # noqa: F401  (whose rules serve here, too)
 from bayesprune.moments.rules.reductions import along
-from bayesprune.moments.shared import aligned
 from bayesprune.moments.tensor import Known, Moments, Parts, Source, follows, is_uncertain, known, plain
 
 

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bayesprune.foundation import noise
+from bayesprune.moments.covariance import is_tracked, shared_along
 from bayesprune.moments.registry import follows_directions, register_rule
-from bayesprune.moments.shared import is_tracked, shared_along
 from bayesprune.moments.tensor import Known, Moments, Parts, known
 
 _ALPHA = 1.7580993408473766  # minus the value that a dropped SELU takes (Klambauer et al., 2017)

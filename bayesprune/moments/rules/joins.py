@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bayesprune.moments.covariance import aligned
 from bayesprune.moments.gaussian import std, total
 from bayesprune.moments.registry import follows_directions, register_rule
-from bayesprune.moments.shared import aligned
 from bayesprune.moments.tensor import Moments, Parts, parts
 
 

@@ -14,10 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bayesprune.moments.directions import linearised, through_weights
+from bayesprune.moments.covariance import (
+    aligned,
+    collapse,
+    is_tracked,
+    linearised,
+    mean_over,
+    products_of_pairs,
+    through_weights,
+)
 from bayesprune.moments.registry import follows_directions, register_rule
 from bayesprune.moments.settings import is_low_rank
-from bayesprune.moments.shared import aligned, collapse, is_tracked, mean_over, products_of_pairs
 from bayesprune.moments.tensor import Moments, Parts, known, parts
 
 Product = Callable[[Tensor, Tensor], Tensor]

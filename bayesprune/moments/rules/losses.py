@@ -30,10 +30,10 @@ from torch import Tensor
 from torch.nn._reduction import legacy_get_string
 
 from bayesprune.moments.closed_forms import leaky, piecewise, squared
+from bayesprune.moments.covariance import aligned
 from bayesprune.moments.gaussian import Formula, gauss_hermite, std, total
 from bayesprune.moments.registry import follows_directions, register_rule
 from bayesprune.moments.rules import queries as _queries  # noqa: F401  (refuses `backward`: the rule here comes after)
-from bayesprune.moments.shared import aligned
 from bayesprune.moments.tensor import Known, Moments, is_uncertain, known, parts, plain
 
 _NUM_NODES = 21  # functions of a few outputs cost next to nothing

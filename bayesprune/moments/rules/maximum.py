@@ -25,10 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bayesprune.moments.closed_forms import clamped, larger
+from bayesprune.moments.covariance import aligned, common_dims, mean_over, shared_along
 from bayesprune.moments.elementwise import affine, apply, joint
 from bayesprune.moments.gaussian import total
 from bayesprune.moments.registry import follows_directions, register_rule
-from bayesprune.moments.shared import aligned, common_dims, mean_over, shared_along
 from bayesprune.moments.tensor import Moments, Parts, is_uncertain, parts, plain
 
 

@@ -13,11 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bayesprune.moments.directions import linearised
+from bayesprune.moments.covariance import aligned, is_tracked, linearised, mean_over, products_of_pairs, shared_dims
 from bayesprune.moments.elementwise import affine
 from bayesprune.moments.gaussian import std
 from bayesprune.moments.registry import follows_directions, register_rule
-from bayesprune.moments.shared import aligned, is_tracked, mean_over, products_of_pairs, shared_dims
 from bayesprune.moments.tensor import Moments, Parts, is_uncertain, known, parts
 
 

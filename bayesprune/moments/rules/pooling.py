@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bayesprune.moments.covariance import aligned, is_tracked
 from bayesprune.moments.registry import register_rule
-from bayesprune.moments.shared import aligned, is_tracked
 from bayesprune.moments.tensor import Moments, parts
 
 

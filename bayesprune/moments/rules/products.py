@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bayesprune.moments.covariance import aligned, is_tracked, products_of_pairs
 from bayesprune.moments.elementwise import in_place
 from bayesprune.moments.gaussian import total
 from bayesprune.moments.registry import follows_directions, register_rule
-from bayesprune.moments.shared import aligned, is_tracked, products_of_pairs
 from bayesprune.moments.tensor import Moments, Parts, is_uncertain, parts, plain
 
 Product = Callable[[Tensor, Tensor], Tensor]

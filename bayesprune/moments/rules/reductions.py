@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bayesprune.moments.covariance import aligned, products_of_pairs
 from bayesprune.moments.elementwise import in_place
 from bayesprune.moments.gaussian import std as root
 from bayesprune.moments.registry import follows_directions, register_rule
 from bayesprune.moments.rules.pooling import over_positions
-from bayesprune.moments.shared import aligned, products_of_pairs
 from bayesprune.moments.tensor import Moments, parts
 
 
