@@ -23,9 +23,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from bayesprune.foundation import noise
+from bayesprune.moments.memory import KnownMoments, MomentTensors
 from bayesprune.moments.registry import lineariser
 from bayesprune.moments.settings import current
-from bayesprune.moments.tensor import Known, Moments, Parts, parts, plain
+from bayesprune.moments.tensor import Moments, parts, plain
 
 
 def is_tracked() -> bool:
@@ -60,7 +61,7 @@ def products_of_pairs(x: Tensor, shape: Sequence[int]) -> Tensor:
     return (mean.square() * count - mean_over(x.square(), shape)) / (count - 1)
 
 
-def shared_dims(x: Parts) -> set[int]:
+def shared_dims(x: MomentTensors) -> set[int]:
     """The dimensions, counted from the end, along which covariance is known."""
     if x.shared is None:
         return set()
@@ -68,7 +69,7 @@ def shared_dims(x: Parts) -> set[int]:
     return {dim - len(shape) for dim, size in enumerate(shape) if size > 1 and shared[dim] == 1}
 
 
-def shared_along(x: Parts, dims: set[int]) -> Tensor | None:
+def shared_along(x: MomentTensors, dims: set[int]) -> Tensor | None:
     """Mean covariance between the entries of x along these (negative) dimensions; None is zero.
 
     A tensor that is itself repeated along all of them shares its whole variance.
@@ -85,7 +86,7 @@ def shared_along(x: Parts, dims: set[int]) -> Tensor | None:
     return shared.mean(rest, keepdim=True) if rest else shared
 
 
-def common_dims(*operands: Parts) -> set[int]:
+def common_dims(*operands: MomentTensors) -> set[int]:
     """The dimensions along which a function of these shares covariance: theirs, else those they spread over."""
     if not is_tracked():
         return set()
@@ -106,7 +107,9 @@ def aligned(x: Tensor, num_dims: int) -> Tensor:
 Product = Callable[[Tensor, Tensor], Tensor]
 
 
-def through_weights(product: Product, x: Known, weight: Parts, bias: Parts, mean: Tensor, feature_dim: int) -> Moments:
+def through_weights(
+    product: Product, x: KnownMoments, weight: MomentTensors, bias: MomentTensors, mean: Tensor, feature_dim: int
+) -> Moments:
     """The output of an operation on an input and independent weights, in K directions and a residual.
 
     The noise of the weights starts here: u_k = f(m, std * r_k) / sqrt(K). Cost: K products for an uncertain weight, K
@@ -163,7 +166,7 @@ def linearised(function: Callable[..., Any], rule: Callable[..., Any]) -> Callab
     return along
 
 
-def _known(leaf: Any) -> Known | None:
+def _known(leaf: Any) -> KnownMoments | None:
     known = leaf.source.known() if isinstance(leaf, Moments) else None
     return known if known is not None and known.directions is not None else None
 
@@ -180,7 +183,7 @@ def _called(function: Callable[..., Any], leaves: list[Any], spec: Any) -> Any:
     return function(*args, **kwargs)
 
 
-def _pushed(function: Callable[..., Any], leaves: list[Any], spec: Any, found: dict[int, Known]) -> Any:
+def _pushed(function: Callable[..., Any], leaves: list[Any], spec: Any, found: dict[int, KnownMoments]) -> Any:
     """The directions of the results: (K, *shape) for each tensor that the function returns."""
     directions = [known.directions for known in found.values() if known.directions is not None]
     means = [plain(leaves[i]).to(known.directions.dtype) for i, known in found.items()]  # type: ignore[union-attr]

@@ -18,8 +18,9 @@ from bayesprune.moments import closed_forms
 from bayesprune.moments.covariance import common_dims, shared_along
 from bayesprune.moments.elementwise import affine, apply, in_place, joint
 from bayesprune.moments.gaussian import Formula
+from bayesprune.moments.memory import KnownMoments
 from bayesprune.moments.registry import follows_directions, register_rule
-from bayesprune.moments.tensor import Known, Moments, is_uncertain, known, plain
+from bayesprune.moments.tensor import Moments, is_uncertain, known, plain
 
 
 def add(input: Any, other: Any, *, alpha: Any = 1) -> Moments:
@@ -139,7 +140,7 @@ def lerp(input: Any, end: Any, weight: Any) -> Any:
     return input * (1 - weight) + end * weight
 
 
-def _sum(a: Known, b: Known) -> Moments:
+def _sum(a: KnownMoments, b: KnownMoments) -> Moments:
     mean = a.parts.mean + b.parts.mean
     if a.directions is not None or b.directions is not None:
         return Moments.along(mean, _pushed(a, b, 1, 1, mean.dim()), _plus(_residual(a), _residual(b)))
@@ -148,7 +149,7 @@ def _sum(a: Known, b: Known) -> Moments:
     return Moments(mean, _plus(a.parts.variance, b.parts.variance), shared)
 
 
-def _product(a: Known, b: Known) -> Moments:
+def _product(a: KnownMoments, b: KnownMoments) -> Moments:
     (ma, va, _), (mb, vb, _) = a.parts, b.parts
     mean = ma * mb
     if a.directions is not None or b.directions is not None:
@@ -161,7 +162,7 @@ def _product(a: Known, b: Known) -> Moments:
     return Moments(mean, variance, _product_variance(first, second, _averaged(ma, dims), _averaged(mb, dims)))
 
 
-def _pushed(a: Known, b: Known, by_a: Any, by_b: Any, num_dims: int) -> Tensor:
+def _pushed(a: KnownMoments, b: KnownMoments, by_a: Any, by_b: Any, num_dims: int) -> Tensor:
     """The directions of both, each times the derivative by it."""
     terms = []
     for x, factor in ((a, by_a), (b, by_b)):
@@ -187,7 +188,7 @@ def _power_formula(exponent: Any) -> Formula | None:
     return None if exponent >= 0 and exponent == int(exponent) else closed_forms.power(float(exponent))
 
 
-def _residual(x: Known) -> Tensor | None:
+def _residual(x: KnownMoments) -> Tensor | None:
     return x.parts.variance if x.directions is None else x.residual
 
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from bayesprune.moments.covariance import aligned, linearised
+from bayesprune.moments.memory import KnownMoments, LazyMoments, MomentTensors
 from bayesprune.moments.registry import find_rule, follows_directions, register_complex_rule, register_rule
 from bayesprune.moments.rules import shapes  # noqa: F401  (whose rules serve here, too)
 from bayesprune.moments.rules.reductions import along
-from bayesprune.moments.tensor import Known, Moments, Parts, Source, follows, is_uncertain, known, plain
+from bayesprune.moments.tensor import Moments, follows, is_uncertain, known, plain
 
 
 def split(x: Any) -> tuple[Any, Any]:
@@ -57,14 +58,16 @@ def merged(real: Any, imag: Any) -> Any:
     residual = mean.variance if directions is None and count else residual
     rest = others.variance if more is None and count else rest
     value = torch.complex(mean.mean.contiguous(), others.mean.contiguous())
-    found = Parts(value, joined(mean.variance, others.variance, shape), shared)
-    return Moments.of(Source(Known(found, joined(directions, more, (count, *shape)), joined(residual, rest, shape))))
+    found = MomentTensors(value, joined(mean.variance, others.variance, shape), shared)
+    return Moments.of(
+        LazyMoments(KnownMoments(found, joined(directions, more, (count, *shape)), joined(residual, rest, shape)))
+    )
 
 
 def _taken(x: Moments, part: Any) -> Moments:
     (mean, variance, shared), directions, residual = x.source.known()
     rest = [None if found is None else part(found) for found in (variance, shared, directions, residual)]
-    return Moments.of(Source(Known(Parts(part(mean), rest[0], rest[1]), rest[2], rest[3])))
+    return Moments.of(LazyMoments(KnownMoments(MomentTensors(part(mean), rest[0], rest[1]), rest[2], rest[3])))
 
 
 @register_rule(torch.view_as_complex)

@@ -32,14 +32,15 @@ from torch.nn._reduction import legacy_get_string
 from bayesprune.moments.closed_forms import leaky, piecewise, squared
 from bayesprune.moments.covariance import aligned
 from bayesprune.moments.gaussian import Formula, gauss_hermite, std, total
+from bayesprune.moments.memory import KnownMoments
 from bayesprune.moments.registry import follows_directions, register_rule
 from bayesprune.moments.rules import queries as _queries  # noqa: F401  (refuses `backward`: the rule here comes after)
-from bayesprune.moments.tensor import Known, Moments, is_uncertain, known, parts, plain
+from bayesprune.moments.tensor import Moments, is_uncertain, known, parts, plain
 
 _NUM_NODES = 21  # functions of a few outputs cost next to nothing
 
 
-def log_normaliser_excess(x: Known, dim: int) -> Tensor:
+def log_normaliser_excess(x: KnownMoments, dim: int) -> Tensor:
     """What variance adds to the expected log-sum-exp along a dimension, to second order; without that dimension."""
     (mean, variance, shared), directions, residual = x
     assert variance is not None, "certain logits add nothing"

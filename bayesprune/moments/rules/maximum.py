@@ -28,8 +28,9 @@ from bayesprune.moments.closed_forms import clamped, larger
 from bayesprune.moments.covariance import aligned, common_dims, mean_over, shared_along
 from bayesprune.moments.elementwise import affine, apply, joint
 from bayesprune.moments.gaussian import total
+from bayesprune.moments.memory import MomentTensors
 from bayesprune.moments.registry import follows_directions, register_rule
-from bayesprune.moments.tensor import Moments, Parts, is_uncertain, parts, plain
+from bayesprune.moments.tensor import Moments, is_uncertain, parts, plain
 
 
 class Extreme(NamedTuple):
@@ -147,17 +148,17 @@ def _register_pool(num_spatial: int) -> None:
     register_rule(stock_adaptive)(with_indices(adaptive_rule))
 
 
-def _aligned(x: Parts) -> Parts:
-    return Parts(x.mean, x.variance, None if x.shared is None else aligned(x.shared, x.mean.dim()))
+def _aligned(x: MomentTensors) -> MomentTensors:
+    return MomentTensors(x.mean, x.variance, None if x.shared is None else aligned(x.shared, x.mean.dim()))
 
 
-def _without(x: Parts, dim: int) -> Parts:
+def _without(x: MomentTensors, dim: int) -> MomentTensors:
     """Less a dimension of size 1."""
     variance, shared = (None if part is None else part.squeeze(dim) for part in x[1:])
-    return Parts(x.mean.squeeze(dim), variance, shared)
+    return MomentTensors(x.mean.squeeze(dim), variance, shared)
 
 
-def _at_argmax(x: Parts, dim: int) -> Parts:
+def _at_argmax(x: MomentTensors, dim: int) -> MomentTensors:
     assert x.variance is not None, "a rule is for uncertain tensors"
     indices = x.mean.argmax(dim, keepdim=True)
     shared = x.shared
@@ -165,10 +166,10 @@ def _at_argmax(x: Parts, dim: int) -> Parts:
         # Two positions share where they picked the same unit.
         chosen = torch.zeros_like(x.variance).scatter(dim, indices, 1.0)
         shared = (shared * mean_over(chosen, shared.shape).square()).sum(dim, keepdim=True)
-    return Parts(x.mean.gather(dim, indices), x.variance.gather(dim, indices), shared)
+    return MomentTensors(x.mean.gather(dim, indices), x.variance.gather(dim, indices), shared)
 
 
-def _larger_of_two(a: Parts, b: Parts) -> Moments:
+def _larger_of_two(a: MomentTensors, b: MomentTensors) -> Moments:
     dtype = torch.promote_types(torch.promote_types(a.mean.dtype, b.mean.dtype), torch.float32)
     assert a.variance is not None, "both are uncertain"
     assert b.variance is not None, "both are uncertain"

@@ -23,8 +23,9 @@ from torch import Tensor
 from bayesprune.moments.covariance import aligned, is_tracked, products_of_pairs
 from bayesprune.moments.elementwise import in_place
 from bayesprune.moments.gaussian import total
+from bayesprune.moments.memory import MomentTensors
 from bayesprune.moments.registry import follows_directions, register_rule
-from bayesprune.moments.tensor import Moments, Parts, is_uncertain, parts, plain
+from bayesprune.moments.tensor import Moments, is_uncertain, parts, plain
 
 Product = Callable[[Tensor, Tensor], Tensor]
 Labels = Sequence[Any]
@@ -54,7 +55,7 @@ def bilinear(product: Product, a: Any, b: Any, labels: tuple[Labels, Labels], ou
 class _Operand:
     """A factor, in the precision of variances, with its dimensions by name; or what pairs of its positions have."""
 
-    def __init__(self, x: Parts, names: Labels, out: Labels, dtype: torch.dtype) -> None:
+    def __init__(self, x: MomentTensors, names: Labels, out: Labels, dtype: torch.dtype) -> None:
         self.mean, self.variance, self.names = x.mean.to(dtype), x.variance, names
         self.shared = aligned(x.shared, x.mean.dim()) if is_tracked() and x.shared is not None else None
         self.free, self.paired = set(names) & set(out), list[int]()
