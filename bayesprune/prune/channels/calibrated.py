@@ -29,7 +29,7 @@ from bayesprune.prune.batch_norm import measured_norms, recalibrate_batch_norm
 from bayesprune.prune.graph.group import ChannelGroup
 from bayesprune.prune.graph.removal import lost_inputs
 from bayesprune.prune.graph.trials import silence_inputs
-from bayesprune.prune.scores.channels import Scored, SNRImportance, lowest, unit_scores
+from bayesprune.prune.scores.channels import Scored, SNRImportance, lowest_units, unit_scores
 from bayesprune.prune.scores.unit_snr import UnitSNRImportance
 
 MAX_TILT = 3.0
@@ -139,7 +139,9 @@ def tilted(
 
     def divergence(tilt: float) -> float:
         if (counts := divided(tilt)) not in tried:
-            selection = [(its.group, lowest(its.group, its.scores, n)) for its, n in zip(scored, counts, strict=True)]
+            selection = [
+                (its.group, lowest_units(its.group, its.scores, n)) for its, n in zip(scored, counts, strict=True)
+            ]
             trial, lost = copy.deepcopy(model), lost_inputs(selection)
             for name, positions in lost.items():
                 silence_inputs(trial.get_submodule(name), positions)

@@ -36,7 +36,7 @@ from bayesprune.prune.scores.channels import (
     Scored,
     SNRImportance,
     has_gradients,
-    lowest,
+    lowest_units,
     removed_weights,
     unit_scores,
     weight_scores,
@@ -145,7 +145,7 @@ def prune_channels(
             counts, tilt = tilted(model, scored, costs.saved(what), choose, calibration)
         else:
             counts, tilt = choose([its.scores for its in scored]), None
-        selection = [(its.group, lowest(*its, count)) for its, count in zip(scored, counts, strict=True)]
+        selection = [(its.group, lowest_units(*its, count)) for its, count in zip(scored, counts, strict=True)]
         failures, undo, macs_after = _attempt(model, selection, example_inputs)
         if not failures:
             break
@@ -272,7 +272,7 @@ def _choose(
 ) -> list[int]:
     """Units that leave each group; none is an answer where the target is a threshold."""
     if what in ("snr", "evidence", "inclusion"):
-        return plan.below(costs.groups, scores, -value if what == "evidence" else value, round_to)
+        return plan.count_below(costs.groups, scores, -value if what == "evidence" else value, round_to)
     order = plan.order(costs.groups, scores, uniform=uniform, round_to=round_to)
     dense = costs.cost(what, [0] * len(scores))
     counts = plan.smallest_counts(costs, order, what, value * dense, gives_back=not uniform)

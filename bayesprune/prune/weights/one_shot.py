@@ -2,7 +2,7 @@
 
 Layers are cut in the order of the forward. Of each the calibration data says what the layers before it, cut already,
 give it, and what they gave it before (`laplace.inputs`); the weights that fit the old outputs best are pruned by
-alternating directions (`laplace.support`), and those that stay are the conditional mean given the zeros
+alternating directions (`laplace.regression`), and those that stay are the conditional mean given the zeros
 (`laplace.conditional_mean`). Published methods fit each layer to its own outputs for the inputs that it has now
 (SparseGPT: Frantar & Alistarh, 2023, arXiv:2301.00774), which passes on what went wrong before.
 
