@@ -39,6 +39,7 @@ from bayesprune.prune.scores.channels import (
     has_gradients,
     lowest,
     removed_weights,
+    scored_once,
     unit_scores,
     weight_scores,
 )
@@ -134,7 +135,8 @@ def prune_channels(
     if calibration is not None and is_calibrated:
         found = unit_costs(model, structure.groups, calibration)
     else:
-        found = {group: score(group) for group in structure.groups}
+        with scored_once():
+            found = {group: score(group) for group in structure.groups}
     ranked = {scored.group: scored for scored in found.values() if scored is not None}
     unscored = _no_score(model, importance, what)
     left_whole |= {layer: unscored for group, scored in found.items() if scored is None for layer in group.layers}
