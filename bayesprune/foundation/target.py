@@ -22,7 +22,7 @@ _EXAMPLES = {
 
 @dataclass(frozen=True)
 class Target:
-    """What a removal keeps; prints as it was written.
+    """The share of a model that a removal keeps; prints as it was written.
 
     Attributes:
         kind: "macs", "params", "latency", "weights", "snr", "evidence", "inclusion" or "N:M".
@@ -69,7 +69,7 @@ class Target:
         return 1 - self.value
 
     def complaint(self) -> str:
-        """What is wrong with the number; nothing where it can be met."""
+        """The reason why the number cannot be met; empty where it can."""
         if self.kind == PATTERN:
             return "" if self.pattern and 0 < self.pattern[0] < self.pattern[1] else 'expected "N:M" with 0 < N < M'
         ranges = {
