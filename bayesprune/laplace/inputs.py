@@ -6,6 +6,7 @@ V = W E[x x~^T] E[x~ x~^T]^-1, and every other V costs (V' - V) E[x~ x~^T] (V' -
 is needed (as in the tuning of Kwon et al., 2022, arXiv:2204.09656, section 4.3, there for one factor a unit).
 """
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -18,8 +19,10 @@ from bayesprune.errors import UnsupportedModelError
 from bayesprune.foundation.batches import device_of, on_device, split
 from bayesprune.foundation.model import eval_mode
 from bayesprune.laplace.calibration import check_examples, counted_positions
-from bayesprune.laplace.matrices import damped, input_rows
+from bayesprune.laplace.matrices import damped, drawn_positions, input_rows
 from bayesprune.layers import VariationalLayer
+
+_ROWS_PER_COLUMN = 128  # positions in all at which the maps of a convolution are looked at, for each column
 
 
 class InputMoments(NamedTuple):
@@ -88,7 +91,8 @@ def input_moments(
 ) -> InputMoments:
     """Moments of the inputs of a stage, x~ in the model and x in the reference; both run as far as there.
 
-    Positions that a batch's `attention_mask` excludes do not count.
+    Positions that a batch's `attention_mask` excludes do not count. Of the maps that a convolution reads, whose
+    neighbouring positions say nearly the same, positions are drawn.
 
     Args:
         model: The model that is being cut.
@@ -102,10 +106,10 @@ def input_moments(
             the batch's examples.
     """
     sums: list[Tensor] = []
-    total = 0
+    total, number = 0, _positions_per_example(model, stage, batches)
     for batch in batches:
-        after = _rows(model, stage, batch, with_bias=with_bias)
-        before = after if reference is None else _rows(reference, stage, batch, with_bias=with_bias)
+        after = _rows(model, stage, batch, number, with_bias=with_bias)
+        before = after if reference is None else _rows(reference, stage, batch, number, with_bias=with_bias)
         if after.shape != before.shape:
             raise UnsupportedModelError(
                 f"{stage.names[0]} met {after.shape[1]} positions of a batch where it had met {before.shape[1]} before "
@@ -117,12 +121,21 @@ def input_moments(
     return InputMoments(*(one / max(total, 1) for one in sums))
 
 
+def _positions_per_example(model: nn.Module, stage: Stage, batches: Sequence[Any]) -> int | None:
+    """At how many positions a convolution's maps are looked at in each example; None is all."""
+    weight = model.get_parameter(f"{stage.names[0]}.weight")
+    if weight.dim() == 2:
+        return None
+    num_examples = sum(split(model, batch).num_examples for batch in batches)
+    return max(1, math.ceil(_ROWS_PER_COLUMN * weight[0].numel() / max(1, num_examples)))
+
+
 class _Done(Exception):
     """Ends a forward early."""
 
 
-def _rows(model: nn.Module, stage: Stage, batch: Any, *, with_bias: bool) -> Tensor:
-    """The rows that the stage's weights meet, (G, P, C), float32 at least."""
+def _rows(model: nn.Module, stage: Stage, batch: Any, number: int | None, *, with_bias: bool) -> Tensor:
+    """The rows that the stage's weights meet, (G, P, C), at so many positions of each example, float32 at least."""
     name = stage.names[0]
     layer: Any = model.get_submodule(name)
     parts = split(model, on_device(batch, device_of(model)))
@@ -141,9 +154,12 @@ def _rows(model: nn.Module, stage: Stage, batch: Any, *, with_bias: bool) -> Ten
     found = []
     for its in inputs:
         check_examples(name, its, parts.num_examples)
-        rows = input_rows(layer, its.to(torch.promote_types(its.dtype, torch.float32)), parts.num_examples)
-        if (counted := counted_positions(parts, rows.shape[1])) is not None:
-            rows = rows[counted][None]
+        wide = its.to(torch.promote_types(its.dtype, torch.float32))
+        num_positions = input_rows(layer, wide.to("meta"), parts.num_examples).shape[1]
+        chosen = None if number is None else drawn_positions(num_positions, number)
+        rows = input_rows(layer, wide, parts.num_examples, chosen)
+        if (counted := counted_positions(parts, num_positions)) is not None:
+            rows = rows[counted if chosen is None else counted[:, chosen]][None]
         found.append(rows.flatten(0, 1))
     rows = torch.cat(found).transpose(0, 1)
     return torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], dim=2) if with_bias else rows
