@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from bayesprune.app.data.splits import Loaders
+from bayesprune.app.data import Loaders
 from bayesprune.app.tasks.task import LoggedProgress, Progress, Task
 from bayesprune.convert import check_options, conversion_table, to_deterministic, to_variational
 from bayesprune.foundation import defaults
@@ -27,7 +27,7 @@ from bayesprune.layers import named_posteriors
 from bayesprune.prediction.predict import sampling
 from bayesprune.prune import freeze_batch_norm, prune_channels, signal_to_noise, smallest_within
 from bayesprune.prune.channels.checks import checked_target
-from bayesprune.prune.graph.structure import GRANULARITY
+from bayesprune.prune.graph.group import GRANULARITY
 from bayesprune.reports import ACCURACY, HistoryPoint, Metric, Report, count_parameters, report
 from bayesprune.storage import save
 from bayesprune.storage.base import describe

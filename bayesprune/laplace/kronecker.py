@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from bayesprune.errors import UnsupportedModelError
 from bayesprune.foundation.batches import Batch, device_of, on_device
 from bayesprune.laplace.calibration import Call, Loss, counted_positions, record
+from bayesprune.laplace.diagonal import prior_precisions, set_precision
 from bayesprune.laplace.flow import layer_calls
 from bayesprune.laplace.matrices import (
     drawn_positions,
@@ -34,7 +35,6 @@ from bayesprune.laplace.matrices import (
     output_rows,
     to_matrix,
 )
-from bayesprune.laplace.stds import prior_precisions, set_precision
 from bayesprune.layers import VariationalLayer, named_posteriors
 from bayesprune.priors import Prior
 

@@ -15,13 +15,12 @@ from torch import Tensor, nn
 
 from bayesprune.errors import StorageError
 from bayesprune.foundation.text import first_names
-from bayesprune.reports import html, notes, schema, summary, table
-from bayesprune.reports.comparison import Comparison, HistoryPoint
+from bayesprune.reports import html, summary, table
+from bayesprune.reports import summary as notes
 from bayesprune.reports.layers import SNR_LOG10_EDGES, layer_snr
-from bayesprune.reports.measure import REPORT_FILES, file_bytes, latencies
-from bayesprune.reports.measurement import Measurement, measure
-from bayesprune.reports.metric import ACCURACY, Metric
-from bayesprune.reports.running import ExampleInputs
+from bayesprune.reports.measure import REPORT_FILES, ExampleInputs, file_bytes, latencies
+from bayesprune.reports.measurement import ACCURACY, Comparison, HistoryPoint, Measurement, Metric, measure
+from bayesprune.storage import parsing as schema
 from bayesprune.storage.parsing import parse_json
 
 if TYPE_CHECKING:

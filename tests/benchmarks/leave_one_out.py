@@ -26,9 +26,9 @@ import bayesprune as bp
 from bayesprune.laplace import KroneckerPosterior, output_metric, sampled_cross_entropy
 from bayesprune.laplace.matrices import removed_columns
 from bayesprune.prune.graph.find import find_groups
+from bayesprune.prune.graph.group import ChannelGroup
 from bayesprune.prune.graph.removal import snapshot
-from bayesprune.prune.graph.silenced import silence
-from bayesprune.prune.graph.structure import ChannelGroup
+from bayesprune.prune.graph.trials import silence
 
 Measured = dict[str, list[list[float]]]
 SETTINGS: dict[str, Any] = {"images": 128, "budget": CHANNELS["20"].before, "lr": CHANNELS["20"].lr}

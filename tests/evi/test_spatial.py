@@ -7,7 +7,7 @@ from torch import nn
 import bayesprune as bp
 from bayesprune import evi
 from bayesprune.errors import UnsupportedModelError
-from bayesprune.evi import spatial
+from bayesprune.evi import propagation as spatial
 from tests.evi import dense
 
 # torch's own table of forward derivatives, which first-order moments use, is loaded with it.

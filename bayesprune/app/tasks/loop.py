@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType, broadcast
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from bayesprune.app.data.splits import Loaders
+from bayesprune.app.data import Loaders
 from bayesprune.app.tasks.task import Checkpoint, Progress, Split, Task, check_finite
 from bayesprune.foundation import defaults
 from bayesprune.foundation.batches import device_of, logits_of, on_device, split

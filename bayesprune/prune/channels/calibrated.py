@@ -26,9 +26,9 @@ from bayesprune.laplace.calibration import output_metric, predictions
 from bayesprune.laplace.compensation import compensate
 from bayesprune.laplace.kronecker import fit_kronecker
 from bayesprune.prune.batch_norm import measured_norms, recalibrate_batch_norm
+from bayesprune.prune.graph.group import ChannelGroup
 from bayesprune.prune.graph.removal import lost_inputs
-from bayesprune.prune.graph.silenced import silence_inputs
-from bayesprune.prune.graph.structure import ChannelGroup
+from bayesprune.prune.graph.trials import silence_inputs
 from bayesprune.prune.scores.channels import Scored, SNRImportance, lowest, unit_scores
 from bayesprune.prune.scores.unit_snr import UnitSNRImportance
 

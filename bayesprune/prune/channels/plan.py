@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from bayesprune.foundation import defaults
 from bayesprune.layers import VariationalLayer, named_gates
-from bayesprune.prune.graph.cuts import Axis, cut_parameters, num_stacked
-from bayesprune.prune.graph.structure import ChannelGroup
+from bayesprune.prune.graph.group import Axis, ChannelGroup, cut_parameters, num_stacked
 
 Counts = Sequence[int]
 """Units removed from each group."""

@@ -27,10 +27,10 @@ from bayesprune.prune.channels.checks import check_model, checked_target
 from bayesprune.prune.channels.config import follow_config
 from bayesprune.prune.channels.report import ChannelReport, ChannelRow, holdings
 from bayesprune.prune.graph.find import groups_in
+from bayesprune.prune.graph.group import GRANULARITY, ChannelGroup
 from bayesprune.prune.graph.observe import Observed
+from bayesprune.prune.graph.prunable_layers import Layers
 from bayesprune.prune.graph.removal import SHAPE_ERRORS, Selection, lost_inputs, remove, restore_point
-from bayesprune.prune.graph.roots import Layers
-from bayesprune.prune.graph.structure import GRANULARITY, ChannelGroup
 from bayesprune.prune.scores.channels import (
     GRADIENTS,
     Importance,

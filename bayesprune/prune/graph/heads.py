@@ -23,12 +23,10 @@ from torch_pruning.dependency import Dependency, Node
 from torch_pruning.pruner import function
 
 from bayesprune.prune.graph.attention import Attention, find_attention
-from bayesprune.prune.graph.cuts import Member
+from bayesprune.prune.graph.group import ChannelGroup, ChannelStructure, Member, Positions, written_down
 from bayesprune.prune.graph.observe import Observed
-from bayesprune.prune.graph.positions import Positions
-from bayesprune.prune.graph.roots import LINEAR_PRUNER, is_linear, is_unknown_linear, layer_sizes
-from bayesprune.prune.graph.silenced import disagreement
-from bayesprune.prune.graph.structure import ChannelGroup, ChannelStructure, written_down
+from bayesprune.prune.graph.prunable_layers import LINEAR_PRUNER, is_linear, is_unknown_linear, layer_sizes
+from bayesprune.prune.graph.trials import disagreement
 
 # Attributes of attention modules by what they count; which are there, and hold that number, follow the heads.
 COUNTS = (

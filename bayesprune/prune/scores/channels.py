@@ -27,11 +27,32 @@ from bayesprune import estimators
 from bayesprune.foundation import defaults
 from bayesprune.foundation.kinds import kind_of
 from bayesprune.layers import VariationalLayer
-from bayesprune.prune.graph.cuts import cut_parameters, num_stacked
-from bayesprune.prune.graph.roots import is_frozen
-from bayesprune.prune.graph.structure import ChannelGroup
+from bayesprune.prune.graph.companions import follow_stds
+from bayesprune.prune.graph.group import ChannelGroup, cut_parameters, num_stacked
+from bayesprune.prune.graph.prunable_layers import is_frozen
 from bayesprune.prune.graph.trace import quiet
-from bayesprune.prune.scores.criterion import Criterion
+
+
+class Criterion(tp.importance.Importance):
+    """An importance of torch-pruning by a posterior.
+
+    Making one changes nothing. When a pruner of torch-pruning calls it, stds and masks follow their means through
+    torch-pruning from then on, as after `follow_stds()`.
+    """
+
+    def __call__(self, group: Group) -> Tensor | None:  # type: ignore[override]
+        """Scores (C,) of the root channels of a dependency group; None where none are known."""
+        follow_stds()
+        return self.scores(group)
+
+    def of_group(self, group: ChannelGroup) -> Tensor | None:
+        """Scores (C,) of the root channels of a group of this library, which cuts stds by itself."""
+        return self.scores(group.group)
+
+    def scores(self, group: Group) -> Tensor | None:
+        """Scores (C,) of the root channels of a dependency group; None where none are known."""
+        raise NotImplementedError
+
 
 GRADIENTS = "A criterion that needs gradients, as Taylor's does, needs loss.backward() before."
 

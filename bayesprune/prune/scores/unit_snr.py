@@ -23,8 +23,8 @@ from torch_pruning.dependency import Group
 from bayesprune.laplace import KroneckerFactors, KroneckerPosterior
 from bayesprune.laplace.matrices import damped, removed_columns
 from bayesprune.layers import VariationalLayer
-from bayesprune.prune.graph.structure import ChannelGroup
-from bayesprune.prune.scores.criterion import Criterion
+from bayesprune.prune.graph.group import ChannelGroup
+from bayesprune.prune.scores.channels import Criterion
 
 _DAMPING = 0.01  # of A, as a fraction of its mean diagonal; conditioning takes the same
 
