@@ -19,10 +19,10 @@ from bayesprune.foundation.macs import macs_by_module
 from bayesprune.foundation.target import Target
 from bayesprune.laplace.compensation import compensate
 from bayesprune.layers import drop_gates, passing_gates, variational_layers
-from bayesprune.prune.batch_norm import measured_norms
+from bayesprune.prune.batch_norm import measured_norms, recalibrate_if_better
 from bayesprune.prune.channels import plan
 from bayesprune.prune.channels.budget import LatencyBudget
-from bayesprune.prune.channels.calibrated import Calibration, recalibrate_if_better, searched_tilt, tilted, unit_costs
+from bayesprune.prune.channels.calibrated import Calibration, searched_tilt, tilted, unit_costs
 from bayesprune.prune.channels.checks import check_model, checked_target
 from bayesprune.prune.channels.config import follow_config
 from bayesprune.prune.channels.report import ChannelReport, ChannelRow, holdings
@@ -188,7 +188,7 @@ def prune_channels(
         return report
     if calibration is not None:
         try:
-            is_measured_anew = recalibrate_if_better(model, calibration)
+            is_measured_anew = recalibrate_if_better(model, calibration.batches, calibration.divergence)
         except BaseException:
             undo()
             raise
