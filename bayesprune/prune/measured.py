@@ -25,7 +25,7 @@ from bayesprune.prune.graph.observe import Observed
 from bayesprune.prune.graph.prunable_layers import Layers
 from bayesprune.prune.graph.removal import snapshot
 from bayesprune.prune.graph.trials import silence
-from bayesprune.prune.scores.channels import Criterion, Importance, SNRImportance, lowest, unit_scores
+from bayesprune.prune.scores.channels import Criterion, Importance, SNRImportance, lowest_units, unit_scores
 from bayesprune.prune.scores.weights import snr
 from bayesprune.prune.weights.prune import Score
 
@@ -163,7 +163,7 @@ def _unit_costs(
     model: nn.Module, group: ChannelGroup, scores: list[float], loss: Loss, base: float, levels: Sequence[float]
 ) -> Tensor:
     """By root channel, what its unit's place in the order costs."""
-    order = lowest(group, scores, len(scores))
+    order = lowest_units(group, scores, len(scores))
     removed, increases = [], []
     for count in _counts(len(order), levels):
         undo = snapshot(model)

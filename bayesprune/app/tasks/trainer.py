@@ -21,12 +21,11 @@ from transformers import (
 )
 
 from bayesprune.app.pretrained import AUTO_CLASSES
-from bayesprune.app.tasks.task import Checkpoint, Progress, Split, check_finite
+from bayesprune.app.tasks.task import Checkpoint, Progress, Split, Training, check_finite
 from bayesprune.hosts.transformers.callback import BayesPruneCallback
 from bayesprune.hosts.transformers.distillation import DistillationCallback
 from bayesprune.prune.weights.schedule import PruneSchedule
 from bayesprune.reports import ACCURACY, PERPLEXITY, Metric, accuracy, perplexity
-from bayesprune.train import Distillation
 
 _LOGS_PER_EPOCH = 20
 
@@ -41,30 +40,20 @@ class TrainingData:
     seed: int
 
 
-def train(
-    model: PreTrainedModel,
-    data: TrainingData,
-    progress: Progress,
-    *,
-    num_epochs: int,
-    lr: float,
-    learn_stds: bool = False,
-    sparsity: float | None = None,
-    distill: Distillation | None = None,
-) -> None:
+def train(model: PreTrainedModel, data: TrainingData, progress: Progress, training: Training) -> None:
     """As `Task.train` says: AdamW without weight decay, a tenth of the steps to warm up, then linearly to zero.
 
     Single weights are removed between a tenth and seven tenths of the training.
     """
     steps_per_epoch = -(-len(data.examples) // data.batch_size)
-    num_steps = steps_per_epoch * num_epochs
+    num_steps = steps_per_epoch * training.num_epochs
     is_cpu = model.device.type == "cpu"
     with tempfile.TemporaryDirectory() as directory:
         arguments = TrainingArguments(
             output_dir=directory,
-            num_train_epochs=num_epochs,
+            num_train_epochs=training.num_epochs,
             per_device_train_batch_size=data.batch_size,
-            learning_rate=lr,
+            learning_rate=training.lr,
             weight_decay=0.0,
             warmup_steps=num_steps // 10,
             logging_steps=max(1, steps_per_epoch // _LOGS_PER_EPOCH),
@@ -78,13 +67,13 @@ def train(
             dataloader_pin_memory=not is_cpu,
         )
         callbacks: list[TrainerCallback] = []
-        if learn_stds:
-            prune = None if sparsity is None else PruneSchedule(f"weights={1 - sparsity}")
+        if training.learn_stds:
+            prune = None if training.target is None else PruneSchedule(training.target)
             callbacks.append(BayesPruneCallback(prune=prune))
-        if distill is not None:
-            callbacks.append(DistillationCallback(distill))
-        with progress.training(num_epochs, steps_per_epoch) as advance:
-            callbacks.append(_Steps(advance, lr))
+        if training.distill is not None:
+            callbacks.append(DistillationCallback(training.distill))
+        with progress.training(training.num_epochs, steps_per_epoch) as advance:
+            callbacks.append(_Steps(advance, training.lr))
             trainer = Trainer(
                 model, arguments, train_dataset=data.examples, data_collator=data.collate, callbacks=callbacks
             )
@@ -177,16 +166,7 @@ class TrainerTask:
         self.example_inputs = {name: value for name, value in example.items() if name != "labels"}
 
     def train(
-        self,
-        model: nn.Module,
-        progress: Progress,
-        *,
-        num_epochs: int,
-        lr: float,
-        learn_stds: bool = False,
-        sparsity: float | None = None,
-        distill: Distillation | None = None,
-        checkpoint: Checkpoint | None = None,
+        self, model: nn.Module, progress: Progress, training: Training, *, checkpoint: Checkpoint | None = None
     ) -> None:
         """By the stock Trainer, with `BayesPruneCallback` where stds are learned or weights removed, and distillation.
 
@@ -194,16 +174,7 @@ class TrainerTask:
         """
         assert isinstance(model, PreTrainedModel), "the task came with such a model"
         data = TrainingData(self.splits["train"], self.collate, self.options.batch_size, self.options.seed)
-        train(
-            model,
-            data,
-            progress,
-            num_epochs=num_epochs,
-            lr=lr,
-            learn_stds=learn_stds,
-            sparsity=sparsity,
-            distill=distill,
-        )
+        train(model, data, progress, training)
 
     def score(self, model: nn.Module, split: Split) -> float:
         """Accuracy, or perplexity of a language model."""

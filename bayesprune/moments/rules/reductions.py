@@ -5,7 +5,7 @@ Exact, but for covariance that is not shared. Variances, stds and norms are take
 variance of the entries in them.
 
 A fixed linear map along one dimension, so that var = sum w^2 (v - s) + (sum w)^2 s, where s is what its entries share:
-exact but for what two entries of the result have in common, as for pooling (see `pooling`). No product.
+exact but for what two entries of the result have in common, as for pooling. No product.
 """
 
 import math

@@ -28,7 +28,7 @@ from bayesprune.laplace.kronecker import fit_kronecker
 from bayesprune.prune.graph.group import ChannelGroup
 from bayesprune.prune.graph.removal import lost_inputs
 from bayesprune.prune.graph.trials import silence_inputs
-from bayesprune.prune.scores.channels import Scored, SNRImportance, lowest, unit_scores
+from bayesprune.prune.scores.channels import Scored, SNRImportance, lowest_units, unit_scores
 from bayesprune.prune.scores.unit_snr import UnitSNRImportance
 
 MAX_TILT = 3.0
@@ -132,7 +132,9 @@ def searched_tilt(
     def divergence(tilt: float) -> float:
         counts = tuple(choose(tilted(scored, saved, tilt)))
         if counts not in tried:
-            selection = [(its.group, lowest(its.group, its.scores, n)) for its, n in zip(scored, counts, strict=True)]
+            selection = [
+                (its.group, lowest_units(its.group, its.scores, n)) for its, n in zip(scored, counts, strict=True)
+            ]
             trial, lost = copy.deepcopy(model), lost_inputs(selection)
             for name, positions in lost.items():
                 silence_inputs(trial.get_submodule(name), positions)

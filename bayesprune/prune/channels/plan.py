@@ -219,7 +219,7 @@ def smallest_counts(model: CostModel, order: Order, what: str, budget: float, *,
     return counts
 
 
-def below(
+def count_below(
     groups: Sequence[ChannelGroup], scores: Sequence[Sequence[float]], threshold: float, round_to: int
 ) -> list[int]:
     """Units of each group that score below a threshold, as far as its floor and `round_to` allow."""

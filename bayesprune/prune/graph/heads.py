@@ -3,7 +3,7 @@
 A dependency graph knows no heads. They are found here by what attention modules show: a number of heads among their
 attributes, the linear layer behind the heads, and the axes whose size is that of all heads together. How a fused axis
 is laid out cannot be seen from its size, so the layouts in use are tried, and that one holds for which removing a head
-equals silencing it (`silenced.py`). A module for which none holds stays whole. So does one whose heads depend on what
+equals silencing it (`trials.py`). A module for which none holds stays whole. So does one whose heads depend on what
 is computed elsewhere by a head's number (ALiBi).
 
 With grouped-query attention a unit is a key and value head with all its query heads, so the ratio stays and the result

@@ -266,7 +266,7 @@ def has_gradients(layers: Iterable[nn.Module | Tensor]) -> bool:
     return any(parameter.grad is not None for parameters in own for parameter in parameters)
 
 
-def lowest(group: ChannelGroup, scores: list[float], count: int) -> list[tuple[int, ...]]:
+def lowest_units(group: ChannelGroup, scores: list[float], count: int) -> list[tuple[int, ...]]:
     """The `count` units with the lowest scores, in their order."""
     ranked = sorted(range(len(scores)), key=scores.__getitem__)
     return [group.units[index] for index in ranked[:count]]
