@@ -7,6 +7,7 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
+FRACTIONS = ("macs", "params", "latency", "weights")
 PATTERN = "N:M"
 _EXAMPLES = {
     "macs": '"macs=0.5" (half of the multiply-accumulates are kept)',

@@ -99,6 +99,9 @@ def ridge(start: Tensor, kept: Tensor, xx: Tensor, yx: Tensor, damping: float) -
     """Weights (G, R, C), zero where they are not kept, that fit best; damped towards `start`.
 
     Where rounding has left `xx` indefinite, and the damping is too small to make up for it, ten times as much is taken.
+
+    Raises:
+        torch.linalg.LinAlgError: at damping=0, where columns that stay depend on each other.
     """
     precision = damped(xx, damping)
     push = yx + (precision.diagonal(dim1=1, dim2=2) - xx.diagonal(dim1=1, dim2=2))[:, None] * start
@@ -106,7 +109,7 @@ def ridge(start: Tensor, kept: Tensor, xx: Tensor, yx: Tensor, damping: float) -
     for group, own in enumerate(kept):
         columns = own.any(0).nonzero()[:, 0]  # what no row keeps is zero in all, and needs no solution
         among, own = precision[group][columns][:, columns], own[:, columns]
-        factor, fault = torch.linalg.cholesky_ex(among, check_errors=damping >= _MAX_DAMPING)
+        factor, fault = torch.linalg.cholesky_ex(among, check_errors=not damping or damping >= _MAX_DAMPING)
         if fault:
             return ridge(start, kept, xx, yx, 10 * damping)
         free = torch.cholesky_solve(push[group][:, columns].mT, factor).mT

@@ -19,10 +19,10 @@ from bayesprune.foundation.macs import macs_by_module
 from bayesprune.foundation.target import Target
 from bayesprune.laplace.compensation import compensate
 from bayesprune.layers import drop_gates, passing_gates, variational_layers
-from bayesprune.prune.batch_norm import measured_norms
+from bayesprune.prune.batch_norm import measured_norms, recalibrate_if_better
 from bayesprune.prune.channels import plan
 from bayesprune.prune.channels.budget import LatencyBudget
-from bayesprune.prune.channels.calibrated import Calibration, recalibrate_if_better, searched_tilt, tilted, unit_costs
+from bayesprune.prune.channels.calibrated import Calibration, searched_tilt, tilted, unit_costs
 from bayesprune.prune.channels.checks import check_model, checked_target
 from bayesprune.prune.channels.config import follow_config
 from bayesprune.prune.channels.report import ChannelReport, ChannelRow, holdings
@@ -48,8 +48,7 @@ from bayesprune.prune.scores.inclusion import BeforeCut, InclusionImportance, fo
 from bayesprune.prune.scores.unit_snr import UnitSNRImportance
 
 _LOGGER = logging.getLogger(__name__)
-FRACTIONS = ("macs", "params", "latency")
-"""Kinds of targets that calibration data divides between layers."""
+_BUDGETS = ("macs", "params", "latency")  # that calibration data divides between layers
 
 
 @passing_gates
@@ -119,7 +118,7 @@ def prune_channels(
     what, value = goal.kind, goal.value
     check_model(model, importance, what)
     calibration = None if data is None else Calibration(model, data)
-    is_calibrated = calibration is not None and calibration.has_predictions and importance is None and what in FRACTIONS
+    is_calibrated = calibration is not None and calibration.has_predictions and importance is None and what in _BUDGETS
     compensates = before_cut == "compensate" and calibration is not None and any(variational_layers(model))
     if before_cut == "compensate":
         before_cut = (
@@ -188,7 +187,7 @@ def prune_channels(
         return report
     if calibration is not None:
         try:
-            is_measured_anew = recalibrate_if_better(model, calibration)
+            is_measured_anew = recalibrate_if_better(model, calibration.batches, calibration.divergence)
         except BaseException:
             undo()
             raise
