@@ -38,7 +38,7 @@ _SMALL_CUT = "macs=0.95"  # a search needs one at least
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to compress.
+    """A way to compress a model.
 
     Attributes:
         target: "weights=0.2", the fraction of single weights that is kept, or a target of `prune_channels`; None
@@ -104,7 +104,7 @@ class Recipe:
 
     @property
     def num_stages(self) -> int:
-        """How many stages `run` tells of."""
+        """Number of stages that `run` announces."""
         return 4 + self.learns_stds
 
     @property
@@ -117,7 +117,7 @@ class Recipe:
 
 
 class Compressed(NamedTuple):
-    """What came out: the smaller model, and its report, which the main process alone has."""
+    """The smaller model, and its report, which the main process alone has."""
 
     model: nn.Module
     report: Report | None
