@@ -30,6 +30,7 @@ ROOMS = (
     "prune",
     "gates",
     "storage",
+    "bits",
     "reports",
     "evi",
     "hosts",
