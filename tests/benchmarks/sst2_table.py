@@ -177,8 +177,8 @@ def _weights_at_once(runs: list[dict[str, Any]]) -> list[str]:
     lines = [
         "## Single weights at once",
         "",
-        "Weights of the transformer layers, cut by `bp.prune_one_shot` from the same sentences and not trained; and by it",
-        "with the largest weights of each layer as masks, which are divided and fitted alike.",
+        "Weights of the transformer layers, cut by `bp.prune_one_shot` from the same sentences and not trained; and by",
+        "it with the largest weights of each layer as masks, which are divided and fitted alike.",
         "",
         f"| masks | {' | '.join(columns)} |",
         "|---" * (1 + len(columns)) + "|",
