@@ -26,6 +26,7 @@ ROOMS = (
     "prune/batch_norm",
     "prune/weights",
     "prune/channels",
+    "prune/measured",
     "prune/search",
     "prune",
     "gates",

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from bayesprune.errors import StorageError
-from bayesprune.storage.bounds import check_integers
+from bayesprune.storage.reading import check_integers
 
 _MAX_SAID = 500
 

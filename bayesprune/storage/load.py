@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from bayesprune.errors import StorageError
 from bayesprune.storage import base as bases
 from bayesprune.storage.base import BaseModel
-from bayesprune.storage.bounds import bounded_building
 from bayesprune.storage.digests import check_json, check_seal
-from bayesprune.storage.reading import FORMAT_VERSION, RECORD, TENSORS, read_all_tensors, read_json
+from bayesprune.storage.reading import FORMAT_VERSION, RECORD, TENSORS, bounded_building, read_all_tensors, read_json
 from bayesprune.storage.rebuild import rebuild, shape_differences
 from bayesprune.storage.spec import ModelRecord
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from bayesprune.app.data.splits import last_tenth_of_each_class
+from bayesprune.app.data import last_tenth_of_each_class
 
 TEXT_COLUMNS = ("text", "sentence", "content", "review", "comment", "document", "message")
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target")

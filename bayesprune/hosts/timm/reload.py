@@ -20,10 +20,9 @@ from bayesprune.layers import VariationalLayer, register_layer
 from bayesprune.layers.stock import VariationalConv2d
 from bayesprune.storage import base as bases
 from bayesprune.storage.base import BaseModel, LibraryAdapter, register_adapter
-from bayesprune.storage.bounds import bounded_building
-from bayesprune.storage.heads import for_other_head, with_new
 from bayesprune.storage.load import check_file, check_same_save, fill, read
-from bayesprune.storage.rebuild import rebuild
+from bayesprune.storage.reading import bounded_building
+from bayesprune.storage.rebuild import for_other_head, rebuild, with_new
 from bayesprune.storage.spec import ModelRecord
 
 try:

@@ -29,17 +29,16 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from bayesprune.errors import StorageError, UnsupportedModelError
 from bayesprune.hosts.transformers import layers  # noqa: F401  (registers Conv1D)
 from bayesprune.hosts.transformers.closed import check_config, for_building, forget_leading, leading_out
-from bayesprune.hosts.transformers.config_delta import Renaming, changes, spec_of
 from bayesprune.hosts.transformers.heads import has_other_sizes, with_other_class, with_other_sizes
-from bayesprune.hosts.transformers.host import LIBRARY, build, hf_base, skeleton
+from bayesprune.hosts.transformers.host import LIBRARY, Renaming, build, changes, hf_base, skeleton, spec_of
 from bayesprune.storage import coding
 from bayesprune.storage.base import BaseModel, LibraryAdapter, register_adapter
 from bayesprune.storage.digests import check_json, check_seal, json_digest, sealed, tensor_header
 from bayesprune.storage.load import check_same_save
 from bayesprune.storage.reading import FORMAT_VERSION, read_header, read_json, read_tensors
 from bayesprune.storage.rebuild import difference, rebuild, shape_differences
+from bayesprune.storage.save import lost
 from bayesprune.storage.spec import ModelRecord, computed_buffers, describe_model, tied_names, unsaved_buffers
-from bayesprune.storage.unsaved import lost
 
 METHOD = "bayesprune"
 

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from bayesprune.foundation import defaults
 from bayesprune.layers import VariationalLayer, named_gates
-from bayesprune.prune.graph.cuts import Axis, cut_parameters, num_stacked
-from bayesprune.prune.graph.structure import ChannelGroup
+from bayesprune.prune.graph.group import Axis, ChannelGroup, cut_parameters, num_stacked
 
 Counts = Sequence[int]
 """Units removed from each group."""
@@ -220,7 +219,7 @@ def smallest_counts(model: CostModel, order: Order, what: str, budget: float, *,
     return counts
 
 
-def below(
+def count_below(
     groups: Sequence[ChannelGroup], scores: Sequence[Sequence[float]], threshold: float, round_to: int
 ) -> list[int]:
     """Units of each group that score below a threshold, as far as its floor and `round_to` allow."""

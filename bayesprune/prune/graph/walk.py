@@ -13,7 +13,7 @@ from torch import nn
 from torch_pruning.dependency import Dependency, Group
 from torch_pruning.pruner import function
 
-from bayesprune.prune.graph.cuts import axis_size, is_depthwise
+from bayesprune.prune.graph.group import axis_size, is_depthwise
 from bayesprune.prune.graph.internals import HybridIndex
 from bayesprune.prune.graph.mapping import Graph
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import bayesprune as bp
-from bayesprune.prune.channels.measured import MeasuredImportance, layer_shares, slopes
+from bayesprune.prune.measured import MeasuredImportance, layer_shares, slopes
 from bayesprune.prune.scores.weights import magnitude
 
 

@@ -20,13 +20,12 @@ from bayesprune.foundation.target import Target
 from bayesprune.layers import Posterior, removable_weights
 from bayesprune.prune.channels import plan
 from bayesprune.prune.graph.find import groups_in
+from bayesprune.prune.graph.group import GRANULARITY, ChannelGroup
 from bayesprune.prune.graph.observe import Observed
+from bayesprune.prune.graph.prunable_layers import Layers
 from bayesprune.prune.graph.removal import snapshot
-from bayesprune.prune.graph.roots import Layers
-from bayesprune.prune.graph.silenced import silence
-from bayesprune.prune.graph.structure import GRANULARITY, ChannelGroup
-from bayesprune.prune.scores.channels import Importance, SNRImportance, lowest, unit_scores
-from bayesprune.prune.scores.criterion import Criterion
+from bayesprune.prune.graph.trials import silence
+from bayesprune.prune.scores.channels import Criterion, Importance, SNRImportance, lowest_units, unit_scores
 from bayesprune.prune.scores.weights import snr
 from bayesprune.prune.weights.prune import Score
 
@@ -164,7 +163,7 @@ def _unit_costs(
     model: nn.Module, group: ChannelGroup, scores: list[float], loss: Loss, base: float, levels: Sequence[float]
 ) -> Tensor:
     """By root channel, what its unit's place in the order costs."""
-    order = lowest(group, scores, len(scores))
+    order = lowest_units(group, scores, len(scores))
     removed, increases = [], []
     for count in _counts(len(order), levels):
         undo = snapshot(model)
