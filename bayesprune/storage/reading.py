@@ -19,6 +19,8 @@ from torch.nn.modules import module as hooks
 from torch.nn.parameter import is_lazy
 
 from bayesprune.errors import StorageError
+from bayesprune.storage import coding
+from bayesprune.storage.coding.tensors import DTYPES
 from bayesprune.storage.digests import KEY, check_tensors
 from bayesprune.storage.parsing import MAX_BYTES, parse_json
 
@@ -27,18 +29,6 @@ INDEX = "model.safetensors.index.json"
 RECORD = "bayesprune.json"
 FORMAT_VERSION = 2
 _SHARD_NAME = re.compile(r"[\w-]+(\.[\w-]+)*\.safetensors")
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -68,7 +58,7 @@ def read_bounded(path: Path) -> bytes:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file, on the CPU, and its header's metadata without their digests.
+    """The tensors of a safetensors file, on the CPU and decoded, and its header's metadata without their digests.
 
     What a header claims to hold is compared with the file's size before anything is allocated (by safetensors).
 
@@ -85,7 +75,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             f"{path} cannot be read: {error}. It is truncated, damaged or not a safetensors file: save or copy it anew."
         ) from error
     check_tensors(tensors, header, str(path))
-    return tensors, {key: value for key, value in header.items() if key != KEY}
+    if coding.is_coded(header, str(path)):
+        tensors = coding.decoded(tensors, str(path))
+    return tensors, {key: value for key, value in header.items() if key not in (KEY, *coding.HEADER)}
 
 
 def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -97,7 +89,10 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     require_file(path)  # opening a pipe would wait for ever
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: _meta(file.get_slice(name)) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            header = file.metadata() or {}
+            if coding.is_coded(header, str(path)):
+                return coding.outline({name: file.get_tensor(name) for name in file.keys()}, str(path)), header  # noqa: SIM118
+            return {name: _meta(file.get_slice(name)) for name in file.keys()}, header  # noqa: SIM118
     except (OSError, SafetensorError, RuntimeError) as error:  # torch says RuntimeError of a file that vanished
         raise StorageError(f"{path} cannot be read: {error}. Save or copy it anew.") from error
 
@@ -141,9 +136,9 @@ def require_file(path: Path) -> None:
 
 
 def _meta(tensor: Any) -> Tensor:
-    if tensor.get_dtype() not in _DTYPES:
-        raise StorageError(f"a tensor of dtype {tensor.get_dtype()}; expected one of {', '.join(_DTYPES)}.")
-    return torch.empty(tensor.get_shape(), dtype=_DTYPES[tensor.get_dtype()], device="meta")
+    if tensor.get_dtype() not in DTYPES:
+        raise StorageError(f"a tensor of dtype {tensor.get_dtype()}; expected one of {', '.join(DTYPES)}.")
+    return torch.empty(tensor.get_shape(), dtype=DTYPES[tensor.get_dtype()], device="meta")
 
 
 MAX_INTEGER = 2**28

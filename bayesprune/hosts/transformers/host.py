@@ -134,7 +134,8 @@ def changes(spec: Mapping[str, Any], skeleton: nn.Module) -> dict[str, Any] | No
     """The part of a spec (as JSON) that the dense model does not show by itself; None where it shows all.
 
     Args:
-        spec: `Spec.to_json()` of the model, its attributes relative to the skeleton.
+        spec: `Spec.to_json()` of the model, its attributes relative to the skeleton; `coding` with it where the file of
+            tensors is coded, which transformers reads by us alone.
         skeleton: The dense model; the meta device is enough.
     """
     dense = shapes_of(skeleton)
@@ -142,7 +143,7 @@ def changes(spec: Mapping[str, Any], skeleton: nn.Module) -> dict[str, Any] | No
         "shapes": {name: shape for name, shape in spec["shapes"].items() if dense.get(name) != tuple(shape)},
         "attributes": spec["attributes"],
         "variational": spec["variational"],
-        **({"computed": spec["computed"]} if spec.get("computed") else {}),
+        **{key: spec[key] for key in ("computed", "coding") if spec.get(key)},
     }
     if not any(found.values()) and spec["tied"] == tied_names(skeleton):
         return None
