@@ -30,7 +30,7 @@ import bayesprune as bp
 LEVELS = {"MNIST 784-300-100-10": 1.0, "LeNet-5": 0.357}
 NUM_BATCHES, BATCH = 8, 1000
 HEADER = 300
-BYTES = {"MNIST 784-300-100-10": (5000, 4000, 3600, 3300, 3000, 2700), "LeNet-5": (3000, 2500, 2000, 1700)}
+BYTES = {"MNIST 784-300-100-10": (4000, 3300, 3000, 2700), "LeNet-5": (3000, 2500, 2000, 1700)}
 WIDTHS = (6, 5, 4, 3)
 CLUSTERS = (32, 16, 8, 4)
 SETTINGS = {"levels": LEVELS, "batches": NUM_BATCHES, "batch": BATCH}
@@ -110,6 +110,11 @@ def measure(rows: Rows, name: str, seed: int, model: nn.Module, data: Data) -> N
         rows.add(
             key | {"method": "posterior, compensated", "setting": size},
             partial(rounded, data=batches, bytes=size - HEADER),
+        )
+
+    for width in WIDTHS[1:]:
+        rows.add(
+            key | {"method": "one width, compensated", "setting": width}, partial(rounded, data=batches, bits=width)
         )
 
 
