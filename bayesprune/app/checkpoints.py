@@ -29,7 +29,7 @@ _JOB, _RUNNING, _ENDED = "job.json", "running.safetensors", "ended-{number:03}.s
 
 
 class CheckpointEvery(NamedTuple):
-    """How often the running training is written: after so many optimizer steps, or so many seconds."""
+    """The interval at which the running training is written: a number of optimizer steps, or of seconds."""
 
     steps: float = float("inf")
     seconds: float = float("inf")

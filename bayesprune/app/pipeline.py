@@ -40,7 +40,7 @@ _BATCHES = 16  # that say how exactly weights have to be known
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to compress.
+    """A way to compress a model.
 
     Attributes:
         target: "weights=0.2", the fraction of single weights that is kept, or a target of `prune_channels`; None
@@ -114,7 +114,7 @@ class Recipe:
 
     @property
     def num_stages(self) -> int:
-        """How many stages `run` tells of."""
+        """Number of stages that `run` announces."""
         return 4 + self.learns_stds
 
     @property
@@ -127,7 +127,7 @@ class Recipe:
 
 
 class Compressed(NamedTuple):
-    """What came out: the smaller model, and its report, which the main process alone has."""
+    """The smaller model, and its report, which the main process alone has."""
 
     model: nn.Module
     report: Report | None

@@ -28,7 +28,7 @@ from bayesprune.prune.scores.inclusion import has_channel_gates
 
 @dataclass(frozen=True)
 class GateReport:
-    """Where gates were put; prints as a table.
+    """The gates that were added, and the layers without; prints as a table.
 
     Attributes:
         gated: Number of units (channels, heads, sets of channels that leave together) by the group's first layer.

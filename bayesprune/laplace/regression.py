@@ -124,7 +124,7 @@ _FULL = 0.75  # share of the steps after which all that goes is gone
 
 
 def best_support(mean: Tensor, precision: Tensor, select: Select, *, num_steps: int = 20) -> Tensor:
-    """Which entries to keep, (G, R, C) bool, for a small expected loss once those that are left are conditioned.
+    """A mask of entries to keep, (G, R, C), for a small expected loss once those that are left are conditioned.
 
     Cost: a factorisation, and R C^2 multiplications a step, in float32.
 

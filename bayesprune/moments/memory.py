@@ -17,7 +17,7 @@ View = Callable[[Any], Any]  # a view of a plain tensor or of one with moments
 
 
 class MomentTensors(NamedTuple):
-    """What a tensor with moments consists of, as plain tensors.
+    """The plain tensors that a tensor with moments consists of.
 
     Attributes:
         mean: Any shape.
@@ -55,7 +55,7 @@ class KnownMoments(NamedTuple):
 
 
 class LazyMoments:
-    """Where the moments of a tensor come from: known, or computed when they are asked for.
+    """Moments of a tensor that are known, or computed when they are asked for.
 
     Attributes:
         like: A tensor of the same shape, dtype and device.
@@ -101,7 +101,7 @@ class LazyMoments:
 
 
 class Memory:
-    """What a tensor and its views look at.
+    """Moments that a tensor and its views share.
 
     Attributes:
         version: The number of writes.

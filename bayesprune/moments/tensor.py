@@ -76,7 +76,7 @@ class Moments(Tensor):
 
     @property
     def source(self) -> LazyMoments:
-        """Where the moments come from; again from the memory, where another tensor has written into it."""
+        """The tensor's lazy moments; read anew from the memory where another tensor has written into it."""
         if self._seen != self._memory.version:
             self._source, self._seen = _seen_through(self._view, self._memory), self._memory.version
         return self._source

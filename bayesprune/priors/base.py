@@ -14,7 +14,7 @@ TINY = 1e-30  # below any squared weight that float32 training produces; keeps l
 
 @dataclass(frozen=True)
 class Binding:
-    """What a prior may know of the tensor it is bound to.
+    """Facts about a tensor that a prior may use when it is bound to it.
 
     Attributes:
         mean: The posterior means when training starts.
@@ -89,7 +89,7 @@ class BoundNormal(BoundPrior):
         return self.variance(mean, log_std, keep)
 
     def cost(self, mean: Tensor, log_std: Tensor, keep: Tensor | None = None) -> Tensor | float:
-        """What the scales themselves cost under a prior of their own, in nats: a scalar."""
+        """The cost of the scales under a prior of their own, in nats: a scalar."""
         return 0.0
 
     def kl(self, mean: Tensor, log_std: Tensor, keep: Tensor | None = None) -> Tensor:

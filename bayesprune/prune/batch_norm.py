@@ -77,7 +77,7 @@ def recalibrate_if_better(model: nn.Module, batches: Sequence[Any], distance: Ca
 
 
 class FrozenStatistics(AbstractContextManager["FrozenStatistics"]):
-    """What keeps batch norms at their running statistics; made by `freeze_batch_norm`."""
+    """Keeps batch norms at their running statistics; made by `freeze_batch_norm`."""
 
     def __init__(self, norms: Iterable[_BatchNorm]) -> None:
         self._handles = [norm.register_forward_pre_hook(_evaluate) for norm in norms]

@@ -37,7 +37,7 @@ Loss = Callable[[nn.Module], float]
 
 
 def slopes(removed: Sequence[int], increases: Sequence[float], total: int) -> Tensor:
-    """What removing the next one costs, (total,): slopes of the lower convex hull through (0, 0) and these points.
+    """Costs of removing the next one, (total,): slopes of the lower convex hull through (0, 0) and these points.
 
     Args:
         removed: How many are gone at each level, rising, the last below `total`.

@@ -66,7 +66,7 @@ class Latency:
 
     @property
     def conditions(self) -> tuple[str, int, int, str]:
-        """What must be equal for two latencies to be compared."""
+        """Conditions that must be equal for two latencies to be compared."""
         return self.device, self.num_threads, self.batch, self.dtype
 
 

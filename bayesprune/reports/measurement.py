@@ -46,7 +46,7 @@ PERPLEXITY = Metric("perplexity", is_lower_better=True)
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one model costs and how good it is; None where that was not measured.
+    """The cost of one model, and how good it is; None where that was not measured.
 
     MACs are of the whole batch, without those of `uncounted_layers`, which torch's counter does not know. `accuracy` is
     what `evaluate` returned; a report with another metric than accuracy says so.
@@ -75,7 +75,7 @@ def measure(
     path: str | Path | None = None,
     num_repeats: int = 15,
 ) -> Measurement:
-    """What a model costs and how good it is now: take it before an in-place change, for `report` to compare with.
+    """Measures the cost and quality of a model: call it before an in-place change, for `report` to compare with.
 
     Args:
         example_inputs: A tensor, a sequence of arguments or a mapping of keyword arguments, on any device; of a

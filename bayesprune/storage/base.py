@@ -53,7 +53,7 @@ class BaseModel:
 
 @dataclass(frozen=True)
 class LibraryAdapter:
-    """How one library's models are named, built, and saved in the library's own form.
+    """Names, builds and saves the models of one library in the library's own form.
 
     Attributes:
         library: The name that saved directories carry.

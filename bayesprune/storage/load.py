@@ -18,7 +18,7 @@ from bayesprune.storage.spec import ModelRecord
 
 @dataclass(frozen=True)
 class Record:
-    """What `bayesprune.json` says of a saved directory.
+    """The content of `bayesprune.json` in a saved directory.
 
     Attributes:
         base: What the model was made from; None for a plain module.
@@ -111,7 +111,7 @@ def read(directory: Path) -> Saved:
 
 
 def read_record(directory: Path) -> Record:
-    """What `bayesprune.json` says; no other file is read.
+    """Reads `bayesprune.json`, and no other file.
 
     Raises:
         StorageError: it is missing, damaged, or of another version.

@@ -76,7 +76,7 @@ def difference(what: str, found: str, items: Sequence[str]) -> str:
 
 
 def shape_differences(found: Mapping[str, Shape], recorded: Mapping[str, Shape], holder: str) -> list[str]:
-    """What is missing, not expected, or of another shape in `found`, as text; empty where all is equal."""
+    """Differences of `found`, as text: names that are missing, not expected, or of another shape; empty without any."""
     missing = [f"{name} {_size(shape)}" for name, shape in recorded.items() if name not in found]
     unexpected = [f"{name} {_size(shape)}" for name, shape in found.items() if name not in recorded]
     changed = [

@@ -262,7 +262,7 @@ def doubtful(model: nn.Module, rebuilt: nn.Module) -> list[str]:
 
 @torch.no_grad()
 def outputs_differ(model: nn.Module, rebuilt: nn.Module, example_inputs: Any) -> str | None:
-    """How the outputs of the two on the same input and with the same random numbers differ; None where they do not."""
+    """Describes how the outputs of the two on the same input and random numbers differ; None where they do not."""
     found = []
     devices = [tensor.device for tensor in model.parameters() if tensor.is_cuda][:1]
     for network in (model, rebuilt):

@@ -47,7 +47,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """What the file says of itself.
+    """Reads the description that `write_state` put into the file.
 
     Raises:
         StorageError: it is damaged, or of another version.

@@ -1,6 +1,5 @@
 """The pipeline over a task whose metric is known: what tolerance means, and what the report says of the metric."""
 
-import sys
 from contextlib import contextmanager
 
 import pytest
@@ -10,6 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import bayesprune as bp
 from bayesprune.app.pipeline import Recipe, run
+from bayesprune.foundation import latency
 from bayesprune.reports import ACCURACY, PERPLEXITY, Report
 
 pytest.importorskip("matplotlib")
@@ -58,7 +58,7 @@ class BySize:
 
 
 def smallest(metric, score, tolerance, out, monkeypatch, by="macs", **options):
-    monkeypatch.setattr(sys.modules["bayesprune.reports.measure"], "_SECONDS_PER_REPEAT", 0.0)
+    monkeypatch.setattr(latency, "SECONDS_PER_REPEAT", 0.0)
     model = nn.Sequential(nn.Linear(8, 40), nn.ReLU(), nn.Linear(40, 4))
     recipe = Recipe(
         target=None,
@@ -134,7 +134,7 @@ def batches(rows: int = 96) -> dict[str, DataLoader]:
 
 @pytest.mark.parametrize("target", ["macs=0.5", "weights=0.5"])
 def test_compress_does_the_job_from_python(target, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(sys.modules["bayesprune.reports.measure"], "_SECONDS_PER_REPEAT", 0.0)
+    monkeypatch.setattr(latency, "SECONDS_PER_REPEAT", 0.0)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 40), nn.ReLU(), nn.Linear(40, 3))
     data = batches()

@@ -32,7 +32,7 @@ _NO_LABEL = -1  # what `datasets` writes where a test split's labels are kept se
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns are read.
+    """The columns that are read.
 
     Attributes:
         text: Name of the column of texts; None finds one by a usual name.

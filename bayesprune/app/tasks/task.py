@@ -61,7 +61,7 @@ class Checkpoint(Protocol):
     """Keeps the state of one training, so that it goes on after a kill."""
 
     def saved(self) -> dict[str, Any] | None:
-        """What was given to `keep` last, and the `step`; None where this training had not come so far."""
+        """The state that `keep` got last, and the `step`; None where this training had not come so far."""
         ...
 
     def restore_random_state(self) -> None:

@@ -32,7 +32,7 @@ _LOGS_PER_EPOCH = 20
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a Trainer is given: examples, how they become a batch, and how many are in one."""
+    """Examples for a Trainer, the function that makes a batch of them, and the batch size."""
 
     examples: Any
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
@@ -115,7 +115,7 @@ Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Options:
-    """How a model's data are read and batched.
+    """Options for reading and batching a model's data.
 
     Attributes:
         text_column: Name of the column of texts; None finds one.

@@ -102,7 +102,7 @@ def build(base: BaseModel) -> nn.Module:
 
 
 def data_config(name: str) -> dict[str, Any]:
-    """How an architecture's pretrained weights want their images: size, mean, std, interpolation, crop.
+    """Image preparation of an architecture's pretrained weights: size, mean, std, interpolation, crop.
 
     Raises:
         ValueError: timm has no such architecture.

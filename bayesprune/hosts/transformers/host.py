@@ -25,7 +25,7 @@ _DERIVED = "is_derived"  # the key of a base that is no class of transformers it
 
 
 class UnsavedStr(str):
-    """Where a model was loaded from. It is no part of what the model is, and only exact `str` attributes are saved."""
+    """The place that a model was loaded from. It is not saved, since only exact `str` attributes are."""
 
 
 def hf_base(model: nn.Module, model_args: Mapping[str, Any] | None = None) -> BaseModel | None:

@@ -44,7 +44,7 @@ METHOD = "bayesprune"
 
 
 class BayespruneConfig(QuantizationConfigMixin):
-    """What stands under `quantization_config` in `config.json`.
+    """The content of `quantization_config` in `config.json`.
 
     Attributes:
         architecture: Class of the saved model.
@@ -197,7 +197,7 @@ class BayespruneQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(  # type: ignore[override]
         self, model: PreTrainedModel
     ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
-        """What `save_pretrained` asks for; the config now says how the model differs from it, as it is at this time."""
+        """Answers `save_pretrained`, after the config was told how the model differs from it at this time."""
         base = hf_base(model)
         if base is None:
             raise UnsupportedModelError(f"{type(model).__name__} is no class of transformers; use bayesprune.save.")

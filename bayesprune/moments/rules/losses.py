@@ -41,7 +41,7 @@ _NUM_NODES = 21  # functions of a few outputs cost next to nothing
 
 
 def log_normaliser_excess(x: KnownMoments, dim: int) -> Tensor:
-    """What variance adds to the expected log-sum-exp along a dimension, to second order; without that dimension."""
+    """The part of the expected log-sum-exp that variance adds, to second order; without the summed dimension."""
     (mean, variance, shared), directions, residual = x
     assert variance is not None, "certain logits add nothing"
     p = torch.softmax(mean.to(variance.dtype), dim)

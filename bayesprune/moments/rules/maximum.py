@@ -34,7 +34,7 @@ from bayesprune.moments.tensor import Moments, is_uncertain, parts, plain
 
 
 class Extreme(NamedTuple):
-    """What `torch.max` along a dimension returns."""
+    """The result of `torch.max` along a dimension."""
 
     values: Moments
     indices: Tensor
@@ -196,7 +196,7 @@ register_rule(torch.amin, Tensor.amin)(amin)
 
 
 class Ordered(NamedTuple):
-    """What `torch.topk` and `torch.sort` return."""
+    """The result of `torch.topk` and `torch.sort`."""
 
     values: Any
     indices: Tensor

@@ -1,4 +1,4 @@
-"""How many channels leave each group: an exact cost model, and the selection that meets a target with least removed.
+"""An exact cost model of channels, and the numbers to remove from each group that meet a target with least removed.
 
 Every cost (MACs of a layer, size of a parameter) is its dense value times the kept fraction of the axes that it has, so
 the cost of a plan is integer arithmetic and needs no model.
@@ -37,7 +37,7 @@ class Term:
 
 @dataclass(frozen=True)
 class CostModel:
-    """What a model costs when channels are removed.
+    """The cost of a model as a function of the channels removed.
 
     Attributes:
         groups: Its groups.
@@ -49,7 +49,7 @@ class CostModel:
 
     @property
     def layers(self) -> set[str]:
-        """What loses channels, with its modules of attention."""
+        """Names of the layers and modules of attention that lose channels."""
         axes = {member.axis[0] for group in self.groups for member in group.members}
         return axes | {name for group in self.groups for name in group.attention}
 
@@ -58,7 +58,7 @@ class CostModel:
         return sum(self.parts(what, removed).values())
 
     def saved(self, what: str) -> list[int]:
-        """What one unit of each group saves, while all others are there."""
+        """The cost that one unit of each group saves, while all others are there."""
         none = [0] * len(self.groups)
         dense = self.cost(what, none)
         return [dense - self.cost(what, [int(other == group) for other in self.groups]) for group in self.groups]

@@ -89,7 +89,7 @@ def find_groups(
 def groups_in(
     observed: Observed, *, granularity: Collection[str] = GRANULARITY, ignored_layers: Layers = ()
 ) -> ChannelStructure:
-    """What `find_groups` finds in a model that was looked at already."""
+    """Finds the groups, as `find_groups` does, of a model that was observed already."""
     model, example_inputs = observed.model, observed.example_inputs
     ignored_layers = [model.get_submodule(name) for name in layer_names(model, ignored_layers)]
     heads = experts = ChannelStructure((), {})

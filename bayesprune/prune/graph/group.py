@@ -56,12 +56,12 @@ class Positions(Mapping[int, Sequence[int]]):
 
     @cached_property
     def num_places(self) -> int:
-        """How many positions there are, those of several root channels once."""
+        """Number of positions, those of several root channels once."""
         return len(self.places.unique())
 
     @cached_property
     def num_roots(self) -> int:
-        """How many root channels there are."""
+        """Number of root channels."""
         return len(self._counts)
 
     @cached_property
@@ -145,7 +145,7 @@ def cut_parameters(layer: nn.Module, side: str) -> list[tuple[str, int]]:
 
 
 def num_stacked(layer: nn.Module) -> int:
-    """How many leading dimensions of a layer's parameters number layers of their own."""
+    """Number of leading dimensions of a layer's parameters that number layers of their own."""
     return 0 if stack_of(layer) is None else 1
 
 
@@ -174,7 +174,7 @@ def num_blocks(member: Member) -> int:
 
 
 def misfit(member: Member) -> str | None:
-    """Why this side cannot be cut rightly, if so."""
+    """The reason why this side cannot be cut correctly, if there is one."""
     layer, (name, _) = member.layer, member.axis
     if isinstance(layer, nn.Module) and is_root(layer) and layer._parameters.get("weight") is None:
         return _computed_weight(name, layer)
@@ -310,7 +310,7 @@ class ChannelGroup:
 
 @dataclass(frozen=True)
 class ChannelStructure:
-    """What of a model can be removed, in the model's order.
+    """The groups of a model that can be removed, in the model's order.
 
     Attributes:
         groups: Its groups of channels and heads.

@@ -42,7 +42,7 @@ _ONE_FOR_ALL = "what it puts out serves all heads of its module"
 
 @dataclass(frozen=True)
 class Layout:
-    """How attention modules arrange what they compute by head.
+    """The arrangement of heads in what attention modules compute.
 
     Attributes:
         by_head: Whether a fused axis has all parts (query, key, value) of one head after another, as GPT-NeoX does;

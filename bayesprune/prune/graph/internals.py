@@ -38,7 +38,7 @@ _ARGUMENTS = {"Group": (), "_ElementWiseOp": (0, "AddBackward0")}
 
 
 def find(name: str) -> Any:
-    """What torch-pruning has under one of these names.
+    """Finds the object that torch-pruning has under one of these names.
 
     Raises:
         ImportError: the installed torch-pruning has no such name.

@@ -94,7 +94,7 @@ def last_layers(output: Made, layer_of: dict[Any, nn.Module], inside: Collection
 
 @dataclass(frozen=True)
 class Trace:
-    """What one forward in evaluation mode shows.
+    """Findings of one forward in evaluation mode.
 
     Attributes:
         graph: torch-pruning's dependency graph.

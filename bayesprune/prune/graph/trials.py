@@ -35,7 +35,7 @@ def disagreement(
     parts: Sequence[Selection] | None = None,
     to_the_end: bool = False,
 ) -> str | None:
-    """How the model without these heads differs from the one that ignores them; None where it does not.
+    """Describes how the model without these heads differs from the one that ignores them; None where it does not.
 
     The model is as before afterwards. What the layers behind the heads put out is compared.
 

@@ -89,7 +89,7 @@ class Order:
     owner: Tensor
 
     def of(self, tensor: Tensor) -> Tensor:
-        """What the layer of this axis reads, in this order."""
+        """The inputs of the layer of this axis, in this order."""
         dim, order = _dim(self.member.layer, tensor), self.order.to(tensor.device)
         if dim == tensor.dim() - 1 > 1:  # of a matrix torch does this ten times as fast
             return tensor.flatten(0, -2).index_select(1, order).view(tensor.shape)

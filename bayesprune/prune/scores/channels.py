@@ -60,7 +60,7 @@ Importance = tp.importance.Importance | Callable[[Any], Any]
 
 
 class RemovedWeights(NamedTuple):
-    """What leaves with each root channel of a dependency group, of C root channels.
+    """The weights that leave with each root channel of a dependency group, of C root channels.
 
     Attributes:
         score: Sum of the weights' scores, (C,).

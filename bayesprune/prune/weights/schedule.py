@@ -63,7 +63,7 @@ def shares(target: str, num_rounds: int, *, ramp: Ramp = "cubic") -> tuple[str, 
 
 @dataclass(frozen=True)
 class PruneSchedule:
-    """When how many single weights are removed during training; zeros from then on.
+    """A schedule for removing single weights during training; they are zero from then on.
 
     The sparsity rises by `cubic`, fast while much is superfluous and slowly towards the end; after `end` the weights
     that are left recover.
