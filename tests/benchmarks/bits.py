@@ -20,6 +20,7 @@ import bits_networks as networks
 import common
 import torch
 from bits_controls import eight_bits, k_means_huffman
+from bits_picture import draw
 from bits_table import page
 from mnist import Benchmark
 from mnist_methods import Data
@@ -132,6 +133,7 @@ def main() -> None:
     rows = Rows(options)
     if options.table:
         options.out.with_suffix(".md").write_text(page(SETTINGS, rows.rows), encoding="utf-8")
+        draw(rows.rows, options.out.with_suffix(".png"))
         return
     if options.data_dir is None:
         parser.error("no data: give --data-dir or set BAYESPRUNE_DATA to the folder that holds MNIST/raw/*.gz")
