@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesprune.bits.report import Quantization, QuantizedTensor
-from bayesprune.bits.rounding import Sweep, round_alone, round_columns, rounder, sweeps
+from bayesprune.bits.rounding import Sweep, round_alone, round_columns, sweeps
 from bayesprune.bits.steps import Grid, posterior_grid, width_grid, width_of
 from bayesprune.convert import to_deterministic, to_variational
 from bayesprune.errors import InfeasibleTargetError, UnsupportedModelError
@@ -48,8 +48,8 @@ def quantize(
 
     A weight that the posterior knows to within sigma needs no finer grid: one constant sets the steps of the whole
     model (see `bayesprune.bits.steps`), and is searched for the largest tolerated loss, or the largest file. Weights
-    that are zero stay zero, and more become so where a zero is cheaper than what it costs. With data the weights of a
-    row make up for each other's rounding (see `bayesprune.bits.rounding`). What has no posterior, such as norms and
+    that are zero stay zero. With data the weights of a row make up for each other's rounding (see
+    `bayesprune.bits.rounding`). What has no posterior, such as norms and
     their running statistics, keeps 11 significant bits, as many as float16 has. Biases of converted layers are rounded
     like weights. The values remain ordinary tensors of the same dtype: nothing is attached to the model, and training
     on makes it an ordinary one again.
@@ -219,14 +219,13 @@ class _Work:
             parts.append((bias, bias_grid))
         matrices = [self._matrices(layer, each, its) for each, its in parts]
         mean, kept, step = (torch.cat(part, dim=2) for part in zip(*matrices, strict=True))
-        columns = [(rounder(weight.mean, weight.kept, grid), grid.limit)] * num_columns
-        columns += [(rounder(each.mean, each.kept, its), its.limit) for each, its in parts[1:]]
+        limits = [grid.limit] * num_columns + [its.limit for _, its in parts[1:]]
         found = torch.zeros_like(mean)
         if name not in self._plans:
             self._plans[name] = list(_plan(kept, factors))
         for group, part, plan in self._plans[name]:
             at = (group, slice(None), part)
-            found[at] = round_columns(mean[at], kept[at], step[at], plan, columns[part])
+            found[at] = round_columns(mean[at], kept[at], step[at], plan, limits[part])
         weight.target.copy_(from_matrix(layer, found[..., :num_columns]) + 0.0)
         if has_bias and bias is not None:
             bias.target.copy_(found[..., -1].reshape(bias.mean.shape) + 0.0)

@@ -32,12 +32,10 @@ class Grid:
     Attributes:
         step: float64, broadcastable to the tensor.
         limit: The largest integer.
-        by_length: Whether a weight goes where error and code length together are least, not to the nearest place.
     """
 
     step: Tensor
     limit: int = MAX_INTEGER
-    by_length: bool = True
 
 
 def posterior_grid(mean: Tensor, precision: Tensor, kept: Tensor, kappa: float, dims: tuple[int, ...]) -> Grid:
@@ -75,7 +73,7 @@ def width_grid(mean: Tensor, precision: Tensor, kept: Tensor, width: int, dims: 
         else:
             best, errors = torch.where(error < errors, step, best), torch.minimum(error, errors)
     assert best is not None, "there are clips to try"
-    return Grid(best, limit, by_length=False)
+    return Grid(best, limit)
 
 
 def width_of(name: str, bits: int | Mapping[str, int]) -> int | None:

@@ -20,6 +20,7 @@ import bits_networks as networks
 import common
 import torch
 from bits_controls import eight_bits, k_means_huffman
+from bits_picture import draw
 from bits_table import page
 from mnist import Benchmark
 from mnist_methods import Data
@@ -30,7 +31,7 @@ import bayesprune as bp
 LEVELS = {"MNIST 784-300-100-10": 1.0, "LeNet-5": 0.357}
 NUM_BATCHES, BATCH = 8, 1000
 HEADER = 300
-BYTES = {"MNIST 784-300-100-10": (5000, 4000, 3600, 3300, 3000, 2700), "LeNet-5": (3000, 2500, 2000, 1700)}
+BYTES = {"MNIST 784-300-100-10": (4000, 3300, 3000, 2700), "LeNet-5": (3000, 2500, 2000, 1700)}
 WIDTHS = (6, 5, 4, 3)
 CLUSTERS = (32, 16, 8, 4)
 SETTINGS = {"levels": LEVELS, "batches": NUM_BATCHES, "batch": BATCH}
@@ -112,6 +113,11 @@ def measure(rows: Rows, name: str, seed: int, model: nn.Module, data: Data) -> N
             partial(rounded, data=batches, bytes=size - HEADER),
         )
 
+    for width in WIDTHS[1:]:
+        rows.add(
+            key | {"method": "one width, compensated", "setting": width}, partial(rounded, data=batches, bits=width)
+        )
+
 
 def _control(method: Callable[..., int], model: nn.Module, data: Data, *options: Any) -> dict[str, Any]:
     found = copy.deepcopy(model)
@@ -127,6 +133,7 @@ def main() -> None:
     rows = Rows(options)
     if options.table:
         options.out.with_suffix(".md").write_text(page(SETTINGS, rows.rows), encoding="utf-8")
+        draw(rows.rows, options.out.with_suffix(".png"))
         return
     if options.data_dir is None:
         parser.error("no data: give --data-dir or set BAYESPRUNE_DATA to the folder that holds MNIST/raw/*.gz")
