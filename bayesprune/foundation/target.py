@@ -7,11 +7,11 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
-FRACTIONS = ("macs", "params", "weights")
 PATTERN = "N:M"
 _EXAMPLES = {
     "macs": '"macs=0.5" (half of the multiply-accumulates are kept)',
     "params": '"params=0.5" (half of the parameters are kept)',
+    "latency": '"latency=0.7" (a forward on the example inputs takes 0.7 of its time)',
     "weights": '"weights=0.2" (a fifth of the single weights is kept)',
     "snr": '"snr=1" (what has a signal-to-noise ratio of 1 or more is kept)',
     "evidence": '"evidence=0" (what the log evidence, in nats, does not count against is kept)',
@@ -25,7 +25,7 @@ class Target:
     """What a removal keeps; prints as it was written.
 
     Attributes:
-        kind: "macs", "params", "weights", "snr", "evidence", "inclusion" or "N:M".
+        kind: "macs", "params", "latency", "weights", "snr", "evidence", "inclusion" or "N:M".
         value: The number behind the "="; the fraction N / M of a pattern.
         pattern: (N, M) of a pattern.
     """

@@ -4,10 +4,8 @@ One MAC is two FLOPs of `torch.utils.flop_counter`, which counts matrix products
 nothing else: no biases, norms or activations.
 """
 
-import math
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,12 +17,11 @@ from torch import Tensor, nn
 from bayesprune.foundation import macs
 from bayesprune.foundation.batches import device_of, given, logits_of, on_device, split
 from bayesprune.foundation.kinds import EMBEDDING, kind_of
+from bayesprune.foundation.latency import seconds_in_turn
 from bayesprune.foundation.macs import COUNTER
 from bayesprune.reports.running import ExampleInputs, evaluating
 
 REPORT_FILES = ("report.json", "report.csv", "report.html")
-
-_SECONDS_PER_REPEAT = 0.05
 
 
 class ParameterCount(NamedTuple):
@@ -140,24 +137,11 @@ def latencies(models: Sequence[nn.Module], example_inputs: ExampleInputs, *, num
     """
     if num_repeats < 1:
         raise ValueError(f"num_repeats is {num_repeats}; expected at least 1.")
-    from torch.utils.benchmark import Timer  # logs a line about CUDA when it is imported
-
     num_threads = torch.get_num_threads()
-    with ExitStack() as stack:
-        timers: list[Timer] = []
-        for model in models:
-            stack.enter_context(evaluating(model))
-            inputs = given(model, on_device(example_inputs, device_of(model)))
-            variables = {"model": model, "args": inputs.args, "kwargs": inputs.kwargs}
-            timers.append(Timer("model(*args, **kwargs)", globals=variables, num_threads=num_threads))
-        passes = [max(1, math.ceil(_SECONDS_PER_REPEAT / timer.timeit(1).median)) for timer in timers]
-        rounds = [
-            [timer.timeit(number).median for timer, number in zip(timers, passes, strict=True)]
-            for _ in range(num_repeats)
-        ]
+    rounds = seconds_in_turn(models, example_inputs, num_repeats=num_repeats)
     return [
         _latency(seconds, model, num_threads, given(model, example_inputs).num_examples)
-        for model, seconds in zip(models, zip(*rounds, strict=True), strict=True)
+        for model, seconds in zip(models, rounds, strict=True)
     ]
 
 

@@ -108,14 +108,14 @@ Choose = Callable[[list[list[float]]], list[int]]
 """How many units leave each group, for scores of each group's units."""
 
 
-def tilted(
+def searched_tilt(
     model: nn.Module,
     scored: Sequence[Scored],
     saved: Sequence[int],
     choose: Choose,
     calibration: Calibration,
-) -> tuple[list[int], float]:
-    """How many units leave each group where the budget is divided best, and the tilt that does it.
+) -> float:
+    """The tilt that divides the budget best between the groups.
 
     Cost: a compensation with 256 examples for each of four to seven tilts. The model is as before afterwards.
 
@@ -130,15 +130,9 @@ def tilted(
     tried: dict[tuple[int, ...], float] = {}
     bar = tqdm(desc="Divide between layers", unit="try", disable=None, leave=False)
 
-    def divided(tilt: float) -> tuple[int, ...]:
-        scores = [
-            [cost * factor / max(each, 1.0) for cost in its.scores]
-            for its, factor, each in zip(scored, depth_factors(len(scored), tilt), saved, strict=True)
-        ]
-        return tuple(choose(scores))
-
     def divergence(tilt: float) -> float:
-        if (counts := divided(tilt)) not in tried:
+        counts = tuple(choose(tilted(scored, saved, tilt)))
+        if counts not in tried:
             selection = [(its.group, lowest(its.group, its.scores, n)) for its, n in zip(scored, counts, strict=True)]
             trial, lost = copy.deepcopy(model), lost_inputs(selection)
             for name, positions in lost.items():
@@ -150,8 +144,16 @@ def tilted(
         return tried[counts]
 
     with bar:
-        best = best_tilt(divergence)
-    return list(divided(best)), best
+        return best_tilt(divergence)
+
+
+def tilted(scored: Sequence[Scored], saved: Sequence[int], tilt: float) -> list[list[float]]:
+    """Costs of each group's units for what a unit saves, times exp(tilt depth)."""
+    factors = depth_factors(len(scored), tilt)
+    return [
+        [cost * factor / max(each, 1.0) for cost in its.scores]
+        for its, factor, each in zip(scored, factors, saved, strict=True)
+    ]
 
 
 def best_tilt(loss: Callable[[float], float]) -> float:

@@ -13,7 +13,7 @@ from bayesprune.prune.graph.structure import GRANULARITY
 from bayesprune.prune.scores.evidence import EvidenceImportance
 from bayesprune.prune.scores.inclusion import InclusionImportance, has_channel_gates
 
-KINDS = ("macs", "params", "snr", "evidence", "inclusion")
+KINDS = ("macs", "params", "latency", "snr", "evidence", "inclusion")
 
 
 def checked_target(

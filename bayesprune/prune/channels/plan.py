@@ -42,7 +42,7 @@ class CostModel:
 
     Attributes:
         groups: Its groups.
-        terms: The parts by name of the cost ("macs", "params").
+        terms: The parts by name of the cost ("macs", "params", "latency").
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -88,10 +88,16 @@ class CostModel:
         return dict(parts)
 
 
-def cost_model(model: nn.Module, groups: tuple[ChannelGroup, ...], macs: Mapping[str, int]) -> CostModel:
-    """The cost model of a model whose dense MACs by module are known.
+def cost_model(
+    model: nn.Module,
+    groups: tuple[ChannelGroup, ...],
+    macs: Mapping[str, int],
+    seconds: Mapping[str, float] | None = None,
+) -> CostModel:
+    """The cost model of a model whose dense MACs, and for a latency seconds, by module are known.
 
-    The stds of variational layers do not count as parameters; a tied parameter counts once.
+    The stds of variational layers do not count as parameters; a tied parameter counts once. The latency is that of the
+    modules that lose channels, in nanoseconds: what all others take does not shrink with any plan.
     """
     axes: dict[int, dict[int, Axis]] = defaultdict(dict)  # of a parameter, by its dimension
     sides: dict[str, list[Axis]] = defaultdict(list)
@@ -109,7 +115,9 @@ def cost_model(model: nn.Module, groups: tuple[ChannelGroup, ...], macs: Mapping
     stock = {id(parameter): (layer, parameter) for layer, parameter in stock_parameters(model)}
     params = tuple(Term(p.numel(), tuple(axes[key].values()), layer) for key, (layer, p) in stock.items())
     counted = tuple(Term(count, tuple(sides[name]), name) for name, count in macs.items())
-    return CostModel(groups, {"macs": counted, "params": params})
+    timed = ((name, round(1e9 * time)) for name, time in (seconds or {}).items())
+    latency = tuple(Term(time, tuple(sides[name]), name) for name, time in timed if name in sides)
+    return CostModel(groups, {"macs": counted, "params": params, "latency": latency})
 
 
 def stock_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

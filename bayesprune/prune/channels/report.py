@@ -69,6 +69,8 @@ class ChannelReport:
         removed_heads: Indices of the removed query heads, by attention module, in the dense model's numbering.
         config: What the model's config says now, by field, where it follows a uniform cut; None where none was asked
             for, the model has no config, or its config cannot say the new sizes.
+        latency: The share of the dense model's time that a forward takes, measured before weights were fitted; None
+            where the target was no latency.
         dry_run: Whether the model was left as it was.
         counter: What counted the MACs.
         holdings: Which modules hold the MACs that stay, by reason, the most first.
@@ -87,6 +89,7 @@ class ChannelReport:
     removed: dict[str, tuple[int, ...]]
     removed_heads: dict[str, tuple[int, ...]] = field(default_factory=dict)
     config: dict[str, int] | None = None
+    latency: float | None = None
     dry_run: bool = False
     counter: str = COUNTER
     holdings: tuple[Holding, ...] = ()
@@ -95,8 +98,9 @@ class ChannelReport:
 
     @property
     def achieved(self) -> dict[str, float]:
-        """Kept fractions of the MACs and of the parameters."""
-        return {"macs": self.macs_after / self.macs_before, "params": self.params_after / self.params_before}
+        """Kept fractions of the MACs and of the parameters, and of the time where that was the target."""
+        found = {"macs": self.macs_after / self.macs_before, "params": self.params_after / self.params_before}
+        return found if self.latency is None else found | {"latency": self.latency}
 
     def __str__(self) -> str:
         """The table as plain text."""
@@ -105,6 +109,7 @@ class ChannelReport:
             f"{'would keep' if self.dry_run else 'kept'} {macs:.1%} of {self.macs_before:,} MACs ({self.counter}) and "
             f"{params:.1%} of {self.params_before:,} parameters; target {self.target}"
         )
+        title += "" if self.latency is None else f", {self.latency:.3f} as measured"
         table = Table()
         for heading in ("layer", "channels", "kept", "share", "along with it"):
             table.add_column(heading, overflow="fold")

@@ -12,7 +12,9 @@ are removed with it, in every layer of its dependency group.
 Unlike torch-pruning's own importances it scores the exact block of a grouped convolution that a channel takes along.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -46,6 +48,9 @@ class RemovedWeights(NamedTuple):
 
     score: Tensor
     number: Tensor
+
+
+_KNOWN: ContextVar[dict[tuple[VariationalLayer, str, bool], RemovedWeights] | None] = ContextVar("known", default=None)
 
 
 class SNRImportance(Criterion):
@@ -115,20 +120,53 @@ def removed_weights(group: Group, weight_score: Callable[..., Tensor]) -> Remove
             continue  # members that grouped-query attention reaches have no root of their own
         into_inputs = item.dep.handler.__name__ == "prune_in_channels"
         for name in _weights(layer, into_inputs=into_inputs) if isinstance(layer, VariationalLayer) else ():
-            scores, mask = weight_score(layer, name=name), layer.mask(name)
+            of_layer = _sums(layer, name, weight_score, into_inputs=into_inputs)
+            device = of_layer.score.device
             if removed is None:
-                zeros = torch.zeros(len(roots), device=scores.device)
+                zeros = torch.zeros(len(roots), device=device)
                 removed = RemovedWeights(zeros, zeros.clone())
-            positions = torch.tensor(item.idxs, device=scores.device)
+            positions = torch.tensor(item.idxs, device=device)
             targets = torch.tensor([roots[root] for root in root_idxs], device=removed.score.device)
-            sums = per_channel_sums(layer, scores, into_inputs=into_inputs)
-            if mask is None:
-                numbers = torch.full_like(sums, scores.numel() / len(sums))
-            else:
-                numbers = per_channel_sums(layer, mask, into_inputs=into_inputs)
-            for total, values in zip(removed, (sums, numbers), strict=True):
+            for total, values in zip(removed, of_layer, strict=True):
                 total.scatter_add_(0, targets, values[positions].to(total))
     return removed
+
+
+@contextmanager
+def scored_once() -> Iterator[None]:
+    """Inside, `removed_weights` scores each parameter once for all groups, with the first `weight_score` that it gets.
+
+    A weight leaves with its output channel or with its input channel, so that most are asked for twice. Nothing may
+    change the weights inside.
+    """
+    token = _KNOWN.set({})
+    try:
+        yield
+    finally:
+        _KNOWN.reset(token)
+
+
+def _sums(
+    layer: VariationalLayer, name: str, weight_score: Callable[..., Tensor], *, into_inputs: bool
+) -> RemovedWeights:
+    """Score and number of a parameter's weights by input or output channel."""
+    known = _KNOWN.get()
+    key = layer, name, into_inputs
+    if known is not None and key in known:
+        return known[key]
+    scores, mask = weight_score(layer, name=name), layer.mask(name)
+    found = {}
+    loses_both = known is not None and name in dict(cut_parameters(layer, "out" if into_inputs else "in"))
+    for side in (False, True) if loses_both else (into_inputs,):
+        sums = per_channel_sums(layer, scores, into_inputs=side)
+        if mask is None:
+            numbers = torch.full_like(sums, scores.numel() / len(sums))
+        else:
+            numbers = per_channel_sums(layer, mask, into_inputs=side)
+        found[layer, name, side] = RemovedWeights(sums, numbers)
+    if known is not None:
+        known.update(found)
+    return found[key]
 
 
 def _weights(layer: VariationalLayer, *, into_inputs: bool) -> list[str]:
@@ -142,8 +180,9 @@ def weight_scores(layer: VariationalLayer, power: float, name: str = "weight") -
     """mu^2 / (s^min(1, 2 - power) sigma^power) of a layer's weights, in their shape; 0 where the mean is zero."""
     mean, std = estimators.as_gaussian(layer.posterior(name))
     mean, std = mean.detach().float(), std.detach()
-    rms = mean.square().mean().sqrt()
-    return (mean.square() / (rms.pow(min(1.0, 2.0 - power)) * std.pow(power))).masked_fill(mean == 0, 0.0)
+    scores = mean.square()
+    scale = scores.mean().sqrt().pow(min(1.0, 2.0 - power))
+    return scores.div_(scale * (std if power == 1 else std.pow(power))).masked_fill_(mean == 0, 0.0)
 
 
 def per_channel_sums(layer: nn.Module, values: Tensor, *, into_inputs: bool) -> Tensor:
