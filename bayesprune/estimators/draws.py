@@ -35,7 +35,8 @@ def sample_together(posteriors: Sequence[LogGaussian], seeds: Sequence[int | Non
     """The draws that `sample` gives of several tensors on one device with these seeds, in few passes and one node."""
     kinds = [_kind_of(posterior, seed) for posterior, seed in zip(posteriors, seeds, strict=True)]
     tensors = [tensor for mean, parts, mask in posteriors for tensor in (mean, mask, *parts)]
-    return _Draws.apply(kinds, *tensors)
+    draws: Sequence[Tensor] = _Draws.apply(kinds, *tensors)  # type: ignore[assignment]
+    return draws
 
 
 def has_seeds(posterior: Posterior) -> bool:
@@ -110,7 +111,7 @@ class _Draws(torch.autograd.Function):
         found: list[Tensor | None] = [None]
         for index, kind in enumerate(kinds):
             found += [masked[index] if needed[index][0] else None, None]
-            parts = of_parts.get(index, [None] * kind.num_parts)
+            parts: Sequence[Tensor | None] = of_parts.get(index, [None] * kind.num_parts)
             found += [part if need else None for part, need in zip(parts, needed[index][2:], strict=True)]
         return tuple(found)
 

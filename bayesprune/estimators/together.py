@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bayesprune.foundation import noise
 from bayesprune.foundation.device import has_cheap_calls
+from bayesprune.foundation.foreach import foreach
 
 
 class Kind(Protocol):
@@ -37,17 +38,17 @@ def draws(kinds: Sequence[Kind], posteriors: Sequence[Any]) -> list[Tensor]:
     means, log_stds = [p.mean for p in posteriors], [p.log_stds[0] for p in posteriors]
     if has_cheap_calls(means[0].device):
         eps = [_view(kind, mean) for kind, mean in zip(kinds, means, strict=True)]
-        return list(torch._foreach_addcmul(means, eps, torch._foreach_exp(log_stds)))
+        return list(foreach("addcmul", means, eps, foreach("exp", log_stds)))
     order, num_single = _order(kinds, means)
     ordered, logs = [means[i] for i in order], [log_stds[i] for i in order]
     flat, views = _flat_noise([kinds[i] for i in order], ordered)
     if num_single:
-        torch._foreach_mul_(views[:num_single], torch._foreach_exp(logs[:num_single]))
+        foreach("mul_", views[:num_single], foreach("exp", logs[:num_single]))
     if num_single < len(order):
         stds = _joined(logs[num_single:]).exp_()
         for rows, of_rows in _runs(flat, ordered, num_single):
             rows.mul_(stds[of_rows].unsqueeze(1))
-    torch._foreach_add_(views, ordered)
+    foreach("add_", views, ordered)
     found = dict(zip(order, views, strict=True))
     return [found[i] for i in range(len(order))]
 
@@ -58,8 +59,8 @@ def gradients(kinds: Sequence[Kind], items: Sequence[Item]) -> list[list[Tensor]
     rowwise = sorted((i for i, kind in enumerate(kinds) if kind.is_rowwise), key=lambda i: _row_size(items[i][0]))
     found: dict[int, Tensor] = {}
     if single:
-        deviations = torch._foreach_sub([items[i][2] for i in single], [items[i][0] for i in single])
-        torch._foreach_mul_(deviations, [items[i][3] for i in single])
+        deviations = foreach("sub", [items[i][2] for i in single], [items[i][0] for i in single])
+        foreach("mul_", deviations, [items[i][3] for i in single])
         found.update(zip(single, deviations, strict=True))
     if rowwise:
         chosen = [items[i] for i in rowwise]
@@ -72,12 +73,12 @@ def _row_gradients(kinds: Sequence[Kind], items: Sequence[Item]) -> Sequence[Ten
     given = [item[3] for item in items]
     if has_cheap_calls(means[0].device):
         eps = [_view(kind, mean) for kind, mean in zip(kinds, means, strict=True)]
-        products = torch._foreach_mul(eps, given)
+        products = foreach("mul", eps, given)
         sums = [product.flatten(1).sum(1).view_as(log) for product, log in zip(products, log_stds, strict=True)]
-        torch._foreach_mul_(sums, torch._foreach_exp(log_stds))
+        foreach("mul_", sums, foreach("exp", log_stds))
         return sums
     flat, views = _flat_noise(kinds, means)
-    torch._foreach_mul_(views, given)
+    foreach("mul_", views, given)
     sums = _joined([rows.sum(1) for rows, _ in _runs(flat, means, 0)])
     sums.mul_(_joined(log_stds).exp_())
     split = sums.split([log_std.numel() for log_std in log_stds])

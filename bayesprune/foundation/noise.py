@@ -38,6 +38,8 @@ def normal(
     is_known = is_tabled(shape, device=device, dtype=dtype)
     if is_known and seed is None and can_repeat(device):
         seed = draw_seed()
+    if is_known and torch.compiler.is_compiling():
+        return _read(list(shape), torch.empty(0, device=device))
     if seed is None:
         return torch.randn(shape, **_from_rank(device), device=device, dtype=dtype)
     if is_known:
@@ -50,7 +52,8 @@ def normal(
 
 def is_tabled(shape: torch.Size | tuple[int, ...], *, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `normal` of a seed is what `normal_blocks` yields."""
-    return has_cheap_calls(device) and dtype == torch.float32 and math.prod(shape) >= _MIN_SIZE
+    is_ordinary = has_cheap_calls(device) and dtype == torch.float32
+    return is_ordinary and (torch.compiler.is_compiling() or math.prod(shape) >= _MIN_SIZE)
 
 
 def normal_blocks(seed: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -66,6 +69,20 @@ def normal_blocks(seed: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         return
     size = blocks[0].numel()
     yield from zip(blocks, *(tensor.view(-1).split(size) for tensor in tensors), strict=True)
+
+
+@torch.library.custom_op("bayesprune::normal", mutates_args=(), tags=torch.Tag.nondeterministic_seeded)
+def _read(shape: list[int], like: Tensor) -> Tensor:
+    """`normal` as one operation of a compiled program, which torch's own numbers would take most of the time of."""
+    values = torch.empty(shape, device=like.device)
+    for eps, block in normal_blocks(draw_seed(), values):
+        block.copy_(eps)
+    return values
+
+
+@_read.register_fake
+def _(shape: list[int], like: Tensor) -> Tensor:
+    return torch.empty(shape, device=like.device)
 
 
 def table_blocks(seed: int, shape: torch.Size, device: torch.device) -> list[Tensor]:

@@ -162,8 +162,9 @@ class JointDraws:
         """Whether what comes first is of the kind that is drawn together; else no seed is drawn for it."""
         for first in self._parameters.values():
             mean = getattr(first.layer, first.name, None)
-            is_ordinary = mean is not None and is_plain(mean) and mean.dtype == torch.float32
-            return is_ordinary and noise.can_repeat(mean.device)
+            if mean is None or not is_plain(mean) or mean.dtype != torch.float32:
+                return False
+            return noise.can_repeat(mean.device)
         return False
 
 
@@ -178,7 +179,7 @@ def _runs_once() -> bool:
     """Whether what is computed now is for a backward pass, none of it to be thrown away and computed again there."""
     if not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
         return False
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is None  # type: ignore[attr-defined]
 
 
 def _is_sampling(layer: Layer) -> bool:

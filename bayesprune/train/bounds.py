@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bayesprune.foundation.device import has_cheap_calls
+from bayesprune.foundation.foreach import foreach
 from bayesprune.foundation.sharding import full_tensor
 from bayesprune.train.joined import joined, split_like, spread
 
@@ -36,10 +37,10 @@ def bound_log_stds(stds: Iterable[Bounded]) -> None:
             several[first.device, first.dtype].append((parts, largest))
     for pairs in single.values():
         log_stds, largest = zip(*pairs, strict=True)
-        torch._foreach_clamp_min_(log_stds, MIN_LOG_STD)
-        torch._foreach_clamp_max_(log_stds, largest)
+        foreach("clamp_min_", log_stds, MIN_LOG_STD)
+        foreach("clamp_max_", log_stds, largest)
     for those in several.values():
-        torch._foreach_clamp_min_([part for parts, _ in those for part in parts], MIN_LOG_STD)
+        foreach("clamp_min_", [part for parts, _ in those for part in parts], MIN_LOG_STD)
         if finite := [(parts, largest) for parts, largest in those if largest < math.inf]:
             _bound_sums(finite)
 
@@ -59,11 +60,11 @@ def bound_log_std(parts: Sequence[Tensor], largest: float) -> None:
 
 def _bound_sums(stds: Sequence[Bounded]) -> None:
     firsts = [parts[0] for parts, _ in stds]
-    maxima = torch.stack(torch._foreach_max([part for parts, _ in stds for part in parts[1:]]))
+    maxima = torch.stack(foreach("max", [part for parts, _ in stds for part in parts[1:]]))
     device, counts = maxima.device, tuple(len(parts) - 1 for parts, _ in stds)
     if max(counts) > 1:
         maxima = torch.stack([part.sum() for part in maxima.split(counts)])
     sizes = tuple(first.numel() for first in firsts)
     bounds = spread(tuple(largest for _, largest in stds), (1,) * len(stds), device, maxima.dtype) - maxima
     bounds = bounds[spread(tuple(range(len(stds))), sizes, device, torch.int64)]
-    torch._foreach_copy_(firsts, split_like(torch.minimum(joined(firsts), bounds), firsts))
+    foreach("copy_", firsts, split_like(torch.minimum(joined(firsts), bounds), firsts))

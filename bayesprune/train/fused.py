@@ -22,6 +22,7 @@ from torch import Tensor
 
 from bayesprune.estimators.seeded import LOG2_E
 from bayesprune.foundation.device import has_cheap_calls
+from bayesprune.foundation.foreach import foreach
 from bayesprune.foundation.sharding import place_like
 from bayesprune.priors import BoundNormal, BoundPrior
 from bayesprune.train.joined import joined, split_like, spread, sums_of
@@ -128,13 +129,13 @@ def add_together(targets: Sequence[KLTerm], weight: float, scale: Tensor | None 
             large.append((target.parts[0], gradient, weight / variance))
     for group in _groups(means):
         values, gradients, factors = zip(*group, strict=True)
-        _add_scaled(gradients, torch._foreach_mul(values, factors), scale)
+        _add_scaled(gradients, foreach("mul", values, factors), scale)
     for group in _groups(large):
         log_stds, gradients, factors = zip(*group, strict=True)
-        terms = torch._foreach_mul(log_stds, 2.0)
-        torch._foreach_add_(terms, [math.log(factor) for factor in factors])
-        torch._foreach_exp_(terms)
-        torch._foreach_sub_(terms, weight)
+        terms = foreach("mul", log_stds, 2.0)
+        foreach("add_", terms, [math.log(factor) for factor in factors])
+        foreach("exp_", terms)
+        foreach("sub_", terms, weight)
         _add_scaled(gradients, terms, scale)
     if small:
         _add_small(small, weight, scale)
@@ -162,16 +163,16 @@ def _add_small(targets: Sequence[KLTerm], weight: float, scale: Tensor | None) -
     pairs = [(p.grad, term) for p, term in zip(parts, split_like(terms, parts), strict=True) if p.grad is not None]
     if pairs:
         gradients, of_parts = zip(*pairs, strict=True)
-        _add_scaled(gradients, torch._foreach_mul(of_parts, weight) if scale is not None else of_parts, scale, weight)
+        _add_scaled(gradients, foreach("mul", of_parts, weight) if scale is not None else of_parts, scale, weight)
 
 
 def _add_scaled(
     gradients: Sequence[Tensor], terms: Sequence[Tensor], scale: Tensor | None, factor: float = 1.0
 ) -> None:
     if scale is None:
-        torch._foreach_add_(gradients, terms, alpha=factor)
+        foreach("add_", gradients, terms, alpha=factor)
     else:
-        torch._foreach_add_(gradients, torch._foreach_mul(terms, scale))
+        foreach("add_", gradients, foreach("mul", terms, scale))
 
 
 def _goes_with_others(target: KLTerm) -> bool:

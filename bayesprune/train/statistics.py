@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bayesprune.foundation.foreach import foreach
 from bayesprune.foundation.model import eval_mode
 from bayesprune.layers import VariationalLayer, variational_layers
 from bayesprune.prediction.predict import sampling
@@ -48,7 +49,7 @@ class MeanStatistics:
     def update(self) -> None:
         """Undoes what the noisy forwards of this step did, and gathers from the last batch where it is time."""
         if self._before:
-            torch._foreach_copy_(_running(self._before), [before for pair in self._before.values() for before in pair])
+            foreach("copy_", _running(self._before), [before for pair in self._before.values() for before in pair])
         batch, norms, self._before, self._batch = self._batch, list(self._before), {}, None
         if batch is None or not norms:
             return
@@ -76,7 +77,7 @@ class MeanStatistics:
         now = _running(norms)
         copies = [torch.empty_like(buffer) for buffer in now]
         if now:
-            torch._foreach_copy_(copies, now)
+            foreach("copy_", copies, now)
         return {norm: (copies[2 * i], copies[2 * i + 1]) for i, norm in enumerate(norms)}
 
     def _look(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
