@@ -47,7 +47,7 @@ def normal(
         for eps, block in normal_blocks(seed, values):
             block.copy_(eps)
         return values
-    return torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device, dtype=dtype)
+    return torch.randn(shape, generator=_seeded(device, seed), device=device, dtype=dtype)
 
 
 def is_tabled(shape: torch.Size | tuple[int, ...], *, device: torch.device, dtype: torch.dtype) -> bool:
@@ -194,6 +194,10 @@ def _is_recorded() -> bool:
     return any(
         torch._C._get_dispatch_mode(key) is not None for key in (_ModeKey.PROXY, _ModeKey.FAKE, _ModeKey.FUNCTIONAL)
     )
+
+
+def _seeded(device: torch.device, seed: int) -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed)
 
 
 def _table_on(device: torch.device) -> Tensor:

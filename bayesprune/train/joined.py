@@ -29,7 +29,8 @@ def sums_of(numbers: Tensor, sizes: tuple[int, ...]) -> Tensor:
 @lru_cache(_NUM_REMEMBERED)
 def spread(values: tuple[float, ...], sizes: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     """A value for each number of tensors of these sizes; not to be written to."""
-    return torch.tensor(values, dtype=dtype).repeat_interleave(torch.tensor(sizes)).to(device)
+    counts = torch.tensor(sizes)
+    return torch.tensor(values, dtype=dtype).repeat_interleave(counts, output_size=sum(sizes)).to(device)
 
 
 @lru_cache(_NUM_REMEMBERED)
