@@ -4,6 +4,7 @@ from importlib.util import find_spec as _find_spec
 
 from bayesprune import errors, evi, gates, laplace, layers, moments, prediction, priors, prune, reports
 from bayesprune.app.pipeline import compress
+from bayesprune.bits import quantize
 from bayesprune.convert import conversion_table, to_deterministic, to_variational
 from bayesprune.layers import register_layer
 from bayesprune.prediction import predict, sampling
@@ -41,6 +42,7 @@ __all__ = [
     "prune_channels",
     "prune_one_shot",
     "prune_weights",
+    "quantize",
     "register_layer",
     "report",
     "reports",

@@ -39,7 +39,7 @@ FROZEN = "it is frozen (requires_grad=False)"
 
 @dataclass(frozen=True)
 class ConversionRow:
-    """What becomes of one module that holds parameters of its own.
+    """The conversion of one module that holds parameters of its own.
 
     Attributes:
         name: Its name in the model; "" is the model itself.
@@ -71,7 +71,7 @@ class ConversionTable(list[ConversionRow]):
 
 
 def conversion_table(model: nn.Module, *, filter_fn: Filter | None = None) -> ConversionTable:
-    """What `to_variational` does, or did, with each module that holds parameters of its own; changes nothing.
+    """Lists what `to_variational` does, or did, with each module that holds parameters of its own; changes nothing.
 
     Args:
         model: The model, before or after conversion.
@@ -95,7 +95,7 @@ def conversion_table(model: nn.Module, *, filter_fn: Filter | None = None) -> Co
 
 
 def reasons_to_leave(model: nn.Module, filter_fn: Filter | None) -> dict[nn.Module, str]:
-    """Why each module that is not variational stays so; modules that can be converted are not in it."""
+    """Reasons why modules stay deterministic, by module; those that can be converted are not in it."""
     reasons: dict[nn.Module, str] = {}
     holders: dict[int, list[tuple[str, nn.Module]]] = defaultdict(list)
     attention_of: dict[nn.Module, nn.Module] = {}

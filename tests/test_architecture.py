@@ -26,10 +26,12 @@ ROOMS = (
     "prune/batch_norm",
     "prune/weights",
     "prune/channels",
+    "prune/measured",
     "prune/search",
     "prune",
     "gates",
     "storage",
+    "bits",
     "reports",
     "evi",
     "hosts",
@@ -42,6 +44,7 @@ FLOOR_OF = {room: floor for floor, room in enumerate(ROOMS)}
 
 # Where each library that is optional, slow to import or for the terminal alone may be imported.
 ALLOWED = {
+    "constriction": ("storage/coding/",),
     "matplotlib": ("reports/",),
     "rich.live": ("app/",),
     "rich.progress": ("app/",),

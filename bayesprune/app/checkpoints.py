@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from bayesprune.app.tasks.task import Checkpoint, Progress, Split, Task
+from bayesprune.app.tasks.task import Checkpoint, Progress, Split, Task, Training
 from bayesprune.errors import StorageError
 from bayesprune.reports import Metric
 from bayesprune.storage.state import read_state, write_state, write_whole
@@ -29,7 +29,7 @@ _JOB, _RUNNING, _ENDED = "job.json", "running.safetensors", "ended-{number:03}.s
 
 
 class CheckpointEvery(NamedTuple):
-    """How often the running training is written: after so many optimizer steps, or so many seconds."""
+    """The interval at which the running training is written: a number of optimizer steps, or of seconds."""
 
     steps: float = float("inf")
     seconds: float = float("inf")
@@ -189,7 +189,7 @@ class ResumableTask(Task):
     """A task whose trainings and scores are remembered by their order."""
 
     def __init__(self, task: Task, checkpoints: Checkpoints) -> None:
-        """Goes around the task."""
+        """Wraps the task."""
         self.task, self.checkpoints = task, checkpoints
         self.description, self.metric, self.generators = task.description, task.metric, task.generators
         self.example_inputs, self.calibration, self.is_main = task.example_inputs, task.calibration, task.is_main
@@ -197,14 +197,16 @@ class ResumableTask(Task):
 
     metric: Metric
 
-    def train(self, model: nn.Module, progress: Progress, **options: Any) -> None:
+    def train(
+        self, model: nn.Module, progress: Progress, training: Training, *, checkpoint: Checkpoint | None = None
+    ) -> None:
         """As `Task.train`; a training that ended before the kill is not repeated."""
         number = self._num_trainings
         self._num_trainings += 1
         if self.checkpoints.restore_end(number, model):
             progress.say("done before, its checkpoint is taken")
             return
-        self.task.train(model, progress, **options, checkpoint=self.checkpoints.running(number))
+        self.task.train(model, progress, training, checkpoint=checkpoint or self.checkpoints.running(number))
         self.checkpoints.end(number, model)
 
     def score(self, model: nn.Module, split: Split) -> float:

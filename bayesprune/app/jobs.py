@@ -19,7 +19,7 @@ HF_TASKS = ("text-classification", "causal-lm", "image-classification")
 
 @dataclass(frozen=True)
 class Defaults:
-    """What is taken where the user names nothing else."""
+    """Values that are taken where the user names none."""
 
     num_epochs: int
     train_lr: float
@@ -66,7 +66,7 @@ class Job:
 
 
 def library_of(model: str) -> str:
-    """What `--model` begins with.
+    """The library that `--model` names by its beginning.
 
     Raises:
         BadParameter: it is none of the libraries.

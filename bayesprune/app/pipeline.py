@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from bayesprune.app.data.splits import Loaders
-from bayesprune.app.tasks.task import LoggedProgress, Progress, Task
+from bayesprune.app.data import Loaders
+from bayesprune.app.tasks.task import LoggedProgress, Progress, Task, Training
 from bayesprune.convert import check_options, conversion_table, to_deterministic, to_variational
 from bayesprune.foundation import defaults
 from bayesprune.foundation.batches import device_of, first_example, on_device
@@ -27,7 +27,7 @@ from bayesprune.layers import named_posteriors
 from bayesprune.prediction.predict import sampling
 from bayesprune.prune import freeze_batch_norm, prune_channels, signal_to_noise, smallest_within
 from bayesprune.prune.channels.checks import checked_target
-from bayesprune.prune.graph.structure import GRANULARITY
+from bayesprune.prune.graph.group import GRANULARITY
 from bayesprune.reports import ACCURACY, HistoryPoint, Metric, Report, count_parameters, report
 from bayesprune.storage import save
 from bayesprune.storage.base import describe
@@ -38,7 +38,7 @@ _SMALL_CUT = "macs=0.95"  # a search needs one at least
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to compress.
+    """A way to compress a model.
 
     Attributes:
         target: "weights=0.2", the fraction of single weights that is kept, or a target of `prune_channels`; None
@@ -78,8 +78,6 @@ class Recipe:
             raise ValueError(f"tolerance is {self.tolerance!r}; expected the largest accepted loss, 0 or more.")
         if not self.removes_weights:
             checked_target(self.goal, None, self.granularity, self.uniform, 1)
-        elif self.target is not None and not 0 < self.goal.value < 1:
-            raise ValueError(f"compress got the target {self.target!r}; expected a fraction between 0 and 1.")
         elif self.uniform:
             raise ValueError("single weights were to be removed, which changes no size; leave uniform out.")
 
@@ -87,7 +85,7 @@ class Recipe:
     def goal(self) -> Target:
         """The target, or in a search a small cut of its kind."""
         text = self.target or ("weights=0.95" if self.by == "weights" else _SMALL_CUT)
-        return Target.parse(text, ("macs", "params", "snr", "weights"), "compress")
+        return Target.parse(text, ("macs", "params", "snr", "weights"), "compress", is_partial=True)
 
     @property
     def removes_weights(self) -> bool:
@@ -106,13 +104,8 @@ class Recipe:
 
     @property
     def num_stages(self) -> int:
-        """How many stages `run` tells of."""
+        """Number of stages that `run` announces."""
         return 4 + self.learns_stds
-
-    @property
-    def sparsity(self) -> float | None:
-        """Fraction of single weights to remove; None where there is no such target."""
-        return self.goal.removed if self.target is not None and self.removes_weights else None
 
     @property
     def removal(self) -> str:
@@ -124,7 +117,7 @@ class Recipe:
 
 
 class Compressed(NamedTuple):
-    """What came out: the smaller model, and its report, which the main process alone has."""
+    """The smaller model, and its report, which the main process alone has."""
 
     model: nn.Module
     report: Report | None
@@ -227,7 +220,7 @@ def run(
     _check_feasible(model, task, recipe)
     progress.stage("Use the trained model" if is_trained else "Train the dense model")
     if not is_trained:
-        task.train(model, progress, num_epochs=recipe.num_epochs, lr=recipe.train_lr)
+        task.train(model, progress, Training(recipe.num_epochs, recipe.train_lr))
     dense = copy.deepcopy(model).eval()
     distill = distillation(dense) if recipe.distill else None
     reference = validate(dense, "dense")
@@ -236,7 +229,7 @@ def run(
     ratios = None
     if recipe.learns_stds:
         progress.stage("Learn how certain each weight is")
-        task.train(model, progress, num_epochs=recipe.num_epochs, lr=recipe.lr, learn_stds=True)
+        task.train(model, progress, Training(recipe.num_epochs, recipe.lr, learn_stds=True))
         ratios = signal_to_noise(model)
         progress.say(f"validation {task.metric.shown(task.score(model, 'validation'))}")
 
@@ -245,10 +238,8 @@ def run(
     progress.say(f"layers: {conversion_table(model).summary()}")
     if recipe.target is None:
         model = _smallest(model, task, recipe, progress, reference, validate, distill)
-    elif recipe.sparsity is not None:
-        task.train(
-            model, progress, num_epochs=recipe.num_epochs, lr=recipe.lr, learn_stds=True, sparsity=recipe.sparsity
-        )
+    elif recipe.removes_weights:
+        task.train(model, progress, Training(recipe.num_epochs, recipe.lr, learn_stds=True, target=recipe.goal))
         validate(model, "removed")
     else:
         removal = prune_channels(
@@ -267,7 +258,7 @@ def run(
     if not recipe.removes_weights:
         to_deterministic(model)
         with frozen:
-            task.train(model, progress, num_epochs=recipe.num_epochs, lr=recipe.lr, distill=distill)
+            task.train(model, progress, Training(recipe.num_epochs, recipe.lr, distill=distill))
     else:
         _fine_tune(model, task, recipe.num_epochs, recipe.lr, progress, distill)  # its masks keep the zeros
         to_deterministic(model)
@@ -359,7 +350,7 @@ def _fine_tune(
     for part in stds:
         part.requires_grad_(False)  # DDP waits for the gradient of whatever may have one
     with sampling(model, "mean"):  # as it will be used; the stds stay as they were learned
-        task.train(model, progress, num_epochs=num_epochs, lr=lr, distill=distill)
+        task.train(model, progress, Training(num_epochs, lr, distill=distill))
     for part in stds:
         part.requires_grad_(True)
 

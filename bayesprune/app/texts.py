@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import DataCollatorWithPadding, PreTrainedModel, default_data_collator
 
-from bayesprune.app.data.splits import last_tenth_of_each_class
+from bayesprune.app.data import last_tenth_of_each_class
 from bayesprune.app.data.texts import Columns, LabelledTexts, classified_texts, plain_texts
 from bayesprune.app.pretrained import load_config, load_model, load_processor, load_tokenizer, longest_input
 from bayesprune.app.tasks.trainer import Options, TrainerTask

@@ -7,9 +7,17 @@ What differs: stds are parametrised by their log where the authors take softplus
 propagated at once, and the full spatial covariance is kept as a product of factors.
 """
 
-from bayesprune.evi.compression import kernel_norm, self_compress
 from bayesprune.evi.propagation import ClassMoments, propagate
-from bayesprune.evi.training import PUBLISHED_KL_WEIGHTS, convert, gaussian_kl, gaussian_nll, loss, published_kl
+from bayesprune.evi.training import (
+    PUBLISHED_KL_WEIGHTS,
+    convert,
+    gaussian_kl,
+    gaussian_nll,
+    kernel_norm,
+    loss,
+    published_kl,
+    self_compress,
+)
 
 __all__ = [
     "PUBLISHED_KL_WEIGHTS",

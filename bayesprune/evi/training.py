@@ -1,12 +1,15 @@
-"""The paper's training: a Gaussian likelihood of the one-hot label under the propagated probabilities, and its KLs.
+"""The paper's training and self-compression: the likelihood under the propagated probabilities, its KLs, the rounds.
 
 Sources: Dera et al. (MLSP 2019); the authors' MNIST code (`EVI_CNN_mnist.py`).
+
+Source: Carannante, Dera, Rasool, Bouaynaya, *Self-Compression in Bayesian Neural Networks* (2020), which ranks kernels
+by the Frobenius norm of their mean.
 """
 
 import math
 from collections.abc import Callable
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +19,8 @@ from bayesprune.convert import to_variational
 from bayesprune.evi.propagation import propagate
 from bayesprune.layers import named_posteriors
 from bayesprune.priors import BoundGaussian
+from bayesprune.prune import smallest_within
+from bayesprune.prune.search import Compression
 
 PUBLISHED_KL_WEIGHTS = MappingProxyType({"mnist": 0.002, "cifar10": 1e-5})
 """Weight of the KL in the authors' published runs, whose loss is a mean per example."""
@@ -116,3 +121,49 @@ def loss(
     """
     mean, variance = propagate(model, x, covariance=covariance)
     return gaussian_nll(mean, variance, target, ridge=ridge).mean() + tau * kl(model)
+
+
+@torch.no_grad()
+def kernel_norm(group: Any) -> Tensor:
+    """The paper's criterion, for `prune_channels` and `smallest_within`: Frobenius norm of each kernel's mean, (C,).
+
+    Args:
+        group: A dependency group of torch-pruning; its first layer is the one whose kernels are ranked.
+    """
+    layer, channels = group[0].dep.layer, group[0].idxs
+    return layer.weight[channels].flatten(1).norm(dim=1)
+
+
+def self_compress(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    train: Callable[[nn.Module], object],
+    evaluate: Callable[[nn.Module], float],
+    tolerance: float,
+    importance: Any = kernel_norm,
+    **options: Any,
+) -> Compression:
+    """Trains, then removes kernels and trains on, while the validation score stays within the tolerance.
+
+    It is `smallest_within` behind a first training, with the paper's criterion.
+
+    Args:
+        model: A network to start from; it is trained in place.
+        example_inputs: Inputs of the model's forward, for counting and tracing.
+        train: Trains a model in place, with an optimizer of its own: before the first cut and after each.
+        evaluate: Score on validation data, higher is better; never the test split.
+        tolerance: Largest loss of that score that is accepted, in its own unit.
+        importance: `kernel_norm`, `bayesprune.SNRImportance()`, or another criterion of `prune_channels`.
+        **options: Further options of `smallest_within` (`step`, `min_step`, `reference`, ...).
+    """
+    train(model)
+    return smallest_within(
+        model,
+        example_inputs,
+        evaluate=evaluate,
+        tolerance=tolerance,
+        fine_tune=train,
+        importance=importance,
+        **options,
+    )

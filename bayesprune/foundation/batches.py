@@ -27,7 +27,7 @@ _IMAGE_DIM = 3  # of an image by itself; a batch of them has one more
 
 
 class Batch(NamedTuple):
-    """What a forward takes of a batch, and what is left as its labels: None where there are none."""
+    """The arguments that a forward takes of a batch, and the labels: None where there are none."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -39,7 +39,7 @@ class Batch(NamedTuple):
 
     @property
     def num_examples(self) -> int:
-        """How many examples the inputs have: the first dimension of the first tensor, or the images in a list.
+        """Number of examples: the first dimension of the first tensor, or the images in a list.
 
         Raises:
             ValueError: there is no tensor with a batch dimension.
@@ -53,7 +53,7 @@ class Batch(NamedTuple):
 
 
 def split(model: Callable[..., Any], batch: Any) -> Batch:
-    """What the model's forward takes of a batch, and the labels; a function takes what a forward like it would.
+    """Splits a batch into the arguments of the model's forward and the labels; a function counts as a forward.
 
     Of a tuple the last item is the target, unless the forward cannot do without it; items that it has no room for are
     left out. A mapping is taken by its keys. Where the forward knows none of them, the only tensor beside the labels is
@@ -125,7 +125,7 @@ def on_device(value: Any, device: torch.device) -> Any:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model's first parameter is; the CPU for a model without parameters."""
+    """The device of the model's first parameter; the CPU for a model without parameters."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 

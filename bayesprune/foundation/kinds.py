@@ -1,4 +1,4 @@
-"""How the weight of a layer is laid out, by the kind of the layer: one record, which all that looks into weights reads.
+"""The layout of a layer's weight, by the kind of the layer: one record, which all that looks into weights reads.
 
 The stock kinds are those of torch and `Conv1D` of transformers (GPT-2), a linear layer whose weight is transposed. The
 latter is recognised by its sizes `nx` and `nf`, so that nothing of transformers is imported here.
@@ -16,7 +16,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 @dataclass(frozen=True)
 class LayerKind:
-    """How a weight of G groups with O outputs, I inputs and K kernel taps is laid out.
+    """The layout of a weight of G groups with O outputs, I inputs and K kernel taps.
 
     The dimension of size O / G or I / G is 1 where there are groups; dimension 0 then numbers all O or all I.
 

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from bayesprune.foundation.batches import device_of, given, on_device
-from bayesprune.foundation.calls import layers_called
-from bayesprune.foundation.model import eval_mode, run_forward, without_fast_path
+from bayesprune.foundation.model import eval_mode, layers_called, run_forward, without_fast_path
 
 SECONDS_PER_REPEAT = 0.05
 _WARM_UP = 2

@@ -13,8 +13,7 @@ from torch import Size, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, shape_wrapper
 
-from bayesprune.foundation.calls import layers_called
-from bayesprune.foundation.model import eval_mode, run_forward, without_fast_path
+from bayesprune.foundation.model import eval_mode, layers_called, run_forward, without_fast_path
 
 COUNTER = "torch.utils.flop_counter, FLOPs / 2"
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
+FRACTIONS = ("macs", "params", "latency", "weights")
 PATTERN = "N:M"
 _EXAMPLES = {
     "macs": '"macs=0.5" (half of the multiply-accumulates are kept)',
@@ -22,7 +23,7 @@ _EXAMPLES = {
 
 @dataclass(frozen=True)
 class Target:
-    """What a removal keeps; prints as it was written.
+    """The share of a model that a removal keeps; prints as it was written.
 
     Attributes:
         kind: "macs", "params", "latency", "weights", "snr", "evidence", "inclusion" or "N:M".
@@ -35,13 +36,16 @@ class Target:
     pattern: tuple[int, int] | None = None
 
     @classmethod
-    def parse(cls, target: "str | Target", kinds: Collection[str], caller: str) -> "Target":
+    def parse(
+        cls, target: "str | Target", kinds: Collection[str], caller: str, *, is_partial: bool = False
+    ) -> "Target":
         """The target that a text names.
 
         Args:
             target: A text such as "macs=0.5", or a target, which is checked alike.
             kinds: What the caller can meet.
             caller: Who says so in errors.
+            is_partial: Refuses a fraction of weights that keeps all or nothing.
 
         Raises:
             ValueError: it is not in the grammar, none of these kinds, or its number is out of range.
@@ -56,6 +60,8 @@ class Target:
             raise ValueError(f"{caller} got the target {target!r}; expected a text like {expected}.")
         if complaint := found.complaint():
             raise ValueError(f"{caller} got the target {str(target)!r}; {complaint}.")
+        if is_partial and found.kind == "weights" and not 0 < found.value < 1:
+            raise ValueError(f"{caller} got the target {str(target)!r}; expected a fraction between 0 and 1.")
         return found
 
     @property
@@ -64,7 +70,7 @@ class Target:
         return 1 - self.value
 
     def complaint(self) -> str:
-        """What is wrong with the number; nothing where it can be met."""
+        """The reason why the number cannot be met; empty where it can."""
         if self.kind == PATTERN:
             return "" if self.pattern and 0 < self.pattern[0] < self.pattern[1] else 'expected "N:M" with 0 < N < M'
         ranges = {

@@ -1,4 +1,4 @@
-"""Text for people: tables as plain text, and the first of many names."""
+"""Text for people: tables as plain text, the first of many names, and texts from a file made harmless."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -20,3 +20,16 @@ def first_names(names: Iterable[Any], *, most: int = 3) -> str:
     names = list(map(str, names))
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+_LONGEST = 200
+
+
+def printable(text: str, longest: int = _LONGEST) -> str:
+    """The text on one line, its middle left out where it is long.
+
+    What would move the cursor, change colours, or turn the order of letters around stands there as an escape.
+    """
+    if len(text) > longest:
+        text = f"{text[: longest // 2]}…{text[-(longest // 2) :]}"
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)

@@ -3,11 +3,9 @@
 from bayesprune.laplace.calibration import cross_entropy, output_metric, sampled_cross_entropy
 from bayesprune.laplace.compensation import compensate
 from bayesprune.laplace.conditioning import condition_on_channels, condition_on_zeros, conditional_mean
-from bayesprune.laplace.diagonal import fit_laplace
-from bayesprune.laplace.ivon import ivon_posterior
+from bayesprune.laplace.diagonal import collapse, fit_laplace
 from bayesprune.laplace.kronecker import KroneckerFactors, KroneckerPosterior, fit_kronecker, set_marginal_stds
-from bayesprune.laplace.running import RunningLaplace
-from bayesprune.laplace.stds import collapse
+from bayesprune.laplace.running import RunningLaplace, ivon_posterior
 
 __all__ = [
     "KroneckerFactors",

@@ -47,7 +47,7 @@ class Recorded(NamedTuple):
 
     @property
     def num_examples(self) -> int:
-        """How many examples the batch had."""
+        """Number of examples in the batch."""
         return self.inputs.num_examples
 
 
@@ -127,7 +127,7 @@ def unmasked(logits: Tensor, batch: Batch) -> Tensor:
 
 
 def counted_positions(batch: Batch, num_positions: int) -> Tensor | None:
-    """Which positions of each example count, (N, T), by the batch's `attention_mask`; None for all.
+    """A mask of the positions that count, (N, T), by the batch's `attention_mask`; None for all.
 
     Args:
         batch: What the forward took.

@@ -1,4 +1,4 @@
-"""Where the outputs of layers go: into a batch norm, which can take up a shift, and into a sum with another stream.
+"""The readers of layers' outputs: a batch norm, which can take up a shift, or a sum with another stream.
 
 Seen while a forward runs: `torch.overrides.TorchFunctionMode` shows every function of torch, and a layer's output is
 followed through batch norms, dropout and products with a number by channel, until it is added to something. A `Walk` is
@@ -122,7 +122,7 @@ class Walk:
         self._thread.start()
 
     def advance(self, name: str) -> LayerCall | None:
-        """Goes on to the next run of the layer of this name; None where the forward ends without one."""
+        """Advances to the next run of the layer of this name; None where the forward ends without one."""
         if self.is_over:
             return None
         self._wanted, self._call = name, None

@@ -14,7 +14,7 @@ norm takes up a shift by its running mean, and A is the covariance of the inputs
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from bayesprune.errors import UnsupportedModelError
 from bayesprune.foundation.batches import Batch, device_of, on_device
 from bayesprune.laplace.calibration import Call, Loss, counted_positions, record
+from bayesprune.laplace.diagonal import prior_precisions, set_precision
 from bayesprune.laplace.flow import layer_calls
 from bayesprune.laplace.matrices import (
     drawn_positions,
@@ -34,7 +35,6 @@ from bayesprune.laplace.matrices import (
     output_rows,
     to_matrix,
 )
-from bayesprune.laplace.stds import prior_precisions, set_precision
 from bayesprune.layers import VariationalLayer, named_posteriors
 from bayesprune.priors import Prior
 
@@ -73,6 +73,22 @@ class KroneckerFactors:
         """Marginal variances of single weights, (G, R, C): an outer product of the two inverses' diagonals."""
         rows, columns = (_inverse_diagonal(p) for p in (self.output_precision(), self.input_precision()))
         return rows[:, :, None] * columns[:, None, :]
+
+    def blocks(self) -> Iterator[tuple[int, slice, Tensor]]:
+        """The group, the columns and A of each block of each group, (b, b)."""
+        start = 0
+        for block in self.inputs:
+            columns = slice(start, start + block.shape[-1])
+            yield from ((group, columns, between) for group, between in enumerate(block))
+            start = columns.stop
+
+    def gram(self, group: int, columns: slice) -> Tensor:
+        """W^T G W between these columns, (b, b), float64, for a group's means W and output factor G."""
+        weights = self.mean[group, :, columns].double()
+        sides = weights.split([side.shape[-1] for side in self.outputs])
+        return torch.stack([part.mT @ side[group] @ part for side, part in zip(self.outputs, sides, strict=True)]).sum(
+            0
+        )
 
     def _balance(self) -> float:
         tiny = torch.finfo(torch.float64).tiny

@@ -68,7 +68,7 @@ def output_rows(layer: VariationalLayer, outputs: Tensor, num_examples: int, cho
 
 
 def drawn_positions(num_positions: int, number: int) -> Tensor | None:
-    """So many of an example's positions, drawn without replacement and in order, always the same; None for all."""
+    """A number of an example's positions, drawn without replacement, in order, always the same; None for all."""
     if number >= num_positions:
         return None
     generator = torch.Generator().manual_seed(num_positions)
@@ -76,7 +76,7 @@ def drawn_positions(num_positions: int, number: int) -> Tensor | None:
 
 
 def removed_columns(layer: VariationalLayer, channels: list[int]) -> Tensor:
-    """Which columns, (G, C), belong to these input channels of the layer."""
+    """A mask of the columns, (G, C), that belong to these input channels of the layer."""
     weight = layer.get_parameter("weight")
     groups, _, columns = to_matrix(layer, weight).shape
     num_inputs, _ = kind_of(layer).sizes(weight.shape)

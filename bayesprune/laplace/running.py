@@ -1,10 +1,13 @@
-"""A Laplace posterior that is kept up to date during ordinary training, from the gradients that it computes anyway.
+"""Laplace posteriors from what training computes anyway: gradients as they come, or the state of a user's own IVON.
 
 The training stays as it is: no noise, no KL, no second pass. A hook before each step of the user's optimizer keeps an
 exponential moving average of the squared batch gradients, from which the stds follow (Khan et al., 2018, arXiv
 1806.04854, have it from Adam's second moments). Under gradual removal the curvature is that of the present, partly
 removed network: that of a trained network alone, whose gradients have almost vanished, says little about removing most
 of its weights.
+
+It holds an average h of curvatures for every parameter; the precision is N (h + d), with N the effective sample size
+and d the weight decay (Shen et al., 2024, arXiv 2402.17641).
 """
 
 from typing import Any
@@ -13,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bayesprune.laplace.stds import prior_precisions, set_precision
-from bayesprune.layers import Posterior
+from bayesprune.foundation.text import first_names
+from bayesprune.laplace.diagonal import prior_precisions, set_precision
+from bayesprune.layers import Posterior, named_posteriors
 from bayesprune.priors import Prior
 from bayesprune.train.optimizers import grad_scaler_state, unwrapped
 
@@ -128,3 +132,67 @@ class RunningLaplace:
             self._averages[name], self._steps[name] = torch.zeros_like(gradient), 0
         self._averages[name].mul_(self._decay).addcmul_(gradient, gradient, value=1 - self._decay)
         self._steps[name] += 1
+
+
+_KEYS = ("params", "hess", "ess", "weight_decay", "hess_init")
+
+
+@torch.no_grad()
+def ivon_posterior(model: nn.Module, optimizer: Optimizer) -> nn.Module:
+    """The model with the stds of the posterior that the optimizer carries, in place; its means stay as they are.
+
+    Where stds are shared (rank_one, per_channel) they are the best fit to those of single weights, see
+    `bayesprune.laplace.collapse`. To follow the posterior during training, call it again, before each removal say.
+
+    Args:
+        model: A variational model whose means the optimizer trained: `to_variational` keeps the parameters, so it may
+            be converted afterwards.
+        optimizer: `ivon.IVON`, outside its `sampled_params`; accelerate's wrapper of one will do.
+
+    Raises:
+        TypeError: the optimizer carries no such posterior.
+        ValueError: it has not trained every posterior mean of the model, has not taken a step, or its state does not
+            fit its parameters.
+    """
+    posteriors = list(named_posteriors(model))
+    if not posteriors:
+        raise ValueError("the model has no variational layer; call to_variational first.")
+    precisions = _precisions(unwrapped(optimizer))
+    unknown = [posterior.name for posterior in posteriors if id(posterior.mean) not in precisions]
+    if unknown:
+        raise ValueError(
+            f"ivon does not hold, or has taken no step on, {first_names(unknown)} ({len(unknown)} of the model's "
+            f"{len(posteriors)} posterior means); expected the optimizer that trained them all. Leave other layers "
+            "deterministic with filter_fn."
+        )
+    for posterior in posteriors:
+        set_precision(posterior, precisions[id(posterior.mean)])
+    return model
+
+
+def _precisions(optimizer: Optimizer) -> dict[int, Tensor]:
+    """Precisions by the id of their parameter, without those that never had a gradient.
+
+    A group's `hess` holds the entries of all its parameters one after the other.
+    """
+    precisions: dict[int, Tensor] = {}
+    for index, group in enumerate(optimizer.param_groups):
+        missing = [key for key in _KEYS if key not in group]
+        if missing:
+            raise TypeError(
+                f"{type(optimizer).__name__} has no {', '.join(missing)} in its parameter group {index}; expected "
+                "ivon.IVON. RunningLaplace takes the gradients of any other optimizer."
+            )
+        parameters, hessian = group["params"], group["hess"]
+        sizes = [parameter.numel() for parameter in parameters]
+        if hessian.shape != (sum(sizes),):
+            raise ValueError(
+                f"parameter group {index} of ivon has a hess of shape {tuple(hessian.shape)} for {len(sizes)} "
+                f"parameters of {sum(sizes)} entries; expected one for each. Parameters were resized since: read the "
+                "posterior before channels are cut."
+            )
+        if not bool((hessian == group["hess_init"]).all()):  # it has stepped
+            for parameter, part in zip(parameters, hessian.split(sizes), strict=True):
+                if parameter.requires_grad:
+                    precisions[id(parameter)] = group["ess"] * (part.view_as(parameter) + group["weight_decay"])
+    return precisions

@@ -7,9 +7,19 @@ expectation and not to first order, and no layer is written anew.
 
 from bayesprune.moments import rules as _rules  # noqa: F401  (registers them)
 from bayesprune.moments.elementwise import register_elementwise
+from bayesprune.moments.memory import MomentTensors
 from bayesprune.moments.registry import register_rule
 from bayesprune.moments.sampled import sampled
 from bayesprune.moments.settings import Settings, settings
-from bayesprune.moments.tensor import Moments, Parts, parts
+from bayesprune.moments.tensor import Moments, parts
 
-__all__ = ["Moments", "Parts", "Settings", "parts", "register_elementwise", "register_rule", "sampled", "settings"]
+__all__ = [
+    "MomentTensors",
+    "Moments",
+    "Settings",
+    "parts",
+    "register_elementwise",
+    "register_rule",
+    "sampled",
+    "settings",
+]

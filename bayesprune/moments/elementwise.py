@@ -5,12 +5,12 @@ from typing import Any
 
 from torch import Tensor
 
+from bayesprune.moments.covariance import aligned, mean_over
 from bayesprune.moments.gaussian import Formula, formula_of, transform
-from bayesprune.moments.memory import to_nan, writable
+from bayesprune.moments.memory import Function, KnownMoments, LazyMoments, MomentTensors
 from bayesprune.moments.registry import following, follows_directions, register_rule
 from bayesprune.moments.settings import current
-from bayesprune.moments.shared import aligned, mean_over
-from bayesprune.moments.tensor import Function, Known, Moments, Parts, Source, follows
+from bayesprune.moments.tensor import Moments, follows, to_nan, writable
 
 
 def apply(x: Moments, function: Function, formula: Formula | None = None) -> Moments:
@@ -24,7 +24,7 @@ def apply(x: Moments, function: Function, formula: Formula | None = None) -> Mom
     """
     source, composed = x.source, _composed(x.source, function)
     if formula is not None and source.is_gaussian and not current().taylor:
-        return Moments.of(Source.lazy(source.base, composed, lambda: transform(formula, source.known()), False))
+        return Moments.of(LazyMoments.lazy(source.base, composed, lambda: transform(formula, source.known()), False))
     return _composite(source.base, composed)
 
 
@@ -32,7 +32,7 @@ def affine(x: Moments, scale: Any = 1, offset: Any = 0) -> Moments:
     """scale * x + offset, exact; numbers or tensors that broadcast to the shape of x."""
     source = x.source
 
-    def compute() -> Known:
+    def compute() -> KnownMoments:
         (mean, variance, shared), directions, residual = source.known()
         assert variance is not None, "an affine rule is for uncertain tensors"
         factor = scale.to(variance.dtype) if isinstance(scale, Tensor) else scale
@@ -40,13 +40,13 @@ def affine(x: Moments, scale: Any = 1, offset: Any = 0) -> Moments:
             own = aligned(factor, mean.dim()) if isinstance(factor, Tensor) else factor
             common = mean_over(own, shared.shape) if isinstance(own, Tensor) else own
             shared = shared * common**2
-        moved = Parts((mean * scale + offset).to(mean.dtype), variance * factor**2, shared)
+        moved = MomentTensors((mean * scale + offset).to(mean.dtype), variance * factor**2, shared)
         if directions is None:
-            return Known(moved)
-        return Known(moved, directions * factor, None if residual is None else residual * factor**2)
+            return KnownMoments(moved)
+        return KnownMoments(moved, directions * factor, None if residual is None else residual * factor**2)
 
     composed = _composed(source, lambda t: t * scale + offset)
-    return Moments.of(Source.lazy(source.base, composed, compute, source.is_gaussian))
+    return Moments.of(LazyMoments.lazy(source.base, composed, compute, source.is_gaussian))
 
 
 def joint(a: Moments, b: Moments, function: Callable[[Tensor, Tensor], Tensor]) -> Moments | None:
@@ -90,7 +90,7 @@ def in_place(
         result = (following(function, rule) if has_directions else rule)(x, *args, **kwargs)
         if result.shape != x.shape:
             raise ValueError(f"in-place result has shape {tuple(result.shape)}; expected {tuple(x.shape)}.")
-        return x.become(result if result.dtype == x.dtype else result.to(x.dtype))
+        return x.copy_from(result if result.dtype == x.dtype else result.to(x.dtype))
 
     return follows_directions(write)
 
@@ -98,15 +98,15 @@ def in_place(
 def _rule(function: Callable[..., Any], formula: Formula | None) -> Callable[..., Any]:
     def rule(x: Moments, *args: Any, inplace: bool = False, **kwargs: Any) -> Moments:
         result = apply(x, lambda t: function(t, *args, **kwargs), formula)
-        return x.become(result) if inplace else result
+        return x.copy_from(result) if inplace else result
 
     return follows_directions(rule)
 
 
-def _composite(base: Source, function: Function) -> Moments:
+def _composite(base: LazyMoments, function: Function) -> Moments:
     formula = formula_of(function)  # by the settings that hold now, whenever it is computed
-    return Moments.of(Source.lazy(base, function, lambda: transform(formula, base.known()), False))
+    return Moments.of(LazyMoments.lazy(base, function, lambda: transform(formula, base.known()), False))
 
 
-def _composed(source: Source, function: Function) -> Function:
+def _composed(source: LazyMoments, function: Function) -> Function:
     return function if source.function is None else lambda t: function(source.value(t))

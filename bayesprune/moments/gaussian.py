@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from bayesprune.moments.covariance import mean_over
+from bayesprune.moments.memory import Function, KnownMoments, MomentTensors
 from bayesprune.moments.settings import current
-from bayesprune.moments.shared import mean_over
-from bayesprune.moments.tensor import Function, Known, Parts
 
 
 class Transformed(NamedTuple):
@@ -36,7 +36,7 @@ class Transformed(NamedTuple):
 Formula = Callable[[Tensor, Tensor], Transformed]
 
 
-def transform(formula: Formula, x: Known) -> Known:
+def transform(formula: Formula, x: KnownMoments) -> KnownMoments:
     """The moments of f(x) by its formula; the mean keeps its dtype, all computation is in the variance's."""
     m, v, shared = x.parts
     assert v is not None, "certain tensors need no formula"
@@ -46,14 +46,14 @@ def transform(formula: Formula, x: Known) -> Known:
         directions = x.directions * gain
         followed = directions.square().sum(0)
         residual = (variance - followed).clamp_min(0)
-        return Known(Parts(mean, followed + residual, None), directions, residual)
+        return KnownMoments(MomentTensors(mean, followed + residual, None), directions, residual)
     if shared is None:
-        return Known(Parts(mean, variance, None))
+        return KnownMoments(MomentTensors(mean, variance, None))
     common = shared * mean_over(gain, shared.shape).square()
     if curvature is not None:
         # A position that varies less than most cannot share more than it varies; its curvature may be without bound.
         common = common + 0.5 * mean_over(torch.minimum(shared, v) * curvature, shared.shape).square()
-    return Known(Parts(mean, variance, common))
+    return KnownMoments(MomentTensors(mean, variance, common))
 
 
 def formula_of(function: Function) -> Formula:

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from bayesprune.foundation import noise
+from bayesprune.moments.covariance import aligned, shared_dims
 from bayesprune.moments.gaussian import std
+from bayesprune.moments.memory import KnownMoments
 from bayesprune.moments.settings import current
-from bayesprune.moments.shared import aligned, shared_dims
-from bayesprune.moments.tensor import Known, Moments, known, plain
+from bayesprune.moments.tensor import Moments, known, plain
 
 _DRAWING: ContextVar[bool] = ContextVar("bayesprune_moments_drawing", default=False)
 
@@ -122,7 +123,7 @@ def _by_samples(forward: Callable[..., Any], num_samples: int, seed: int | None)
     return sampled_forward
 
 
-def _weights(inputs: list[Known | None], num_samples: int) -> Tensor | None:
+def _weights(inputs: list[KnownMoments | None], num_samples: int) -> Tensor | None:
     """How far each draw goes along each of the K directions that the inputs have in common: (S, K)."""
     found = next((x.directions for x in inputs if x is not None and x.directions is not None), None)
     if found is None:
@@ -135,7 +136,7 @@ def _weights(inputs: list[Known | None], num_samples: int) -> Tensor | None:
 def _run(
     forward: Callable[..., Any],
     leaves: list[Any],
-    inputs: list[Known | None],
+    inputs: list[KnownMoments | None],
     spec: Any,
     weights: Tensor | None,
     i: int,
@@ -145,7 +146,7 @@ def _run(
     return forward(*args, **kwargs)
 
 
-def _draw(x: Known, weights: Tensor | None, i: int) -> Tensor:
+def _draw(x: KnownMoments, weights: Tensor | None, i: int) -> Tensor:
     (mean, variance, shared), directions, residual = x
     if variance is None:
         return mean
@@ -165,7 +166,7 @@ def _normal(like: Tensor) -> Tensor:
     return noise.normal(like.shape, device=like.device, dtype=like.dtype)
 
 
-def _moments(column: list[Any], inputs: list[Known | None], weights: Tensor | None) -> Any:
+def _moments(column: list[Any], inputs: list[KnownMoments | None], weights: Tensor | None) -> Any:
     """What the draws of one result say; what is no floating-point tensor is the same at all of them."""
     first = column[0]
     if not isinstance(first, Tensor) or not first.is_floating_point():
@@ -188,7 +189,7 @@ def _moments(column: list[Any], inputs: list[Known | None], weights: Tensor | No
     return Moments(mean, variance, _shared(deviations, variance, inputs))
 
 
-def _shared(deviations: Tensor, variance: Tensor, inputs: list[Known | None]) -> Tensor | None:
+def _shared(deviations: Tensor, variance: Tensor, inputs: list[KnownMoments | None]) -> Tensor | None:
     """The mean covariance of two positions, along the dimensions along which an input shares."""
     if current().covariance != "shared":
         return None

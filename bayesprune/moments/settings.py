@@ -1,4 +1,4 @@
-"""How moments are propagated: the choices that hold for every rule."""
+"""Settings of the propagation of moments, which hold for every rule."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -9,93 +9,18 @@ is written out, is one function of x and not a product of independent numbers.
 What is written in place is seen by all that looks at the same memory, as with plain tensors (see `memory`).
 """
 
+import inspect
+import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from bayesprune.moments.memory import Memory, View
+from bayesprune.moments.memory import KnownMoments, LazyMoments, Memory, MomentTensors, View
 from bayesprune.moments.registry import find_rule, following
-
-Function = Callable[[Tensor], Tensor]
-
-
-class Parts(NamedTuple):
-    """What a tensor with moments consists of, as plain tensors.
-
-    Attributes:
-        mean: Any shape.
-        variance: The mean's shape, float32 or better; None where the tensor is certain. Of complex numbers, that of
-            their real parts in the real part, that of their imaginary parts in the imaginary one.
-        shared: The part of the variance that entries have in common along each dimension where it has size 1 and the
-            mean has not: the mean covariance between two of them. None where nothing is known of covariance.
-    """
-
-    mean: Tensor
-    variance: Tensor | None
-    shared: Tensor | None
-
-
-class Known(NamedTuple):
-    """The moments of a tensor, with the directions of its covariance where these are followed.
-
-    Attributes:
-        parts: Mean, whole variance, shared part.
-        directions: K deviations (K, *shape) that the entries have in common, or None: covariance is their sum of outer
-            products, plus `residual` on the diagonal.
-        residual: The variance that is not in the directions; None is zero.
-    """
-
-    parts: Parts
-    directions: Tensor | None = None
-    residual: Tensor | None = None
-
-
-class Source:
-    """Where the moments of a tensor come from: known, or computed when they are asked for.
-
-    Attributes:
-        like: A tensor of the same shape, dtype and device.
-        base: The source that this one is a function of; itself where it is known.
-        function: That function, elementwise; None where it is known.
-        is_gaussian: Whether it is taken as Gaussian: known, or an affine function of what is.
-    """
-
-    def __init__(self, known: Known) -> None:
-        self.like, self.base, self.function, self.is_gaussian = known.parts.mean, self, None, True
-        self._known: Known | None = known
-        self._compute: Callable[[], Known] | None = None
-
-    @classmethod
-    def lazy(cls, base: "Source", function: Function, compute: Callable[[], Known], is_gaussian: bool) -> "Source":
-        """A function of a base, with the way to compute its moments."""
-        made = cls.__new__(cls)
-        made.like, made.base, made.function, made.is_gaussian = base.like, base, function, is_gaussian
-        made._known, made._compute = None, compute
-        return made
-
-    def known(self) -> Known:
-        """The moments, computed once."""
-        if self._known is None:
-            assert self._compute is not None, "a lazy source knows how to compute its moments"
-            self._known, self._compute = self._compute(), None
-        return self._known
-
-    def parts(self) -> Parts:
-        """Mean, variance and shared part."""
-        return self.known().parts
-
-    def value(self, x: Tensor) -> Tensor:
-        """The function of the base, at a plain tensor."""
-        return x if self.function is None else self.function(x)
-
-    @property
-    def is_uncertain(self) -> bool:
-        """Whether there is a variance."""
-        return self.base.parts().variance is not None
 
 
 class Moments(Tensor):
@@ -111,7 +36,7 @@ class Moments(Tensor):
 
     _memory: Memory
     _view: View | None
-    _source: Source
+    _source: LazyMoments
     _seen: int
 
     def __new__(cls, mean: Tensor, variance: Tensor | None = None, shared: Tensor | None = None) -> "Moments":
@@ -120,7 +45,7 @@ class Moments(Tensor):
         Args:
             mean: A floating-point tensor.
             variance: Of a shape that broadcasts to the mean's; None while the tensor is certain.
-            shared: Covariance along the dimensions where it has size 1 (see `Parts`).
+            shared: Covariance along the dimensions where it has size 1 (see `MomentTensors`).
 
         Raises:
             TypeError: the mean is not a floating-point tensor.
@@ -130,32 +55,30 @@ class Moments(Tensor):
             raise TypeError(f"Moments got a mean of dtype {mean.dtype}; expected a floating-point tensor.")
         if variance is not None:
             variance = variance.to(torch.promote_types(mean.dtype, torch.float32)).expand(mean.shape)
-        return cls.of(Source(Known(Parts(mean, variance, shared))))
+        return cls.of(LazyMoments(KnownMoments(MomentTensors(mean, variance, shared))))
 
     @classmethod
     def along(cls, mean: Tensor, directions: Tensor, residual: Tensor | None = None) -> "Moments":
         """A tensor whose covariance is `directions` (K, *shape), summed as outer products, plus a diagonal residual."""
-        variance = squares(directions).sum(0)
-        whole = variance if residual is None else variance + residual
-        return cls.of(Source(Known(Parts(mean, whole, None), directions, residual)))
+        return cls.of(LazyMoments(KnownMoments.along(mean, directions, residual)))
 
     @classmethod
-    def of(cls, source: Source) -> "Moments":
+    def of(cls, source: LazyMoments) -> "Moments":
         """The tensor whose moments come from there."""
         like = source.like
         made = torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
         return made._place(Memory(source), None, source)
 
-    def _place(self, memory: Memory, view: View | None, source: Source) -> "Moments":
+    def _place(self, memory: Memory, view: View | None, source: LazyMoments) -> "Moments":
         self._memory, self._view, self._source, self._seen = memory, view, source, memory.version
         memory.aliases[id(self)] = self
         return self
 
     @property
-    def source(self) -> Source:
-        """Where the moments come from; again from the memory, where another tensor has written into it."""
+    def source(self) -> LazyMoments:
+        """The tensor's lazy moments; read anew from the memory where another tensor has written into it."""
         if self._seen != self._memory.version:
-            self._source, self._seen = self._memory.read(self._view), self._memory.version
+            self._source, self._seen = _seen_through(self._view, self._memory), self._memory.version
         return self._source
 
     @property
@@ -175,7 +98,7 @@ class Moments(Tensor):
 
     @property
     def shared(self) -> Tensor | None:
-        """The shared part of the variances (see `Parts`)."""
+        """The shared part of the variances (see `MomentTensors`)."""
         return self.source.parts().shared
 
     @property
@@ -183,7 +106,7 @@ class Moments(Tensor):
         """The K common deviations (K, *shape) that `settings(covariance="low_rank")` follows; None elsewhere."""
         return self.source.known().directions
 
-    def become(self, other: Tensor) -> "Moments":
+    def copy_from(self, other: Tensor) -> "Moments":
         """Takes over the moments of another tensor of its shape, as in-place functions do; returns itself."""
         source = (other if isinstance(other, Moments) else Moments(other)).source
         if self._view is not None and not self._memory.is_seen_beside(self):
@@ -246,14 +169,14 @@ class _Mean(Tensor):
         return torch.mean(self.whole, *args, **kwargs)
 
 
-def known(x: Any) -> Known:
+def known(x: Any) -> KnownMoments:
     """The moments of a tensor and the directions of its covariance; of a number or plain tensor, itself as the mean."""
-    return x.source.known() if isinstance(x, Moments) else Known(Parts(x, None, None))
+    return x.source.known() if isinstance(x, Moments) else KnownMoments(MomentTensors(x, None, None))
 
 
-def parts(x: Any) -> Parts:
+def parts(x: Any) -> MomentTensors:
     """Mean, variance and shared part of a tensor with moments; of a plain tensor or a number, itself as the mean."""
-    return x.source.parts() if isinstance(x, Moments) else Parts(x, None, None)
+    return x.source.parts() if isinstance(x, Moments) else MomentTensors(x, None, None)
 
 
 def plain(x: Tensor) -> Tensor:
@@ -271,11 +194,6 @@ def follows(x: Any) -> bool:
 def is_uncertain(x: Any) -> bool:
     """Whether something is a tensor with a variance."""
     return isinstance(x, Moments) and x.source.is_uncertain
-
-
-def squares(x: Tensor) -> Tensor:
-    """Squares; of complex numbers, of their real and imaginary parts, each in its place."""
-    return torch.view_as_complex(torch.view_as_real(x).square()) if x.is_complex() else x.square()
 
 
 def _is_complex(leaf: Any) -> bool:
@@ -304,6 +222,88 @@ def _look(result: Any, func: Callable[..., Any], args: Any, kwargs: Any) -> None
 def _certain(result: Any) -> Any:
     is_float = isinstance(result, Tensor) and not isinstance(result, Moments) and result.is_floating_point()
     return Moments(result) if is_float else result
+
+
+def writable(x: Any, erase: Callable[[Tensor], Any]) -> "Moments":
+    """The tensor itself, which from now on has moments.
+
+    A plain tensor into which something uncertain is written (a buffer of zeros that a model fills by slices, a cache)
+    turns into one with moments itself, so that every variable that holds it sees it. Plain views made of it before stay
+    plain: where the write went they hold nan from then on, since a variance that is passed over in silence would be
+    wrong.
+
+    Args:
+        x: A tensor with moments, or a plain one.
+        erase: Fills what is about to be written, in a plain tensor, with nan.
+
+    Raises:
+        TypeError: it belongs to the model (a parameter, a buffer, an attribute), holds integers, or is of another class
+            of tensors.
+    """
+    if isinstance(x, Moments):
+        return x
+    base: Any = x if x._base is None else x._base
+    if type(x) is not Tensor or type(base) not in (Tensor, Moments) or not x.is_floating_point() or _is_state(x, base):
+        kind = "tensor of the model" if type(x) is Tensor and x.is_floating_point() else type(x).__name__
+        raise TypeError(
+            f"a {kind} ({x.dtype}) got an uncertain tensor added, multiplied or assigned in place; only tensors with "
+            "moments, and plain floating-point tensors that the forward made itself, can take one. Write it out of "
+            "place."
+        )
+    if base is x and x.untyped_storage().nbytes() > x.numel() * x.element_size():
+        raise TypeError(
+            "a view of a plain tensor that does not know of it (as under torch.inference_mode) got an uncertain tensor "
+            "in place; run under torch.no_grad, or write out of place."
+        )
+    shape, stride, offset = x.shape, x.stride(), x.storage_offset()
+    if not isinstance(base, Moments):
+        mean = torch.ops.aten.alias(base).clone()
+        if mean.stride() != base.stride():
+            raise TypeError("a plain tensor with overlapping entries got an uncertain one in place; clone it before.")
+        _erase(x, erase)
+        source = LazyMoments(KnownMoments(MomentTensors(mean, None, None)))
+        _turned(base)._place(Memory(source), None, source)
+    else:
+        _erase(x, erase)
+    if base is x:
+        return base
+    with torch._C.DisableTorchFunctionSubclass():
+        start = offset - base.storage_offset()
+
+    def view(whole: Any) -> Any:
+        return whole.as_strided(shape, stride, start)
+
+    memory = base._memory
+    return _turned(x)._place(memory, view, _seen_through(view, memory))
+
+
+def _seen_through(view: View | None, memory: Memory) -> LazyMoments:
+    """The moments that a view of the memory shows now."""
+    source = memory.read()
+    return source if view is None else view(Moments.of(source)).source
+
+
+def _turned(x: Any) -> "Moments":
+    x.__class__ = Moments
+    return x
+
+
+def _erase(x: Tensor, erase: Callable[[Tensor], Any]) -> None:
+    with torch.no_grad():
+        erase(x.detach())
+
+
+def to_nan(x: Tensor) -> None:
+    """Fills it."""
+    x.fill_(math.nan)
+
+
+def _is_state(*tensors: Tensor) -> bool:
+    """Whether one of these is a buffer, or another attribute, of the outermost module that is being called."""
+    calling = [local for info in inspect.stack(0) if isinstance(local := info.frame.f_locals.get("self"), nn.Module)]
+    modules = calling[-1].modules() if calling else ()
+    held = (value for module in modules for value in (*module._buffers.values(), *vars(module).values()))
+    return any(value is x for value in held for x in tensors)
 
 
 _PROPERTIES = ("shape", "dtype", "device", "layout", "ndim", "is_cuda", "is_cpu", "is_mps", "is_xpu", "is_meta")

@@ -15,8 +15,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
+from bayesprune.moments.memory import KnownMoments, LazyMoments
 from bayesprune.moments.settings import current
-from bayesprune.moments.tensor import Known, Moments, Source, known
+from bayesprune.moments.tensor import Moments, known
 from bayesprune.prediction.predict import sampling
 
 
@@ -75,7 +76,7 @@ class _Flat(NamedTuple):
         tensors: Its tensors; those with moments as what is known of them.
         constants: Its leaves, None in place of tensors.
         is_tensor: Which leaves are tensors.
-        spec: The structure, with `Known` in place of tensors with moments.
+        spec: The structure, with `KnownMoments` in place of tensors with moments.
     """
 
     tensors: list[Tensor]
@@ -102,7 +103,7 @@ class _Flat(NamedTuple):
         rest = iter(tensors)
         leaves = [next(rest) if here else c for here, c in zip(self.is_tensor, self.constants, strict=True)]
         tree = tree_unflatten(leaves, self.spec)
-        return tree_map(lambda x: Moments.of(Source(x)) if _is_known(x) else x, tree, is_leaf=_is_known)
+        return tree_map(lambda x: Moments.of(LazyMoments(x)) if _is_known(x) else x, tree, is_leaf=_is_known)
 
 
 class _Program(NamedTuple):
@@ -194,7 +195,7 @@ def _without_autocast(tensors: list[Tensor]) -> Iterator[None]:
 
 
 def _is_known(x: Any) -> bool:
-    return isinstance(x, Known)
+    return isinstance(x, KnownMoments)
 
 
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)

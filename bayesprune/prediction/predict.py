@@ -28,7 +28,7 @@ class Prediction(NamedTuple):
     samples: Tensor | None = None
 
     def classify(self, *, num_draws: int = 256, temperature: float = 1.0) -> "Classification":
-        """What the logits (N, ..., C) say of the classes: by the samples, or by draws from independent Gaussians.
+        """Classifies by the logits (N, ..., C): over the samples, or over draws from independent Gaussians.
 
         Args:
             num_draws: Number of draws where there are no samples; they are the same at every call.
@@ -48,7 +48,7 @@ class Prediction(NamedTuple):
 
 
 class Classification(NamedTuple):
-    """What a posterior over logits says of the classes.
+    """Class probabilities and uncertainties of a posterior over logits.
 
     Attributes:
         probabilities: Mean class probabilities (N, ..., C).

@@ -8,9 +8,17 @@ relevance determination); Louizos et al., 2017, and Ghosh et al., 2018 (horsesho
 (log-uniform).
 """
 
-from bayesprune.priors.base import Binding, BoundNormal, BoundPrior, Prior
+from bayesprune.priors.base import (
+    Binding,
+    BoundGaussian,
+    BoundLogUniform,
+    BoundNormal,
+    BoundPrior,
+    Gaussian,
+    LogUniform,
+    Prior,
+)
 from bayesprune.priors.dependency import BoundDependency, DependencyGroup, Member, refresh
-from bayesprune.priors.fixed import BoundGaussian, BoundLogUniform, Gaussian, LogUniform
 from bayesprune.priors.learned import ARD, BoundLearned, Horseshoe
 
 __all__ = [

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from bayesprune.priors.base import Binding, BoundNormal, BoundPrior, Prior, kept, second_moments
-from bayesprune.priors.dependency import DependencyGroup, bind_groups
-from bayesprune.priors.scales import best_shrinkage, best_variance
+from bayesprune.priors.dependency import DependencyGroup, best_shrinkage, best_variance, bind_groups
 
 Sharing = Literal["weight", "channel", "input_channel", "layer"]
 SHARING: tuple[Sharing, ...] = ("weight", "channel", "input_channel", "layer")

@@ -2,10 +2,10 @@
 
 from bayesprune.layers import make_masks
 from bayesprune.prune.batch_norm import FrozenStatistics, freeze_batch_norm, recalibrate_batch_norm
-from bayesprune.prune.channels.measured import MeasuredImportance, layer_shares
 from bayesprune.prune.channels.prune import ChannelReport, prune_channels
 from bayesprune.prune.graph.companions import follow_stds
 from bayesprune.prune.graph.dependency import dependency_groups
+from bayesprune.prune.measured import MeasuredImportance, layer_shares
 from bayesprune.prune.scores.channels import SNRImportance
 from bayesprune.prune.scores.evidence import EvidenceImportance, evidence
 from bayesprune.prune.scores.inclusion import InclusionImportance

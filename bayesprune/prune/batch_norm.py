@@ -1,6 +1,6 @@
 """Batch-norm statistics of a model whose channels have changed: measured anew, or kept while it is fine-tuned."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from itertools import chain, islice
 from typing import Any
@@ -55,8 +55,29 @@ def recalibrate_batch_norm(model: nn.Module, data: Iterable[Any], *, max_batches
     return model
 
 
+def recalibrate_if_better(model: nn.Module, batches: Sequence[Any], distance: Callable[[nn.Module], float]) -> bool:
+    """Measures batch norm anew unless the distance is smaller without; whether it did.
+
+    Args:
+        model: Without any batch norm it is left as it is.
+        batches: As for `recalibrate_batch_norm`.
+        distance: Of a model's outputs from those wanted.
+    """
+    norms = measured_norms(model)
+    if not norms:
+        return False
+    before = distance(model)
+    buffers = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
+    recalibrate_batch_norm(model, batches)
+    if not distance(model) > before:
+        return True
+    for buffer, value in buffers:
+        buffer.copy_(value)
+    return False
+
+
 class FrozenStatistics(AbstractContextManager["FrozenStatistics"]):
-    """What keeps batch norms at their running statistics; made by `freeze_batch_norm`."""
+    """Keeps batch norms at their running statistics; made by `freeze_batch_norm`."""
 
     def __init__(self, norms: Iterable[_BatchNorm]) -> None:
         self._handles = [norm.register_forward_pre_hook(_evaluate) for norm in norms]

@@ -25,7 +25,7 @@ from bayesprune.foundation.target import Target
 from bayesprune.foundation.text import as_text
 from bayesprune.layers import removable_weights
 from bayesprune.prune.channels.prune import prune_channels
-from bayesprune.prune.graph.roots import layer_names
+from bayesprune.prune.graph.prunable_layers import layer_names
 from bayesprune.prune.weights.prune import prune_weights
 
 _LOGGER = logging.getLogger(__name__)

@@ -10,8 +10,7 @@ from bayesprune.reports.measure import (
     macs_by_module,
     perplexity,
 )
-from bayesprune.reports.measurement import Measurement, measure
-from bayesprune.reports.metric import ACCURACY, PERPLEXITY, Metric
+from bayesprune.reports.measurement import ACCURACY, PERPLEXITY, Measurement, Metric, measure
 from bayesprune.reports.report import HistoryPoint, Report, report
 
 __all__ = [

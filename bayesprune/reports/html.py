@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from bayesprune.reports import plots
-from bayesprune.reports.comparison import Comparison
+from bayesprune.reports.measurement import Comparison
 from bayesprune.reports.summary import quantities
 from bayesprune.reports.table import layer_table
 

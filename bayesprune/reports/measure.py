@@ -6,9 +6,10 @@ nothing else: no biases, norms or activations.
 
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,18 @@ from bayesprune.foundation.batches import device_of, given, logits_of, on_device
 from bayesprune.foundation.kinds import EMBEDDING, kind_of
 from bayesprune.foundation.latency import seconds_in_turn
 from bayesprune.foundation.macs import COUNTER
-from bayesprune.reports.running import ExampleInputs, evaluating
+from bayesprune.foundation.model import eval_mode
+
+ExampleInputs: TypeAlias = Tensor | Sequence[Any] | Mapping[str, Any]
+"""A tensor, a sequence of positional arguments, the list of images of a detector, or a mapping of keyword arguments."""
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode and records no gradients; after it, each module has its own mode again."""
+    with eval_mode(model), torch.no_grad():
+        yield
+
 
 REPORT_FILES = ("report.json", "report.csv", "report.html")
 
@@ -54,7 +66,7 @@ class Latency:
 
     @property
     def conditions(self) -> tuple[str, int, int, str]:
-        """What must be equal for two latencies to be compared."""
+        """Conditions that must be equal for two latencies to be compared."""
         return self.device, self.num_threads, self.batch, self.dtype
 
 

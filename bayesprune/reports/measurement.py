@@ -1,4 +1,4 @@
-"""The measurement of one model: all that a report says of it."""
+"""What a report is about: the measurement of one model, and the comparison of two with those seen between."""
 
 import math
 from collections.abc import Callable
@@ -9,22 +9,44 @@ from torch import nn
 
 from bayesprune.foundation.batches import given
 from bayesprune.foundation.macs import COUNTER
-from bayesprune.reports.layers import LayerSize, layer_sizes
+from bayesprune.reports.layers import LayerRow, LayerSize, LayerSNR, layer_sizes, pair_layers
 from bayesprune.reports.measure import (
+    ExampleInputs,
     Latency,
     count_parameters,
+    evaluating,
     file_bytes,
     latency,
     macs_by_module,
     tensor_bytes,
     uncounted_layers,
 )
-from bayesprune.reports.running import ExampleInputs, evaluating
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The number that `evaluate` returns.
+
+    Attributes:
+        name: As readers of a report know it.
+        is_lower_better: Whether a smaller number is a better model.
+    """
+
+    name: str
+    is_lower_better: bool = False
+
+    def shown(self, value: float) -> str:
+        """The value with its name; an accuracy in percent."""
+        return f"{self.name} {value:.2%}" if self == ACCURACY else f"{self.name} {value:.4g}"
+
+
+ACCURACY = Metric("accuracy")
+PERPLEXITY = Metric("perplexity", is_lower_better=True)
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one model costs and how good it is; None where that was not measured.
+    """The cost of one model, and how good it is; None where that was not measured.
 
     MACs are of the whole batch, without those of `uncounted_layers`, which torch's counter does not know. `accuracy` is
     what `evaluate` returned; a report with another metric than accuracy says so.
@@ -53,7 +75,7 @@ def measure(
     path: str | Path | None = None,
     num_repeats: int = 15,
 ) -> Measurement:
-    """What a model costs and how good it is now: take it before an in-place change, for `report` to compare with.
+    """Measures the cost and quality of a model: call it before an in-place change, for `report` to compare with.
 
     Args:
         example_inputs: A tensor, a sequence of arguments or a mapping of keyword arguments, on any device; of a
@@ -87,3 +109,31 @@ def _evaluated(model: nn.Module, evaluate: Callable[[nn.Module], float]) -> floa
     if not math.isfinite(value):
         raise ValueError(f"evaluate returned {value}; expected a finite number, such as the fraction that is right.")
     return value
+
+
+@dataclass(frozen=True)
+class HistoryPoint:
+    """A model seen on the way: its non-zero parameters and its accuracy, or the value of the report's metric."""
+
+    nonzero_parameters: int
+    accuracy: float
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two measurements, the SNRs by layer, the models seen between, and what to know when reading them."""
+
+    title: str
+    before: Measurement
+    after: Measurement
+    snr: tuple[LayerSNR, ...]
+    history: tuple[HistoryPoint, ...]
+    notes: tuple[str, ...]
+    versions: dict[str, str]
+    metric: Metric = ACCURACY
+
+    @property
+    def layers(self) -> tuple[LayerRow, ...]:
+        """One row per layer: kept channels, sizes and SNR."""
+        return pair_layers(self.before.layers, self.after.layers, self.snr)

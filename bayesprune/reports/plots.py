@@ -12,8 +12,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from bayesprune.prune.search import UNITS, Compression
-from bayesprune.reports.comparison import Comparison
 from bayesprune.reports.layers import SNR_LOG10_EDGES, LayerRow, LayerSNR
+from bayesprune.reports.measurement import Comparison
 from bayesprune.reports.summary import short, significant
 
 if TYPE_CHECKING:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import platform
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
@@ -15,14 +14,12 @@ from torch import Tensor, nn
 
 from bayesprune.errors import StorageError
 from bayesprune.foundation.text import first_names
-from bayesprune.reports import html, notes, schema, summary, table
-from bayesprune.reports.comparison import Comparison, HistoryPoint
+from bayesprune.reports import html, summary, table
 from bayesprune.reports.layers import SNR_LOG10_EDGES, layer_snr
-from bayesprune.reports.measure import REPORT_FILES, file_bytes, latencies
-from bayesprune.reports.measurement import Measurement, measure
-from bayesprune.reports.metric import ACCURACY, Metric
-from bayesprune.reports.running import ExampleInputs
-from bayesprune.storage.parsing import parse_json
+from bayesprune.reports.measure import REPORT_FILES, ExampleInputs, file_bytes, latencies
+from bayesprune.reports.measurement import ACCURACY, Comparison, HistoryPoint, Measurement, Metric, measure
+from bayesprune.storage.parsing import decode, parse_json
+from bayesprune.storage.state import write_whole
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -64,7 +61,7 @@ class Report(Comparison):
                     f"its schema_version is {reprlib.repr(version)}; expected {SCHEMA_VERSION}. Read it with the "
                     "version of bayesprune that wrote it."
                 )
-            return schema.decode(cls, document)
+            return decode(cls, document)
         except ValueError as error:
             raise StorageError(f"this is no report that can be read: {error}") from error
 
@@ -90,12 +87,7 @@ class Report(Comparison):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
-            temporary = directory / f".{name}.{os.getpid()}"
-            try:
-                temporary.write_text(text, encoding="utf-8", newline="\n")
-                temporary.replace(directory / name)
-            finally:
-                temporary.unlink(missing_ok=True)
+            write_whole(directory / name, lambda partial, text=text: partial.write_bytes(text.encode()))
 
 
 def report(
@@ -149,7 +141,7 @@ def report(
             f"snr names no layer of the models: it has {first_names(map(repr, snr or {}))}, the layers are {known}. "
             "Pass signal_to_noise of the model itself, not of a wrapper."
         )
-    remarks = notes.remarks(old, new, ratios, side_by_side=side_by_side)
+    remarks = summary.remarks(old, new, ratios, side_by_side=side_by_side)
     return Report(title, old, new, ratios, tuple(history), remarks, _versions(), metric)
 
 

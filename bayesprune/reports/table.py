@@ -7,8 +7,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from bayesprune.reports.comparison import Comparison
 from bayesprune.reports.layers import LayerRow
+from bayesprune.reports.measurement import Comparison
 from bayesprune.reports.summary import percent, quantities, short, significant
 
 _COLUMNS = ("layer", "type", "channels kept", "parameters kept", "non-zero", "MACs kept")

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from bayesprune.errors import StorageError
-from bayesprune.storage.bounds import check_integers
+from bayesprune.storage.reading import check_integers
 
 _MAX_SAID = 500
 
@@ -53,7 +53,7 @@ class BaseModel:
 
 @dataclass(frozen=True)
 class LibraryAdapter:
-    """How one library's models are named, built, and saved in the library's own form.
+    """Names, builds and saves the models of one library in the library's own form.
 
     Attributes:
         library: The name that saved directories carry.

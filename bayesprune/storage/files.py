@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bayesprune.errors import StorageError
+from bayesprune.storage import coding
 from bayesprune.storage.digests import tensor_header
 from bayesprune.storage.parsing import parse_json
 from bayesprune.storage.reading import INDEX, TENSORS
@@ -39,8 +40,14 @@ def json_writer(value: Any) -> Writer:
     return write
 
 
-def tensor_writer(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Writer:
-    """Writes a safetensors file with this header metadata, and the tensors' digests."""
+def tensor_writer(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, coded: bool = False) -> Writer:
+    """Writes a safetensors file with this header metadata, and the tensors' digests; entropy-coded if asked for.
+
+    Raises:
+        StorageError: it cannot be coded; see `bayesprune.storage.coding`.
+    """
+    if coded:
+        tensors, metadata = coding.encoded(tensors), {**metadata, **coding.HEADER}
     header = {**metadata, **tensor_header(tensors)}
 
     def write(path: Path) -> None:
@@ -86,9 +93,12 @@ def write_together(directory: Path, writers: Mapping[str, Writer]) -> None:
 
 
 def shard_writers(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], max_bytes: int | None
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], max_bytes: int | None, *, coded: bool = False
 ) -> dict[str, Writer]:
-    """Writers of one file, or of several of at most this size with their index; a larger tensor has one of its own."""
+    """Writers of one file, or of several of at most this size with their index; a larger tensor has one of its own.
+
+    Sizes are those before coding.
+    """
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, tensor in tensors.items():
@@ -98,13 +108,13 @@ def shard_writers(
         shards[-1][name] = tensor
         size += tensor.nbytes
     if len(shards) == 1:
-        return {TENSORS: tensor_writer(tensors, metadata)}
+        return {TENSORS: tensor_writer(tensors, metadata, coded=coded)}
     names = [SHARD.format(number=number, count=len(shards)) for number in range(1, len(shards) + 1)]
     index = {
         "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
         "weight_map": {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard},
     }
-    writers = {name: tensor_writer(shard, metadata) for name, shard in zip(names, shards, strict=True)}
+    writers = {name: tensor_writer(shard, metadata, coded=coded) for name, shard in zip(names, shards, strict=True)}
     return writers | {INDEX: json_writer(index)}
 
 

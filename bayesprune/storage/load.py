@@ -10,16 +10,15 @@ from torch import Tensor, nn
 from bayesprune.errors import StorageError
 from bayesprune.storage import base as bases
 from bayesprune.storage.base import BaseModel
-from bayesprune.storage.bounds import bounded_building
 from bayesprune.storage.digests import check_json, check_seal
-from bayesprune.storage.reading import FORMAT_VERSION, RECORD, TENSORS, read_all_tensors, read_json
+from bayesprune.storage.reading import FORMAT_VERSION, RECORD, TENSORS, bounded_building, read_all_tensors, read_json
 from bayesprune.storage.rebuild import rebuild, shape_differences
 from bayesprune.storage.spec import ModelRecord
 
 
 @dataclass(frozen=True)
 class Record:
-    """What `bayesprune.json` says of a saved directory.
+    """The content of `bayesprune.json` in a saved directory.
 
     Attributes:
         base: What the model was made from; None for a plain module.
@@ -112,7 +111,7 @@ def read(directory: Path) -> Saved:
 
 
 def read_record(directory: Path) -> Record:
-    """What `bayesprune.json` says; no other file is read.
+    """Reads `bayesprune.json`, and no other file.
 
     Raises:
         StorageError: it is missing, damaged, or of another version.

@@ -1,9 +1,16 @@
-"""JSON from a file that is not to be trusted: bytes, values and depth are bounded before anything is made of them."""
+"""JSON from a file that is not to be trusted: bounded before anything is made of it, and as frozen dataclasses."""
 
+import dataclasses
 import json
-from typing import Any
+import math
+import reprlib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 from bayesprune.errors import StorageError
+from bayesprune.foundation.text import printable
 
 MAX_BYTES = 64 * 2**20
 MAX_VALUES = 10**6  # an empty list takes three bytes of a file and a hundred of memory
@@ -51,3 +58,63 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) != len(pairs):
         raise ValueError("it names a key twice in one object")
     return value
+
+
+T = TypeVar("T")
+
+_LARGEST = {int: 2**63, float: 1e100}
+_LONGEST = 2_000
+
+
+def decode(kind: type[T], data: Any, where: str = "report") -> T:
+    """An instance of a dataclass from parsed JSON; unknown keys are skipped, missing ones take the field's default.
+
+    Raises:
+        ValueError: a field without a default is missing, has another type than its annotation, or is a number that
+            nothing measured has; the message says where.
+    """
+    if not isinstance(data, dict):
+        raise ValueError(f"{where} is {_shown(data)}; expected an object.")
+    hints = typing.get_type_hints(kind)
+    values = {}
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        if field.name not in data:
+            if field.default is not dataclasses.MISSING:
+                continue
+            found = ", ".join(_shown(key) for key in list(data)[:20]) or "nothing"
+            raise ValueError(f"{where} has no {field.name!r}; it has {found}.")
+        values[field.name] = _value(hints[field.name], data[field.name], f"{where}.{field.name}")
+    return kind(**values)
+
+
+def _value(kind: Any, data: Any, where: str) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        inner = next(arg for arg in args if arg is not type(None))
+        return None if data is None else _value(inner, data, where)
+    if origin is tuple:
+        _expect(list, data, where)
+        return tuple(_value(args[0], item, f"{where}[{i}]") for i, item in enumerate(data))
+    if origin in (dict, Mapping):
+        _expect(dict, data, where)
+        return {printable(key): _value(args[1], item, f"{where}.{printable(key)}") for key, item in data.items()}
+    if dataclasses.is_dataclass(kind):
+        return decode(typing.cast("type", kind), data, where)
+    if kind is float and type(data) is int and abs(data) <= _LARGEST[int]:
+        data = float(data)
+    _expect(kind, data, where)
+    if kind is float and not math.isfinite(data):
+        raise ValueError(f"{where} is {data}; expected a finite number.")
+    if kind in _LARGEST and abs(data) > _LARGEST[kind]:
+        raise ValueError(f"{where} is {_shown(data)}; expected at most {_LARGEST[kind]:g}.")
+    return printable(data, _LONGEST) if isinstance(data, str) else data
+
+
+def _expect(kind: type, data: Any, where: str) -> None:
+    if type(data) is not kind:
+        names = {list: "a list", dict: "an object", str: "a string", int: "an integer", float: "a number"}
+        raise ValueError(f"{where} is {_shown(data)}; expected {names[kind]}.")
+
+
+def _shown(data: Any) -> str:
+    return printable(reprlib.repr(data), 60)

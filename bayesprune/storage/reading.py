@@ -1,15 +1,26 @@
-"""Reading the files of a saved directory: every damage named, nothing allocated that a file only claims to hold."""
+"""Reading the files of a saved directory: every damage named, nothing allocated or built that a file only claims.
+
+A saved model may be far smaller than the dense one it is built from, but it has about as many layers, and nobody keeps
+one weight in hundreds. So a file of a few kilobytes does not make a process build for hours, or fill the memory.
+"""
 
 import re
 import reprlib
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules import module as hooks
+from torch.nn.parameter import is_lazy
 
 from bayesprune.errors import StorageError
+from bayesprune.storage import coding
+from bayesprune.storage.coding.tensors import DTYPES
 from bayesprune.storage.digests import KEY, check_tensors
 from bayesprune.storage.parsing import MAX_BYTES, parse_json
 
@@ -18,18 +29,6 @@ INDEX = "model.safetensors.index.json"
 RECORD = "bayesprune.json"
 FORMAT_VERSION = 2
 _SHARD_NAME = re.compile(r"[\w-]+(\.[\w-]+)*\.safetensors")
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -59,7 +58,7 @@ def read_bounded(path: Path) -> bytes:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file, on the CPU, and its header's metadata without their digests.
+    """The tensors of a safetensors file, on the CPU and decoded, and its header's metadata without their digests.
 
     What a header claims to hold is compared with the file's size before anything is allocated (by safetensors).
 
@@ -76,7 +75,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             f"{path} cannot be read: {error}. It is truncated, damaged or not a safetensors file: save or copy it anew."
         ) from error
     check_tensors(tensors, header, str(path))
-    return tensors, {key: value for key, value in header.items() if key != KEY}
+    if coding.is_coded(header, str(path)):
+        tensors = coding.decoded(tensors, str(path))
+    return tensors, {key: value for key, value in header.items() if key not in (KEY, *coding.HEADER)}
 
 
 def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -88,7 +89,10 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     require_file(path)  # opening a pipe would wait for ever
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: _meta(file.get_slice(name)) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            header = file.metadata() or {}
+            if coding.is_coded(header, str(path)):
+                return coding.outline({name: file.get_tensor(name) for name in file.keys()}, str(path)), header  # noqa: SIM118
+            return {name: _meta(file.get_slice(name)) for name in file.keys()}, header  # noqa: SIM118
     except (OSError, SafetensorError, RuntimeError) as error:  # torch says RuntimeError of a file that vanished
         raise StorageError(f"{path} cannot be read: {error}. Save or copy it anew.") from error
 
@@ -132,6 +136,69 @@ def require_file(path: Path) -> None:
 
 
 def _meta(tensor: Any) -> Tensor:
-    if tensor.get_dtype() not in _DTYPES:
-        raise StorageError(f"a tensor of dtype {tensor.get_dtype()}; expected one of {', '.join(_DTYPES)}.")
-    return torch.empty(tensor.get_shape(), dtype=_DTYPES[tensor.get_dtype()], device="meta")
+    if tensor.get_dtype() not in DTYPES:
+        raise StorageError(f"a tensor of dtype {tensor.get_dtype()}; expected one of {', '.join(DTYPES)}.")
+    return torch.empty(tensor.get_shape(), dtype=DTYPES[tensor.get_dtype()], device="meta")
+
+
+MAX_INTEGER = 2**28
+_UNBOUNDED = ("theta", "base", "seed", "max_length", "_id", "_ids")  # numbers that are no sizes
+_PARTS_PER_PART, _MIN_PARTS = 8, 2_000
+_BYTES_PER_BYTE, _MIN_BYTES = 256, 2**30
+
+
+def check_integers(value: Any, where: str, key: str = "") -> None:
+    """Refuses whole numbers that no size of a layer is, of which a constructor would make lists or tensors.
+
+    Raises:
+        StorageError: there is one; the message names it.
+    """
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            check_integers(item, where, str(name))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            check_integers(item, where, key)
+    elif isinstance(value, int) and abs(value) > MAX_INTEGER and not any(part in key for part in _UNBOUNDED):
+        digits = str(value) if abs(value) < 10**20 else "a number of more than 20 digits"
+        raise StorageError(f"{where}: {key!r} is {digits}; expected at most {MAX_INTEGER:,}. It is damaged.")
+
+
+@contextmanager
+def bounded_building(saved: Mapping[str, Tensor], num_modules: int) -> Iterator[None]:
+    """Inside, building a model that is out of all proportion to the saved one is stopped.
+
+    Args:
+        saved: The tensors of the saved model; on the meta device they say as much.
+        num_modules: How many modules without children it has.
+
+    Raises:
+        StorageError: more modules, parameters and buffers were made than eight times as many as the saved model has, or
+            more bytes of them than 256 times as many, beyond what is little in any case.
+    """
+    max_parts = _PARTS_PER_PART * (num_modules + len(saved)) + _MIN_PARTS
+    max_bytes = _BYTES_PER_BYTE * sum(tensor.nbytes for tensor in saved.values()) + _MIN_BYTES
+    thread, made = threading.get_ident(), {"parts": 0, "bytes": 0}
+
+    def count(owner: nn.Module, name: str, part: nn.Module | Tensor | None) -> None:
+        if threading.get_ident() != thread or part is None:
+            return
+        made["parts"] += 1
+        made["bytes"] += part.nbytes if isinstance(part, Tensor) and not is_lazy(part) else 0
+        for what, most in (("parts", max_parts), ("bytes", max_bytes)):
+            if made[what] > most:
+                raise StorageError(
+                    f"the dense model that the files describe has more than {most:,} {what}, which is out of all "
+                    f"proportion to what they hold ({len(saved):,} tensors). They are damaged, or not ours."
+                )
+
+    handles = [
+        hooks.register_module_module_registration_hook(count),
+        hooks.register_module_parameter_registration_hook(count),
+        hooks.register_module_buffer_registration_hook(count),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,19 +1,26 @@
-"""Writes a model to a directory, so that a fresh process loads it with one call."""
+"""Writes a model to a directory, so that a fresh process loads it with one call, and says before what would be lost.
+
+What decides the output (classes, forwards, functions) is an error; what may or may not matter (hooks, dicts, data
+classes, tensors that are no buffers) is named in a warning.
+"""
 
 import json
 import logging
 import reprlib
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from bayesprune.errors import StorageError, UnsupportedModelError
+from bayesprune.foundation.model import eval_mode, run_forward, tensors_in
 from bayesprune.layers import named_gates
 from bayesprune.storage import base as bases
 from bayesprune.storage.base import BaseModel
@@ -21,8 +28,16 @@ from bayesprune.storage.digests import json_digest, sealed
 from bayesprune.storage.files import json_writer, num_bytes, shard_writers, write_together
 from bayesprune.storage.reading import FORMAT_VERSION, RECORD
 from bayesprune.storage.rebuild import difference, rebuild
-from bayesprune.storage.spec import ModelRecord, computed_buffers, describe_model, state_tensors, unsaved_buffers
-from bayesprune.storage.unsaved import doubtful, lost, outputs_differ
+from bayesprune.storage.spec import (
+    FOR_TRAINING,
+    ModelRecord,
+    computed_buffers,
+    describe_model,
+    state_tensors,
+    stock_class,
+    unsaved_buffers,
+)
+from bayesprune.storage.values import callable_name, hooks, is_method, is_record, is_same_code, replaced_methods, word
 
 _LOGGER = logging.getLogger(__name__)
 _PACKAGES = ("bayesprune", "torch", "safetensors", "timm", "transformers", "torch-pruning")
@@ -38,6 +53,7 @@ def save(
     history: Any = None,
     report: Any = None,
     max_shard_size: int | str | None = None,
+    coding: Literal["entropy"] | None = None,
 ) -> None:
     """Writes `model.safetensors`, `bayesprune.json` and, for a timm model, timm's `config.json` to a directory.
 
@@ -58,16 +74,21 @@ def save(
         history: What was done to the model, as JSON values; kept in `bayesprune.json`.
         report: What was measured, as JSON values; kept in `bayesprune.json`.
         max_shard_size: Tensors that need more than this ("5GB", or bytes) go to several files with an index.
+        coding: "entropy" writes the tensors without loss in as many bytes as their values have entropy: a file with
+            90 % zeros is about a tenth of its size, one that `bayesprune.quantize` rounded far less. It needs the
+            package constriction, here and for loading, and `import bayesprune` before a library's stock loading call.
 
     Raises:
         StorageError: the base cannot be rebuilt to the model (the message says where they differ) or computes something
             else with it, or the directory cannot be written.
         UnsupportedModelError: the model is wrapped (DDP, FSDP, compiled), has gates, or holds tensors that safetensors
             does not.
-        ValueError: `model_args` for a module that is not timm's, `example_inputs` for a plain one.
+        ValueError: `model_args` for a module that is not timm's, `example_inputs` for a plain one, or another `coding`.
         TypeError: `history` or `report` are not JSON values.
     """
     _check_unwrapped(model)
+    if coding not in (None, "entropy"):
+        raise ValueError(f'coding={coding!r}; expected "entropy", or None for plain tensors.')
     max_bytes = None if max_shard_size is None else num_bytes(max_shard_size)
     base = None if plain else bases.describe(model, None if model_args is None else dict(model_args))
     if base is None and model_args is not None:
@@ -93,9 +114,10 @@ def save(
         "report": report,
     }
     header = {"format": "pt", "save_id": save_id, "format_version": str(FORMAT_VERSION)}
-    writers = shard_writers(_tensors_to_write(model, spec), header, max_bytes)
+    writers = shard_writers(_tensors_to_write(model, spec), header, max_bytes, coded=coding is not None)
     if base is not None:
-        files = bases.host_of(base).files(base, spec.to_json(), save_id)
+        described = spec.to_json() | ({} if coding is None else {"coding": coding})
+        files = bases.host_of(base).files(base, described, save_id)
         writers |= {name: json_writer(value) for name, value in files.items()}
         record["files"] = {name: json_digest(value) for name, value in files.items()}
     writers[RECORD] = json_writer(sealed(record))
@@ -194,3 +216,110 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+# What hosts save by other ways.
+_NOT_COMPARED = FOR_TRAINING | {"all_tied_weights_keys", "hf_device_map"}
+_NOT_COMPARED |= {"pretrained_cfg", "default_cfg", "_model_args"}
+_OUTPUT_EPS = 200  # units in the last place of the largest output: other kernels, other orders of summation
+
+
+def lost(model: nn.Module, rebuilt: nn.Module) -> list[str]:
+    """Classes, forwards and functions of a model that the rebuilt one has otherwise, as text."""
+    found: list[str] = []
+    for name, module, other in _pairs(model, rebuilt):
+        kind, built = _own_class(module), _own_class(other)
+        is_leaf = next(module.children(), None) is None
+        if kind is not built and (kind.__name__ == built.__name__ or not is_leaf):  # the spec has names of leaves
+            found.append(f"{name or '(model)'}: {_path(kind)} in the model, {_path(built)} when it is rebuilt")
+        methods, others = replaced_methods(module), replaced_methods(other)
+        found += [
+            f"{_joined(name, key)}: a method that was replaced on the module itself"
+            for key in methods.keys() | others.keys()
+            if not is_same_code(methods.get(key), others.get(key))
+        ]
+        for key, value, built in _attributes(module, other):
+            if callable_name(value) is not None and not is_same_code(value, built):
+                found.append(f"{_joined(name, key)}: {word(value)} in the model, {word(built)} when it is rebuilt")
+    return found
+
+
+def doubtful(model: nn.Module, rebuilt: nn.Module) -> list[str]:
+    """Hooks and attributes of a model that no file keeps and that the rebuilt one has otherwise, as text."""
+    found: list[str] = []
+    for name, module, other in _pairs(model, rebuilt):
+        if (names := hooks(module)) != hooks(other):
+            found.append(f"{_joined(name, 'hooks')}: {', '.join(names) or 'none'}")
+        for key, value, built in _attributes(module, other):
+            if isinstance(value, (Tensor, np.ndarray)):
+                differs = not _are_equal(value, built)
+            else:
+                differs = (is_record(value) or is_record(built)) and word(value) != word(built)
+            if differs:
+                found.append(f"{_joined(name, key)}: {type(value).__name__}")
+    return found
+
+
+@torch.no_grad()
+def outputs_differ(model: nn.Module, rebuilt: nn.Module, example_inputs: Any) -> str | None:
+    """Describes how the outputs of the two on the same input and random numbers differ; None where they do not."""
+    found = []
+    devices = [tensor.device for tensor in model.parameters() if tensor.is_cuda][:1]
+    for network in (model, rebuilt):
+        with torch.random.fork_rng(devices=devices), eval_mode(network):
+            torch.manual_seed(0)
+            found.append(list(tensors_in(run_forward(network, example_inputs))))
+    kinds = [[(tuple(tensor.shape), tensor.dtype) for tensor in outputs] for outputs in found]
+    if not kinds[0]:
+        return "no tensors were found in them, so that nothing could be compared"
+    if kinds[0] != kinds[1]:
+        return f"they are {kinds[0][:4]}, rebuilt {kinds[1][:4]}"
+    for number, (output, again) in enumerate(zip(*found, strict=True)):
+        if not output.is_floating_point():
+            if not torch.equal(output, again):
+                return f"output {number} has other values"
+            continue
+        scale = output[output.isfinite()].abs().max().item() if output.isfinite().any() else 0.0
+        tolerance = _OUTPUT_EPS * torch.finfo(output.dtype).eps * scale
+        if not torch.allclose(output, again, rtol=0, atol=tolerance, equal_nan=True):
+            difference = (output.double() - again.double()).abs().max().item()
+            return f"output {number} by up to {difference:.3g}, where the largest is {scale:.3g}"
+    return None
+
+
+def _pairs(model: nn.Module, rebuilt: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    others = dict(rebuilt.named_modules(remove_duplicate=False))
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name in others:
+            yield name, module, others[name]
+
+
+def _own_class(module: nn.Module) -> type:
+    """The class that somebody wrote: torch makes one more for each module with parametrizations."""
+    is_parametrized = parametrize.is_parametrized(module)
+    return parametrize.type_before_parametrizations(module) if is_parametrized else stock_class(module)
+
+
+def _attributes(module: nn.Module, other: nn.Module) -> Iterator[tuple[str, Any, Any]]:
+    values, others = vars(module), vars(other)
+    for key in values.keys() & others.keys() - vars(nn.Module()).keys() - _NOT_COMPARED:
+        if not is_method(module, key):
+            yield key, values[key], others[key]
+
+
+def _are_equal(value: Any, other: Any) -> bool:
+    if type(value) is not type(other):
+        return False
+    if isinstance(value, np.ndarray):
+        return value.shape == other.shape and bool((value == other).all())
+    if value.is_meta or other.is_meta or value.dim() == 0:  # a number is a plain value, which is saved
+        return True
+    return value.shape == other.shape and torch.equal(value.detach().cpu(), other.detach().cpu())
+
+
+def _joined(module: str, attribute: str) -> str:
+    return f"{module}.{attribute}".lstrip(".")
+
+
+def _path(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"

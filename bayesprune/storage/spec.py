@@ -36,7 +36,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class ModelRecord:
-    """What `load` needs beside the base and the tensors.
+    """The record that `load` needs beside the base and the tensors.
 
     Attributes:
         shapes: Shape of every tensor of the state dict, tied ones under each of their names.
@@ -197,7 +197,7 @@ def module_constants(model: nn.Module) -> dict[str, str]:
 
 
 def module_notes(model: nn.Module) -> dict[str, str]:
-    """What else modules hold and do, and the classes of those that have children; see `Spec.notes`."""
+    """Notes on what else modules hold and do, and the classes of those that have children; see `ModelRecord.notes`."""
     return {
         f"{module_name}.{name}".lstrip("."): text
         for module_name, module in model.named_modules(remove_duplicate=False)

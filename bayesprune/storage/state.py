@@ -47,7 +47,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """What the file says of itself.
+    """Reads the description that `write_state` put into the file.
 
     Raises:
         StorageError: it is damaged, or of another version.
@@ -56,12 +56,15 @@ def read_about(path: Path) -> dict[str, Any]:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file under another name first, so that a kill leaves the old file or the new one."""
+    """Writes a file under another name first: a kill leaves the old file or the new one, an error the old one alone."""
     partial = path.with_name(f"{path.name}.partial")
-    write(partial)
-    with partial.open("r+b") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        write(partial)
+        with partial.open("r+b") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def flattened(state: Any) -> tuple[dict[str, Tensor], Any]:

@@ -90,7 +90,7 @@ def is_same(value: Any, other: Any) -> bool:
 
 
 def callable_name(value: Any) -> str | None:
-    """What a file says of an enum member, function, class, method or partial function; None for anything else."""
+    """The name by which a file records an enum member, function, class, method or partial function; None for others."""
     if isinstance(value, Enum):
         return str(value)
     if isinstance(value, functools.partial):
@@ -103,7 +103,7 @@ def callable_name(value: Any) -> str | None:
 
 
 def notes(module: nn.Module) -> dict[str, str]:
-    """What else a module does by its own, in words: dicts and data classes it holds, code without a name, hooks."""
+    """Notes on what else a module holds, in words: dicts and data classes, code without a name, hooks."""
     found: dict[str, str] = {}
     for name, value in vars(module).items():
         if isinstance(value, FunctionType) and value.__name__ == "<lambda>":
@@ -122,7 +122,7 @@ def hooks(module: nn.Module) -> list[str]:
 
 
 def replaced_methods(module: nn.Module) -> dict[str, Any]:
-    """What stands on the module itself in the place of its class's methods, but for libraries' wrappers around them."""
+    """Methods of the class that the module itself replaces, apart from libraries' wrappers around them."""
     if any(name in vars(module) for name in _WRAPPED):
         return {}
     return {

@@ -22,8 +22,11 @@ accelerate = pytest.importorskip("accelerate")
 from accelerate.utils import DistributedType  # noqa: E402
 
 from bayesprune.app.tasks.loop import LoaderTask, check_launch  # noqa: E402
+from bayesprune.app.tasks.task import Training  # noqa: E402
+from bayesprune.foundation.target import Target  # noqa: E402
 
 NUM_IMAGES, NUM_PROCESSES = 32, 2
+REMOVAL = Training(9, 0.05, learn_stds=True, target=Target("weights", 0.6))
 
 
 def task(batch_size):
@@ -42,7 +45,7 @@ def trained(batch_size, *, estimator="moments", with_norm=False, checkpoints=Non
     bp.to_variational(model, relative_std=0.3, estimator=estimator)
     whole = task(batch_size)
     running = None if checkpoints is None else Running(checkpoints, 0, CheckpointEvery(steps=4), (), whole.is_main)
-    whole.train(model, Until(num_steps), num_epochs=9, lr=0.05, learn_stds=True, sparsity=0.4, checkpoint=running)
+    whole.train(model, Until(num_steps), REMOVAL, checkpoint=running)
     return whole, model
 
 
@@ -113,7 +116,7 @@ def test_the_teacher_is_in_the_loss_and_stays_as_it_was(tmp_path):
     torch.manual_seed(0)
     teacher = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
     whole = task(8)
-    whole.train(teacher, Until(10**6), num_epochs=9, lr=0.05)
+    whole.train(teacher, Until(10**6), Training(9, 0.05))
     distill = bp.distillation(teacher, weight=0.9)
     state = copy.deepcopy(distill.teacher.state_dict())
 
@@ -124,7 +127,7 @@ def test_the_teacher_is_in_the_loss_and_stays_as_it_was(tmp_path):
         images, labels = wrong.data.train.dataset.tensors
         wrong.data.train.dataset.tensors = (images, (labels + 1) % 3)
         running = Running(checkpoints, 0, CheckpointEvery(steps=6), wrong.generators, True)
-        wrong.train(model, Until(num_steps), num_epochs=9, lr=0.05, distill=distill, checkpoint=running)
+        wrong.train(model, Until(num_steps), Training(9, 0.05, distill=distill), checkpoint=running)
         return model
 
     model = student(10**6, tmp_path / "whole.pt")

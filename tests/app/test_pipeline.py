@@ -41,9 +41,9 @@ class BySize:
         self.metric, self.of_size, self.example_inputs, self.trained = metric, score, torch.randn(1, 8), []
         self.teachers = []
 
-    def train(self, model, progress, *, num_epochs, lr, learn_stds=False, sparsity=None, distill=None, checkpoint=None):
-        self.trained.append((num_epochs, learn_stds, sparsity))
-        self.teachers.append(None if distill is None else distill.teacher)
+    def train(self, model, progress, training, *, checkpoint=None):
+        self.trained.append((training.num_epochs, training.learn_stds, training.target))
+        self.teachers.append(None if training.distill is None else training.distill.teacher)
         model.eval()
 
     def score(self, model, split):

@@ -22,11 +22,12 @@ import torch
 from torch import Tensor, nn
 
 import bayesprune as bp
-from bayesprune.laplace import conditional_mean
-from bayesprune.laplace.inputs import input_moments, stages
+from bayesprune.laplace.compensation import refit
 from bayesprune.laplace.matrices import damped
+from bayesprune.laplace.regression import Moments
+from bayesprune.laplace.sequence import Site, fit_in_sequence, fittable_layers, sites_of
 
-BLOCK, DAMPING = 128, 0.01
+BLOCK, DAMPING, ROWS = 128, 0.01, 128
 
 
 @dataclass(frozen=True)
@@ -107,19 +108,26 @@ def control(
     model: nn.Module, batches: list[Any], how: Cut, target: Target, shares: Mapping[str, float] | None = None
 ) -> None:
     """Removes weights of a variational model in place, in each layer the target's sparsity or its share."""
-    reference = copy.deepcopy(model)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, bp.layers.VariationalLayer)}
-    for stage in stages(model, layers, batches[0]):
-        moments = input_moments(model, reference, stage, batches, with_bias=False)
-        for name in stage.names:
-            of_layer = Target(sparsity=shares[name]) if shares else target
-            weight = layers[name].get_parameter("weight")
-            wanted = weight.double()
-            if how.fitted:
-                (wanted,), (precision,) = moments.regressed(wanted[None], DAMPING)
-                _, keep = CONTROLS[how.mask](wanted, moments.second[0], of_layer)
-                found = conditional_mean(wanted, precision, keep)
-            else:
-                found, keep = CONTROLS[how.mask](wanted, moments.second[0], of_layer)
-            weight.copy_(found)
-            layers[name].set_mask("weight", keep)
+    reference, masks = copy.deepcopy(model), dict[str, Tensor]()
+    layers = fittable_layers(reference)
+
+    def fit(site: Site, moments: tuple[Moments, Moments]) -> Tensor | None:
+        of_layer = Target(sparsity=shares[site.name]) if shares else target
+        total = moments[0] + moments[1]
+        second = total.xx[0] / total.number
+
+        def choose(mean: Tensor, _: Tensor) -> Tensor:
+            masks[site.name] = CONTROLS[how.mask](mean[0], second, of_layer)[1]
+            return masks[site.name][None]
+
+        if how.fitted:
+            return refit(model, reference, site, moments, choose=choose, damping=DAMPING)
+        weight = model.get_parameter(f"{site.name}.weight")
+        found, masks[site.name] = CONTROLS[how.mask](weight.double(), second, of_layer)
+        weight.copy_(found)
+        return None
+
+    fit_in_sequence(model, reference, batches, sites_of(reference, batches, layers, rows_per_column=ROWS), fit)
+    for name, mask in masks.items():
+        layer: Any = model.get_submodule(name)
+        layer.set_mask("weight", mask)

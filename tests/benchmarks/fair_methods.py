@@ -23,7 +23,7 @@ from bayesprune.prune import MeasuredImportance
 from bayesprune.prune.channels import plan
 from bayesprune.prune.channels.calibrated import best_tilt, depth_factors
 from bayesprune.prune.graph.find import find_groups
-from bayesprune.prune.graph.structure import ChannelGroup
+from bayesprune.prune.graph.group import ChannelGroup
 from bayesprune.prune.scores.channels import Importance
 
 MEASURED_IMAGES = 256

@@ -26,9 +26,9 @@ import bayesprune as bp
 from bayesprune.laplace import KroneckerPosterior, output_metric, sampled_cross_entropy
 from bayesprune.laplace.matrices import removed_columns
 from bayesprune.prune.graph.find import find_groups
+from bayesprune.prune.graph.group import ChannelGroup
 from bayesprune.prune.graph.removal import snapshot
-from bayesprune.prune.graph.silenced import silence
-from bayesprune.prune.graph.structure import ChannelGroup
+from bayesprune.prune.graph.trials import silence
 
 Measured = dict[str, list[list[float]]]
 SETTINGS: dict[str, Any] = {"images": 128, "budget": CHANNELS["20"].before, "lr": CHANNELS["20"].lr}
@@ -96,17 +96,11 @@ def kronecker_costs(posterior: KroneckerPosterior, group: ChannelGroup) -> list[
             removed_columns(member.layer, [p for root in unit for p in member.positions.get(root, ())])
             for unit in group.units
         ]
-        start = 0
-        for block in factors.inputs:
-            stop = start + block.shape[-1]
-            for index, between in enumerate(block):
-                weights = factors.mean[index, :, start:stop].double()
-                sides = weights.split([side.shape[-1] for side in factors.outputs])
-                gram = sum(part.mT @ side[index] @ part for side, part in zip(factors.outputs, sides, strict=True))
-                for number, mask in enumerate(columns):
-                    own = mask[index, start:stop]
-                    costs[number] += 0.5 * float((gram[own][:, own] * between[own][:, own]).sum())
-            start = stop
+        for block, inside, between in factors.blocks():
+            gram = factors.gram(block, inside)
+            for number, mask in enumerate(columns):
+                own = mask[block, inside]
+                costs[number] += 0.5 * float((gram[own][:, own] * between[own][:, own]).sum())
     return costs
 
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 import bayesprune as bp
 from bayesprune.hosts.transformers import DistillationCallback
 from bayesprune.prune.channels.report import ChannelReport
-from bayesprune.prune.graph.structure import ChannelGroup
+from bayesprune.prune.graph.group import ChannelGroup
 from bayesprune.reports import macs_by_module
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ def equal(model: Any, inputs: Any, stand_in: Callable[[Any], Callable | None] = 
 
     from bayesprune.prune.graph.find import find_groups
     from bayesprune.prune.graph.removal import remove
-    from bayesprune.prune.graph.silenced import silence
+    from bayesprune.prune.graph.trials import silence
 
     groups = find_groups(model, inputs).groups
     enliven(model.double())

@@ -7,7 +7,7 @@ from torch import nn
 import bayesprune as bp
 from bayesprune import evi
 from bayesprune.errors import UnsupportedModelError
-from bayesprune.evi import spatial
+from bayesprune.evi import propagation
 from tests.evi import dense
 
 # torch's own table of forward derivatives, which first-order moments use, is loaded with it.
@@ -67,7 +67,7 @@ def test_factors_give_the_dense_covariance(chain):
     build, shape = CHAINS[chain]
     model = converted(build())
     x = torch.randn(*shape, dtype=torch.float64)
-    mean, covariance = spatial.logit_moments(model, x)
+    mean, covariance = propagation.logit_moments(model, x)
     expected_mean, expected = dense.logit_moments(model, x)
     assert torch.equal(mean, model.eval()(x))
     torch.testing.assert_close(mean, expected_mean, rtol=1e-12, atol=1e-12)
@@ -81,7 +81,7 @@ def test_gradients_are_those_of_the_dense_computation():
     trained = [p for p in model.parameters() if p.requires_grad]
     found, expected = (
         torch.autograd.grad(f(model, x)[1].square().sum(), trained, allow_unused=True)
-        for f in (spatial.logit_moments, dense.logit_moments)
+        for f in (propagation.logit_moments, dense.logit_moments)
     )
     for gradient, other in zip(found, expected, strict=True):
         assert (gradient is None) == (other is None)
@@ -101,7 +101,7 @@ def test_covariance_of_one_convolution_is_that_of_the_linearised_network():
 
     jacobian = torch.func.jacrev(logits)(convolution.weight).flatten(3)  # (N, C, K, taps)
     expected = torch.einsum("nckt,ndkt,k->ncd", jacobian, jacobian, convolution.weight_log_std.flatten().exp() ** 2)
-    torch.testing.assert_close(spatial.logit_moments(model, x)[1], expected, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(propagation.logit_moments(model, x)[1], expected, rtol=1e-9, atol=1e-10)
 
 
 def test_covariance_agrees_with_weight_samples_where_the_noise_is_small():
@@ -109,7 +109,7 @@ def test_covariance_agrees_with_weight_samples_where_the_noise_is_small():
     x = torch.randn(2, 1, 12, 12, dtype=torch.float64)
     num_samples = 4000
     samples = bp.predict(model, x, num_samples=num_samples).samples
-    mean, covariance = spatial.logit_moments(model, x)
+    mean, covariance = propagation.logit_moments(model, x)
     deviations = samples - mean
     sampled = torch.einsum("snc,snd->ncd", deviations, deviations) / num_samples
     variance = covariance.diagonal(dim1=1, dim2=2)
@@ -133,17 +133,17 @@ def test_dropout_multiplies_the_scale():
     dropped = nn.Sequential(*model[:3], nn.Dropout(0.5), *model[3:])
     x = torch.rand(2, 1, 12, 12, dtype=torch.float64)
     torch.testing.assert_close(
-        spatial.logit_moments(dropped.eval(), x), spatial.logit_moments(model, x), rtol=0.0, atol=0.0
+        propagation.logit_moments(dropped.eval(), x), propagation.logit_moments(model, x), rtol=0.0, atol=0.0
     )
     torch.manual_seed(1)
     kept = nn.functional.dropout(torch.ones(2, 4, 4, 4, dtype=torch.float64), 0.5)
     torch.manual_seed(1)
-    mean, covariance = spatial.logit_moments(dropped.train(), x)
+    mean, covariance = propagation.logit_moments(dropped.train(), x)
     for index in range(2):
         masked = converted(one_layer())
         masked.load_state_dict(model.state_dict())
         masked[4].weight.data *= kept[index].flatten()
-        expected = spatial.logit_moments(masked, x[index : index + 1])
+        expected = propagation.logit_moments(masked, x[index : index + 1])
         torch.testing.assert_close(mean[index : index + 1], expected.mean, rtol=1e-12, atol=1e-12)
         through = expected.covariance - own_noise(masked, x[index : index + 1])
         found = covariance[index] - own_noise(dropped, x[index : index + 1], kept[index : index + 1])
@@ -152,8 +152,8 @@ def test_dropout_multiplies_the_scale():
 
 def own_noise(model, x, kept=1.0):
     """What the last layer's own weights add, from the moments that reach it."""
-    features = spatial._through(model[:3], "", x)
-    energy = ((features.mean.square() + spatial._variance(features)) * torch.as_tensor(kept) ** 2).sum()
+    features = propagation._through(model[:3], "", x)
+    energy = ((features.mean.square() + propagation._variance(features)) * torch.as_tensor(kept) ** 2).sum()
     return torch.diag_embed(model[-1].posteriors()["weight"].std.flatten().square() * energy)
 
 
@@ -178,12 +178,12 @@ class Doubled(nn.Conv2d):
 )
 def test_refuses_what_it_has_no_rule_for(layers, message):
     with pytest.raises(UnsupportedModelError, match=message):
-        spatial.logit_moments(evi.convert(nn.Sequential(*layers)), torch.rand(2, 1, 6, 6))
+        propagation.logit_moments(evi.convert(nn.Sequential(*layers)), torch.rand(2, 1, 6, 6))
 
 
 def test_refuses_other_posteriors():
     x = torch.rand(2, 1, 12, 12)
     with pytest.raises(UnsupportedModelError, match="one std per kernel"):
-        spatial.logit_moments(bp.to_variational(one_layer()), x)
+        propagation.logit_moments(bp.to_variational(one_layer()), x)
     with pytest.raises(UnsupportedModelError, match="bias of 0 is uncertain"):
-        spatial.logit_moments(bp.to_variational(one_layer(bias=True), std="per_channel"), x)
+        propagation.logit_moments(bp.to_variational(one_layer(bias=True), std="per_channel"), x)

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bayesprune.foundation.calls import layers_called
+from bayesprune.foundation.model import layers_called
 
 
 class Functional(nn.Module):

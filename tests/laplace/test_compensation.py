@@ -224,8 +224,8 @@ def test_forwards_that_begin_anew_for_each_layer_find_the_same(residual, monkeyp
     removed = {"second.0": [0, 3, 5], "second.1": [1, 2]}
     again = copy.deepcopy(residual)
     compensate(residual, batches, removed)
-    monkeypatch.setattr("bayesprune.laplace.compensation._MAX_HELD", 0)
-    monkeypatch.setattr("bayesprune.laplace.compensation._PLENTY", 1e9)
+    monkeypatch.setattr("bayesprune.laplace.sequence._MAX_HELD", 0)
+    monkeypatch.setattr("bayesprune.laplace.sequence._PLENTY", 1e9)
     compensate(again, batches, removed)
     for name, value in residual.state_dict().items():
         torch.testing.assert_close(again.state_dict()[name], value, rtol=1e-4, atol=1e-4)
@@ -365,16 +365,16 @@ def test_what_stands_at_masked_positions_does_not_count():
 
 
 def test_products_of_inputs_that_leave_are_not_made(monkeypatch):
-    from bayesprune.laplace import compensation
+    from bayesprune.laplace import sequence
 
     widths = []
 
-    class Seen(compensation.Moments):
+    class Seen(sequence.Moments):
         def add(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
             widths.append(inputs.shape[2])
             super().add(inputs, targets)
 
-    monkeypatch.setattr(compensation, "Moments", Seen)
+    monkeypatch.setattr(sequence, "Moments", Seen)
     model = mlp(5, 8, 3)
     compensate(model, [normal(64, 5)], {"2": [0, 3, 5]})
     assert set(widths) == {5}

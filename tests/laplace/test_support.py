@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bayesprune.laplace import conditional_mean
-from bayesprune.laplace.support import best_support
+from bayesprune.laplace.regression import best_support
 
 
 def correlated(size: int) -> torch.Tensor:

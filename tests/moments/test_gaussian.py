@@ -10,7 +10,7 @@ from torch.autograd import gradcheck
 from bayesprune.moments import closed_forms as forms
 from bayesprune.moments import settings
 from bayesprune.moments.gaussian import formula_of, gauss_hermite, transform
-from bayesprune.moments.tensor import Known, Parts
+from bayesprune.moments.memory import KnownMoments, MomentTensors
 
 GRID = torch.linspace(-16, 16, 16001, dtype=torch.float64)
 DENSITY = torch.softmax(-0.5 * GRID.square(), 0)
@@ -197,7 +197,7 @@ def test_first_order_is_the_value_and_the_squared_slope():
 def test_all_that_positions_share_stays_shared_but_for_what_it_states():
     """Rectified numbers of mean 0 that are the same at all positions: 3 % of their variance is taken as apart."""
     one = torch.ones(1, 4, dtype=torch.float64)
-    result = transform(forms.rectified, Known(Parts(0 * one, one, one[:, :1]))).parts
+    result = transform(forms.rectified, KnownMoments(MomentTensors(0 * one, one, one[:, :1]))).parts
     assert 0.96 < (result.shared / result.variance).max() < 0.97
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bayesprune.layers import variational_layers
 from bayesprune.prune.graph.find import find_groups
 from bayesprune.prune.graph.removal import remove
-from bayesprune.prune.graph.silenced import silence
+from bayesprune.prune.graph.trials import silence
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from torch import nn
 import bayesprune as bp
 from bayesprune import reports
 from bayesprune.errors import StorageError
+from bayesprune.foundation.text import printable
 from bayesprune.reports import Report
-from bayesprune.reports.printable import printable
 from bayesprune.storage.digests import tensor_header
 from tests.commands import run
 from tests.storage.sealing import rewrite

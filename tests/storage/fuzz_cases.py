@@ -1,5 +1,6 @@
 """Small saved directories of every kind, for mutations: plain, variational, sharded, timm's, Hugging Face's."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ def plain_cases() -> dict[str, Case]:
     return {
         "plain module": Case(save_plain(), routes, IMAGES),
         "plain module in shards": Case(save_plain(max_shard_size="12KB"), routes, IMAGES),
+        "coded plain module": Case(save_plain(coding="entropy"), routes, IMAGES),
         "variational module with masks": Case(save_variational, routes, IMAGES),
     }
 
@@ -55,19 +57,21 @@ def plain_cases() -> dict[str, Case]:
 def timm_cases() -> dict[str, Case]:
     import timm
 
-    def save(directory: Path, seed: int) -> None:
+    def save(directory: Path, seed: int, **options: Any) -> None:
         torch.manual_seed(seed)
         model = timm.create_model("test_resnet", num_classes=5)
         block = model.layer1[0]
         tp.prune_conv_out_channels(block.conv1, [0, 1, 2])
         tp.prune_batchnorm_out_channels(block.bn1, [0, 1, 2])
         tp.prune_conv_in_channels(block.conv2, [0, 1, 2])
-        bp.save(model, directory)
+        bp.save(model, directory, **options)
 
     def create(directory: Path) -> nn.Module:
         return timm.create_model(f"local-dir:{directory}", pretrained=True)
 
-    return {"timm test_resnet": Case(save, {"bp.load": bp.load, "timm.create_model": create}, IMAGES)}
+    routes = {"bp.load": bp.load, "timm.create_model": create}
+    coded = functools.partial(save, coding="entropy")
+    return {"timm test_resnet": Case(save, routes, IMAGES), "coded timm test_resnet": Case(coded, routes, IMAGES)}
 
 
 def transformers_cases() -> dict[str, Case]:
@@ -110,6 +114,7 @@ def transformers_cases() -> dict[str, Case]:
     routes = {"bp.load": bp.load, "from_pretrained": auto.from_pretrained}
     return {
         "Llama": Case(save(), routes, TOKENS),
+        "coded Llama": Case(save(coding="entropy"), routes, TOKENS),
         "Llama in shards": Case(save(max_shard_size="10KB"), routes, TOKENS),
         "LLaVA": Case(
             save_two_towers,

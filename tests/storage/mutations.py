@@ -5,10 +5,17 @@ import os
 import random
 import shutil
 import struct
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from bayesprune.storage.coding import CODED
+from bayesprune.storage.digests import tensor_header
 from tests.storage.sealing import reseal
 
 DEPTH = 100_000
@@ -198,6 +205,32 @@ def change_header(rng: random.Random, directory: Path, other: Path) -> None:
     path.write_bytes(struct.pack("<Q", size) + text + rest)
 
 
+def change_tensors(rng: random.Random, directory: Path, other: Path) -> None:
+    """Bytes of a file of tensors, whose digests then fit: of a coded one its outline, its stream, what it claims."""
+    path = one_of(rng, directory, ".safetensors")
+    with safe_open(path, "pt") as file:
+        header = file.metadata() or {}
+    tensors = load_file(path)
+    name = rng.choice(sorted(tensors))
+    data = bytearray(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    if name == CODED and rng.random() < 0.5:
+        end = 4 + int.from_bytes(data[:4], "little")
+        entries = json.loads(zlib.decompress(bytes(data[4:end]), -15))
+        node, key = rng.choice(list(nodes(entries)))
+        node[key] = rng.choice((*STRANGE, *HUGE, 10**4, 10**6, 10**9))
+        deflate = zlib.compressobj(9, zlib.DEFLATED, -15)
+        text = deflate.compress(json.dumps(entries).encode()) + deflate.flush()
+        data[:end] = len(text).to_bytes(4, "little") + text
+    elif data:
+        for _ in range(rng.choice((1, 3, 30))):
+            data[rng.randrange(rng.choice((len(data), min(400, len(data)))))] = rng.randrange(256)
+    if name == CODED and rng.random() < 0.2:
+        data = data[: rng.randrange(len(data))]
+    found = torch.frombuffer(data or bytearray(1), dtype=torch.uint8)[: len(data)]
+    tensors[name] = found if name == CODED else found.view(tensors[name].dtype).view(tensors[name].shape)
+    save_file(tensors, path, {**header, **tensor_header(tensors)})
+
+
 def resealed(rng: random.Random, directory: Path, other: Path) -> None:
     """A changed value with digests that fit: another model, if any; judged by time, memory and the kind of error."""
     rng.choice((change_value, nudge_value, delete_value, swap_values, huge_number, huge_number))(rng, directory, other)
@@ -321,10 +354,11 @@ MUTATIONS: dict[str, Callable[[random.Random, Path, Path], None]] = {
     "directory or pipe": no_regular_file,
     "safetensors header": change_header,
     "resealed": resealed,
+    "resealed tensors": change_tensors,
     "resealed, leading out": lead_out,
     "resealed, asking for much": bomb,
 }
-CRAFTED = ("resealed", "resealed, leading out", "resealed, asking for much")
+CRAFTED = ("resealed", "resealed tensors", "resealed, leading out", "resealed, asking for much")
 
 
 def one_of(rng: random.Random, directory: Path, ending: str = "") -> Path:

@@ -12,8 +12,8 @@ from bayesprune.errors import StorageError
 from bayesprune.estimators import ESTIMATORS
 from bayesprune.storage import parsing
 from bayesprune.storage.base import BaseModel, LibraryAdapter, build, register_adapter
-from bayesprune.storage.bounds import MAX_INTEGER, bounded_building, check_integers
 from bayesprune.storage.parsing import MAX_DEPTH, MAX_VALUES, parse_json
+from bayesprune.storage.reading import MAX_INTEGER, bounded_building, check_integers
 from tests.storage.sealing import reseal, rewrite
 
 

@@ -26,10 +26,11 @@ def test_damaged_modules(plain, kind):
 
 def test_damaged_timm_models(tmp_path):
     pytest.importorskip("timm")
-    shop = Workshop(timm_cases()["timm test_resnet"], tmp_path)
-    for kind in MUTATIONS:
-        verdict = shop.judge(kind, "timm.create_model", kind, seconds=10)
-        assert verdict[0] in {OURS, RIGHT, THEIRS, OTHER}, (kind, verdict)
+    for name, case in timm_cases().items():
+        shop = Workshop(case, tmp_path / name)
+        for kind in MUTATIONS:
+            verdict = shop.judge(kind, "timm.create_model", kind, seconds=10)
+            assert verdict[0] in {OURS, RIGHT, THEIRS, OTHER}, (kind, verdict)
 
 
 def test_judge_tells_failures(plain, monkeypatch):

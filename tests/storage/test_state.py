@@ -9,7 +9,7 @@ import bayesprune as bp
 from bayesprune import gates
 from bayesprune.errors import StorageError
 from bayesprune.priors import ARD, Gaussian, Horseshoe
-from bayesprune.storage.state import read_about, read_state, write_state
+from bayesprune.storage.state import read_about, read_state, write_state, write_whole
 
 
 def attached(prior, gated: bool):
@@ -41,6 +41,19 @@ def test_an_attachments_state_comes_back_from_a_file(prior, gated, tmp_path):
     other = attached(prior, gated)
     other.load_state_dict(found)
     assert_same(other.state_dict(), state)
+
+
+def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path):
+    path = tmp_path / "state"
+    write_whole(path, lambda partial: partial.write_text("old"))
+
+    def half(partial):
+        partial.write_text("half of the n")
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space"):
+        write_whole(path, half)
+    assert [(found.name, found.read_text()) for found in tmp_path.iterdir()] == [("state", "old")]
 
 
 def test_whatever_a_training_holds_comes_back(tmp_path):

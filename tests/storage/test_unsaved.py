@@ -14,7 +14,7 @@ from torch import nn
 
 import bayesprune as bp
 from bayesprune.errors import StorageError
-from bayesprune.storage.unsaved import doubtful, lost, outputs_differ
+from bayesprune.storage.save import doubtful, lost, outputs_differ
 
 timm = pytest.importorskip("timm")
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))

@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ import bayesprune as bp
 ALWAYS = ("socket.connect", "socket.getaddrinfo", "builtins.input", "os.system", "os.exec", "os.posix_spawn")
 ALWAYS += ("subprocess.Popen", "pickle.find_class")
 INSTALLED = (sys.prefix, sys.base_prefix, "/proc/", str(Path(__file__).parents[2]))
+DECODED = str(Path(tempfile.gettempdir()) / "bayesprune-")  # where coded files are decoded for a stock call
 PACKAGE = str(Path(bp.__file__).parent)
 _WATCHES: list[tuple[str, bool, list[str]]] = []
 
@@ -47,7 +49,7 @@ def _hear(event: str, arguments: tuple[Any, ...]) -> None:
     elif event == "open" and isinstance(arguments[0], (str, bytes)):
         path = os.path.abspath(os.fsdecode(arguments[0]))  # noqa: PTH100  (no link is followed)
         is_data = path.startswith(directory) and not path.endswith((".py", ".pyc", ".bin"))
-        if not is_data and not path.startswith(INSTALLED):
+        if not is_data and not path.startswith((*INSTALLED, DECODED)):
             events.append(f"open {path}"[:200])
 
 

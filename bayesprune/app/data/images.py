@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from bayesprune.app.data.splits import Loaders, last_tenth_of_each_class
+from bayesprune.app.data import Loaders, last_tenth_of_each_class
 
 # in_chans and image size of the torchvision data sets that come with labels for every image.
 _TORCHVISION = {

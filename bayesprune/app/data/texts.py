@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from bayesprune.app.data.splits import last_tenth_of_each_class
+from bayesprune.app.data import last_tenth_of_each_class
 
 TEXT_COLUMNS = ("text", "sentence", "content", "review", "comment", "document", "message")
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target")
@@ -32,7 +32,7 @@ _NO_LABEL = -1  # what `datasets` writes where a test split's labels are kept se
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns are read.
+    """The columns that are read.
 
     Attributes:
         text: Name of the column of texts; None finds one by a usual name.

@@ -1,1 +1,1 @@
-"""How a model is trained and judged: by a plain loop, or by the Trainer of transformers."""
+"""Training and evaluation of a model, by a plain loop or by the Trainer of transformers."""

@@ -13,15 +13,15 @@ from accelerate.utils import DistributedType, broadcast
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from bayesprune.app.data.splits import Loaders
-from bayesprune.app.tasks.task import Checkpoint, Progress, Split, Task, check_finite
+from bayesprune.app.data import Loaders
+from bayesprune.app.tasks.task import Checkpoint, Progress, Split, Task, Training, check_finite
 from bayesprune.foundation import defaults
 from bayesprune.foundation.batches import device_of, logits_of, on_device, split
 from bayesprune.foundation.model import load_values
 from bayesprune.foundation.sharding import full_tensor, shard_like, shard_values_like, whole_values
 from bayesprune.prune import PruneSchedule
 from bayesprune.reports import ACCURACY, PERPLEXITY, Metric, accuracy, perplexity
-from bayesprune.train import Distillation, attach
+from bayesprune.train import attach
 
 
 class LoaderTask(Task):
@@ -51,40 +51,30 @@ class LoaderTask(Task):
         self._is_sharded = accelerator.distributed_type == DistributedType.FSDP
 
     def train(
-        self,
-        model: nn.Module,
-        progress: Progress,
-        *,
-        num_epochs: int,
-        lr: float,
-        learn_stds: bool = False,
-        sparsity: float | None = None,
-        distill: Distillation | None = None,
-        checkpoint: Checkpoint | None = None,
+        self, model: nn.Module, progress: Progress, training: Training, *, checkpoint: Checkpoint | None = None
     ) -> None:
         """Minimises the cross-entropy; removes weights by the default schedule."""
         device, loader = device_of(model), self._training_loader()
         trained = copy.deepcopy(model) if self._is_sharded else model
-        optimizer = torch.optim.AdamW(trained.parameters(), lr=lr, weight_decay=0.0)
-        num_steps = num_epochs * len(loader)
+        optimizer = torch.optim.AdamW(trained.parameters(), lr=training.lr, weight_decay=0.0)
+        num_steps = training.num_epochs * len(loader)
         wrapped, stepper = self.accelerator.prepare(trained, optimizer)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=num_steps)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, training.lr, total_steps=num_steps)
         parts: dict[str, Any] = {"model": trained, "optimizer": optimizer, "schedule": schedule}
-        if learn_stds:
-            removal = None if sparsity is None else PruneSchedule(f"weights={1 - sparsity}")
+        if training.learn_stds:
             parts["attachment"] = attach(
                 optimizer,
                 trained,
                 num_data=self.data.num_data,
                 num_steps=num_steps,
                 warmup=defaults.WARMUP,
-                prune=removal,
+                prune=None if training.target is None else PruneSchedule(training.target),
             )
         if self.accelerator.scaler is not None:
             parts["scaler"] = self.accelerator.scaler
-        batches = _Batches(loader, num_epochs, parts, checkpoint)
+        batches = _Batches(loader, training.num_epochs, parts, checkpoint)
         trained.train()
-        with progress.training(num_epochs, len(loader)) as advance:
+        with progress.training(training.num_epochs, len(loader)) as advance:
             for _ in range(batches.num_done):
                 advance(float("nan"))
             for step, batch in batches:
@@ -93,8 +83,8 @@ class LoaderTask(Task):
                     inputs = split(trained, on_device(batch, device))
                     outputs = inputs.run(wrapped)
                     loss = self._loss(outputs, inputs.labels)
-                    loss = loss if distill is None else distill(outputs, batch, loss)
-                number = check_finite(float(loss.detach()), lr)
+                    loss = loss if training.distill is None else training.distill(outputs, batch, loss)
+                number = check_finite(float(loss.detach()), training.lr)
                 self.accelerator.backward(loss)
                 stepper.step()
                 schedule.step()

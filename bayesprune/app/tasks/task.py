@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from bayesprune.foundation.target import Target
 from bayesprune.reports import Metric
 from bayesprune.train import Distillation
 
@@ -59,7 +61,7 @@ class Checkpoint(Protocol):
     """Keeps the state of one training, so that it goes on after a kill."""
 
     def saved(self) -> dict[str, Any] | None:
-        """What was given to `keep` last, and the `step`; None where this training had not come so far."""
+        """The state that `keep` got last, and the `step`; None where this training had not come so far."""
         ...
 
     def restore_random_state(self) -> None:
@@ -71,6 +73,26 @@ class Checkpoint(Protocol):
 
     def keep(self, step: int, state: Mapping[str, Any]) -> None:
         """Keeps the state after this step: tensors, names and numbers."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training of a model.
+
+    Attributes:
+        num_epochs: Passes over the training data.
+        lr: The highest learning rate.
+        learn_stds: Attach the KL, so that the stds of a variational model are learned.
+        target: "weights=...", the fraction of single weights that is kept: the others are removed on the way,
+            gradually, leaving time to recover; with `learn_stds` alone.
+        distill: What the model learns from beside the labels.
+    """
+
+    num_epochs: int
+    lr: float
+    learn_stds: bool = False
+    target: Target | None = None
+    distill: Distillation | None = None
 
 
 class Task(Protocol):
@@ -93,28 +115,14 @@ class Task(Protocol):
     is_main: bool
 
     def train(
-        self,
-        model: nn.Module,
-        progress: Progress,
-        *,
-        num_epochs: int,
-        lr: float,
-        learn_stds: bool = False,
-        sparsity: float | None = None,
-        distill: Distillation | None = None,
-        checkpoint: Checkpoint | None = None,
+        self, model: nn.Module, progress: Progress, training: Training, *, checkpoint: Checkpoint | None = None
     ) -> None:
         """Trains the model in place and leaves it in evaluation mode.
 
         Args:
             model: On the device it is to stay on.
             progress: Hears of every step.
-            num_epochs: Passes over the training data.
-            lr: The highest learning rate.
-            learn_stds: Attach the KL, so that the stds of a variational model are learned.
-            sparsity: Fraction of single weights to remove on the way, gradually, leaving time to recover; with
-                `learn_stds` alone.
-            distill: What the model learns from beside the labels.
+            training: How long, how fast, and what is learned.
             checkpoint: Where a loop that can go on in the middle keeps its state, and finds it after a kill.
 
         Raises:

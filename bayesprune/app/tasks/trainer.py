@@ -1,6 +1,7 @@
-"""A task for a model of transformers: examples, the stock Trainer that learns from them, and the metric."""
+"""A task for a model of transformers: examples, the metric, and the stock Trainer, which keeps no files of its own."""
 
 import json
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,20 +10,112 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from bayesprune.app.pretrained import AUTO_CLASSES
-from bayesprune.app.tasks.task import Checkpoint, Progress, Split
-from bayesprune.app.tasks.training import TrainingData, train
+from bayesprune.app.tasks.task import Checkpoint, Progress, Split, Training, check_finite
+from bayesprune.hosts.transformers.callback import BayesPruneCallback
+from bayesprune.hosts.transformers.distillation import DistillationCallback
+from bayesprune.prune.weights.schedule import PruneSchedule
 from bayesprune.reports import ACCURACY, PERPLEXITY, Metric, accuracy, perplexity
-from bayesprune.train import Distillation
+
+_LOGS_PER_EPOCH = 20
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Examples for a Trainer, the function that makes a batch of them, and the batch size."""
+
+    examples: Any
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    batch_size: int
+    seed: int
+
+
+def train(model: PreTrainedModel, data: TrainingData, progress: Progress, training: Training) -> None:
+    """As `Task.train` says: AdamW without weight decay, a tenth of the steps to warm up, then linearly to zero.
+
+    Single weights are removed between a tenth and seven tenths of the training.
+    """
+    steps_per_epoch = -(-len(data.examples) // data.batch_size)
+    num_steps = steps_per_epoch * training.num_epochs
+    is_cpu = model.device.type == "cpu"
+    with tempfile.TemporaryDirectory() as directory:
+        arguments = TrainingArguments(
+            output_dir=directory,
+            num_train_epochs=training.num_epochs,
+            per_device_train_batch_size=data.batch_size,
+            learning_rate=training.lr,
+            weight_decay=0.0,
+            warmup_steps=num_steps // 10,
+            logging_steps=max(1, steps_per_epoch // _LOGS_PER_EPOCH),
+            logging_first_step=True,
+            logging_nan_inf_filter=False,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            seed=data.seed,
+            use_cpu=is_cpu,
+            dataloader_pin_memory=not is_cpu,
+        )
+        callbacks: list[TrainerCallback] = []
+        if training.learn_stds:
+            prune = None if training.target is None else PruneSchedule(training.target)
+            callbacks.append(BayesPruneCallback(prune=prune))
+        if training.distill is not None:
+            callbacks.append(DistillationCallback(training.distill))
+        with progress.training(training.num_epochs, steps_per_epoch) as advance:
+            callbacks.append(_Steps(advance, training.lr))
+            trainer = Trainer(
+                model, arguments, train_dataset=data.examples, data_collator=data.collate, callbacks=callbacks
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+    model.eval()
+    model.zero_grad()
+
+
+class _Steps(TrainerCallback):
+    """Reports each step with the most recently logged loss."""
+
+    def __init__(self, advance: Callable[[float], None], lr: float) -> None:
+        self.advance, self.lr, self.loss = advance, lr, float("nan")
+        self.is_pending = False
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
+        """Keeps the loss."""
+        if "loss" in event["logs"]:
+            self.loss = check_finite(float(event["logs"]["loss"]), self.lr)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
+        """Waits for the log."""
+        self.is_pending = True
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any
+    ) -> None:
+        """Tells of the step before."""
+        if self.is_pending:
+            self.advance(self.loss)
+        self.is_pending = False
+
+    on_train_end = on_step_begin
+
 
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a model's data are read and batched.
+    """Options for reading and batching a model's data.
 
     Attributes:
         text_column: Name of the column of texts; None finds one.
@@ -73,16 +166,7 @@ class TrainerTask:
         self.example_inputs = {name: value for name, value in example.items() if name != "labels"}
 
     def train(
-        self,
-        model: nn.Module,
-        progress: Progress,
-        *,
-        num_epochs: int,
-        lr: float,
-        learn_stds: bool = False,
-        sparsity: float | None = None,
-        distill: Distillation | None = None,
-        checkpoint: Checkpoint | None = None,
+        self, model: nn.Module, progress: Progress, training: Training, *, checkpoint: Checkpoint | None = None
     ) -> None:
         """By the stock Trainer, with `BayesPruneCallback` where stds are learned or weights removed, and distillation.
 
@@ -90,16 +174,7 @@ class TrainerTask:
         """
         assert isinstance(model, PreTrainedModel), "the task came with such a model"
         data = TrainingData(self.splits["train"], self.collate, self.options.batch_size, self.options.seed)
-        train(
-            model,
-            data,
-            progress,
-            num_epochs=num_epochs,
-            lr=lr,
-            learn_stds=learn_stds,
-            sparsity=sparsity,
-            distill=distill,
-        )
+        train(model, data, progress, training)
 
     def score(self, model: nn.Module, split: Split) -> float:
         """Accuracy, or perplexity of a language model."""

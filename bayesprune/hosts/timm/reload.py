@@ -20,10 +20,9 @@ from bayesprune.layers import VariationalLayer, register_layer
 from bayesprune.layers.stock import VariationalConv2d
 from bayesprune.storage import base as bases
 from bayesprune.storage.base import BaseModel, LibraryAdapter, register_adapter
-from bayesprune.storage.bounds import bounded_building
-from bayesprune.storage.heads import for_other_head, with_new
 from bayesprune.storage.load import check_file, check_same_save, fill, read
-from bayesprune.storage.rebuild import rebuild
+from bayesprune.storage.reading import bounded_building
+from bayesprune.storage.rebuild import for_other_head, rebuild, with_new
 from bayesprune.storage.spec import ModelRecord
 
 try:
@@ -103,7 +102,7 @@ def build(base: BaseModel) -> nn.Module:
 
 
 def data_config(name: str) -> dict[str, Any]:
-    """How an architecture's pretrained weights want their images: size, mean, std, interpolation, crop.
+    """Image preparation of an architecture's pretrained weights: size, mean, std, interpolation, crop.
 
     Raises:
         ValueError: timm has no such architecture.

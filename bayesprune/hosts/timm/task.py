@@ -151,20 +151,20 @@ class BayesPruneTask(nn.Module):
             layer.apply_masks()
 
     def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
-        """What the task inside would clip of the stock model; with `exclude_head` all but its last two parameters."""
+        """The parameters of the stock model that the task inside would clip; `exclude_head` leaves out the last two."""
         stds = {id(part) for posterior in named_posteriors(self.model) for part in posterior.log_std_parts}
         stock = [id(parameter) for parameter in self.model.parameters() if id(parameter) not in stds]
         left_out = stds | set(stock[-2:] if exclude_head else ())
         return [p for p in self.task.get_clip_parameters() if id(p) not in left_out]
 
     def get_task_state(self, *args: Any, ema: bool = False, **kwargs: Any) -> dict[str, Any]:
-        """What the task inside keeps beside the model's state dict, and the attachment's state."""
+        """The state that the task inside keeps beside the model's state dict, and the attachment's."""
         state = dict(self.task.get_task_state(*args, ema=ema, **kwargs))
         own = self._saved if self._attachment is None else self._attachment.state_dict()
         return state if ema or own is None else {**state, _KEY: own}
 
     def get_checkpoint_state(self, ema: bool = False, **kwargs: Any) -> dict[str, Any]:
-        """What a checkpoint holds of this task; tensors and numbers only."""
+        """The state of this task for a checkpoint; tensors and numbers only."""
         state = dict(self.task.get_checkpoint_state(ema=ema, **kwargs))
         return state if ema else {**state, "task_state": self.get_task_state()}
 

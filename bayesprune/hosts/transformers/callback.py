@@ -19,12 +19,20 @@ from bayesprune.foundation.model import load_values
 from bayesprune.foundation.sharding import full_tensor
 from bayesprune.hosts.options import TrainingOptions, is_variational
 from bayesprune.hosts.transformers import checkpoint
-from bayesprune.hosts.transformers.adapters import warn_of_pruning
-from bayesprune.hosts.transformers.callback_order import stand_before_loggers
 from bayesprune.hosts.transformers.counting import count_terms
-from bayesprune.hosts.transformers.fsdp import Frozen, check_dtypes, freeze_stds, thaw
-from bayesprune.hosts.transformers.guards import LossScaleProbe, check_parallelism, check_shapes, probe_of, shapes
-from bayesprune.hosts.transformers.summary import summarize
+from bayesprune.hosts.transformers.guards import (
+    Frozen,
+    LossScaleProbe,
+    check_dtypes,
+    check_parallelism,
+    check_shapes,
+    freeze_stds,
+    probe_of,
+    shapes,
+    thaw,
+    warn_of_pruning,
+)
+from bayesprune.hosts.transformers.logs import stand_before_loggers, summarize
 from bayesprune.hosts.transformers.tolerance import Tolerance, evaluation_prefix
 from bayesprune.priors import Prior
 from bayesprune.prune.weights.schedule import PruneSchedule

@@ -30,7 +30,7 @@ _FINGERPRINT_SIZE = 1024  # stds of each parameter
 
 @dataclass(frozen=True)
 class Saved:
-    """What was read: the attachment's state, and the number of examples or label tokens it was attached with."""
+    """The attachment's state that was read, and the number of examples or label tokens it was attached with."""
 
     attachment: dict[str, Any]
     num_data: int

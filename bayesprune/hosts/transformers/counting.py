@@ -1,4 +1,4 @@
-"""How many terms the training loss is a mean over: what the KL is divided by."""
+"""The number of terms that the training loss is a mean over, by which the KL is divided."""
 
 import random
 from collections.abc import Iterator, Mapping

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from bayesprune.errors import UnsupportedModelError
-from bayesprune.hosts.transformers.callback_order import stand_before_loggers
 from bayesprune.hosts.transformers.guards import LossScaleProbe, probe_of
+from bayesprune.hosts.transformers.logs import stand_before_loggers
 from bayesprune.train.distillation import Distillation
 
 _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}

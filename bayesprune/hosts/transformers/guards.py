@@ -1,6 +1,12 @@
-"""What would train a wrong posterior without a word, said at the start with the line that mends it."""
+"""What would train a wrong posterior without a word, said at the start with the line that mends it.
+
+Of FSDP 2: torch refuses to load a sharded optimizer's state that has nothing for a parameter which trains, and the log
+stds have nothing there: the attachment moves them. An optimizer takes what trains when it is made, so until training
+begins the log stds do not.
+"""
 
 import sys
+import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -13,7 +19,7 @@ from torch.optim import Optimizer
 from transformers import TrainingArguments
 
 from bayesprune.errors import UnsupportedModelError
-from bayesprune.layers import named_posteriors
+from bayesprune.layers import VariationalLayer, named_posteriors, variational_layers
 
 
 def check_parallelism(distributed_type: str, *, fsdp_version: int, num_threads: int, sends_masks: bool) -> None:
@@ -176,3 +182,59 @@ class LossScaleProbe:
         loss = output["loss"] if isinstance(output, Mapping) else output[0]
         if loss.requires_grad:
             loss.register_hook(lambda gradient: self._arrived.append(gradient.detach()))
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether PEFT made this model, or put adapters into it."""
+    return bool(getattr(model, "peft_config", None) or getattr(model, "_hf_peft_config_loaded", False))
+
+
+def warn_of_pruning(model: nn.Module) -> None:
+    """Says that a sparsity would be one of the adapters alone."""
+    if has_adapters(model):
+        warnings.warn(
+            "prune=... removes weights of the adapters alone; the frozen weights below them stay, and merging fills "
+            "the zeros. To compress the model, merge first: Trainer(model.merge_and_unload(), ...), or set prune=None.",
+            stacklevel=3,
+        )
+
+
+Frozen = list[tuple[VariationalLayer, str]]
+
+
+def check_dtypes(model: nn.Module, mixed_precision: str) -> None:
+    """Refuses a model in half precision beside float32 stds, which FSDP 2 does not shard together.
+
+    Args:
+        model: The variational model.
+        mixed_precision: accelerate's, which turns what trains into float32 unless it is "no".
+
+    Raises:
+        UnsupportedModelError: a layer's weight is of half precision and stays so.
+    """
+    for name, layer in variational_layers(model) if mixed_precision == "no" else ():
+        for parameter in layer.parameters(recurse=False):
+            if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
+                raise UnsupportedModelError(
+                    f"BayesPruneCallback got FSDP 2 with {name} in {parameter.dtype}, which is not sharded together "
+                    "with its float32 stds. Load the model with dtype=torch.float32 and set "
+                    "TrainingArguments(bf16=True), so that it computes in half precision."
+                )
+
+
+def freeze_stds(model: nn.Module) -> Frozen:
+    """The log stds that trained, by layer and name: FSDP replaces the parameter objects."""
+    frozen = []
+    for _, layer in variational_layers(model):
+        parts = {id(part) for name in layer.active_names() for part in layer.log_std_parts(name)}
+        for name, parameter in layer.named_parameters(recurse=False):
+            if id(parameter) in parts and parameter.requires_grad:
+                parameter.requires_grad_(False)
+                frozen.append((layer, name))
+    return frozen
+
+
+def thaw(frozen: Frozen) -> None:
+    """Undoes `freeze_stds`."""
+    for layer, name in frozen:
+        layer.get_parameter(name).requires_grad_()

@@ -11,9 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
-from bayesprune.hosts.transformers.config_delta import shapes_of, spec_of
-from bayesprune.hosts.transformers.host import hf_base, skeleton
-from bayesprune.storage.heads import for_other_head
+from bayesprune.hosts.transformers.host import hf_base, shapes_of, skeleton, spec_of
+from bayesprune.storage.rebuild import for_other_head
 from bayesprune.storage.spec import ModelRecord, Shape, plain_attributes
 
 

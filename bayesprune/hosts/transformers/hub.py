@@ -8,8 +8,7 @@ from huggingface_hub import HfApi
 from transformers.modeling_utils import PreTrainedModel
 
 from bayesprune.errors import UnsupportedModelError
-from bayesprune.hosts.transformers.config_delta import changes
-from bayesprune.hosts.transformers.host import hf_base, skeleton
+from bayesprune.hosts.transformers.host import changes, hf_base, skeleton
 from bayesprune.reports import Report
 from bayesprune.reports.summary import quantities
 from bayesprune.storage import save

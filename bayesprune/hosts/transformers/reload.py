@@ -14,10 +14,12 @@ import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
@@ -27,22 +29,22 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from bayesprune.errors import StorageError, UnsupportedModelError
 from bayesprune.hosts.transformers import layers  # noqa: F401  (registers Conv1D)
 from bayesprune.hosts.transformers.closed import check_config, for_building, forget_leading, leading_out
-from bayesprune.hosts.transformers.config_delta import Renaming, changes, spec_of
 from bayesprune.hosts.transformers.heads import has_other_sizes, with_other_class, with_other_sizes
-from bayesprune.hosts.transformers.host import LIBRARY, build, hf_base, skeleton
+from bayesprune.hosts.transformers.host import LIBRARY, Renaming, build, changes, hf_base, skeleton, spec_of
+from bayesprune.storage import coding
 from bayesprune.storage.base import BaseModel, LibraryAdapter, register_adapter
 from bayesprune.storage.digests import check_json, check_seal, json_digest, sealed, tensor_header
 from bayesprune.storage.load import check_same_save
 from bayesprune.storage.reading import FORMAT_VERSION, read_header, read_json, read_tensors
 from bayesprune.storage.rebuild import difference, rebuild, shape_differences
+from bayesprune.storage.save import lost
 from bayesprune.storage.spec import ModelRecord, computed_buffers, describe_model, tied_names, unsaved_buffers
-from bayesprune.storage.unsaved import lost
 
 METHOD = "bayesprune"
 
 
 class BayespruneConfig(QuantizationConfigMixin):
-    """What stands under `quantization_config` in `config.json`.
+    """The content of `quantization_config` in `config.json`.
 
     Attributes:
         architecture: Class of the saved model.
@@ -81,6 +83,7 @@ class BayespruneQuantizer(HfQuantizer):
 
     quantization_config: BayespruneConfig  # type: ignore[assignment]
     spec: ModelRecord | None = None
+    _decoded: TemporaryDirectory | None = None
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
@@ -117,7 +120,7 @@ class BayespruneQuantizer(HfQuantizer):
             raise StorageError(
                 f"the tensors of {Path(where).parent} do not fit its config.json.\n" + "\n".join(problems)
             )
-        _check_digests(config, checkpoint_files, Path(where))
+        self._decoded = _check_digests(config, checkpoint_files, Path(where))
         wanted = model.config.dtype
         if isinstance(wanted, torch.dtype) and str(wanted).removeprefix("torch.") != config.dtype:
             tensors = {name: _cast(name, meta, wanted, spec) for name, meta in tensors.items()}
@@ -172,6 +175,9 @@ class BayespruneQuantizer(HfQuantizer):
             StorageError: a tensor was not read, or names share tensors otherwise than recorded.
         """
         assert self.spec is not None, "the model was prepared before"
+        if self._decoded is not None:
+            self._decoded.cleanup()
+            self._decoded = None
         for layer, key, first in _tied_buffers(model, self.spec):
             layer._buffers[key] = model.get_buffer(first)
         for layer, key in _computed_buffers(model, self.spec):
@@ -191,7 +197,7 @@ class BayespruneQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(  # type: ignore[override]
         self, model: PreTrainedModel
     ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
-        """What `save_pretrained` asks for; the config now says how the model differs from it, as it is at this time."""
+        """Answers `save_pretrained`, after the config was told how the model differs from it at this time."""
         base = hf_base(model)
         if base is None:
             raise UnsupportedModelError(f"{type(model).__name__} is no class of transformers; use bayesprune.save.")
@@ -312,16 +318,26 @@ def _are_names(tied: Any) -> bool:
     return isinstance(tied, dict) and all(isinstance(first, str) for first in tied.values())
 
 
-def _check_digests(config: BayespruneConfig, files: Sequence[str], where: Path) -> None:
-    """Refuses a config or tensors that are not those that were saved."""
+def _check_digests(config: BayespruneConfig, files: Sequence[str], where: Path) -> TemporaryDirectory | None:
+    """Refuses a config or tensors that are not those that were saved.
+
+    Coded files are decoded into a temporary directory, and what is read from now on is in it.
+    """
     found = read_json(where)
     values = found.get("quantization_config")
     if not isinstance(values, dict) or values.get("save_id") != config.save_id:
         raise StorageError(f"{where} is not the config.json that belongs to the files beside it. Copy both anew.")
     check_seal(values, f"quantization_config in {where}")
     _check_config(found, config, where)
-    for path in files:
-        read_tensors(Path(path))
+    directory = None
+    for index, path in enumerate(files):
+        tensors, header = read_tensors(Path(path))
+        if coding.is_coded(read_header(Path(path))[1], path):
+            assert isinstance(files, list), "transformers reads the list that it hands over"
+            directory = directory or TemporaryDirectory(prefix="bayesprune-")
+            files[index] = str(Path(directory.name) / f"{index}.safetensors")
+            save_file(tensors, files[index], metadata=header)
+    return directory
 
 
 def _headers(files: Sequence[str], where: str, save_id: str) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""How far accuracy may fall while a model is compressed, and what happens then."""
+"""The loss of accuracy that a compression accepts, and what happens beyond it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -72,6 +72,6 @@ class Tolerance:
 
 
 def evaluation_prefix(metrics: Mapping[str, Any]) -> str | None:
-    """What the names of an evaluation's metrics begin with, "eval" by default; None for other logs."""
+    """The prefix of an evaluation's metrics, "eval" by default; None for other logs."""
     prefixes = [key.removesuffix("_runtime") for key in metrics if key.endswith("_runtime")]
     return prefixes[0] if prefixes and prefixes[0] != "train" else None

@@ -119,7 +119,7 @@ def _rule(function: Callable[..., Any], formula_of: Callable[..., Formula | None
             )
         formula = None if formula_of is None else formula_of(*args, **kwargs)
         result = apply(input, lambda t: function(t, *args, **kwargs), formula)
-        return input.become(result) if inplace else result
+        return input.copy_from(result) if inplace else result
 
     return rule
 

@@ -1,20 +1,26 @@
-"""Rules for sums, products and quotients, entry by entry.
+"""Rules for functions of two tensors, entry by entry: sums, products, quotients, powers and others.
 
 Two tensors of one origin combine as one function of it; any others as independent: Var(ab) = va vb + va mb^2 + vb ma^2.
 Cost: no product of matrices.
+
+To first order: with slopes a and b at the means, var = a^2 va + b^2 vb, both taken as independent. Two tensors of one
+origin are one function of it, as everywhere.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bayesprune.moments import closed_forms
+from bayesprune.moments.covariance import common_dims, shared_along
 from bayesprune.moments.elementwise import affine, apply, in_place, joint
 from bayesprune.moments.gaussian import Formula
+from bayesprune.moments.memory import KnownMoments
 from bayesprune.moments.registry import follows_directions, register_rule
-from bayesprune.moments.shared import common_dims, shared_along
-from bayesprune.moments.tensor import Known, Moments, is_uncertain, known, plain
+from bayesprune.moments.tensor import Moments, is_uncertain, known, plain
 
 
 def add(input: Any, other: Any, *, alpha: Any = 1) -> Moments:
@@ -134,7 +140,7 @@ def lerp(input: Any, end: Any, weight: Any) -> Any:
     return input * (1 - weight) + end * weight
 
 
-def _sum(a: Known, b: Known) -> Moments:
+def _sum(a: KnownMoments, b: KnownMoments) -> Moments:
     mean = a.parts.mean + b.parts.mean
     if a.directions is not None or b.directions is not None:
         return Moments.along(mean, _pushed(a, b, 1, 1, mean.dim()), _plus(_residual(a), _residual(b)))
@@ -143,7 +149,7 @@ def _sum(a: Known, b: Known) -> Moments:
     return Moments(mean, _plus(a.parts.variance, b.parts.variance), shared)
 
 
-def _product(a: Known, b: Known) -> Moments:
+def _product(a: KnownMoments, b: KnownMoments) -> Moments:
     (ma, va, _), (mb, vb, _) = a.parts, b.parts
     mean = ma * mb
     if a.directions is not None or b.directions is not None:
@@ -156,7 +162,7 @@ def _product(a: Known, b: Known) -> Moments:
     return Moments(mean, variance, _product_variance(first, second, _averaged(ma, dims), _averaged(mb, dims)))
 
 
-def _pushed(a: Known, b: Known, by_a: Any, by_b: Any, num_dims: int) -> Tensor:
+def _pushed(a: KnownMoments, b: KnownMoments, by_a: Any, by_b: Any, num_dims: int) -> Tensor:
     """The directions of both, each times the derivative by it."""
     terms = []
     for x, factor in ((a, by_a), (b, by_b)):
@@ -182,7 +188,7 @@ def _power_formula(exponent: Any) -> Formula | None:
     return None if exponent >= 0 and exponent == int(exponent) else closed_forms.power(float(exponent))
 
 
-def _residual(x: Known) -> Tensor | None:
+def _residual(x: KnownMoments) -> Tensor | None:
     return x.parts.variance if x.directions is None else x.residual
 
 
@@ -247,3 +253,84 @@ for _rule, _found in _NAMES.items():
             register_rule(_written)(in_place(_rule, getattr(Tensor, _name)))
 register_rule(torch.where)(follows_directions(where))
 register_rule(Tensor.where)(follows_directions(lambda x, condition, other: where(condition, x, other)))
+
+
+def of_two(function: Callable[[Tensor, Tensor], Tensor], input: Any, other: Any) -> Any:
+    """An elementwise function of two tensors or numbers, either or both uncertain."""
+    if is_uncertain(input) and is_uncertain(other):
+        together = joint(input, other, function) if input.shape == other.shape else None
+        if together is not None:
+            return together
+        a, b = _spread(input, other), _spread(other, input)
+        value, (left, right) = _slopes(function, plain(a), plain(b))
+        first: Any = affine(a - plain(a), left)
+        return first + affine(b - plain(b), right) + value
+    if is_uncertain(input):
+        return apply(_spread(input, other), lambda t: function(t, _like(other, t)))
+    return apply(_spread(other, input), lambda t: function(_like(input, t), t))
+
+
+@register_rule(F.glu)
+@follows_directions
+def glu(input: Any, dim: int = -1) -> Any:
+    """One half of a dimension times the sigmoid of the other."""
+    value, gate = input.chunk(2, dim)
+    return value * gate.sigmoid()
+
+
+@register_rule(torch.logaddexp, Tensor.logaddexp)
+@follows_directions
+def logaddexp(input: Any, other: Any) -> Any:
+    """log(exp input + exp other)."""
+    return of_two(torch.logaddexp, input, other)
+
+
+@register_rule(F.cosine_similarity, torch.cosine_similarity)
+@follows_directions
+def cosine_similarity(x1: Any, x2: Any, dim: int = 1, eps: float = 1e-8) -> Any:
+    """The inner product of vectors over their lengths."""
+    return (F.normalize(x1, dim=dim, eps=eps) * F.normalize(x2, dim=dim, eps=eps)).sum(dim)
+
+
+@register_rule(torch.cdist)
+@follows_directions
+def cdist(x1: Any, x2: Any, p: float = 2.0, compute_mode: Any = None) -> Any:
+    """The Euclidean distance of each of P vectors (..., P, D) from each of R (..., R, D)."""
+    return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, -1)
+
+
+@register_rule(F.pairwise_distance)
+@follows_directions
+def pairwise_distance(x1: Any, x2: Any, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False) -> Any:
+    """The Euclidean distance of vectors."""
+    return torch.linalg.vector_norm(x1 - x2 + eps, p, -1, keepdim)
+
+
+def _slopes(function: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> tuple[Tensor, list[Tensor]]:
+    a, b = (x.contiguous() for x in torch.broadcast_tensors(a, b))
+    none = torch.zeros_like(a)
+    pushed: Any = [torch.func.jvp(function, (a, b), tangents) for tangents in ((none + 1, none), (none, none + 1))]
+    return pushed[0][0], [slope for _, slope in pushed]
+
+
+def _spread(x: Any, other: Any) -> Any:
+    shape = torch.broadcast_shapes(x.shape, other.shape) if isinstance(other, Tensor) else x.shape
+    return x if shape == x.shape else x.expand(shape)
+
+
+def _like(x: Any, like: Tensor) -> Tensor:
+    return plain(x).to(like.dtype) if isinstance(x, Tensor) else torch.full((), x, dtype=like.dtype, device=like.device)
+
+
+def _register(*names: str) -> None:
+    for name in names:
+
+        def rule(*operands: Any, _name: str = name, **named: Any) -> Any:
+            return of_two(getattr(torch, _name), *operands, *named.values())
+
+        register_rule(getattr(torch, name), getattr(Tensor, name))(follows_directions(rule))
+        if hasattr(Tensor, f"{name}_"):
+            register_rule(getattr(Tensor, f"{name}_"))(in_place(rule, getattr(Tensor, name)))
+
+
+_register("atan2", "arctan2", "hypot", "logaddexp2", "xlogy", "copysign", "ldexp")

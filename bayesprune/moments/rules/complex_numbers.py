@@ -1,18 +1,24 @@
-"""Rules for complex numbers: real and imaginary part, each with its variance, are taken as independent.
+"""Rules for complex numbers, whose real and imaginary parts are taken as independent, and for Fourier transforms.
 
 So every function of them is made of functions of real tensors. A rotation by a certain angle (rotary embeddings of
 Llama 4 and DeepSeek) is exact in both variances; what the two parts have in common behind it is not followed.
+
+Exact along one dimension for independent entries and for what they share; along several, real and imaginary parts are
+taken as independent between one and the next. Cost: two small products for each dimension and part.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bayesprune.moments.covariance import aligned, linearised
+from bayesprune.moments.memory import KnownMoments, LazyMoments, MomentTensors
 from bayesprune.moments.registry import find_rule, follows_directions, register_complex_rule, register_rule
 from bayesprune.moments.rules import shapes  # noqa: F401  (whose rules serve here, too)
-from bayesprune.moments.shared import aligned
-from bayesprune.moments.tensor import Known, Moments, Parts, Source, is_uncertain, known, plain
+from bayesprune.moments.rules.reductions import along
+from bayesprune.moments.tensor import Moments, follows, is_uncertain, known, plain
 
 
 def split(x: Any) -> tuple[Any, Any]:
@@ -52,14 +58,16 @@ def merged(real: Any, imag: Any) -> Any:
     residual = mean.variance if directions is None and count else residual
     rest = others.variance if more is None and count else rest
     value = torch.complex(mean.mean.contiguous(), others.mean.contiguous())
-    found = Parts(value, joined(mean.variance, others.variance, shape), shared)
-    return Moments.of(Source(Known(found, joined(directions, more, (count, *shape)), joined(residual, rest, shape))))
+    found = MomentTensors(value, joined(mean.variance, others.variance, shape), shared)
+    return Moments.of(
+        LazyMoments(KnownMoments(found, joined(directions, more, (count, *shape)), joined(residual, rest, shape)))
+    )
 
 
 def _taken(x: Moments, part: Any) -> Moments:
     (mean, variance, shared), directions, residual = x.source.known()
     rest = [None if found is None else part(found) for found in (variance, shared, directions, residual)]
-    return Moments.of(Source(Known(Parts(part(mean), rest[0], rest[1]), rest[2], rest[3])))
+    return Moments.of(LazyMoments(KnownMoments(MomentTensors(part(mean), rest[0], rest[1]), rest[2], rest[3])))
 
 
 @register_rule(torch.view_as_complex)
@@ -234,3 +242,83 @@ _SAME += ("__getitem__", "__iter__", "detach", "index_select", "gather")
 for _owner in (torch, Tensor):
     for _function in (getattr(_owner, name) for name in _SAME if hasattr(_owner, name)):
         register_complex_rule(_function)(find_rule(_function))
+
+
+def transformed(transform: Callable[..., Tensor], x: Any, n: int | None, dim: int, norm: str | None) -> Any:
+    """A Fourier transform of one dimension, from its matrix."""
+    size = x.shape[dim]
+    real, imag = split(x)
+    dtype = torch.promote_types(real.dtype, torch.float32)
+    eye = torch.eye(size, dtype=dtype, device=x.device)
+    by_real = transform(eye, n, 0, norm)
+    of_real = _applied(real, by_real, dim)
+    if not x.is_complex():
+        return merged(*of_real) if by_real.is_complex() else of_real[0]
+    by_imag = transform(torch.complex(torch.zeros_like(eye), eye), n, 0, norm)
+    of_imag = _applied(imag, by_imag, dim)
+    if not by_imag.is_complex():
+        return of_real[0] + of_imag[0]
+    return merged(*(a + b for a, b in zip(of_real, of_imag, strict=True)))
+
+
+def _applied(x: Any, matrix: Tensor, dim: int) -> tuple[Any, ...]:
+    """Real and imaginary part of a matrix times a real tensor; the real part alone of a real matrix."""
+
+    def by(weights: Tensor) -> Any:
+        def product(part: Tensor) -> Tensor:
+            return part.to(weights.dtype) @ weights.T
+
+        def whole(t: Tensor) -> Tensor:
+            return product(t.movedim(dim, -1)).movedim(-1, dim)
+
+        def rule(t: Any) -> Any:
+            return along(t, dim, product, weights)
+
+        return (linearised(whole, rule) if follows(x) else rule if is_uncertain(x) else whole)(x)
+
+    return (by(matrix.real), by(matrix.imag)) if matrix.is_complex() else (by(matrix),)
+
+
+def _several(first: str, rest: str, *, is_last_first: bool, default: Sequence[int] | None) -> Callable[..., Any]:
+    """A transform of several dimensions: one of the last (`first`), and one of each of the others."""
+
+    def rule(input: Any, s: Any = None, dim: Any = default, norm: str | None = None) -> Any:
+        if dim is None:
+            dim = range(input.dim()) if s is None else range(-len(s), 0)
+        sizes = [None] * len(dim) if s is None else list(s)
+        steps = [(rest, d, n) for d, n in zip(dim, sizes, strict=True)]
+        steps[-1] = (first, *steps[-1][1:])
+        found = input
+        for name, d, n in reversed(steps) if is_last_first else steps:
+            found = getattr(torch.fft, name)(found, n, d, norm)
+        return found
+
+    return follows_directions(rule)
+
+
+def _register() -> None:
+    for name in ("fft", "ifft", "rfft", "irfft", "hfft", "ihfft"):
+
+        def rule(input: Any, n: int | None = None, dim: int = -1, norm: str | None = None, *, _name: str = name) -> Any:
+            return transformed(getattr(torch.fft, _name), input, n, dim, norm)
+
+        _both(getattr(torch.fft, name), follows_directions(rule))
+    for name, default in (("2", (-2, -1)), ("n", None)):
+        for first, rest in (("fft", "fft"), ("ifft", "ifft"), ("rfft", "fft"), ("irfft", "ifft")):
+            made = _several(first, rest, is_last_first=first != "irfft", default=default)
+            _both(getattr(torch.fft, first + name), made)
+    for name, sign in (("fftshift", 1), ("ifftshift", -1)):
+
+        def shift(input: Any, dim: Any = None, *, _sign: int = sign) -> Any:
+            dims = list(range(input.dim())) if dim is None else [dim] if isinstance(dim, int) else list(dim)
+            return input.roll([_sign * (input.shape[d] // 2) for d in dims], dims)
+
+        _both(getattr(torch.fft, name), follows_directions(shift))
+
+
+def _both(function: Callable[..., Any], rule: Callable[..., Any]) -> None:
+    register_rule(function)(rule)
+    register_complex_rule(function)(rule)
+
+
+_register()

@@ -15,14 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bayesprune.foundation import noise
+from bayesprune.moments.covariance import is_tracked, shared_along
+from bayesprune.moments.memory import KnownMoments, MomentTensors
 from bayesprune.moments.registry import follows_directions, register_rule
-from bayesprune.moments.shared import is_tracked, shared_along
-from bayesprune.moments.tensor import Known, Moments, Parts, known
+from bayesprune.moments.tensor import Moments, known
 
 _ALPHA = 1.7580993408473766  # minus the value that a dropped SELU takes (Klambauer et al., 2017)
 
 
-def masked(x: Known, keep: float, scale: float, shift: float, num_units: int | None) -> Moments:
+def masked(x: KnownMoments, keep: float, scale: float, shift: float, num_units: int | None) -> Moments:
     """scale * b * (x + shift) - scale * keep * shift, for a random mask b that is one with probability `keep`.
 
     Args:
@@ -49,7 +50,7 @@ def masked(x: Known, keep: float, scale: float, shift: float, num_units: int | N
     if not dims or not is_tracked():
         return Moments(gain * mean, total, None if shared is None else gain**2 * shared)
     level = (mean.to(variance.dtype) + shift).mean(sorted(dims), keepdim=True)
-    common = shared_along(Parts(mean, variance, shared), dims)
+    common = shared_along(MomentTensors(mean, variance, shared), dims)
     added = noise_ * level.square()
     return Moments(gain * mean, total, added if common is None else scale**2 * keep * common + added)
 
@@ -74,7 +75,7 @@ def _rule(keeps_statistics: bool, units: Callable[[int], int] | None) -> Callabl
             result = masked(x, 1 - p, 1 / math.sqrt((1 - p) * (1 + p * _ALPHA**2)), _ALPHA, num_units)
         else:
             result = masked(x, 1 - p, 1 / (1 - p), 0.0, num_units)
-        return input.become(result) if inplace else result
+        return input.copy_from(result) if inplace else result
 
     return rule
 

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bayesprune.moments.covariance import aligned
 from bayesprune.moments.gaussian import std, total
+from bayesprune.moments.memory import MomentTensors
 from bayesprune.moments.registry import follows_directions, register_rule
-from bayesprune.moments.shared import aligned
-from bayesprune.moments.tensor import Moments, Parts, parts
+from bayesprune.moments.tensor import Moments, parts
 
 
 @register_rule(torch.cat, torch.concat, torch.concatenate)
@@ -115,7 +116,7 @@ def _pairs(count: int) -> int:
     return count * (count - 1)
 
 
-def _joined(pieces: list[Parts], dim: int, mean: Tensor) -> Tensor | None:
+def _joined(pieces: list[MomentTensors], dim: int, mean: Tensor) -> Tensor | None:
     """What pieces share: side by side along a dimension of units; along positions as if all was made by one weight."""
     if all(piece.shared is None for piece in pieces):
         return None

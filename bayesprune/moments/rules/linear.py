@@ -14,11 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bayesprune.moments.directions import linearised, through_weights
+from bayesprune.moments.covariance import (
+    aligned,
+    collapse,
+    is_tracked,
+    linearised,
+    mean_over,
+    products_of_pairs,
+    through_weights,
+)
+from bayesprune.moments.memory import MomentTensors
 from bayesprune.moments.registry import follows_directions, register_rule
 from bayesprune.moments.settings import is_low_rank
-from bayesprune.moments.shared import aligned, collapse, is_tracked, mean_over, products_of_pairs
-from bayesprune.moments.tensor import Moments, Parts, known, parts
+from bayesprune.moments.tensor import Moments, known, parts
 
 Product = Callable[[Tensor, Tensor], Tensor]
 
@@ -99,7 +107,7 @@ def embedding(input: Tensor, weight: Moments, *args: Any, **kwargs: Any) -> Mome
     return Moments(F.embedding(input, mean, *args, **kwargs), F.embedding(input, variance.contiguous()))
 
 
-def _variance(product: Product, energy: Product, x: Parts, w: Parts, bias: Tensor | None) -> Tensor:
+def _variance(product: Product, energy: Product, x: MomentTensors, w: MomentTensors, bias: Tensor | None) -> Tensor:
     """f(v, M^2) + f(m^2 + v, S) + bias, in float32 or better: small variances vanish in half precision."""
     terms = [] if bias is None else [bias]
     with torch.autocast(x.mean.device.type, enabled=False):
@@ -112,7 +120,12 @@ def _variance(product: Product, energy: Product, x: Parts, w: Parts, bias: Tenso
 
 
 def _shared(
-    product: Product, x: Parts, shape: tuple[int, ...], weight: Tensor, noise: Tensor | None, bias: Tensor | None
+    product: Product,
+    x: MomentTensors,
+    shape: tuple[int, ...],
+    weight: Tensor,
+    noise: Tensor | None,
+    bias: Tensor | None,
 ) -> Tensor | None:
     """The covariance of two positions: the variance rule on what the positions have in common."""
     if not is_tracked():

@@ -1,4 +1,4 @@
-"""Rules for maxima: over dimensions, over the windows of max-pooling, of two tensors. No product.
+"""Rules for what chooses by the means: maxima over dimensions and windows, of two tensors; sorting and top k.
 
 Mean and variance are those where the mean is largest (Dera et al., 2019): first order, right where one entry stands
 out. What positions share is in all entries of a window alike and stays as it is. The larger of two tensors is exact for
@@ -12,6 +12,9 @@ of the draws. The means are all equal, or spread with the std that the title say
 | 2 x 2     | -1.47 / 2.03  | -0.54 / 1.60  | -0.18 / 1.22  |
 | 3 x 3     | -2.14 / 2.53  | -0.73 / 1.83  | -0.22 / 1.28  |
 | all of 36 | -4.37 / 4.25  | -1.20 / 2.49  | -0.26 / 1.33  |
+
+So routers, beam searches and detectors take the entries of the largest means, each with its own variance: first order,
+right where the chosen stand out. No product.
 """
 
 from collections.abc import Callable
@@ -22,15 +25,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bayesprune.moments.closed_forms import clamped, larger
+from bayesprune.moments.covariance import aligned, common_dims, mean_over, shared_along
 from bayesprune.moments.elementwise import affine, apply, joint
 from bayesprune.moments.gaussian import total
-from bayesprune.moments.registry import register_rule
-from bayesprune.moments.shared import aligned, common_dims, mean_over, shared_along
-from bayesprune.moments.tensor import Moments, Parts, is_uncertain, parts, plain
+from bayesprune.moments.memory import MomentTensors
+from bayesprune.moments.registry import follows_directions, register_rule
+from bayesprune.moments.tensor import Moments, is_uncertain, parts, plain
 
 
 class Extreme(NamedTuple):
-    """What `torch.max` along a dimension returns."""
+    """The result of `torch.max` along a dimension."""
 
     values: Moments
     indices: Tensor
@@ -144,17 +148,17 @@ def _register_pool(num_spatial: int) -> None:
     register_rule(stock_adaptive)(with_indices(adaptive_rule))
 
 
-def _aligned(x: Parts) -> Parts:
-    return Parts(x.mean, x.variance, None if x.shared is None else aligned(x.shared, x.mean.dim()))
+def _aligned(x: MomentTensors) -> MomentTensors:
+    return MomentTensors(x.mean, x.variance, None if x.shared is None else aligned(x.shared, x.mean.dim()))
 
 
-def _without(x: Parts, dim: int) -> Parts:
+def _without(x: MomentTensors, dim: int) -> MomentTensors:
     """Less a dimension of size 1."""
     variance, shared = (None if part is None else part.squeeze(dim) for part in x[1:])
-    return Parts(x.mean.squeeze(dim), variance, shared)
+    return MomentTensors(x.mean.squeeze(dim), variance, shared)
 
 
-def _at_argmax(x: Parts, dim: int) -> Parts:
+def _at_argmax(x: MomentTensors, dim: int) -> MomentTensors:
     assert x.variance is not None, "a rule is for uncertain tensors"
     indices = x.mean.argmax(dim, keepdim=True)
     shared = x.shared
@@ -162,10 +166,10 @@ def _at_argmax(x: Parts, dim: int) -> Parts:
         # Two positions share where they picked the same unit.
         chosen = torch.zeros_like(x.variance).scatter(dim, indices, 1.0)
         shared = (shared * mean_over(chosen, shared.shape).square()).sum(dim, keepdim=True)
-    return Parts(x.mean.gather(dim, indices), x.variance.gather(dim, indices), shared)
+    return MomentTensors(x.mean.gather(dim, indices), x.variance.gather(dim, indices), shared)
 
 
-def _larger_of_two(a: Parts, b: Parts) -> Moments:
+def _larger_of_two(a: MomentTensors, b: MomentTensors) -> Moments:
     dtype = torch.promote_types(torch.promote_types(a.mean.dtype, b.mean.dtype), torch.float32)
     assert a.variance is not None, "both are uncertain"
     assert b.variance is not None, "both are uncertain"
@@ -189,3 +193,80 @@ register_rule(torch.max, Tensor.max)(largest)
 register_rule(torch.min, Tensor.min)(smallest)
 register_rule(torch.amax, Tensor.amax)(amax)
 register_rule(torch.amin, Tensor.amin)(amin)
+
+
+class Ordered(NamedTuple):
+    """The result of `torch.topk` and `torch.sort`."""
+
+    values: Any
+    indices: Tensor
+
+
+@register_rule(torch.topk, Tensor.topk)
+@follows_directions
+def topk(input: Any, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Ordered:
+    """The k largest or smallest along a dimension."""
+    return _at(input, dim, torch.topk(plain(input), k, dim, largest, sorted).indices)
+
+
+@register_rule(torch.sort, Tensor.sort)
+@follows_directions
+def sort(input: Any, *args: Any, dim: int = -1, descending: bool = False, stable: bool | None = None) -> Ordered:
+    """All along a dimension, in order."""
+    options: Any = dict(zip(("dim", "descending"), args, strict=False))
+    options = {"dim": dim, "descending": descending, "stable": bool(stable), **options}
+    return _at(input, options["dim"], torch.sort(plain(input), **options).indices)
+
+
+@register_rule(torch.msort, Tensor.msort)
+@follows_directions
+def msort(input: Any) -> Any:
+    """All along the first dimension, in ascending order."""
+    return sort(input, 0).values
+
+
+@register_rule(torch.kthvalue, Tensor.kthvalue)
+@follows_directions
+def kthvalue(input: Any, k: int, dim: int = -1, keepdim: bool = False) -> Ordered:
+    """The k-th smallest along a dimension."""
+    return _one(input, dim, keepdim, torch.kthvalue(plain(input), k, dim, True).indices)
+
+
+@register_rule(torch.median, Tensor.median)
+@follows_directions
+def median(input: Any, dim: int | None = None, keepdim: bool = False) -> Any:
+    """The one in the middle, of all or along a dimension."""
+    if dim is None:
+        return median(input.reshape(-1), 0).values
+    return _one(input, dim, keepdim, torch.median(plain(input), dim, True).indices)
+
+
+@register_rule(torch.cummax, Tensor.cummax)
+@follows_directions
+def cummax(input: Any, dim: int) -> Ordered:
+    """The largest so far along a dimension."""
+    return _at(input, dim, torch.cummax(plain(input), dim).indices)
+
+
+@register_rule(torch.cummin, Tensor.cummin)
+@follows_directions
+def cummin(input: Any, dim: int) -> Ordered:
+    """The smallest so far along a dimension."""
+    return _at(input, dim, torch.cummin(plain(input), dim).indices)
+
+
+@register_rule(torch.aminmax, Tensor.aminmax)
+@follows_directions
+def aminmax(input: Any, *, dim: Any = None, keepdim: bool = False) -> tuple[Any, Any]:
+    """The smallest and the largest, of all or along a dimension."""
+    dims = () if dim is None else dim
+    return input.amin(dims, keepdim), input.amax(dims, keepdim)
+
+
+def _at(x: Any, dim: int, indices: Tensor) -> Ordered:
+    return Ordered(x.gather(dim, indices), indices)
+
+
+def _one(x: Any, dim: int, keepdim: bool, indices: Tensor) -> Ordered:
+    found = _at(x, dim, indices)
+    return found if keepdim else Ordered(found.values.squeeze(dim), indices.squeeze(dim))

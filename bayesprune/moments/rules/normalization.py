@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bayesprune.moments.directions import linearised
+from bayesprune.moments.covariance import aligned, is_tracked, linearised, mean_over, products_of_pairs, shared_dims
 from bayesprune.moments.elementwise import affine
 from bayesprune.moments.gaussian import std
+from bayesprune.moments.memory import MomentTensors
 from bayesprune.moments.registry import follows_directions, register_rule
-from bayesprune.moments.shared import aligned, is_tracked, mean_over, products_of_pairs, shared_dims
-from bayesprune.moments.tensor import Moments, Parts, is_uncertain, known, parts
+from bayesprune.moments.tensor import Moments, is_uncertain, known, parts
 
 
 @register_rule(F.batch_norm, torch.batch_norm)
@@ -152,7 +152,7 @@ def _by_statistics(x: Any, centre: Tensor, square: Tensor, weight: Any, bias: An
     return _scaled(x, scale.reshape(shape), offset.reshape(shape))
 
 
-def _normalised(x: Parts, num_dims: int, eps: float, *, is_centred: bool = True) -> Moments:
+def _normalised(x: MomentTensors, num_dims: int, eps: float, *, is_centred: bool = True) -> Moments:
     dims, count = tuple(range(-num_dims, 0)), torch.Size(x.mean.shape[-num_dims:]).numel()
     mean = x.mean.to(torch.promote_types(x.mean.dtype, torch.float32))
     shared = aligned(x.shared, mean.dim()) if x.shared is not None and is_tracked() else None

@@ -1,4 +1,4 @@
-"""Rules for products of two tensors, either or both uncertain: matmul and its kin, einsum of two operands.
+"""Rules for products of two tensors, matmul, its kin and einsum, and for linear equations and inverses.
 
 For y = sum_d a_d b_d of independent entries, var y = sum_d va (mb^2 + vb) + ma^2 vb, exact: three products, two where
 one operand is certain. What entries share adds coherently:
@@ -8,6 +8,9 @@ one operand is certain. What entries share adds coherently:
 * Along one that stays, it is the same rule with ma^2 replaced by the product of the means of two tokens, averaged over
   pairs. If both operands have positions of their own (queries and keys), those of the second are followed: a shift
   common to all keys is what softmax takes out.
+
+dX = A^-1 (dB - dA X), so that with G = A^-1, var X = G^2 (var B + var A X^2), squares entry by entry: exact in B. Two
+products, and one more where A is uncertain.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bayesprune.moments.covariance import aligned, is_tracked, products_of_pairs
 from bayesprune.moments.elementwise import in_place
 from bayesprune.moments.gaussian import total
+from bayesprune.moments.memory import MomentTensors
 from bayesprune.moments.registry import follows_directions, register_rule
-from bayesprune.moments.shared import aligned, is_tracked, products_of_pairs
-from bayesprune.moments.tensor import Moments, Parts, parts, plain
+from bayesprune.moments.tensor import Moments, is_uncertain, parts, plain
 
 Product = Callable[[Tensor, Tensor], Tensor]
 Labels = Sequence[Any]
@@ -51,7 +55,7 @@ def bilinear(product: Product, a: Any, b: Any, labels: tuple[Labels, Labels], ou
 class _Operand:
     """A factor, in the precision of variances, with its dimensions by name; or what pairs of its positions have."""
 
-    def __init__(self, x: Parts, names: Labels, out: Labels, dtype: torch.dtype) -> None:
+    def __init__(self, x: MomentTensors, names: Labels, out: Labels, dtype: torch.dtype) -> None:
         self.mean, self.variance, self.names = x.mean.to(dtype), x.variance, names
         self.shared = aligned(x.shared, x.mean.dim()) if is_tracked() and x.shared is not None else None
         self.free, self.paired = set(names) & set(out), list[int]()
@@ -291,3 +295,53 @@ def _subscripts(equation: str, num_dims: list[int]) -> tuple[list[list[Any]], li
         return [*before, *(range(-span, 0) if dots else ()), *after]
 
     return [named(term, span) for term, span in zip(terms, spans, strict=True)], named(out, max(spans))
+
+
+@register_rule(torch.linalg.solve_triangular)
+def solve_triangular(A: Any, B: Any, *, upper: bool, left: bool = True, unitriangular: bool = False) -> Any:
+    """X of A X = B, or of X A = B, where one triangle of A counts, and its diagonal unless it is taken as ones."""
+    if not left:
+        return solve_triangular(A.mT, B.mT, upper=not upper, unitriangular=unitriangular).mT
+    counts = torch.ones(A.shape[-2:], dtype=torch.bool, device=A.device)
+    edge = int(unitriangular)
+    counts = counts.triu(edge) if upper else counts.tril(-edge)
+
+    def solve(b: Tensor) -> Tensor:
+        return torch.linalg.solve_triangular(parts(A).mean, b, upper=upper, unitriangular=unitriangular)
+
+    return _solved(A, B, solve, counts)
+
+
+@register_rule(torch.linalg.solve)
+def solve(A: Any, B: Any, *, left: bool = True) -> Any:
+    """X of A X = B, or of X A = B; a vector is one column."""
+    if not left:
+        return solve(A.mT, B.mT).mT
+    if B.dim() == 1 or B.shape == A.shape[:-1]:
+        return solve(A, B.unsqueeze(-1)).squeeze(-1)
+    return _solved(A, B, lambda b: torch.linalg.solve(parts(A).mean, b), None)
+
+
+@register_rule(torch.inverse, Tensor.inverse)
+def inverse(input: Any) -> Any:
+    """The inverse of a matrix."""
+    return solve(input, torch.eye(input.shape[-1], dtype=input.dtype, device=input.device).expand(input.shape))
+
+
+@register_rule(torch.linalg.inv)
+def linalg_inverse(A: Any) -> Any:
+    """The same."""
+    return inverse(A)
+
+
+def _solved(a: Any, b: Any, solve: Any, counts: Tensor | None) -> Moments:
+    (before, noise, _), (right, own, _) = parts(a), parts(b)
+    mean = solve(right)
+    dtype = torch.promote_types(mean.dtype, torch.float32)
+    spread = torch.zeros((), dtype=dtype, device=mean.device) if own is None else own
+    if noise is not None:
+        noise = noise if counts is None else noise * counts
+        spread = spread + noise @ mean.to(dtype).square()
+    inverse = solve(torch.eye(before.shape[-1], dtype=before.dtype, device=before.device).expand(before.shape))
+    assert is_uncertain(a) or is_uncertain(b), "a rule is for uncertain tensors"
+    return Moments(mean, inverse.to(dtype).square() @ spread.expand(mean.shape))

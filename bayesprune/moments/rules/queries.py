@@ -1,4 +1,4 @@
-"""What code asks of a tensor and gets no tensor with moments for: comparisons, whole numbers and choices see the mean.
+"""What code asks of a tensor and gets no tensor with moments for: comparisons, whole numbers, choices, new tensors.
 
 So do the places that entries are sorted to, and casts to integers (the lengths that a model predicts, the numbers of
 codes): what is computed with them is computed as if they were certain.
@@ -73,3 +73,17 @@ register_rule(Tensor.item, Tensor.__float__)(_expected_loss)
 register_rule(Tensor.requires_grad.__get__)(requires_grad)  # type: ignore[attr-defined]
 register_rule(Tensor.is_leaf.__get__)(is_leaf)  # type: ignore[attr-defined]
 register_rule(Tensor.grad_fn.__get__)(grad_fn)  # type: ignore[attr-defined]
+
+
+def _register(*functions: Callable[..., Any]) -> None:
+    for function in functions:
+
+        def rule(input: Moments, *args: Any, _function: Callable[..., Any] = function, **kwargs: Any) -> Tensor:
+            return _function(input.source.like, *args, **kwargs)
+
+        register_rule(function)(follows_directions(rule))
+
+
+_register(torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like)
+_register(torch.rand_like, torch.randn_like, torch.randint_like)
+_register(Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_tensor)

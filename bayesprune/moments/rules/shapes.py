@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from bayesprune.moments.covariance import aligned, collapse, is_tracked
 from bayesprune.moments.registry import follows_directions, register_rule
-from bayesprune.moments.shared import aligned, collapse, is_tracked
 from bayesprune.moments.tensor import Moments, is_uncertain, parts, plain
 
 

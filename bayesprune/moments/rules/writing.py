@@ -14,16 +14,16 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from bayesprune.moments.elementwise import in_place
-from bayesprune.moments.memory import overwritten
+from bayesprune.moments.memory import LazyMoments, overwritten
 from bayesprune.moments.registry import follows_directions, register_rule
-from bayesprune.moments.tensor import Moments, Source, known, parts, plain
+from bayesprune.moments.tensor import Moments, known, parts, plain
 
 
 def written(into: Any, what: Any, write: Callable[[Tensor, Tensor], Any]) -> Moments:
     """A tensor with another one, or a number, written into it."""
     if not isinstance(what, Tensor):
         what = torch.tensor(what, dtype=into.dtype, device=into.device)
-    return Moments.of(Source(overwritten(known(into), known(what), write)))
+    return Moments.of(LazyMoments(overwritten(known(into), known(what), write)))
 
 
 def index_add(input: Any, dim: int, index: Any, source: Any, *, alpha: Any = 1) -> Moments:
@@ -168,7 +168,7 @@ def _register_draws(*names: str) -> None:
     for name in names:
 
         def rule(x: Moments, *args: Any, _draw: str = name, **kwargs: Any) -> Moments:
-            return x.become(Moments(getattr(torch.empty_like(plain(x)), _draw)(*args, **kwargs)))
+            return x.copy_from(Moments(getattr(torch.empty_like(plain(x)), _draw)(*args, **kwargs)))
 
         register_rule(getattr(Tensor, name))(follows_directions(rule))
 

@@ -25,11 +25,10 @@ from bayesprune.foundation.model import eval_mode
 from bayesprune.laplace.calibration import output_metric, predictions
 from bayesprune.laplace.compensation import compensate
 from bayesprune.laplace.kronecker import fit_kronecker
-from bayesprune.prune.batch_norm import measured_norms, recalibrate_batch_norm
+from bayesprune.prune.graph.group import ChannelGroup
 from bayesprune.prune.graph.removal import lost_inputs
-from bayesprune.prune.graph.silenced import silence_inputs
-from bayesprune.prune.graph.structure import ChannelGroup
-from bayesprune.prune.scores.channels import Scored, SNRImportance, lowest, unit_scores
+from bayesprune.prune.graph.trials import silence_inputs
+from bayesprune.prune.scores.channels import Scored, SNRImportance, lowest_units, unit_scores
 from bayesprune.prune.scores.unit_snr import UnitSNRImportance
 
 MAX_TILT = 3.0
@@ -133,7 +132,9 @@ def searched_tilt(
     def divergence(tilt: float) -> float:
         counts = tuple(choose(tilted(scored, saved, tilt)))
         if counts not in tried:
-            selection = [(its.group, lowest(its.group, its.scores, n)) for its, n in zip(scored, counts, strict=True)]
+            selection = [
+                (its.group, lowest_units(its.group, its.scores, n)) for its, n in zip(scored, counts, strict=True)
+            ]
             trial, lost = copy.deepcopy(model), lost_inputs(selection)
             for name, positions in lost.items():
                 silence_inputs(trial.get_submodule(name), positions)
@@ -173,21 +174,6 @@ def best_tilt(loss: Callable[[float], float]) -> float:
 def depth_factors(number: int, tilt: float) -> list[float]:
     """exp(t d) of so many groups in the model's order, d being their depth from 0 to 1."""
     return [math.exp(tilt * depth / max(1, number - 1)) for depth in range(number)]
-
-
-def recalibrate_if_better(model: nn.Module, calibration: Calibration) -> bool:
-    """Measures batch norm anew unless the outputs are closer to the dense ones without; whether it did."""
-    norms = measured_norms(model)
-    if not norms:
-        return False
-    before = calibration.divergence(model)
-    buffers = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
-    recalibrate_batch_norm(model, calibration.batches)
-    if not calibration.divergence(model) > before:
-        return True
-    for buffer, value in buffers:
-        buffer.copy_(value)
-    return False
 
 
 def _log_probabilities(model: nn.Module, batch: Any) -> Tensor | None:

@@ -8,8 +8,8 @@ from torch import nn
 from bayesprune.errors import UnsupportedModelError
 from bayesprune.foundation.target import Target
 from bayesprune.layers import VariationalLayer
-from bayesprune.prune.graph.roots import is_frozen, is_root
-from bayesprune.prune.graph.structure import GRANULARITY
+from bayesprune.prune.graph.group import GRANULARITY
+from bayesprune.prune.graph.prunable_layers import is_frozen, is_root
 from bayesprune.prune.scores.evidence import EvidenceImportance
 from bayesprune.prune.scores.inclusion import InclusionImportance, has_channel_gates
 

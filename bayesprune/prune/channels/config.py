@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from bayesprune.layers import VariationalLayer
-from bayesprune.prune.graph.structure import ChannelGroup
+from bayesprune.prune.graph.group import ChannelGroup
 
 _LOGGER = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""How many channels leave each group: an exact cost model, and the selection that meets a target with least removed.
+"""An exact cost model of channels, and the numbers to remove from each group that meet a target with least removed.
 
 Every cost (MACs of a layer, size of a parameter) is its dense value times the kept fraction of the axes that it has, so
 the cost of a plan is integer arithmetic and needs no model.
@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from bayesprune.foundation import defaults
 from bayesprune.layers import VariationalLayer, named_gates
-from bayesprune.prune.graph.cuts import Axis, cut_parameters, num_stacked
-from bayesprune.prune.graph.structure import ChannelGroup
+from bayesprune.prune.graph.group import Axis, ChannelGroup, cut_parameters, num_stacked
 
 Counts = Sequence[int]
 """Units removed from each group."""
@@ -38,7 +37,7 @@ class Term:
 
 @dataclass(frozen=True)
 class CostModel:
-    """What a model costs when channels are removed.
+    """The cost of a model as a function of the channels removed.
 
     Attributes:
         groups: Its groups.
@@ -50,7 +49,7 @@ class CostModel:
 
     @property
     def layers(self) -> set[str]:
-        """What loses channels, with its modules of attention."""
+        """Names of the layers and modules of attention that lose channels."""
         axes = {member.axis[0] for group in self.groups for member in group.members}
         return axes | {name for group in self.groups for name in group.attention}
 
@@ -59,7 +58,7 @@ class CostModel:
         return sum(self.parts(what, removed).values())
 
     def saved(self, what: str) -> list[int]:
-        """What one unit of each group saves, while all others are there."""
+        """The cost that one unit of each group saves, while all others are there."""
         none = [0] * len(self.groups)
         dense = self.cost(what, none)
         return [dense - self.cost(what, [int(other == group) for other in self.groups]) for group in self.groups]
@@ -220,7 +219,7 @@ def smallest_counts(model: CostModel, order: Order, what: str, budget: float, *,
     return counts
 
 
-def below(
+def count_below(
     groups: Sequence[ChannelGroup], scores: Sequence[Sequence[float]], threshold: float, round_to: int
 ) -> list[int]:
     """Units of each group that score below a threshold, as far as its floor and `round_to` allow."""

@@ -19,25 +19,25 @@ from bayesprune.foundation.macs import macs_by_module
 from bayesprune.foundation.target import Target
 from bayesprune.laplace.compensation import compensate
 from bayesprune.layers import drop_gates, passing_gates, variational_layers
-from bayesprune.prune.batch_norm import measured_norms
+from bayesprune.prune.batch_norm import measured_norms, recalibrate_if_better
 from bayesprune.prune.channels import plan
 from bayesprune.prune.channels.budget import LatencyBudget
-from bayesprune.prune.channels.calibrated import Calibration, recalibrate_if_better, searched_tilt, tilted, unit_costs
+from bayesprune.prune.channels.calibrated import Calibration, searched_tilt, tilted, unit_costs
 from bayesprune.prune.channels.checks import check_model, checked_target
 from bayesprune.prune.channels.config import follow_config
 from bayesprune.prune.channels.report import ChannelReport, ChannelRow, holdings
 from bayesprune.prune.graph.find import groups_in
+from bayesprune.prune.graph.group import GRANULARITY, ChannelGroup
 from bayesprune.prune.graph.observe import Observed
+from bayesprune.prune.graph.prunable_layers import Layers
 from bayesprune.prune.graph.removal import SHAPE_ERRORS, Selection, lost_inputs, remove, restore_point
-from bayesprune.prune.graph.roots import Layers
-from bayesprune.prune.graph.structure import GRANULARITY, ChannelGroup
 from bayesprune.prune.scores.channels import (
     GRADIENTS,
     Importance,
     Scored,
     SNRImportance,
     has_gradients,
-    lowest,
+    lowest_units,
     removed_weights,
     scored_once,
     unit_scores,
@@ -48,8 +48,7 @@ from bayesprune.prune.scores.inclusion import BeforeCut, InclusionImportance, fo
 from bayesprune.prune.scores.unit_snr import UnitSNRImportance
 
 _LOGGER = logging.getLogger(__name__)
-FRACTIONS = ("macs", "params", "latency")
-"""Kinds of targets that calibration data divides between layers."""
+_BUDGETS = ("macs", "params", "latency")  # that calibration data divides between layers
 
 
 @passing_gates
@@ -119,7 +118,7 @@ def prune_channels(
     what, value = goal.kind, goal.value
     check_model(model, importance, what)
     calibration = None if data is None else Calibration(model, data)
-    is_calibrated = calibration is not None and calibration.has_predictions and importance is None and what in FRACTIONS
+    is_calibrated = calibration is not None and calibration.has_predictions and importance is None and what in _BUDGETS
     compensates = before_cut == "compensate" and calibration is not None and any(variational_layers(model))
     if before_cut == "compensate":
         before_cut = (
@@ -156,7 +155,7 @@ def prune_channels(
             tilt = searched_tilt(model, scored, saved, choose, calibration) if tilt is None else tilt
             scores = tilted(scored, saved, tilt)
         counts = (latency.decided if latency else None) or choose(scores)
-        selection = [(its.group, lowest(*its, count)) for its, count in zip(scored, counts, strict=True)]
+        selection = [(its.group, lowest_units(*its, count)) for its, count in zip(scored, counts, strict=True)]
         failures, undo, macs_after = _attempt(model, selection, example_inputs)
         if not failures and (latency is None or _is_fast(latency, model, counts, undo)):
             break
@@ -188,7 +187,7 @@ def prune_channels(
         return report
     if calibration is not None:
         try:
-            is_measured_anew = recalibrate_if_better(model, calibration)
+            is_measured_anew = recalibrate_if_better(model, calibration.batches, calibration.divergence)
         except BaseException:
             undo()
             raise
@@ -298,7 +297,7 @@ def _choose(
 ) -> list[int]:
     """Units that leave each group; none is an answer where the target is a threshold."""
     if what in ("snr", "evidence", "inclusion"):
-        return plan.below(costs.groups, scores, -value if what == "evidence" else value, round_to)
+        return plan.count_below(costs.groups, scores, -value if what == "evidence" else value, round_to)
     order = plan.order(costs.groups, scores, uniform=uniform, round_to=round_to)
     dense = costs.cost(what, [0] * len(scores))
     counts = plan.smallest_counts(costs, order, what, value * dense, gives_back=not uniform)

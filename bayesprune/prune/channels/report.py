@@ -55,7 +55,7 @@ class Holding:
 
 @dataclass(frozen=True)
 class ChannelReport:
-    """What `prune_channels` did, or would do with `dry_run=True`; prints as a table.
+    """The report of `prune_channels`: what it did, or would do with `dry_run=True`; prints as a table.
 
     Attributes:
         rows: Every group of channels that could be cut, under its root layer.
@@ -137,7 +137,7 @@ class ChannelReport:
 def holdings(
     model: nn.Module, parts: Mapping[str, int], dense: int, cut: Collection[str], left_whole: Mapping[str, str]
 ) -> tuple[Holding, ...]:
-    """Which modules hold a cost, by the reason why it stays.
+    """Modules that hold a cost, by the reason why it stays.
 
     Args:
         model: The model.

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from bayesprune.prune.graph.history import HEAD_ATTRIBUTES, has_heads, last_layers, reached
 from bayesprune.prune.graph.observe import Observed
-from bayesprune.prune.graph.roots import is_linear, layer_sizes
+from bayesprune.prune.graph.prunable_layers import is_linear, layer_sizes
 from bayesprune.prune.graph.state_space import mixer_of
+from bayesprune.prune.graph.trace import HEAD_ATTRIBUTES, has_heads, last_layers, reached
 
 _DIM_ATTRIBUTES = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
 _KV_ATTRIBUTES = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")

@@ -6,11 +6,10 @@ from typing import Any
 from torch import nn
 
 from bayesprune.priors import DependencyGroup, Member
-from bayesprune.prune.graph.cuts import Member as CutMember
-from bayesprune.prune.graph.cuts import cut_parameters
 from bayesprune.prune.graph.find import find_groups
-from bayesprune.prune.graph.roots import Layers
-from bayesprune.prune.graph.structure import GRANULARITY, ChannelGroup
+from bayesprune.prune.graph.group import GRANULARITY, ChannelGroup, cut_parameters
+from bayesprune.prune.graph.group import Member as CutMember
+from bayesprune.prune.graph.prunable_layers import Layers
 
 
 def dependency_groups(

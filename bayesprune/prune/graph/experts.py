@@ -16,10 +16,8 @@ from torch_pruning.pruner.function import BasePruningFunc
 
 from bayesprune.layers import VariationalLayer
 from bayesprune.layers.stacks import SIZES, Stack, axis_size, select, stack_of, stacks
-from bayesprune.prune.graph.cuts import Member
-from bayesprune.prune.graph.positions import Positions
-from bayesprune.prune.graph.silenced import disagreement
-from bayesprune.prune.graph.structure import ChannelGroup, ChannelStructure, written_down
+from bayesprune.prune.graph.group import ChannelGroup, ChannelStructure, Member, Positions, written_down
+from bayesprune.prune.graph.trials import disagreement
 
 
 class ExpertsPruner(BasePruningFunc):

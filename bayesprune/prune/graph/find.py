@@ -15,10 +15,15 @@ from torch_pruning.dependency import Group
 
 from bayesprune.convert import FROZEN
 from bayesprune.foundation.text import first_names
-from bayesprune.prune.graph.cuts import (
+from bayesprune.prune.graph.experts import find_experts
+from bayesprune.prune.graph.group import (
     CUTTABLE,
+    GRANULARITY,
     Axis,
+    ChannelGroup,
+    ChannelStructure,
     Member,
+    Positions,
     axis_size,
     cut_parameters,
     misfit,
@@ -27,19 +32,13 @@ from bayesprune.prune.graph.cuts import (
     side,
     tied_parameters,
 )
-from bayesprune.prune.graph.experts import find_experts
 from bayesprune.prune.graph.heads import find_heads
-from bayesprune.prune.graph.held_sizes import with_sizes
 from bayesprune.prune.graph.internals import ElementwiseOperation
-from bayesprune.prune.graph.links import moving
 from bayesprune.prune.graph.observe import Observed
-from bayesprune.prune.graph.positions import Positions
-from bayesprune.prune.graph.residual import Streams
-from bayesprune.prune.graph.residual_heads import attention_left, with_heads
-from bayesprune.prune.graph.roots import Layers, is_frozen, is_root, layer_names
+from bayesprune.prune.graph.prunable_layers import Layers, is_frozen, is_root, layer_names
+from bayesprune.prune.graph.residual import Streams, attention_left, with_heads, with_sizes
 from bayesprune.prune.graph.state_space import find_mixers
-from bayesprune.prune.graph.structure import GRANULARITY, ChannelGroup, ChannelStructure
-from bayesprune.prune.graph.trace import quiet
+from bayesprune.prune.graph.trace import moving, quiet
 from bayesprune.prune.graph.uncalled import whole_for_uncalled
 from bayesprune.prune.graph.verify import unverified
 from bayesprune.prune.graph.walk import Reached, largest_axis, walk
@@ -90,7 +89,7 @@ def find_groups(
 def groups_in(
     observed: Observed, *, granularity: Collection[str] = GRANULARITY, ignored_layers: Layers = ()
 ) -> ChannelStructure:
-    """What `find_groups` finds in a model that was looked at already."""
+    """Finds the groups, as `find_groups` does, of a model that was observed already."""
     model, example_inputs = observed.model, observed.example_inputs
     ignored_layers = [model.get_submodule(name) for name in layer_names(model, ignored_layers)]
     heads = experts = ChannelStructure((), {})

@@ -3,7 +3,7 @@
 A dependency graph knows no heads. They are found here by what attention modules show: a number of heads among their
 attributes, the linear layer behind the heads, and the axes whose size is that of all heads together. How a fused axis
 is laid out cannot be seen from its size, so the layouts in use are tried, and that one holds for which removing a head
-equals silencing it (`silenced.py`). A module for which none holds stays whole. So does one whose heads depend on what
+equals silencing it (`trials.py`). A module for which none holds stays whole. So does one whose heads depend on what
 is computed elsewhere by a head's number (ALiBi).
 
 With grouped-query attention a unit is a key and value head with all its query heads, so the ratio stays and the result
@@ -23,12 +23,10 @@ from torch_pruning.dependency import Dependency, Node
 from torch_pruning.pruner import function
 
 from bayesprune.prune.graph.attention import Attention, find_attention
-from bayesprune.prune.graph.cuts import Member
+from bayesprune.prune.graph.group import ChannelGroup, ChannelStructure, Member, Positions, written_down
 from bayesprune.prune.graph.observe import Observed
-from bayesprune.prune.graph.positions import Positions
-from bayesprune.prune.graph.roots import LINEAR_PRUNER, is_linear, is_unknown_linear, layer_sizes
-from bayesprune.prune.graph.silenced import disagreement
-from bayesprune.prune.graph.structure import ChannelGroup, ChannelStructure, written_down
+from bayesprune.prune.graph.prunable_layers import LINEAR_PRUNER, is_linear, is_unknown_linear, layer_sizes
+from bayesprune.prune.graph.trials import disagreement
 
 # Attributes of attention modules by what they count; which are there, and hold that number, follow the heads.
 COUNTS = (
@@ -44,7 +42,7 @@ _ONE_FOR_ALL = "what it puts out serves all heads of its module"
 
 @dataclass(frozen=True)
 class Layout:
-    """How attention modules arrange what they compute by head.
+    """The arrangement of heads in what attention modules compute.
 
     Attributes:
         by_head: Whether a fused axis has all parts (query, key, value) of one head after another, as GPT-NeoX does;

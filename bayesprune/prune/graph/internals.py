@@ -25,10 +25,10 @@ NAMES = {
     "dependency.index_mapping.update_reshape_index_mapping": ("mapping.py",),
     "dependency.index_mapping.update_unbind_index_mapping": ("mapping.py",),
     "dependency.shape_infer.infer_in_channels_recursively": ("mapping.py",),
-    "dependency.shape_infer.infer_out_channels_recursively": ("links.py", "mapping.py"),
-    "ops._ElementWiseOp": ("find.py", "links.py", "residual.py"),
+    "dependency.shape_infer.infer_out_channels_recursively": ("mapping.py", "trace.py"),
+    "ops._ElementWiseOp": ("find.py", "residual.py", "trace.py"),
     "ops._ElementWiseOp._grad_fn": ("find.py", "residual.py"),
-    "pruner.function.BasePruningFunc._prune_parameter_and_grad": ("companions.py", "roots.py"),
+    "pruner.function.BasePruningFunc._prune_parameter_and_grad": ("companions.py", "prunable_layers.py"),
     "utils.op_counter.MODULES_MAPPING": ("companions.py",),
 }
 """Names below `torch_pruning`, and the files of this folder that need them."""
@@ -38,7 +38,7 @@ _ARGUMENTS = {"Group": (), "_ElementWiseOp": (0, "AddBackward0")}
 
 
 def find(name: str) -> Any:
-    """What torch-pruning has under one of these names.
+    """Finds the object that torch-pruning has under one of these names.
 
     Raises:
         ImportError: the installed torch-pruning has no such name.

@@ -15,8 +15,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from bayesprune.layers import VariationalLayer
 from bayesprune.prune.graph.companions import TAG, following
-from bayesprune.prune.graph.cuts import Axis, Member, cut_parameters, gains, num_blocks, tied_parameters
-from bayesprune.prune.graph.structure import ChannelGroup
+from bayesprune.prune.graph.group import Axis, ChannelGroup, Member, cut_parameters, gains, num_blocks, tied_parameters
 
 # What a model's own code raises when its sizes no longer fit each other.
 SHAPE_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)

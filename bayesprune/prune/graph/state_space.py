@@ -16,9 +16,7 @@ from torch_pruning import ops
 from torch_pruning.dependency import Dependency, Node
 from torch_pruning.pruner import function
 
-from bayesprune.prune.graph.cuts import Member, is_depthwise
-from bayesprune.prune.graph.positions import Positions
-from bayesprune.prune.graph.structure import ChannelGroup, ChannelStructure, written_down
+from bayesprune.prune.graph.group import ChannelGroup, ChannelStructure, Member, Positions, is_depthwise, written_down
 
 _SIZES = ("num_heads", "head_dim", "n_groups", "ssm_state_size", "intermediate_size", "conv_dim")
 _BY_HEAD = ("A_log", "D", "dt_bias")

@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from bayesprune.foundation.calls import layers_called
 from bayesprune.foundation.kinds import EMBEDDING, kind_of
-from bayesprune.foundation.model import requires_grad, run_forward, tensors_in
-from bayesprune.prune.graph.history import walk
+from bayesprune.foundation.model import layers_called, requires_grad, run_forward, tensors_in
+from bayesprune.prune.graph.group import ChannelGroup
+from bayesprune.prune.graph.prunable_layers import is_linear, is_root, layer_sizes
 from bayesprune.prune.graph.removal import snapshot
-from bayesprune.prune.graph.roots import is_linear, is_root, layer_sizes
-from bayesprune.prune.graph.structure import ChannelGroup
+from bayesprune.prune.graph.trace import nodes_before
 
 _NEXT = "pass example_inputs with which the model calls it, or delete it from the model if it is not needed"
 
@@ -84,7 +83,7 @@ def _feeders_in_training(
         for module, mode in modes.items():
             module.training = mode
     return {
-        layer: {made_by[node] for node in walk(grad_fns, lambda node: node not in made_by) if node in made_by}
+        layer: {made_by[node] for node in nodes_before(grad_fns, lambda node: node not in made_by) if node in made_by}
         for layer, grad_fns in read.items()
     }
 

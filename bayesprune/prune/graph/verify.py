@@ -19,16 +19,22 @@ import torch
 from torch import Tensor, nn
 
 from bayesprune.foundation.kinds import kind_of
-from bayesprune.foundation.model import tensors_in
+from bayesprune.foundation.model import steady_forward, tensors_in
 from bayesprune.layers.stacks import select
-from bayesprune.prune.graph.cuts import Axis, Member, cut_parameters, is_depthwise, num_blocks, num_stacked
-from bayesprune.prune.graph.links import moving
+from bayesprune.prune.graph.group import (
+    Axis,
+    ChannelGroup,
+    Member,
+    cut_parameters,
+    is_depthwise,
+    num_blocks,
+    num_stacked,
+)
 from bayesprune.prune.graph.observe import Key, Observed, reading
+from bayesprune.prune.graph.prunable_layers import is_root
 from bayesprune.prune.graph.removal import SHAPE_ERRORS, snapshot
-from bayesprune.prune.graph.roots import is_root
-from bayesprune.prune.graph.silenced import randomise
-from bayesprune.prune.graph.steady import steady_forward
-from bayesprune.prune.graph.structure import ChannelGroup
+from bayesprune.prune.graph.trace import moving
+from bayesprune.prune.graph.trials import randomise
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 """Largest difference, relative to what an order that nothing follows changes; 0.1 in lower precision."""
@@ -83,7 +89,7 @@ class Order:
     owner: Tensor
 
     def of(self, tensor: Tensor) -> Tensor:
-        """What the layer of this axis reads, in this order."""
+        """The inputs of the layer of this axis, in this order."""
         dim, order = _dim(self.member.layer, tensor), self.order.to(tensor.device)
         if dim == tensor.dim() - 1 > 1:  # of a matrix torch does this ten times as fast
             return tensor.flatten(0, -2).index_select(1, order).view(tensor.shape)

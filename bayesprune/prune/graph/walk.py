@@ -13,7 +13,7 @@ from torch import nn
 from torch_pruning.dependency import Dependency, Group
 from torch_pruning.pruner import function
 
-from bayesprune.prune.graph.cuts import axis_size, is_depthwise
+from bayesprune.prune.graph.group import axis_size, is_depthwise
 from bayesprune.prune.graph.internals import HybridIndex
 from bayesprune.prune.graph.mapping import Graph
 
@@ -22,7 +22,7 @@ _NOBODY, _UNKNOWN = -2, -1  # in place of a root channel
 
 @dataclass(frozen=True)
 class Reached:
-    """What a walk found.
+    """The result of a walk.
 
     Attributes:
         group: As torch-pruning's `get_pruning_group` gives it; a position reached from several root channels is under
@@ -119,7 +119,7 @@ def _mapped(dependency: Dependency, idxs: np.ndarray, roots: np.ndarray) -> tupl
 
 
 def largest_axis(graph: Graph) -> int:
-    """What no axis of channels of the traced model is longer than: the most that a layer or a concatenation has."""
+    """An upper bound of the channels along an axis: the most that a layer or a concatenation of the model has."""
     nodes = graph.module2node.values()
     sizes = [size or 0 for node in nodes for size in (graph.get_out_channels(node), graph.get_in_channels(node))]
     return max([0, *sizes, *(sum(_parts(node.module)) for node in nodes)])

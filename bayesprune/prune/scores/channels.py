@@ -27,11 +27,32 @@ from bayesprune import estimators
 from bayesprune.foundation import defaults
 from bayesprune.foundation.kinds import kind_of
 from bayesprune.layers import VariationalLayer
-from bayesprune.prune.graph.cuts import cut_parameters, num_stacked
-from bayesprune.prune.graph.roots import is_frozen
-from bayesprune.prune.graph.structure import ChannelGroup
+from bayesprune.prune.graph.companions import follow_stds
+from bayesprune.prune.graph.group import ChannelGroup, cut_parameters, num_stacked
+from bayesprune.prune.graph.prunable_layers import is_frozen
 from bayesprune.prune.graph.trace import quiet
-from bayesprune.prune.scores.criterion import Criterion
+
+
+class Criterion(tp.importance.Importance):
+    """An importance of torch-pruning by a posterior.
+
+    Making one changes nothing. When a pruner of torch-pruning calls it, stds and masks follow their means through
+    torch-pruning from then on, as after `follow_stds()`.
+    """
+
+    def __call__(self, group: Group) -> Tensor | None:  # type: ignore[override]
+        """Scores (C,) of the root channels of a dependency group; None where none are known."""
+        follow_stds()
+        return self.scores(group)
+
+    def of_group(self, group: ChannelGroup) -> Tensor | None:
+        """Scores (C,) of the root channels of a group of this library, which cuts stds by itself."""
+        return self.scores(group.group)
+
+    def scores(self, group: Group) -> Tensor | None:
+        """Scores (C,) of the root channels of a dependency group; None where none are known."""
+        raise NotImplementedError
+
 
 GRADIENTS = "A criterion that needs gradients, as Taylor's does, needs loss.backward() before."
 
@@ -39,7 +60,7 @@ Importance = tp.importance.Importance | Callable[[Any], Any]
 
 
 class RemovedWeights(NamedTuple):
-    """What leaves with each root channel of a dependency group, of C root channels.
+    """The weights that leave with each root channel of a dependency group, of C root channels.
 
     Attributes:
         score: Sum of the weights' scores, (C,).
@@ -245,7 +266,7 @@ def has_gradients(layers: Iterable[nn.Module | Tensor]) -> bool:
     return any(parameter.grad is not None for parameters in own for parameter in parameters)
 
 
-def lowest(group: ChannelGroup, scores: list[float], count: int) -> list[tuple[int, ...]]:
+def lowest_units(group: ChannelGroup, scores: list[float], count: int) -> list[tuple[int, ...]]:
     """The `count` units with the lowest scores, in their order."""
     ranked = sorted(range(len(scores)), key=scores.__getitem__)
     return [group.units[index] for index in ranked[:count]]

@@ -25,8 +25,7 @@ from torch_pruning.dependency import Group
 
 from bayesprune.layers import Posterior, VariationalLayer
 from bayesprune.priors import ARD, BoundNormal, BoundPrior, Gaussian, Horseshoe, Prior
-from bayesprune.prune.scores.channels import removed_weights
-from bayesprune.prune.scores.criterion import Criterion
+from bayesprune.prune.scores.channels import Criterion, removed_weights
 from bayesprune.train.kl import bind_prior
 
 

@@ -8,7 +8,7 @@ from torch_pruning.dependency import Group
 
 from bayesprune.layers import Posterior, fold_gates, named_gates
 from bayesprune.layers.gates import ChannelGate, GatedSide, weight_gate
-from bayesprune.prune.scores.criterion import Criterion
+from bayesprune.prune.scores.channels import Criterion
 
 BeforeCut = Callable[[dict[str, list[int]]], object]
 

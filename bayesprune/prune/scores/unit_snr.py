@@ -23,8 +23,8 @@ from torch_pruning.dependency import Group
 from bayesprune.laplace import KroneckerFactors, KroneckerPosterior
 from bayesprune.laplace.matrices import damped, removed_columns
 from bayesprune.layers import VariationalLayer
-from bayesprune.prune.graph.structure import ChannelGroup
-from bayesprune.prune.scores.criterion import Criterion
+from bayesprune.prune.graph.group import ChannelGroup
+from bayesprune.prune.scores.channels import Criterion
 
 _DAMPING = 0.01  # of A, as a fraction of its mean diagonal; conditioning takes the same
 
@@ -168,14 +168,7 @@ def removal_costs(systems: Sequence[_System], num_units: int) -> Iterable[tuple[
 
 def _systems(factors: KroneckerFactors, columns: list[Tensor]) -> Iterable[_System]:
     """The blocks of a layer's posterior in which units (masks (G, C) each) have columns."""
-    start = 0
-    for block in factors.inputs:
-        stop = start + block.shape[-1]
-        for index, between in enumerate(block):
-            own = [mask[index, start:stop].nonzero()[:, 0] for mask in columns]
-            if any(map(len, own)):
-                weights = factors.mean[index, :, start:stop].double()
-                sides = weights.split([side.shape[-1] for side in factors.outputs])
-                grams = [part.mT @ side[index] @ part for side, part in zip(factors.outputs, sides, strict=True)]
-                yield _System(torch.stack(grams).sum(0), damped(between, _DAMPING), own)
-        start = stop
+    for group, inside, between in factors.blocks():
+        own = [mask[group, inside].nonzero()[:, 0] for mask in columns]
+        if any(map(len, own)):
+            yield _System(factors.gram(group, inside), damped(between, _DAMPING), own)

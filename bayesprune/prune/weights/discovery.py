@@ -35,7 +35,7 @@ def discover_mask(
     data: Iterable[Any] | None = None,
     **options: Any,
 ) -> tuple[WeightReport, ...]:
-    """What was removed in each round; the masks stay on the model, which is changed in place.
+    """Finds a mask in rounds and reports each; the masks stay on the model, which is changed in place.
 
     A round trains, removes weights up to its share of the target, and rewinds. After the last one the model is as right
     after its removal: train it once more, as you would have in another round.

@@ -31,7 +31,7 @@ def check_min_kept(min_kept: float) -> None:
 
 
 def keep_best(scores: Sequence[Tensor], count: int, floors: Sequence[int]) -> tuple[list[Tensor], list[bool]]:
-    """What stays when the lowest `count` of all go together, and in which tensors the floor kept some of those.
+    """Masks without the lowest `count` of all tensors together, and the tensors in which the floor kept some of those.
 
     The best of each tensor up to its floor stay, and of all others the best: no choice within the floors keeps a higher
     sum of scores. Ties go by position.
@@ -62,7 +62,7 @@ def keep_best(scores: Sequence[Tensor], count: int, floors: Sequence[int]) -> tu
 
 
 def within_caps(counts: Sequence[int], caps: Sequence[int]) -> list[int]:
-    """How many leave each tensor, the same in all: what a cap spares, the others lose in proportion to what they have.
+    """Numbers to remove from each tensor, capped: what a cap spares, the others lose in proportion to their size.
 
     Args:
         counts: How many are to leave each tensor; where none is, none does.

@@ -1,10 +1,14 @@
 """Removes single weights without training: what each layer gave before, fitted anew by the weights that it keeps.
 
-Layers are cut in the order of the forward. Of each the calibration data says what the layers before it, cut already,
-give it, and what they gave it before (`laplace.inputs`); the weights that fit the old outputs best are pruned by
-alternating directions (`laplace.support`), and those that stay are the conditional mean given the zeros
-(`laplace.conditional_mean`). Published methods fit each layer to its own outputs for the inputs that it has now
-(SparseGPT: Frantar & Alistarh, 2023, arXiv:2301.00774), which passes on what went wrong before.
+Layers are cut in the order of the forward, as `laplace.compensate` fits them: to what the dense model computes, the
+stream that the output is added to included, from what the layers before, cut already, give. The weights that stay are
+found by alternating directions (`laplace.regression`), and are the conditional mean given the zeros. Published methods
+fit each layer to its own outputs for the inputs that it has now (SparseGPT: Frantar & Alistarh, 2023,
+arXiv:2301.00774), which passes on what went wrong before.
+
+With the weights that stay fitted anew, the cost of a layer rises almost exponentially with its sparsity, for all layers
+at much the same rate. So two levels around the mean tell the curve, and the division with the smallest sum of costs is
+where one more weight costs the same in every layer.
 """
 
 import copy
@@ -16,18 +20,20 @@ from itertools import islice
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
+from bayesprune.foundation.batches import device_of, logits_of, on_device, split
 from bayesprune.foundation.model import eval_mode
 from bayesprune.foundation.target import PATTERN, Target
-from bayesprune.laplace.conditioning import conditional_mean
-from bayesprune.laplace.inputs import InputMoments, Stage, input_moments, moves_bias, stages
-from bayesprune.laplace.kronecker import layer_matrix
+from bayesprune.laplace.calibration import unmasked
+from bayesprune.laplace.compensation import Choose, refit
 from bayesprune.laplace.matrices import from_matrix, is_matrix_product, to_matrix
-from bayesprune.laplace.support import best_support
+from bayesprune.laplace.regression import Moments, best_support
+from bayesprune.laplace.sequence import MAX_COLUMNS, Site, dense_moments, fit_in_sequence, fittable_layers, sites_of
 from bayesprune.layers import Posterior, holders_of, removable_weights
-from bayesprune.prune.batch_norm import recalibrate_batch_norm
-from bayesprune.prune.weights.division import divergence, divide, levels
+from bayesprune.prune.batch_norm import measured_norms, recalibrate_batch_norm, recalibrate_if_better
 from bayesprune.prune.weights.prune import (
     WeightReport,
     checked_goal,
@@ -41,6 +47,9 @@ from bayesprune.prune.weights.prune import (
 Loss = Callable[[nn.Module], float]
 
 _DID_NOT_RUN = "did not run on the data"
+_MISFIT = "what it reads depends on the weights: prune_weights takes it"
+_ROWS_PER_COLUMN = 128  # positions in all at which a layer is looked at, for each of its columns
+_JUDGES = 256  # examples by which the division between layers is judged
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -59,17 +68,18 @@ def prune_one_shot(
 
     From calibration data alone, forward passes only, no labels. Biases move too; stds stay as they are. What was
     removed before stays removed and counts, so that it can be called again, in training as well. Batch norm is measured
-    anew at the end.
+    anew at the end where that brings the outputs closer to what they were.
 
-    Cost: two forwards over the data as far as each layer, and for a layer of R outputs and C inputs (times taps) some
-    20 R C^2 + 3 C^3 multiplications and what `conditional_mean` takes. With a fraction and the scope "global" all that
-    three times, and two forwards more for each layer. Memory: a copy of the model, and for the largest layer
-    50 C^2 + 30 R C bytes.
+    Cost: some three forwards over the data, see `laplace.compensate`, and for a layer of R outputs and C inputs (times
+    taps) some 20 R C^2 + 3 C^3 multiplications and what `conditional_mean` takes. With a fraction and the scope
+    "global" these products three times, and two forwards more of up to 256 examples for each layer. Memory: a copy of
+    the model, 4 GiB of activations at most, and for the largest layer 50 C^2 + 30 R C bytes.
 
     Args:
         model: A variational model; it need not be trained as one.
         data: Batches, with labels or without; a few hundred examples. Positions that an `attention_mask` excludes do
-            not count. More positions than a layer has inputs, or the damping decides in some directions.
+            not count. More positions than a layer has inputs, or the damping decides in some directions; of 128 for
+            each input the others are passed over.
         target: "weights=0.5", the fraction of the weights of those layers that is kept, or "2:4", as for
             `prune_weights`; or fractions to keep by name of layer or parameter, where what has no name is left as it
             is.
@@ -83,7 +93,8 @@ def prune_one_shot(
     Raises:
         ValueError: the target is none of these or out of range, there is no batch, or the model has no variational
             layers, or none that trains.
-        torch.linalg.LinAlgError: at damping=0, where a layer's inputs are linearly dependent. Nothing was changed.
+        torch.linalg.LinAlgError: at damping=0, where the inputs of a layer without a bias or a batch norm are linearly
+            dependent. Nothing was changed.
 
     Example:
         >>> import torch, bayesprune as bp
@@ -100,30 +111,39 @@ def prune_one_shot(
         for posterior, share in zip(posteriors, removed_fractions(posteriors, goal), strict=True)
     }
     notes = _notes(model, rules)
-    batches = list(islice(data, num_batches))
+    batches = [on_device(batch, device_of(model)) for batch in islice(data, num_batches)]
     if not batches:
         raise ValueError("data has no batch; expected an iterable of input batches.")
     if scope not in ("global", "layer"):
         raise ValueError(f'scope is {scope!r}; expected "global" or "layer".')
     names = {posterior.name: posterior.name.rpartition(".")[0] for posterior in posteriors}
     cut = {names[name]: rules[name] for name, note in notes.items() if not note}
-    reference, keeps = copy.deepcopy(model), {}
+    reference, keeps = copy.deepcopy(model), dict[str, Tensor]()
+    layers = fittable_layers(reference)
+    sites = sites_of(reference, batches, {name: layers[name] for name in cut}, rows_per_column=_ROWS_PER_COLUMN)
     try:
-        order = stages(model, {name: rule.posterior.layer for name, rule in cut.items()}, batches[0])
         if isinstance(goal, Target) and not pattern and scope == "global" and 0 < goal.value < 1:
-            cut = _divided(model, cut, order, batches, goal.removed, loss, damping)
-        for stage in order:
-            moments = _moments(model, reference, stage, batches)
-            for name in stage.names:
-                keeps[name] = _refit(cut[name], moments, damping)
-                _LOGGER.info("prune_one_shot: %s keeps %d of %d", name, keeps[name].sum(), keeps[name].numel())
+            cut = _divided(model, reference, cut, sites, batches, goal.removed, loss, damping)
+
+        def fit(site: Site, moments: tuple[Moments, Moments]) -> Tensor | None:
+            choose = _choice(cut[site.name], keeps)
+            shift = refit(model, reference, site, moments, choose=choose, damping=damping)
+            kept = keeps[site.name]
+            _LOGGER.info("prune_one_shot: %s keeps %d of %d", site.name, kept.sum(), kept.numel())
+            return shift
+
+        fit_in_sequence(model, reference, batches, sites, fit, progress=None, title="Prune in one shot")
     except BaseException:
-        for parameter, before in zip(model.parameters(), reference.parameters(), strict=True):
-            parameter.copy_(before)
+        _restore(model, reference)
         raise
-    notes |= {name: notes[name] or _DID_NOT_RUN for name, layer in names.items() if layer not in keeps}
+    ran = {site.name for site in sites}
+    notes |= {
+        name: notes[name] or (_MISFIT if layer in ran else _DID_NOT_RUN)
+        for name, layer in names.items()
+        if layer not in keeps
+    }
     report = set_masks(model, posteriors, [keeps.get(names[its.name]) for its in posteriors], list(notes.values()))
-    recalibrate_batch_norm(model, batches)
+    _measure_norms(model, reference, batches)
     _LOGGER.info("prune_one_shot: %s", report.summary())
     return report
 
@@ -151,30 +171,30 @@ class _Rule:
 
 def _divided(
     model: nn.Module,
+    reference: nn.Module,
     rules: Mapping[str, _Rule],
-    order: Sequence[Stage],
+    sites: Sequence[Site],
     batches: Sequence[Any],
     sparsity: float,
     loss: Loss | None,
     damping: float,
 ) -> dict[str, _Rule]:
     """The rules with the shares that `divide` finds; the model is as before afterwards."""
-    measure = divergence(model, batches) if loss is None else loss
+    measure = divergence(reference, _judges(reference, batches)) if loss is None else loss
+    costs = {}
     with eval_mode(model):
         base = float(measure(model))
-        costs = {}
-        for stage in order:
-            moments = _moments(model, None, stage, batches)
-            for name in stage.names:
-                layer = rules[name].posterior.layer
-                before = {key: parameter.clone() for key, parameter in layer.named_parameters()}
-                found = []
-                for share in levels(sparsity):
-                    _refit(replace(rules[name], share=share), moments, damping)
-                    found.append(float(measure(model)) - base)
-                    for key, parameter in layer.named_parameters():
-                        parameter.copy_(before[key])
-                costs[name] = (found[0], found[1])
+        bar = tqdm(total=len(sites), desc="Divide between layers", unit="layer", disable=None, leave=False)
+        for site, moments in dense_moments(reference, batches, sites):
+            found = []
+            for share in levels(sparsity):
+                choose = _choice(replace(rules[site.name], share=share), {})
+                refit(model, reference, site, moments, choose=choose, damping=damping)
+                found.append(float(measure(model)) - base)
+            _restore(model, reference, *(name for name in (site.name, site.norm) if name is not None))
+            costs[site.name] = (found[0], found[1])
+            bar.update()
+        bar.close()
     if not all(math.isfinite(cost) for pair in costs.values() for cost in pair):
         raise ValueError("the loss is not a number for some cut; check the calibration data, the model and loss=.")
     removed = [1 - float(kept.float().mean()) if (kept := _mask(rules[name])) is not None else 0.0 for name in costs]
@@ -183,47 +203,152 @@ def _divided(
     return {name: replace(rules[name], share=share) for name, share in zip(costs, shares, strict=True)}
 
 
-def _moments(model: nn.Module, reference: nn.Module | None, stage: Stage, batches: Sequence[Any]) -> InputMoments:
-    layer: Any = model.get_submodule(stage.names[0])
-    return input_moments(model, reference, stage, batches, with_bias=moves_bias(layer))
+def _judges(model: nn.Module, batches: Sequence[Any]) -> list[Any]:
+    """The first batches, of 256 examples or a little more."""
+    found, number = [], 0
+    for batch in batches:
+        if number < _JUDGES:
+            found.append(batch)
+            number += split(model, batch).num_examples
+    return found
+
+
+def _restore(model: nn.Module, reference: nn.Module, *names: str) -> None:
+    """Gives these modules, or all, the values of their own that they have in the reference."""
+    modules, before = dict(model.named_modules()), dict(reference.named_modules())
+    for name in names or modules:
+        for key, parameter in modules[name]._parameters.items():
+            if parameter is not None:
+                parameter.copy_(before[name].get_parameter(key))
+        for key, buffer in before[name]._buffers.items():
+            modules[name]._buffers[key] = None if buffer is None else buffer.clone()
+
+
+def _measure_norms(model: nn.Module, reference: nn.Module, batches: Sequence[Any]) -> None:
+    """Measures batch norm anew where that brings predictions closer to those of the reference, or nothing tells."""
+    if not measured_norms(model):
+        return
+    try:
+        distance = divergence(reference, batches)
+    except (TypeError, ValueError):  # no logits
+        recalibrate_batch_norm(model, batches)
+    else:
+        recalibrate_if_better(model, batches, distance)
 
 
 def _mask(rule: _Rule) -> Tensor | None:
     return rule.posterior.layer.mask("weight", whole=True)
 
 
-def _refit(rule: _Rule, moments: InputMoments, damping: float) -> Tensor:
-    """Moves the layer's weights, those that go to zero; returns which are kept, of the weight's shape."""
+def _choice(rule: _Rule, keeps: dict[str, Tensor]) -> Choose:
+    """The choice of a rule by alternating directions; what it keeps, of the weight's shape, goes into `keeps`."""
     layer = rule.posterior.layer
-    with_bias = moves_bias(layer)
-    mean = layer_matrix(layer, with_bias=with_bias)
-    target, precision = moments.regressed(mean.double(), damping)
-    num_columns = target.shape[2] - with_bias
-    fixed = torch.ones(*target.shape[:2], int(with_bias), dtype=torch.bool)
 
-    def select(scores: Tensor, way: float) -> Tensor:
-        kept = to_matrix(layer, rule.keep(from_matrix(layer, scores[..., :num_columns]), way)).cpu()
-        return torch.cat([kept, fixed], dim=2)
+    def choose(mean: Tensor, precision: Tensor) -> Tensor:
+        def select(scores: Tensor, way: float) -> Tensor:
+            return to_matrix(layer, rule.keep(from_matrix(layer, scores), way)).to(scores.device)
 
-    keep = best_support(target, precision, select)
-    moved = torch.stack([conditional_mean(*of_group) for of_group in zip(target, precision, keep, strict=True)])
-    layer.get_parameter("weight").copy_(from_matrix(layer, moved[..., :num_columns]))
-    if with_bias:
-        layer.get_parameter("bias").copy_(moved[..., -1].flatten())
-    return from_matrix(layer, keep[..., :num_columns]).contiguous().to(rule.posterior.mean.device)
+        kept = best_support(mean, precision, select)
+        name = rule.posterior.name.rpartition(".")[0]
+        keeps[name] = from_matrix(layer, kept).contiguous().to(rule.posterior.mean.device)
+        return kept
+
+    return choose
 
 
 def _notes(model: nn.Module, rules: Mapping[str, _Rule]) -> dict[str, str]:
     """Why a weight is left as it is, by its name; nothing where it is not."""
-    holders = holders_of(model)
+    holders, layers = holders_of(model), fittable_layers(model)
     notes = {}
     for name, rule in rules.items():
         if not is_matrix_product(rule.posterior.layer) or rule.posterior.parameter != "weight":
             notes[name] = "neither a linear layer nor a convolution: prune_weights takes it"
         elif len(holders[id(rule.posterior.mean)]) > 1:
             notes[name] = "the weight of several layers: prune_weights takes it"
+        elif name.rpartition(".")[0] not in layers:
+            notes[name] = f"more than {MAX_COLUMNS:,} inputs times taps: prune_weights takes it"
         elif rule.pattern is None and not rule.share:
             notes[name] = "all of it is kept"
         else:
             notes[name] = whole_note(rule.posterior, rule.pattern) if rule.pattern else ""
     return notes
+
+
+_STEP, _REACH = 0.1, 0.2  # from the mean: to the levels that are measured, and as far as a layer may go
+_POSITIONS = 256  # of a batch, at which predictions are compared
+_RATES = (2.0, 20.0)  # of the exponential: about 7 at half of the weights
+
+
+def levels(sparsity: float) -> tuple[float, float]:
+    """The two sparsities at which each layer is measured."""
+    return max(sparsity - _STEP, sparsity / 2), min(sparsity + _STEP, (1 + sparsity) / 2)
+
+
+def divide(
+    sparsity: float, sizes: Sequence[int], costs: Sequence[tuple[float, float]], least: Sequence[float]
+) -> list[float]:
+    """The sparsity of each layer, the whole being `sparsity`, with the smallest sum of costs within 0.2 of it.
+
+    Args:
+        sparsity: Fraction of all weights, above 0 and below 1.
+        sizes: Weights of each layer.
+        costs: What each costs at the two `levels`; what is not positive counts as a thousandth of the mean.
+        least: What each has lost already.
+
+    Example:
+        >>> [round(share, 2) for share in divide(0.5, [100, 100], [(0.01, 0.04), (0.02, 0.08)], [0, 0])]
+        [0.55, 0.45]
+    """
+    low, high = levels(sparsity)
+    floor = 1e-3 * max(sum(map(sum, costs)) / (2 * len(costs)), 1e-30)
+    curves = []
+    for size, (first, last) in zip(sizes, costs, strict=True):
+        first, last = max(first, floor), max(last, floor)
+        rate = min(max(math.log(last / first) / (high - low), _RATES[0]), _RATES[1])
+        middle = math.sqrt(first * last)
+        curves.append((rate, math.log(size / (rate * middle))))
+    lowest = [max(sparsity - _REACH, 0.0, gone) for gone in least]
+    highest = [max(min(sparsity + _REACH, (1 + sparsity) / 2), gone) for gone in lowest]
+
+    def at(price: float) -> list[float]:
+        """Where one more weight of each costs e^price."""
+        return [
+            min(max((low + high) / 2 + (price + offset) / rate, least), most)
+            for (rate, offset), least, most in zip(curves, lowest, highest, strict=True)
+        ]
+
+    cheap, dear = -200.0, 200.0
+    for _ in range(100):
+        price = (cheap + dear) / 2
+        total = sum(share * size for share, size in zip(at(price), sizes, strict=True))
+        cheap, dear = (price, dear) if total < sparsity * sum(sizes) else (cheap, price)
+    return at(dear)
+
+
+@torch.no_grad()
+def divergence(model: nn.Module, batches: Sequence[Any]) -> Callable[[nn.Module], float]:
+    """A function of a model: the mean KL divergence of its predictions from those that `model` has now, in nats.
+
+    Predictions are compared at 256 positions of each batch at most, evenly spaced among those that an `attention_mask`
+    counts.
+    """
+    before = [_log_probabilities(model, batch) for batch in batches]
+
+    @torch.no_grad()
+    def measure(changed: nn.Module) -> float:
+        total = sum(
+            float(F.kl_div(_log_probabilities(changed, batch), wanted, log_target=True, reduction="sum"))
+            for batch, wanted in zip(batches, before, strict=True)
+        )
+        return total / sum(map(len, before))
+
+    return measure
+
+
+def _log_probabilities(model: nn.Module, batch: Any) -> Tensor:
+    parts = split(model, on_device(batch, device_of(model)))
+    with eval_mode(model):
+        logits = logits_of(parts.run(model))
+    logits = logits.movedim(1, -1) if logits.dim() > 3 else logits
+    logits = unmasked(logits, parts)
+    return logits[:: -(-len(logits) // _POSITIONS)].float().log_softmax(1)

@@ -43,7 +43,7 @@ class WeightRow:
 
 @dataclass(frozen=True)
 class WeightReport:
-    """What `prune_weights` did; prints as a table.
+    """The report of `prune_weights`; prints as a table.
 
     Attributes:
         rows: The weights that could go, of which a sparsity is a fraction: those of variational layers that train.
@@ -66,7 +66,7 @@ class WeightReport:
 
     @property
     def kept(self) -> int:
-        """How many of them are kept."""
+        """Number of weights that are kept."""
         return sum(row.kept for row in (*self.rows, *self.untouched))
 
     @property
@@ -238,7 +238,7 @@ def _keep_shares(
 
 
 def keep_count(posterior: Posterior, count: int, score: Score) -> Tensor:
-    """What stays of a tensor when its lowest `count` go."""
+    """The mask of a tensor without its lowest `count` entries."""
     return keep_best([_scores(posterior, score)], count, [0])[0][0]
 
 
@@ -269,7 +269,7 @@ def keep_pattern(posterior: Posterior, pattern: tuple[int, int], score: Score) -
 
 
 def whole_note(posterior: Posterior, pattern: tuple[int, int]) -> str:
-    """Why a pattern leaves a tensor as it is, or nothing."""
+    """The reason why a pattern leaves a tensor as it is; empty where it does not."""
     if kind_of(posterior.layer) == EMBEDDING:
         return "a lookup table multiplies nothing"
     num_inputs, multiple = _inputs(posterior)[1], pattern[1]

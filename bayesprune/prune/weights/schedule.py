@@ -54,9 +54,7 @@ def shares(target: str, num_rounds: int, *, ramp: Ramp = "cubic") -> tuple[str, 
     ramps = {"cubic": cubic, "geometric": geometric}
     if ramp not in ramps:
         raise ValueError(f"ramp is {ramp!r}; expected one of {', '.join(ramps)}.")
-    goal = Target.parse(target, ("weights",), "shares")
-    if not 0 < goal.value < 1:
-        raise ValueError(f"shares got the target {target!r}; expected a fraction between 0 and 1.")
+    goal = Target.parse(target, ("weights",), "shares", is_partial=True)
     if num_rounds < 1:
         raise ValueError(f"the number of rounds is {num_rounds!r}; expected 1 or more.")
     kept = [1 - ramps[ramp](goal.removed, done / num_rounds) for done in range(1, num_rounds)]
@@ -65,7 +63,7 @@ def shares(target: str, num_rounds: int, *, ramp: Ramp = "cubic") -> tuple[str, 
 
 @dataclass(frozen=True)
 class PruneSchedule:
-    """When how many single weights are removed during training; zeros from then on.
+    """A schedule for removing single weights during training; they are zero from then on.
 
     The sparsity rises by `cubic`, fast while much is superfluous and slowly towards the end; after `end` the weights
     that are left recover.
@@ -81,7 +79,7 @@ class PruneSchedule:
         min_kept: What every weight tensor keeps, as for `prune_weights`.
     """
 
-    target: str
+    target: str | Target
     begin: float = defaults.PRUNE_BEGIN
     end: float = defaults.PRUNE_END
     num_updates: int = defaults.PRUNE_UPDATES
@@ -90,8 +88,7 @@ class PruneSchedule:
     min_kept: float = 1
 
     def __post_init__(self) -> None:
-        if not 0 < self.sparsity < 1:
-            raise ValueError(f"PruneSchedule got the target {self.target!r}; expected a fraction between 0 and 1.")
+        Target.parse(self.target, ("weights",), "PruneSchedule", is_partial=True)
         if not 0 <= self.begin <= self.end <= 1:
             raise ValueError(f"begin={self.begin!r}, end={self.end!r}; expected 0 <= begin <= end <= 1.")
         if self.num_updates < 1:

@@ -6,7 +6,7 @@ import torch
 import bayesprune as bp
 from bayesprune import gates
 from bayesprune.hosts.transformers import BayesPruneCallback, Tolerance
-from bayesprune.hosts.transformers.summary import summarize
+from bayesprune.hosts.transformers.logs import summarize
 from tests.hosts.transformers import tiny
 from tests.hosts.transformers.test_callback_resume import Interrupt, assert_equal
 

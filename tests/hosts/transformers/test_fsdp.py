@@ -5,7 +5,7 @@ import torch
 
 import bayesprune as bp
 from bayesprune.errors import UnsupportedModelError
-from bayesprune.hosts.transformers.fsdp import check_dtypes, freeze_stds, thaw
+from bayesprune.hosts.transformers.guards import check_dtypes, freeze_stds, thaw
 from tests.hosts.transformers import tiny
 
 

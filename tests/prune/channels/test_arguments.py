@@ -12,7 +12,7 @@ from torch import nn
 import bayesprune as bp
 from bayesprune import gates
 from bayesprune.prune import MeasuredImportance, dependency_groups, prune_channels
-from bayesprune.prune.graph.roots import layer_names
+from bayesprune.prune.graph.prunable_layers import layer_names
 
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 

@@ -12,8 +12,8 @@ import bayesprune as bp
 from bayesprune.errors import BayespruneError, InfeasibleTargetError, UnsupportedModelError
 from bayesprune.foundation.macs import macs_by_module
 from bayesprune.layers import VariationalLayer, variational_layers
-from bayesprune.prune.batch_norm import recalibrate_batch_norm
-from bayesprune.prune.channels.calibrated import Calibration, recalibrate_if_better
+from bayesprune.prune.batch_norm import recalibrate_batch_norm, recalibrate_if_better
+from bayesprune.prune.channels.calibrated import Calibration
 from bayesprune.prune.channels.prune import prune_channels
 from bayesprune.prune.scores.channels import SNRImportance
 from tests.cases import structures
@@ -364,7 +364,7 @@ def test_batch_norm_is_recalibrated_where_that_helps_and_nothing_else():
     assert changed
     assert all(name.endswith(statistics) for name in changed)
     before = copy.deepcopy(dense.state_dict())
-    assert not recalibrate_if_better(dense, Calibration(dense, data[:4]))
+    assert not recalibrate_if_better(dense, data[:4], Calibration(dense, data[:4]).divergence)
     assert all(torch.equal(before[name], value) for name, value in dense.state_dict().items())
 
 

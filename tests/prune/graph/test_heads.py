@@ -13,13 +13,12 @@ import bayesprune.hosts.transformers
 from bayesprune.layers import variational_layers
 from bayesprune.prune.channels.prune import prune_channels
 from bayesprune.prune.graph import heads as finder
-from bayesprune.prune.graph.cuts import cut_parameters
 from bayesprune.prune.graph.find import find_groups
+from bayesprune.prune.graph.group import Positions, cut_parameters
 from bayesprune.prune.graph.heads import find_heads
 from bayesprune.prune.graph.observe import Observed
-from bayesprune.prune.graph.positions import Positions
 from bayesprune.prune.graph.removal import remove
-from bayesprune.prune.graph.silenced import disagreement
+from bayesprune.prune.graph.trials import disagreement
 from bayesprune.prune.graph.verify import permute
 from bayesprune.prune.scores.channels import SNRImportance
 from tests.prune.attention_nets import BY_NAME, attention, output_of

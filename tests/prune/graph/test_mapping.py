@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from bayesprune.prune.graph.cuts import side
 from bayesprune.prune.graph.find import find_groups
+from bayesprune.prune.graph.group import side
 from bayesprune.prune.graph.observe import Observed
 from bayesprune.prune.graph.walk import largest_axis, walk
 

@@ -6,8 +6,8 @@ import torch_pruning as tp
 from torch import nn
 
 from bayesprune.prune.channels.prune import prune_channels
-from bayesprune.prune.graph.cuts import side
 from bayesprune.prune.graph.find import find_groups
+from bayesprune.prune.graph.group import side
 from bayesprune.prune.graph.observe import Observed
 from bayesprune.prune.graph.walk import largest_axis, walk
 from tests.prune.nets import assert_removing_is_silencing, units

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from bayesprune.prune.graph.observe import Observed
-from bayesprune.prune.graph.roots import is_root
+from bayesprune.prune.graph.prunable_layers import is_root
 from bayesprune.prune.graph.trace import quiet
 from bayesprune.prune.graph.walk import largest_axis, walk
 

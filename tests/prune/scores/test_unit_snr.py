@@ -12,7 +12,7 @@ from torch import nn
 import bayesprune as bp
 from bayesprune.laplace import KroneckerFactors, output_metric
 from bayesprune.prune.graph.find import find_groups
-from bayesprune.prune.graph.silenced import silence_inputs
+from bayesprune.prune.graph.trials import silence_inputs
 from bayesprune.prune.scores.channels import unit_scores
 from bayesprune.prune.scores.unit_snr import _systems, removal_costs
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from bayesprune.prune.weights.division import divergence, divide, levels
+from bayesprune.prune.weights.one_shot import divergence, divide, levels
 
 
 def costs(scale: float, rate: float, sparsity: float) -> tuple[float, float]:

@@ -7,6 +7,7 @@ from torch import nn
 import bayesprune as bp
 from bayesprune.laplace.matrices import input_rows, to_matrix
 from bayesprune.prune.scores.weights import magnitude
+from bayesprune.prune.weights import one_shot
 
 
 def correlated(*shape: int) -> torch.Tensor:
@@ -49,7 +50,7 @@ def test_what_is_left_is_fitted_to_the_outputs_before(kind, target):
             if layer.bias is not None:
                 chosen = torch.cat([chosen, chosen.new_ones(len(chosen), 1)], 1)
             best = torch.linalg.lstsq(chosen, wanted[:, group, row]).solution[: int(kept[group, row].sum())]
-            torch.testing.assert_close(found[group, row, kept[group, row]], best, rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(found[group, row, kept[group, row]], best, rtol=1e-4, atol=1e-5)
 
 
 def test_layers_are_fitted_to_what_the_whole_model_gave_by_what_the_cut_one_gives():
@@ -61,7 +62,7 @@ def test_layers_are_fitted_to_what_the_whole_model_gave_by_what_the_cut_one_give
         chosen = torch.cat([reads[:, kept], torch.ones(400, 1)], 1)
         best = torch.linalg.lstsq(chosen, wanted[:, row]).solution
         found = torch.cat([model[4].weight[row, kept], model[4].bias[[row]]]).detach()
-        torch.testing.assert_close(found, best, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found, best, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("target", ["weights=0.5", "2:4"])
@@ -161,24 +162,83 @@ def test_frozen_biases_stay():
     assert not torch.equal(model[4].bias, before[1])
 
 
-def test_batch_norm_is_measured_anew():
+@pytest.mark.parametrize("is_of_the_data", [True, False])
+def test_batch_norm_is_measured_anew_where_that_brings_the_outputs_closer(is_of_the_data):
     torch.manual_seed(6)
     model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(32, 2))
-    x = torch.randn(80, 3, 4, 4)
-    model(x)
+    x = torch.randn(400, 3, 4, 4)
     bp.to_variational(model).eval()
+    if is_of_the_data:
+        bp.prune.recalibrate_batch_norm(model, [x])
+    else:
+        model[1].running_mean.normal_()
+    dense = copy.deepcopy(model)
     bp.prune_one_shot(model, [x], "weights=0.3")
-    torch.testing.assert_close(model[1].running_mean, model[0](x).mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    anew = bp.prune.recalibrate_batch_norm(copy.deepcopy(model), [x])
+    is_anew = torch.allclose(model[1].running_mean, anew[1].running_mean, rtol=1e-4, atol=1e-5)
+    far, near = ((other(x).log_softmax(1).exp() - dense(x).softmax(1)).square().mean() for other in (anew, model))
+    assert near <= far + 1e-6
+    assert is_of_the_data or not is_anew
 
 
-def test_what_fails_leaves_the_model_as_it_was():
-    model, x = net(), torch.randn(5, 8, dtype=torch.float64)
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(RuntimeError):
-        bp.prune_one_shot(model, [x], "weights=0.5", damping=0)
+def test_streams_of_a_residual_network_are_made_up_for():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(12, 24), nn.Linear(24, 12)
+
+        def forward(self, x):
+            return x + self.down(self.up(x).relu())
+
+    torch.manual_seed(7)
+    model, x = nn.Sequential(Block(), Block(), nn.Linear(12, 3)), correlated(2000, 12).float()
+    bp.to_variational(model).eval()
+    dense = copy.deepcopy(model)
+    bp.prune_one_shot(model, [x[:1000]], "weights=0.4", scope="layer")
+    gap = (dense[1](dense[0](x[:1000])) - model[1](model[0](x[:1000]))).detach()
+    down = model[1].down  # the last layer before the sum, fitted to the stream's error too
+    reads = model[1].up(model[0](x[:1000])).relu().detach()
+    for row, kept in enumerate(down.mask("weight")):
+        chosen = torch.cat([reads[:, kept], torch.ones(1000, 1)], 1)
+        assert float((chosen.T @ gap[:, row]).abs().max()) / 1000 < 0.02 * float(gap[:, row].std())
+
+
+def test_what_fails_leaves_the_model_as_it_was(monkeypatch):
+    model, x = net(), correlated(50, 8)
+    before, fitted = copy.deepcopy(model.state_dict()), []
+    own = one_shot.refit
+
+    def fails(*args, **options):
+        fitted.append(args[2].name)
+        if len(fitted) == 2:
+            raise RuntimeError("no more")
+        return own(*args, **options)
+
+    monkeypatch.setattr(one_shot, "refit", fails)
+    with pytest.raises(RuntimeError, match="no more"):
+        bp.prune_one_shot(model, [x], "2:4")
+    assert fitted == ["0", "2"]
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_what_a_router_sends_elsewhere_is_left_and_said_so():
+    class Chooses(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.last(x[x[:, 0] > 0.3])
+
+    torch.manual_seed(8)
+    model, x = bp.to_variational(Chooses()).eval(), torch.randn(200, 4)
+    report = bp.prune_one_shot(model, [x], "2:4")
+    notes = {row.name: row.note for row in report.rows}
+    assert notes["first.weight"] == ""
+    assert "depends on the weights" in notes["last.weight"]
 
 
 @pytest.mark.parametrize(

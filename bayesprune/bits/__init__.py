@@ -1,0 +1,6 @@
+"""Rounding by the posterior: how exactly each weight has to be known says on what grid it may stand."""
+
+from bayesprune.bits.quantization import quantize
+from bayesprune.bits.report import Quantization, QuantizedTensor
+
+__all__ = ["Quantization", "QuantizedTensor", "quantize"]

@@ -1,0 +1,356 @@
+"""Layers fitted one after the other, in the order of the forward, while forwards over all batches wait behind each.
+
+`fit_in_sequence` runs the model that is being changed and the dense one side by side (`laplace.flow`), gives the
+moments of what each layer is given and should give to a function that fits it, and lets the forwards go on with the new
+weights.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from bayesprune.foundation.batches import Batch, split
+from bayesprune.foundation.kinds import kind_of
+from bayesprune.foundation.model import eval_mode
+from bayesprune.laplace.calibration import counted_positions
+from bayesprune.laplace.flow import LayerCall, Walk, layer_calls, watched
+from bayesprune.laplace.kronecker import variational_layer
+from bayesprune.laplace.matrices import drawn_positions, input_rows, is_matrix_product, output_rows, to_matrix
+from bayesprune.laplace.regression import Moments
+from bayesprune.layers import VariationalLayer, variational_layers
+from bayesprune.layers.drawn import DrawnLayer
+
+MAX_COLUMNS = 8192
+"""Inputs times taps above which a layer stays as it is."""
+_MAX_HELD = 4 * 2**30  # bytes that forwards over all batches hold while they wait for a layer
+_LIVE = 3  # times the input and output of a layer are alive in a forward, at most as a rule
+_MAX_PASSES = 64  # over the data from the start; layers share one where there are more
+_PLENTY = 16  # positions for each that is drawn, from where a quarter of the examples is enough
+_SMALLEST_GAIN = 1e-2  # relative to a layer's largest: outputs that are multiplied by less correct no stream
+_MAX_MOMENTS = 2**30  # bytes of moments that one pass over the data collects
+
+
+@dataclass
+class Site:
+    """A layer to fit.
+
+    Attributes:
+        name: Its name.
+        source: Identity of its input: layers with the same one are fitted together.
+        norm: The batch norm that takes up its shift.
+        num_bytes: Of its largest input and output, for one batch.
+        num_positions: At which an example meets it in a run.
+        num_rows: Positions in all at which a regression looks.
+        num_drawn: How many of an example's positions these are, of as many examples as there are.
+        columns: Which columns some row keeps.
+        num_calls: How often it runs in a forward.
+        num_sums: How often its output is added to a stream.
+    """
+
+    name: str
+    source: int
+    norm: str | None
+    num_bytes: int
+    num_positions: int
+    num_rows: int
+    num_drawn: int
+    columns: Tensor
+    num_calls: int = 0
+    num_sums: int = 0
+
+    @property
+    def is_at_sum(self) -> bool:
+        """Whether it is fitted where its output is added to a stream."""
+        return self.num_sums == self.num_calls
+
+
+@dataclass
+class _Step:
+    """Layers that are fitted together.
+
+    Attributes:
+        sites: Them, by name.
+        num_batches: How many batches fit them.
+        is_held: Whether the forwards of both models wait for them, and go on.
+    """
+
+    sites: dict[str, Site]
+    num_batches: int
+    is_held: bool
+
+
+def fittable_layers(dense: nn.Module) -> dict[str, VariationalLayer]:
+    """Linear layers and convolutions that train, with a weight of their own alone, by name."""
+    holders = Counter(id(p) for module in dense.modules() for p in module._parameters.values())
+    return {
+        name: layer
+        for name, layer in variational_layers(dense)
+        if not isinstance(layer, DrawnLayer)
+        and is_matrix_product(layer)
+        and holders[id(layer.weight)] == 1
+        and layer.get_parameter("weight").requires_grad
+        and _num_columns(layer) <= MAX_COLUMNS
+    }
+
+
+def _num_columns(layer: VariationalLayer) -> int:
+    return to_matrix(layer, layer.get_parameter("weight")).shape[2]
+
+
+def sites_of(
+    dense: nn.Module,
+    batches: Sequence[Any],
+    layers: Mapping[str, VariationalLayer],
+    *,
+    rows_per_column: int,
+    keeps: Mapping[str, Tensor | None] | None = None,
+) -> list[Site]:
+    """These layers in the order in which a forward runs them first.
+
+    Args:
+        dense: The model as it was.
+        batches: On its device; a forward of the first says what there is.
+        layers: Layers that `fittable_layers` has.
+        rows_per_column: At how many positions in all a layer is looked at, for each of its columns.
+        keeps: Which columns (G, C) of a layer are kept, by name; layers before the first of these are left out.
+    """
+    names = {id(module): name for name, module in dense.named_modules()}
+    num_examples = split(dense, batches[0]).num_examples
+    sites: dict[str, Site] = {}
+    for call in layer_calls(dense, batches[0], layers):
+        if not sites and keeps is not None and call.name not in keeps:
+            continue
+        norm = None if call.norm is None else names[id(call.norm)]
+        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (call.inputs, call.output))
+        num_rows = rows_per_column * _num_columns(call.layer)
+        drawn = math.ceil(num_rows / (len(batches) * num_examples))
+        positions = _num_positions(call, num_examples)
+        keep = None if keeps is None else keeps.get(call.name)
+        columns = torch.arange(_num_columns(call.layer)) if keep is None else keep.any(0).nonzero()[:, 0]
+        fresh = Site(call.name, id(call.inputs), norm, num_bytes, positions, num_rows, drawn, columns)
+        site = sites.setdefault(call.name, fresh)
+        site.num_calls += 1
+        site.num_sums += call.addend is not None
+        site.norm = norm if site.norm == norm else None
+        site.num_bytes = max(site.num_bytes, num_bytes)
+    return list(sites.values())
+
+
+Fit = Callable[[Site, tuple[Moments, Moments]], Tensor | None]
+"""Moves the weights of a layer; returns by what the mean of the batch norm behind it became smaller, (R,), or None."""
+
+
+def fit_in_sequence(
+    model: nn.Module,
+    dense: nn.Module,
+    batches: list[Any],
+    sites: Sequence[Site],
+    fit: Fit,
+    *,
+    progress: bool | None = False,
+    title: str = "Compensate",
+) -> None:
+    """Fits each layer to what the dense model computes, from what the layers before it give now.
+
+    A layer that does not meet what it meets in the dense model, as behind a router, is left out.
+
+    Args:
+        model: What is changed, layer by layer.
+        dense: The model as it was, of the same structure.
+        batches: On the models' device.
+        sites: The layers, see `sites_of`.
+        fit: Called with a layer and its moments, of three quarters of the examples and of the last quarter.
+        progress: Show a progress bar; None shows it on a terminal.
+        title: What the bar says.
+    """
+    forwards = _Forwards(model, dense, batches, sites)
+    of_dense = {site.name: variational_layer(dense, site.name) for site in sites}
+    of_model = {site.name: variational_layer(model, site.name) for site in sites}
+    is_hidden = None if progress is None else not progress
+    with eval_mode(model), eval_mode(dense), watched(of_dense), watched(of_model), closing(forwards):
+        for step in tqdm(_steps(sites, len(batches)), desc=title, unit="layer", disable=is_hidden, leave=False):
+            for name, moments in forwards.moments(step).items():
+                forwards.change(fit(step.sites[name], moments))
+
+
+@torch.no_grad()
+def dense_moments(
+    dense: nn.Module, batches: Sequence[Any], sites: Sequence[Site]
+) -> Iterator[tuple[Site, tuple[Moments, Moments]]]:
+    """Each layer with the moments of what it is given in the dense model, and of what it gives there.
+
+    One pass over the data serves as many layers as 1 GiB of moments holds.
+    """
+    for some in _chunks(dense, sites):
+        layers = {site.name: variational_layer(dense, site.name) for site in some}
+        by_name = {site.name: site for site in some}
+        found: dict[str, tuple[Moments, Moments]] = {}
+        seen = 0
+        for batch in batches:
+            inputs = split(dense, batch)
+            is_check = torch.arange(seen, seen := seen + inputs.num_examples) % 4 == 3
+            for call in layer_calls(dense, batch, layers):
+                _add(found, by_name[call.name], call, call, inputs, is_check, len(batches))
+        for name, moments in found.items():
+            for part in moments:
+                part.finish()
+            yield by_name[name], moments
+
+
+def _chunks(dense: nn.Module, sites: Sequence[Site]) -> Iterator[list[Site]]:
+    some: list[Site] = []
+    total = 0
+    for site in sites:
+        layer = variational_layer(dense, site.name)
+        groups, rows, columns = to_matrix(layer, layer.get_parameter("weight")).shape
+        size = 2 * 8 * groups * columns * (rows + columns) + site.num_bytes
+        if some and total + size > _MAX_MOMENTS:
+            yield some
+            some, total = [], 0
+        some.append(site)
+        total += size
+    if some:
+        yield some
+
+
+def _add(
+    found: dict[str, tuple[Moments, Moments]],
+    site: Site,
+    call: LayerCall,
+    stock: LayerCall,
+    inputs: Batch,
+    is_check: Tensor,
+    num_batches: int,
+) -> None:
+    """Adds a run of a layer to its moments."""
+    x, y, counted = _regression_rows(call, stock, site, inputs, num_batches)
+    if site.name not in found:
+        sizes = (x.shape[2], y.shape[3], x.shape[3])
+        found[site.name] = Moments(*sizes, x.device), Moments(*sizes, x.device)
+    for moments, part in zip(found[site.name], (~is_check, is_check), strict=True):
+        rows = part.to(x.device)[:, None] & counted
+        moments.add(x[rows], y[rows])
+
+
+def _steps(sites: Sequence[Site], num_batches: int) -> list[_Step]:
+    """Each layer by itself where forwards can wait for it, else those with the same input, and neighbours of many."""
+    steps: list[_Step] = []
+    held = [site.num_calls == 1 and 2 * _LIVE * site.num_bytes * num_batches <= _MAX_HELD for site in sites]
+    most = max(1, math.ceil(held.count(False) / _MAX_PASSES))
+    for site, is_held in zip(sites, held, strict=True):
+        is_plenty = not is_held and site.num_positions >= _PLENTY * site.num_drawn
+        number = math.ceil(num_batches / 4) if is_plenty else num_batches
+        last = steps[-1] if steps and not steps[-1].is_held and not is_held else None
+        if last and (len(last.sites) < most or next(iter(last.sites.values())).source == site.source):
+            last.sites[site.name] = site
+            last.num_batches = max(last.num_batches, number)
+        else:
+            steps.append(_Step({site.name: site}, number, is_held))
+    return steps
+
+
+class _Forwards:
+    """Forwards of the model and of the dense one over all batches, side by side."""
+
+    def __init__(self, model: nn.Module, dense: nn.Module, batches: list[Any], sites: Sequence[Site]) -> None:
+        self._model, self._dense, self._batches = model, dense, batches
+        self._at_sum = [site.name for site in sites if site.is_at_sum]
+        self._pairs: dict[int, tuple[Walk, Walk]] = {}
+
+    def moments(self, step: _Step) -> dict[str, tuple[Moments, Moments]]:
+        """Of each layer of a step, the moments of three quarters of the examples, and of the last quarter.
+
+        A layer is missing where it does not meet what it meets in the dense model, as behind a router.
+        """
+        found: dict[str, tuple[Moments, Moments]] = {}
+        misfits: set[str] = set()
+        seen = 0
+        for number, batch in enumerate(self._batches[: step.num_batches]):
+            inputs = split(self._model, batch)
+            num_examples = inputs.num_examples
+            is_check = torch.arange(seen, seen := seen + num_examples) % 4 == 3
+            for site in step.sites.values():
+                for _ in range(site.num_calls):
+                    call, stock = (walk.advance(site.name) for walk in self._pair(number))
+                    if not call or not stock or not _is_alike(call, stock, num_examples):
+                        misfits.add(site.name)
+                    else:
+                        _add(found, site, call, stock, inputs, is_check, step.num_batches)
+            if not step.is_held:
+                self._close(number)
+        if not step.is_held:
+            self.close()
+        for moments in (each for pair in found.values() for each in pair):
+            moments.finish()
+        return {name: moments for name, moments in found.items() if name not in misfits}
+
+    def change(self, shift: Tensor | None) -> None:
+        """Makes forwards that wait go on with the layer as it is now; see `Walk.change`."""
+        for walk, _ in self._pairs.values():
+            walk.change(shift)
+
+    def close(self) -> None:
+        """Ends all forwards."""
+        for number in list(self._pairs):
+            self._close(number)
+
+    def _pair(self, number: int) -> tuple[Walk, Walk]:
+        if number in self._pairs and any(walk.is_over for walk in self._pairs[number]):
+            self._close(number)
+        if number not in self._pairs:
+            batch = self._batches[number]
+            self._pairs[number] = Walk(self._model, batch, self._at_sum), Walk(self._dense, batch, self._at_sum)
+        return self._pairs[number]
+
+    def _close(self, number: int) -> None:
+        for walk in self._pairs.pop(number, ()):
+            walk.close()
+
+
+def _is_alike(call: LayerCall, stock: LayerCall, num_examples: int) -> bool:
+    """Whether the layer meets as many positions of each example as in the dense model, one at least."""
+    shape = call.output.shape
+    return shape == stock.output.shape and shape.numel() > 0 and shape[0] % num_examples == 0
+
+
+def _regression_rows(
+    call: LayerCall, stock: LayerCall, site: Site, batch: Batch, num_batches: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs that stay (N, T, G, C), y + (s - s~) / g, (N, T, G, R), and which count (N, T), at drawn positions."""
+    num_examples = batch.num_examples
+    num_positions = _num_positions(call, num_examples)
+    chosen = drawn_positions(num_positions, max(1, math.ceil(site.num_rows / (num_batches * num_examples))))
+    x = input_rows(call.layer, _wide(call.inputs), num_examples, chosen)
+    y = output_rows(call.layer, _wide(stock.output), num_examples, chosen)
+    for stream, sign in ((_stream(stock), 1), (_stream(call), -1)):
+        if stream is not None:
+            y = y + sign * output_rows(call.layer, _wide(stream), num_examples, chosen)
+    counted = counted_positions(batch, num_positions)
+    if counted is None:
+        counted = torch.ones(num_examples, num_positions, dtype=torch.bool)
+    counted = counted if chosen is None else counted[:, chosen.to(counted.device)]
+    return x[..., site.columns.to(x.device)], y, counted.to(x.device)
+
+
+def _num_positions(call: LayerCall, num_examples: int) -> int:
+    return call.output.numel() // (num_examples * call.output.shape[kind_of(call.layer).feature_dim])
+
+
+def _wide(values: Tensor) -> Tensor:
+    """The values in float32 at least."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _stream(call: LayerCall) -> Tensor | None:
+    """s / g, of the output's shape; None where the output meets no sum."""
+    if call.addend is None or call.gain is None:
+        return call.addend
+    is_large = call.gain.abs() > _SMALLEST_GAIN * call.gain.abs().max()
+    return torch.where(is_large, call.addend / call.gain, 0.0)
