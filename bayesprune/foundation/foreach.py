@@ -1,5 +1,4 @@
-"""torch's functions of many tensors at once, under one name: torch exports none of them, and its own optimizers rest on
-them."""
+"""torch's functions of many tensors at once; its optimizers rest on them, but type checkers know none of them."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -5,7 +5,6 @@ together raise, as does a number that is read from the device. The autograd engi
 pieces of the backward pass are called as it calls them.
 """
 
-import warnings
 from contextlib import contextmanager
 
 import pytest
@@ -20,6 +19,7 @@ from bayesprune.estimators import draws, factored, functions, local
 from bayesprune.foundation import noise
 from bayesprune.layers import joint_draws, named_posteriors
 from bayesprune.train import kl
+from bayesprune.train.attachment import ATTACHMENTS
 from tests.cases import structures
 
 GPU = torch.device("cuda", 0)
@@ -39,6 +39,8 @@ def gpu(monkeypatch):
         cache.cache_clear()
     with FakeTensorMode():
         yield
+        for attachment in list(ATTACHMENTS):
+            attachment.detach()
     for cache in caches:
         cache.cache_clear()
 
