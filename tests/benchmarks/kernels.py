@@ -1,7 +1,8 @@
 """How many kernels a training step launches, over the deterministic step: a number that no machine changes.
 
-    python tests/benchmarks/kernels.py                # counts, and writes docs/benchmarks/kernels.json and its page
-    python tests/benchmarks/kernels.py --only mlp --names   # prints which kernels a network's rows add
+    python tests/benchmarks/kernels.py                # what docs/benchmarks/kernels.json has not yet, and its page
+    python tests/benchmarks/kernels.py --only mlp --names --out /tmp/k.json   # prints which kernels a row adds
+    python tests/benchmarks/kernels.py --table        # only the page
 
 One eager step of zero_grad, forward, loss, backward, the hook and AdamW (foreach, on both sides) is counted on a
 processor, but along the paths that are taken on a GPU: each operation of torch that reaches a device counts once, views
@@ -94,7 +95,7 @@ def count(of: Task, std: str | None, estimator: str | None) -> list[Counter[str]
             layer.estimator = str(estimator)
     model.train()
     found = [Counter() for _ in PHASES]
-    for number in range(-_STEPS, _STEPS):  # what is made once is made in the first
+    for number in range(-1, _STEPS):  # what is made once is made in the first
         optimizer.zero_grad()
         loss = _counted(lambda: of.loss(model(of.x)), found[0], number)
         _counted(loss.backward, found[1], number)
@@ -155,18 +156,18 @@ def page(runs: list[dict[str, Any]], settings: dict[str, Any]) -> str:
 def main() -> None:
     """Counts, and writes the results and the page."""
     parser = common.parser("Kernels of a training step.", str(OUT))
-    parser.add_argument("--only", nargs="+", default=list(NETWORKS), help="these networks alone; nothing is written")
+    parser.add_argument("--only", nargs="+", default=list(NETWORKS), help="these networks alone")
     parser.add_argument("--names", action="store_true", help="print the kernels that each row adds, by name")
     options = parser.parse_args()
     settings = asdict(Settings())
-    if options.table:
-        runs = common.read(options.out, settings)
-    else:
-        torch.set_num_threads(1)
-        runs = [counted(name, names=options.names) for name in options.only]
-    if list(options.only) == list(NETWORKS):
-        common.write(options.out, settings, runs)
-        options.out.with_suffix(".md").write_text(page(runs, settings), encoding="utf-8")
+    torch.set_num_threads(1)
+    runs = common.read(options.out, settings)
+    done = {run["name"] for run in runs}
+    for name in [] if options.table else options.only:
+        if name not in done:
+            runs.append(counted(name, names=options.names))
+            common.write(options.out, settings, runs)
+    options.out.with_suffix(".md").write_text(page(runs, settings), encoding="utf-8")
 
 
 if __name__ == "__main__":
