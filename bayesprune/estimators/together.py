@@ -59,7 +59,8 @@ def gradients(kinds: Sequence[Kind], items: Sequence[Item]) -> list[list[Tensor]
     rowwise = sorted((i for i, kind in enumerate(kinds) if kind.is_rowwise), key=lambda i: _row_size(items[i][0]))
     found: dict[int, Tensor] = {}
     if single:
-        deviations = foreach("sub", [items[i][2] for i in single], [items[i][0] for i in single])
+        kept = [draw for i in single if (draw := items[i][2]) is not None]
+        deviations = foreach("sub", kept, [items[i][0] for i in single])
         foreach("mul_", deviations, [items[i][3] for i in single])
         found.update(zip(single, deviations, strict=True))
     if rowwise:

@@ -82,7 +82,7 @@ class _Size(NamedTuple):
     """Sum of the squares of a tensor's weights, and how many are kept."""
 
     energy: float
-    count: float
+    num_kept: float
 
 
 def _sizes(model: nn.Module) -> dict[int, _Size]:
@@ -120,4 +120,4 @@ def _binding(posterior: Posterior, sizes: Mapping[int, _Size]) -> Binding:
 
 def _rms(sizes: Sequence[_Size]) -> float:
     """Root mean square of the weights that are kept."""
-    return (sum(size.energy for size in sizes) / max(sum(size.count for size in sizes), 1)) ** 0.5
+    return (sum(size.energy for size in sizes) / max(sum(size.num_kept for size in sizes), 1)) ** 0.5
