@@ -26,6 +26,7 @@ from bayesprune.errors import BayespruneError, StorageError
 from bayesprune.foundation.text import printable
 from bayesprune.reports import Report
 from bayesprune.reports.plots import require_matplotlib
+from bayesprune.storage.coding import require_coding
 from bayesprune.storage.load import read as read_saved
 from bayesprune.storage.reading import read_bounded
 
@@ -90,6 +91,12 @@ def compress(
         bool,
         Option(help="Let the smaller model learn from the dense one's outputs as it recovers, not from labels alone."),
     ] = True,
+    bits: Annotated[
+        int | None, Option(min=2, max=12, help="At the end, round the weights to so many bits by their posterior.")
+    ] = None,
+    coding: Annotated[
+        str | None, Option(help="entropy: the smallest file of the result, without loss; needs constriction.")
+    ] = None,
     epochs: Annotated[
         int | None, Option(min=1, help="Epochs of each training stage.", show_default="8; with hf: 3")
     ] = None,
@@ -126,6 +133,10 @@ def compress(
     """
     default = DEFAULTS[library_of(model)]
     wanted, by = _target(target, tolerance)
+    if coding not in (None, "entropy"):
+        raise typer.BadParameter(f"{coding!r}; expected entropy, or nothing for plain tensors.", param_hint="--coding")
+    if coding is not None:
+        require_coding()  # for the result, which comes last
     recipe = pipeline.Recipe(
         target=wanted,
         tolerance=tolerance,
@@ -138,6 +149,8 @@ def compress(
         uniform=uniform,
         distill=distill,
         by=by,
+        bits=bits,
+        coding="entropy" if coding else None,
     )
     if not recipe.learns_stds and (std is not None or estimator != "auto"):
         raise typer.BadParameter(

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from bayesprune.app.data import Loaders
 from bayesprune.app.tasks.task import LoggedProgress, Progress, Task, Training
+from bayesprune.bits import quantize
 from bayesprune.convert import check_options, conversion_table, to_deterministic, to_variational
 from bayesprune.foundation import defaults
 from bayesprune.foundation.batches import device_of, first_example, on_device
@@ -34,6 +35,7 @@ from bayesprune.storage.base import describe
 from bayesprune.train import Distillation, distillation
 
 _SMALL_CUT = "macs=0.95"  # a search needs one at least
+_BATCHES = 16  # that say how exactly weights have to be known
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class Recipe:
         uniform: Whether the same fraction of every group goes, so that a config can say the sizes.
         relative_std: Initial std as a fraction of the root mean square of the layer's weights.
         distill: Whether the smaller model learns from the dense one, too, in each training after a removal.
+        bits: Width to which the weights are rounded at the end; None leaves them as they are.
+        coding: "entropy" saves the result in as few bytes as it has entropy.
         by: What the search counts: "macs", and removes channels and heads, or "weights". A target says it itself.
     """
 
@@ -70,10 +74,16 @@ class Recipe:
     relative_std: float = defaults.RELATIVE_STD
     distill: bool = True
     by: Literal["macs", "weights"] = "macs"
+    bits: int | None = None
+    coding: Literal["entropy"] | None = None
 
     def __post_init__(self) -> None:
         """Refuses now what would be refused after minutes of training."""
         check_options(self.structure, self.relative_std, self.estimator)
+        if self.bits is not None and not 2 <= self.bits <= 12:
+            raise ValueError(f"bits is {self.bits!r}; expected the width of a weight, from 2 to 12.")
+        if self.coding not in (None, "entropy"):
+            raise ValueError(f'coding is {self.coding!r}; expected "entropy", or nothing for plain tensors.')
         if self.tolerance is not None and self.tolerance < 0:
             raise ValueError(f"tolerance is {self.tolerance!r}; expected the largest accepted loss, 0 or more.")
         if not self.removes_weights:
@@ -154,7 +164,8 @@ def compress(
         lr: Its highest learning rate, of AdamW and one cycle.
         metric: `reports.ACCURACY`, or `reports.PERPLEXITY` of a causal language model.
         **options: Further fields of the recipe: `granularity`, `uniform`, `distill`, `std`, `estimator`,
-            `relative_std`, `by`.
+            `relative_std`, `by`; `bits` rounds the weights at the end (`quantize`), and `coding="entropy"` saves them
+            in fewer bytes.
 
     Raises:
         ValueError: an option is out of range, a split is missing, or both target and tolerance are given.
@@ -263,6 +274,9 @@ def run(
         _fine_tune(model, task, recipe.num_epochs, recipe.lr, progress, distill)  # its masks keep the zeros
         to_deterministic(model)
     validate(model, "fine-tuned")
+    if recipe.bits is not None:
+        progress.say(str(quantize(model, itertools.islice(task.calibration, _BATCHES), bits=recipe.bits)))
+        validate(model, f"{recipe.bits} bits")
 
     if not task.is_main:
         return Compressed(model, None)
@@ -270,7 +284,8 @@ def run(
     points = [{"nonzero_parameters": p.nonzero_parameters, task.metric.name: p.accuracy} for p in history]
     said = [{"label": p.label, **point} for p, point in zip(history, points, strict=True)]
     is_rebuilt = describe(model, None) is not None  # and its outputs can be compared with those of what is written
-    save(model, out, example_inputs=_example(model, task) if is_rebuilt else None, history=said)
+    example = _example(model, task) if is_rebuilt else None
+    save(model, out, example_inputs=example, history=said, coding=recipe.coding)
     with tempfile.TemporaryDirectory() as directory:
         save(dense, directory)  # for its size
         result = report(

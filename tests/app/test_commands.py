@@ -83,6 +83,8 @@ def test_the_same_seed_gives_the_same_model(compressed, tmp_path, capsys):
         (["--data", "no/such/folder"], "no folder"),
         (["--checkpoint", "missing.pth"], "no checkpoint"),
         (["--epochs", "0"], "--epochs"),
+        (["--bits", "1"], "--bits"),
+        (["--coding", "zip"], "expected entropy"),
         (["--std", "per_kernel"], "per_channel"),
         (["--std", "per_weight"], "learns none"),
     ],
@@ -109,10 +111,13 @@ def test_report_of_a_directory_without_one(tmp_path, capsys):
     assert "report.json" in out + err
 
 
-@pytest.mark.parametrize(("missing", "extra"), [("matplotlib", "report"), ("sklearn.datasets", "digits")])
+@pytest.mark.parametrize(
+    ("missing", "extra"), [("matplotlib", "report"), ("sklearn.datasets", "digits"), ("constriction", "coding")]
+)
 def test_a_missing_extra_is_told_before_any_training(missing, extra, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)
-    code, out, err = run(capsys, "compress", "--out", str(tmp_path / "out"))
+    options = ("--coding", "entropy") if extra == "coding" else ()
+    code, out, err = run(capsys, "compress", "--out", str(tmp_path / "out"), *options)
     assert code == 1
     assert f"bayesprune[{extra}]" in "".join(err.split())
     assert "epoch" not in out

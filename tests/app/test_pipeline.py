@@ -1,6 +1,5 @@
 """The pipeline over a task whose metric is known: what tolerance means, and what the report says of the metric."""
 
-import sys
 from contextlib import contextmanager
 
 import pytest
@@ -10,6 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import bayesprune as bp
 from bayesprune.app.pipeline import Recipe, run
+from bayesprune.foundation import latency
 from bayesprune.reports import ACCURACY, PERPLEXITY, Report
 
 pytest.importorskip("matplotlib")
@@ -58,7 +58,7 @@ class BySize:
 
 
 def smallest(metric, score, tolerance, out, monkeypatch, by="macs", **options):
-    monkeypatch.setattr(sys.modules["bayesprune.reports.measure"], "_SECONDS_PER_REPEAT", 0.0)
+    monkeypatch.setattr(latency, "SECONDS_PER_REPEAT", 0.0)
     model = nn.Sequential(nn.Linear(8, 40), nn.ReLU(), nn.Linear(40, 4))
     recipe = Recipe(
         target=None,
@@ -134,7 +134,7 @@ def batches(rows: int = 96) -> dict[str, DataLoader]:
 
 @pytest.mark.parametrize("target", ["macs=0.5", "weights=0.5"])
 def test_compress_does_the_job_from_python(target, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(sys.modules["bayesprune.reports.measure"], "_SECONDS_PER_REPEAT", 0.0)
+    monkeypatch.setattr(latency, "SECONDS_PER_REPEAT", 0.0)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 40), nn.ReLU(), nn.Linear(40, 3))
     data = batches()
@@ -152,9 +152,25 @@ def test_compress_does_the_job_from_python(target, tmp_path, monkeypatch, caplog
     assert any("Fine-tune the smaller model" in record.message for record in caplog.records)
 
 
+def test_compress_rounds_and_codes(tmp_path):
+    pytest.importorskip("constriction")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 400), nn.ReLU(), nn.Linear(400, 3))
+    options = {"out": tmp_path, "num_epochs": 1, "lr": 0.02, "bits": 4, "coding": "entropy"}
+    small, report = bp.compress(model, batches(), "weights=0.5", **options)
+    assert all(len(parameter.unique()) <= 15 for parameter in small.parameters())
+    assert [point.label for point in report.history][-2:] == ["fine-tuned", "4 bits"]
+    size = (tmp_path / "model.safetensors").stat().st_size
+    assert size < sum(parameter.nbytes for parameter in small.parameters()) / 6
+    loaded = bp.load(tmp_path, model=nn.Sequential(nn.Linear(8, 400), nn.ReLU(), nn.Linear(400, 3)))
+    assert all(torch.equal(value, small.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"bits": 1}, "bits is 1; expected the width of a weight, from 2 to 12"),
+        ({"coding": "zip"}, "coding is 'zip'; expected \"entropy\""),
         ({"data": {"train": []}}, "data has no 'validation' batches"),
         ({"target": None}, "expected one of them"),
         ({"tolerance": 0.1}, "expected one of them"),

@@ -1,7 +1,6 @@
 """`bayesprune compress --model hf:...` end to end on tiny models, and what it says to input that does not fit."""
 
 import json
-import sys
 
 import pytest
 import torch
@@ -23,6 +22,7 @@ from transformers import (
 )
 
 from bayesprune.app.pretrained import class_order, longest_input
+from bayesprune.foundation import latency
 from tests.commands import run
 from tests.hosts.transformers.tiny import VOCABULARY, bert, llama
 
@@ -32,7 +32,7 @@ FAST = ["--epochs", "1", "--batch-size", "16", "--lr", "1e-3", "--train-lr", "1e
 
 @pytest.fixture(autouse=True)
 def _short_timing(monkeypatch):
-    monkeypatch.setattr(sys.modules["bayesprune.reports.measure"], "_SECONDS_PER_REPEAT", 0.0)
+    monkeypatch.setattr(latency, "SECONDS_PER_REPEAT", 0.0)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from mnist import Benchmark, _cutter, _phase
-from mnist_methods import Data, Network, train
+from mnist_methods import Data, Network, lenet5, mlp, train
 from mnist_tasks import POSTERIOR, TASKS
 from mnist_units import compact
 from torch import nn
@@ -63,3 +63,8 @@ def with_all_inputs(net: Network) -> nn.Sequential:
 
 def _path(work: Path, name: str, target: float, seed: int) -> Path:
     return work / f"bits-{name.replace(' ', '-')}-{target:g}-{seed}.pt"
+
+
+def dense(name: str) -> nn.Module:
+    """The network before it is pruned."""
+    return mlp() if name.startswith("MNIST") else lenet5()

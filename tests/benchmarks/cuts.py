@@ -14,7 +14,8 @@ the cut, and the weights that stay are fitted exactly.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from bayesprune.laplace.compensation import refit
 from bayesprune.laplace.matrices import damped
 from bayesprune.laplace.regression import Moments
 from bayesprune.laplace.sequence import Site, fit_in_sequence, fittable_layers, sites_of
+from bayesprune.prune.weights import one_shot
 
 BLOCK, DAMPING, ROWS = 128, 0.01, 128
 
@@ -94,6 +96,17 @@ CONTROLS: dict[str, Callable[[Tensor, Tensor, Target], tuple[Tensor, Tensor]]] =
     "wanda": wanda,
     "sparsegpt": sparsegpt,
 }
+
+
+@contextmanager
+def largest_weights() -> Iterator[None]:
+    """Inside, `prune_one_shot` keeps the largest weights, and fits them as it fits its own."""
+    own = one_shot.best_support
+    one_shot.best_support = lambda mean, precision, select: select(mean.float().abs(), 1.0)
+    try:
+        yield
+    finally:
+        one_shot.best_support = own
 
 
 def ours(model: nn.Module, batches: list[Any], target: Target, *, divided: bool) -> dict[str, float]:

@@ -15,8 +15,7 @@ skipped when the program runs again.
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 from common import parser, read, write
 from criterion_methods import DECAY
+from cuts import largest_weights
 from fair_choice import packed, paired, unpacked
 from fair_tasks import Task, is_right, task
 from fair_training import RECALIBRATION_BATCHES, distillation
@@ -34,7 +34,6 @@ import bayesprune as bp
 from bayesprune.laplace import RunningLaplace
 from bayesprune.prune import PruneSchedule, SNRScore, prune_one_shot, recalibrate_batch_norm
 from bayesprune.prune.scores.weights import magnitude
-from bayesprune.prune.weights import one_shot
 
 Row = dict[str, Any]
 STEPS = {"resnet20": 240, "resnet56": 200}
@@ -68,17 +67,6 @@ SCORES: dict[str, tuple[str, ...]] = {
     "magnitude": tuple(GRADUAL),
 }
 CONTROLS = ("magnitude, fitted", "magnitude")
-
-
-@contextmanager
-def largest_weights() -> Iterator[None]:
-    """Inside, `prune_one_shot` keeps the largest weights, and fits them as it fits its own."""
-    own = one_shot.best_support
-    one_shot.best_support = lambda mean, precision, select: select(mean.float().abs(), 1.0)
-    try:
-        yield
-    finally:
-        one_shot.best_support = own
 
 
 def cut(model: nn.Module, way: Way, kept: float, calibration: list[Any]) -> None:

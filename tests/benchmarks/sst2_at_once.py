@@ -8,11 +8,13 @@ dense model is that of seed 0. Training is in float32, and cut models stand in t
 import copy
 import random
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch_pruning as tp
+from cuts import largest_weights
 from sst2_methods import like_lengths, train
 from torch import Tensor, nn
 from torch_pruning.dependency import Group
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 SCORES = ("default", "magnitude")
 KEPT = (0.5, 0.25)
 """Of the MACs of the transformer layers; after the first there is training."""
+WEIGHTS = (0.2, 0.1)
+"""Of the single weights of the transformer layers, in the rows of `prune_one_shot`; nothing is trained."""
 LEARNING_RATES = (1e-4, 3e-4)
 NUM_SENTENCES = 1024
 
@@ -79,6 +83,11 @@ def run(benchmark: "Benchmark", seeds: list[int]) -> None:
                 benchmark.measure({"section": "at once, distilled"} | key, lambda key=key: _tuned(benchmark, **key))
     for kept in KEPT[1:]:
         cut(kept)
+    for seed in seeds:
+        for kept in WEIGHTS:
+            for score in ("one shot", "magnitude, fitted"):
+                key = {"score": score, "kept": kept, "seed": seed}
+                benchmark.measure({"section": "weights at once"} | key, lambda key=key: _weights(benchmark, **key))
 
 
 def _dense(benchmark: "Benchmark") -> Any:
@@ -143,6 +152,17 @@ def _cut(benchmark: "Benchmark", score: str, kept: float, seed: int) -> tuple[nn
     }
     torch.save((model, report, row), path)
     return model, row
+
+
+def _weights(benchmark: "Benchmark", score: str, kept: float, seed: int) -> tuple[nn.Module, dict[str, Any]]:
+    """Single weights cut at once by `prune_one_shot`, or by it with the largest weights of each layer as masks."""
+    model, data = _dense(benchmark), _calibration(benchmark, seed)
+    bp.to_variational(model, filter_fn=lambda _, name: ".encoder." in name, estimator="mean")
+    start = time.process_time()
+    with nullcontext() if score == "one shot" else largest_weights():
+        report = bp.prune_one_shot(model.eval(), data, f"weights={kept}")
+    row = {"sparsity": report.removable.sparsity, "cpu_seconds": round(time.process_time() - start, 1)}
+    return bp.to_deterministic(model), row
 
 
 def _file(benchmark: "Benchmark", score: str, kept: float, seed: int) -> Path:

@@ -93,7 +93,13 @@ def markdown(runs: list[dict[str, Any]], settings: dict[str, Any]) -> str:
         rows = [row for row in finals if row["method"]["kind"] == kind]
         cells = [spread([row for row in rows if row["sparsity"] == level], "dev", len(dense)) for level in levels]
         lines.append(f"| {name(rows[0]['method'], structure=False) if rows else kind} | {' | '.join(cells)} |")
-    lines += ["", *_structure(removed, dense, settings), *_at_once(runs, settings), *_selection(runs, lr)]
+    lines += [
+        "",
+        *_structure(removed, dense, settings),
+        *_at_once(runs, settings),
+        *_weights_at_once(runs),
+        *_selection(runs, lr),
+    ]
     return "\n".join(lines)
 
 
@@ -159,6 +165,31 @@ def _at_once(runs: list[dict[str, Any]], settings: dict[str, Any]) -> list[str]:
     first = cuts[0]
     kept = f"heads {', '.join(map(str, first['heads']))}; neurons {', '.join(map(str, first['neurons']))}"
     return [*lines, "", f"With {first['kept']:.0%} the default keeps by layer (seed {first['seed']}): {kept}.", ""]
+
+
+def _weights_at_once(runs: list[dict[str, Any]]) -> list[str]:
+    rows = [row for row in runs if row["section"] == "weights at once"]
+    if not rows:
+        return []
+    levels, number = sorted({row["kept"] for row in rows}, reverse=True), len({row["seed"] for row in rows})
+    dense = spread([row for row in runs if row["section"] == "dense, float32"], "dev", 1)
+    columns = [*(f"{1 - kept:.0%} gone" for kept in levels), "CPU seconds"]
+    lines = [
+        "## Single weights at once",
+        "",
+        "Weights of the transformer layers, cut by `bp.prune_one_shot` from the same sentences and not trained; and by",
+        "it with the largest weights of each layer as masks, which are divided and fitted alike.",
+        "",
+        f"| masks | {' | '.join(columns)} |",
+        "|---" * (1 + len(columns)) + "|",
+        f"| none gone (dense) | {' | '.join([dense] * len(levels))} | |",
+    ]
+    for score in dict.fromkeys(row["score"] for row in rows):
+        of = [row for row in rows if row["score"] == score]
+        cells = [spread([row for row in of if row["kept"] == kept], "dev", number) for kept in levels]
+        seconds = [row["cpu_seconds"] for row in of]
+        lines.append(f"| {score} | {' | '.join(cells)} | {min(seconds):.0f} to {max(seconds):.0f} |")
+    return [*lines, ""]
 
 
 def best_rate(runs: list[dict[str, Any]], score: str) -> float | None:

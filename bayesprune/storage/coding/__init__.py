@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from bayesprune.errors import StorageError
-from bayesprune.storage.coding.stream import SymbolReader, SymbolWriter, constriction_library
+from bayesprune.storage.coding.stream import SymbolReader, SymbolWriter, require_coding
 from bayesprune.storage.coding.tensors import DTYPES, entropy_bits, read_tensor, write_tensor
 from bayesprune.storage.parsing import parse_json
 
-__all__ = ["CODED", "HEADER", "decoded", "encoded", "entropy_bits", "is_coded", "outline"]
+__all__ = ["CODED", "HEADER", "decoded", "encoded", "entropy_bits", "is_coded", "outline", "require_coding"]
 
 CODED = "bayesprune.coded"
 HEADER = {"coding": "entropy-1"}
@@ -82,7 +82,7 @@ def decoded(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     entries, rest = _outline(data, where)
     found: dict[str, Tensor] = {}
     check = zlib.crc32(data[4:rest])
-    constriction_library()
+    require_coding()
     try:
         reader = SymbolReader(data[rest + 4 :])
         for name, (dtype, shape) in entries.items():

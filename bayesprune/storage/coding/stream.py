@@ -30,7 +30,7 @@ class SymbolWriter:
     """What is written comes back from a `SymbolReader` in the same order."""
 
     def __init__(self) -> None:
-        self._constriction = constriction_library()
+        self._constriction = require_coding()
         self._runs: list[tuple[NDArray[np.int32], Any]] = []
         self._raw: list[bytes] = []
 
@@ -82,7 +82,7 @@ class SymbolReader:
     """
 
     def __init__(self, data: bytes) -> None:
-        self._constriction = constriction_library()
+        self._constriction = require_coding()
         num_raw = int.from_bytes(data[:5], "little")
         if len(data) < 5 + num_raw or (len(data) - 5 - num_raw) % 4:
             raise StorageError("a coded stream is truncated")
@@ -250,7 +250,7 @@ def _model(library: Any, law: Law) -> Any:
     return library.stream.model.Categorical(shares, perfect=False)
 
 
-def constriction_library() -> Any:
+def require_coding() -> Any:
     """The package `constriction`.
 
     Raises:
