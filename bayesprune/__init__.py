@@ -21,7 +21,7 @@ if _TYPE_CHECKING:
 _on_import.register()  # timm's and transformers' own functions will know us, once they are imported
 
 # What rests on torch-pruning, which imports timm and torchvision: imported when it is first asked for.
-_LATER = dict.fromkeys(("evi", "gates", "prune", "reports"), "")
+_LATER: dict[str, str] = dict.fromkeys(("evi", "gates", "prune", "reports"), "")
 _LATER |= {"compress": "app.pipeline", "report": "reports"}
 _LATER |= dict.fromkeys(
     ("SNRImportance", "prune_channels", "prune_one_shot", "prune_weights", "signal_to_noise"), "prune"

@@ -111,7 +111,7 @@ class _Draws(torch.autograd.Function):
         found: list[Tensor | None] = [None]
         for index, kind in enumerate(kinds):
             found += [masked[index] if needed[index][0] else None, None]
-            parts: Sequence[Tensor | None] = of_parts.get(index, [None] * kind.num_parts)
+            parts = of_parts[index] if index in of_parts else [None] * kind.num_parts
             found += [part if need else None for part, need in zip(parts, needed[index][2:], strict=True)]
         return tuple(found)
 
