@@ -1,25 +1,45 @@
 """Bayesian pruning of trained models: weights become posteriors, and what has no signal is removed."""
 
-from importlib.util import find_spec as _find_spec
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
-from bayesprune import errors, evi, gates, laplace, layers, moments, prediction, priors, prune, reports
-from bayesprune.app.pipeline import compress
+from bayesprune import errors, laplace, layers, moments, prediction, priors
 from bayesprune.bits import quantize
 from bayesprune.convert import conversion_table, to_deterministic, to_variational
+from bayesprune.hosts import on_import as _on_import
 from bayesprune.layers import register_layer
 from bayesprune.prediction import predict, sampling
-from bayesprune.prune import SNRImportance, prune_channels, prune_one_shot, prune_weights, signal_to_noise
-from bayesprune.reports import report
 from bayesprune.storage import load, save
 from bayesprune.train import attach, distillation, kl_divergence
 
-if _find_spec("timm"):
-    from bayesprune.hosts.timm import reload as _timm  # noqa: F401  (makes `timm.create_model("local-dir:...")` know us)
+if _TYPE_CHECKING:
+    from bayesprune import evi, gates, prune, reports
+    from bayesprune.app.pipeline import compress
+    from bayesprune.prune import SNRImportance, prune_channels, prune_one_shot, prune_weights, signal_to_noise
+    from bayesprune.reports import report
 
-if _find_spec("transformers"):
-    from bayesprune.hosts import on_import as _on_import
+_on_import.register()  # timm's and transformers' own functions will know us, once they are imported
 
-    _on_import.register()  # transformers' `from_pretrained` will know us, once it is imported
+# What rests on torch-pruning, which imports timm and torchvision: imported when it is first asked for.
+_LATER: dict[str, str] = dict.fromkeys(("evi", "gates", "prune", "reports"), "")
+_LATER |= {"compress": "app.pipeline", "report": "reports"}
+_LATER |= dict.fromkeys(
+    ("SNRImportance", "prune_channels", "prune_one_shot", "prune_weights", "signal_to_noise"), "prune"
+)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = _import_module(f"{__name__}.{_LATER[name] or name}")
+    found = getattr(module, name) if _LATER[name] else module
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 __all__ = [
     "SNRImportance",

@@ -21,6 +21,7 @@ from bayesprune.estimators.seeded import (
     without_autocast,
 )
 from bayesprune.estimators.types import Bilinear
+from bayesprune.foundation.device import has_cheap_calls
 
 
 class FactoredNoise(NamedTuple):
@@ -79,16 +80,27 @@ class LinearNoise(torch.autograd.Function):
         # Written through a view: FSDP 2 wants no view for a module's output.
         noisy = torch.empty_like(output, dtype=energy.dtype, memory_format=torch.contiguous_format)
         deviation = noisy.view(-1, len(squares))
+        is_cheap = has_cheap_calls(x.device)
         if bias_log_std is None:
             torch.outer(_root(energy), squares.sqrt(), out=deviation)
-            draw.multiplied(deviation, out=deviation)
+            slope = None
         else:
             bias_squares = square_of(bias_log_std, energy).clamp_min_(torch.finfo(energy.dtype).tiny)
             torch.addcmul(bias_squares, energy.unsqueeze(1), squares, out=deviation)
-            slope = deviation.rsqrt()  # a processor's root takes longer
-            deviation.mul_(draw.multiplied(slope, out=slope))
+            slope = deviation.rsqrt() if is_cheap else None  # a processor's root takes longer
+            if slope is None:
+                deviation.sqrt_()
+        if is_cheap and slope is None:
+            draw.multiplied(deviation, out=deviation)
+            eps = deviation.new_ones(())
+        else:
+            eps = draw.normal(deviation.shape, deviation) if slope is None else draw.multiplied(slope, out=slope)
+        if noisy.dtype == output.dtype:
+            torch.addcmul(output.reshape(deviation.shape), deviation, eps, out=deviation)
+        else:
+            noisy = output + deviation.mul_(eps).view(output.shape).to(output.dtype)
         ctx.save_for_backward(x, rows, columns, bias_log_std, energy, column_squares, squares, bias_squares)
-        return noisy.add_(output) if noisy.dtype == output.dtype else output + noisy.to(output.dtype)
+        return noisy
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

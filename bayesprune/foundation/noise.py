@@ -5,24 +5,30 @@ gradient checkpointing) draws the same noise again.
 
 Noise that is needed twice is drawn from a seed of torch's default CPU stream (`draw_seed`), on any device and without
 waiting for it. Normal numbers in float32 on a CPU, where torch's own cost more than all else that is done to a weight,
-are read from one table at places that the seed says (the shared noise of Salimans et al., 2017, arXiv:1703.03864). The
-table has a flat spectrum: over all places the numbers of a block have mean 0, variance 1 and no correlation, exactly.
+are read from one table at places that the seed says (the shared noise of Salimans et al., 2017, arXiv:1703.03864), and
+so are those of weights that are drawn together, on any device, where reading costs no kernel. The table has a flat
+spectrum: over all places the numbers of a block have mean 0, variance 1 and no correlation, exactly.
 """
 
 import math
 from collections.abc import Iterator
 from functools import cache
-from random import Random
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _TorchDispatchModeKey as _ModeKey
 from torch.autograd import forward_ad
+
+from bayesprune.foundation.device import has_cheap_calls
 
 _RANK_STRIDE = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: neighbouring ranks get distant seeds
 _MIN_SIZE = 1 << 11  # fewer cost less by torch
 _TABLE = 1 << 20  # numbers: 4 MiB
-_BLOCK = 1 << 16  # of them in a row, which are used together
+MAX_AT_ONCE = 1 << 18
+"""Numbers of the table in a row, which are used together."""
+_BITS = 2**64 - 1
+_RECORDING = (_ModeKey.PROXY, _ModeKey.FAKE, _ModeKey.FUNCTIONAL)
 
 
 def normal(
@@ -32,6 +38,8 @@ def normal(
     is_known = is_tabled(shape, device=device, dtype=dtype)
     if is_known and seed is None and can_repeat(device):
         seed = draw_seed()
+    if is_known and torch.compiler.is_compiling():
+        return _read(list(shape), torch.empty(0, device=device))
     if seed is None:
         return torch.randn(shape, **_from_rank(device), device=device, dtype=dtype)
     if is_known:
@@ -39,26 +47,64 @@ def normal(
         for eps, block in normal_blocks(seed, values):
             block.copy_(eps)
         return values
-    return torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device, dtype=dtype)
+    return torch.randn(shape, generator=_seeded(device, seed), device=device, dtype=dtype)
 
 
 def is_tabled(shape: torch.Size | tuple[int, ...], *, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `normal` of a seed is what `normal_blocks` yields."""
-    return device.type == "cpu" and dtype == torch.float32 and math.prod(shape) >= _MIN_SIZE
+    is_ordinary = has_cheap_calls(device) and dtype == torch.float32
+    return is_ordinary and (torch.compiler.is_compiling() or math.prod(shape) >= _MIN_SIZE)
 
 
 def normal_blocks(seed: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """`normal` of this seed a piece at a time, each with the pieces of contiguous tensors that it belongs to.
 
-    The noise is a view of the table, not to be written to.
+    The noise is a view of the table, not to be written to. A piece is a number of whole rows, the first dimension's
+    entries, where one fits, and has no dimensions left but where there is one piece alone.
     """
-    table, places = _normal_table(), Random(seed)
-    shape = tensors[0].shape
-    if shape.numel() <= _BLOCK:
-        yield table.narrow(0, places.randrange(_TABLE), shape.numel()).view(shape), *tensors
+    first, *_ = tensors
+    blocks = table_blocks(seed, first.shape, first.device)
+    if len(blocks) == 1:
+        yield blocks[0].view(first.shape), *tensors
         return
-    for blocks in zip(*(tensor.view(-1).split(_BLOCK) for tensor in tensors), strict=True):
-        yield table.narrow(0, places.randrange(_TABLE), blocks[0].numel()), *blocks
+    size = blocks[0].numel()
+    yield from zip(blocks, *(tensor.view(-1).split(size) for tensor in tensors), strict=True)
+
+
+@torch.library.custom_op("bayesprune::normal", mutates_args=(), tags=torch.Tag.nondeterministic_seeded)
+def _read(shape: list[int], like: Tensor) -> Tensor:
+    """`normal` as one operation of a compiled program, which torch's own numbers would take most of the time of."""
+    values = torch.empty(shape, device=like.device)
+    for eps, block in normal_blocks(draw_seed(), values):
+        block.copy_(eps)
+    return values
+
+
+@_read.register_fake
+def _(shape: list[int], like: Tensor) -> Tensor:
+    return torch.empty(shape, device=like.device)
+
+
+def table_blocks(seed: int, shape: torch.Size, device: torch.device) -> list[Tensor]:
+    """Views of the table that hold the numbers of this seed for a tensor in float32, one behind the other."""
+    table, count = _table_on(device), math.prod(shape)
+    if count <= MAX_AT_ONCE:
+        return [table.narrow(0, split_seed(seed, 0) % _TABLE, count)]
+    row = count // shape[0]
+    size = MAX_AT_ONCE // row * row or MAX_AT_ONCE
+    starts = range(0, count, size)
+    return [
+        table.narrow(0, split_seed(seed, index) % _TABLE, min(size, count - start))
+        for index, start in enumerate(starts)
+    ]
+
+
+def split_seed(seed: int, index: int) -> int:
+    """One of many seeds that one seed stands for: number `index` of the generator SplitMix64 (Steele et al., 2014)."""
+    bits = (seed + (index + 1) * _RANK_STRIDE) & _BITS
+    bits = ((bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9) & _BITS
+    bits = ((bits ^ (bits >> 27)) * 0x94D049BB133111EB) & _BITS
+    return (bits ^ (bits >> 31)) >> 1
 
 
 def multiplied(values: Tensor, seed: int, *, out: Tensor | None = None) -> Tensor:
@@ -90,7 +136,7 @@ def can_repeat(device: torch.device) -> bool:
     """Whether draws may be seeds now: not while a program is recorded, transformed or captured, nor without data."""
     if torch.compiler.is_compiling() or device.type == "meta":
         return False
-    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
+    if torch._C._are_functorch_transforms_active() or _is_recorded():
         return False
     if forward_ad._current_level >= 0:
         return False
@@ -138,7 +184,31 @@ def _normal_table() -> Tensor:
         spectrum[0] = 0  # the mean
         values = torch.fft.irfft(spectrum, n=_TABLE)
         values /= values.square().mean().sqrt()
-        return torch.cat([values, values[:_BLOCK]]).to(torch.float32)
+        return torch.cat([values, values[:MAX_AT_ONCE]]).to(torch.float32)
+
+
+def _is_recorded() -> bool:
+    """Whether operations are traced, or run on tensors without data; modes that count or log them do not matter."""
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    return any(
+        torch._C._get_dispatch_mode(key) is not None for key in (_ModeKey.PROXY, _ModeKey.FAKE, _ModeKey.FUNCTIONAL)
+    )
+
+
+def _seeded(device: torch.device, seed: int) -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed)
+
+
+def _table_on(device: torch.device) -> Tensor:
+    """The table where it is read."""
+    return _normal_table() if device.type == "cpu" else _copy_of_table(device)
+
+
+@cache
+def _copy_of_table(device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return _normal_table().to(device)
 
 
 def _from_rank(device: torch.device) -> dict[str, Any]:

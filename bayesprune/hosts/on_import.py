@@ -1,13 +1,16 @@
-"""Registers the transformers host once transformers is imported, so that `import bayesprune` does not import it.
+"""Registers the hosts of libraries once these are imported, so that `import bayesprune` imports none of them.
 
-transformers has no entry points for quantizers, and importing what its quantizer registry needs takes as long as the
-rest of bayesprune. So either it is imported already, or its import takes ours along, or `load` meets a saved model.
+transformers has no entry points for quantizers, timm none for sources of models, and importing them takes longer than
+the rest of bayesprune. So either one is imported already, or its import takes our host along, or `load` meets a saved
+model of it.
 """
 
 import importlib
 import logging
+import re
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.metadata import version
@@ -22,21 +25,18 @@ from bayesprune.storage.base import BaseModel, LibraryAdapter, register_adapter
 
 _LOGGER = logging.getLogger(__name__)
 
-LIBRARY = "transformers"
-HOST = "bayesprune.hosts.transformers.reload"
-# Every model and every loading call needs this module, and the registries that we add to are loaded when it is.
-AFTER = "transformers.modeling_utils"
-OLDEST = 5
-
 
 class AfterImport(MetaPathFinder):
-    """Imports our host right after the module that it waits for; finds no module itself."""
+    """Imports a host of ours right after the module that it waits for; finds no module itself."""
+
+    def __init__(self, host: "Host") -> None:
+        self.host = host
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """The spec that the other finders give, whose loader also imports the host."""
-        if fullname != AFTER:
+        if fullname != self.host.after:
             return None
         sys.meta_path.remove(self)
         try:
@@ -50,52 +50,81 @@ class AfterImport(MetaPathFinder):
         def exec_module(module: ModuleType) -> None:
             execute(module)
             sys.meta_path.remove(self)
-            importlib.import_module(HOST)
+            importlib.import_module(self.host.module)
 
         vars(spec.loader)["exec_module"] = exec_module
         return spec
 
 
-def register() -> None:
-    """Makes `save`, `load`, `to_variational` and transformers' own `from_pretrained` know each other, when it is time.
+@dataclass(frozen=True)
+class Host:
+    """What makes `save`, `load`, `to_variational` and a library's own functions know each other.
 
-    Where transformers is not installed, nothing happens; an older one than we need is left alone, with a warning.
+    Attributes:
+        library: Its name.
+        module: Our module, whose `HOST` is the adapter.
+        after: The module of the library after whose import ours is imported: everything that we add to is there then.
+        oldest: The first version that we work with.
     """
-    if find_spec(LIBRARY) is None:
-        return
-    register_adapter(LibraryAdapter(LIBRARY, _describe, _build, _files))  # until the host itself takes its place
-    if not _is_recent():
-        _LOGGER.warning("%s", _too_old())
-    elif AFTER in sys.modules:
-        importlib.import_module(HOST)
-    elif not any(isinstance(finder, AfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, AfterImport())
+
+    library: str
+    module: str
+    after: str
+    oldest: str
+
+    def register(self) -> None:
+        """Makes the library and us know each other when it is time.
+
+        Where it is not installed, nothing happens; an older one than we need is left alone, with a warning.
+        """
+        if find_spec(self.library) is None:
+            return
+        register_adapter(LibraryAdapter(self.library, _describe, self._build, self._files))  # until ours replaces it
+        if not self._is_recent():
+            _LOGGER.warning("%s", self._too_old())
+        elif self.after in sys.modules:
+            importlib.import_module(self.module)
+        elif not any(isinstance(finder, AfterImport) and finder.host == self for finder in sys.meta_path):
+            sys.meta_path.insert(0, AfterImport(self))
+
+    def _build(self, base: BaseModel) -> nn.Module:
+        return self._adapter().build(base)
+
+    def _files(self, base: BaseModel, spec: dict[str, Any], save_id: str) -> dict[str, Any]:
+        return self._adapter().files(base, spec, save_id)
+
+    def _adapter(self) -> LibraryAdapter:
+        if not self._is_recent():
+            raise StorageError(self._too_old())
+        return importlib.import_module(self.module).HOST
+
+    def _is_recent(self) -> bool:
+        return _numbers(version(self.library)) >= _numbers(self.oldest)
+
+    def _too_old(self) -> str:
+        return (
+            f"{self.library} {version(self.library)} is installed; its models are saved, loaded and converted in full "
+            f"from {self.oldest} on: pip install -U {self.library}"
+        )
+
+
+HOSTS = (
+    Host("timm", "bayesprune.hosts.timm.reload", "timm", "1.0.23"),
+    # Every model and every loading call needs this module, and the registries that we add to are loaded when it is.
+    Host("transformers", "bayesprune.hosts.transformers.reload", "transformers.modeling_utils", "5"),
+)
+
+
+def register() -> None:
+    """Registers all hosts."""
+    for host in HOSTS:
+        host.register()
 
 
 def _describe(model: nn.Module, model_args: dict[str, Any] | None) -> BaseModel | None:
-    return None  # without transformers no model is one of its
+    return None  # without the library no model is one of its
 
 
-def _build(base: BaseModel) -> nn.Module:
-    return _host().build(base)
-
-
-def _files(base: BaseModel, spec: dict[str, Any], save_id: str) -> dict[str, Any]:
-    return _host().files(base, spec, save_id)
-
-
-def _host() -> LibraryAdapter:
-    if not _is_recent():
-        raise StorageError(_too_old())
-    return importlib.import_module(HOST).HOST
-
-
-def _is_recent() -> bool:
-    return int(version(LIBRARY).partition(".")[0]) >= OLDEST
-
-
-def _too_old() -> str:
-    return (
-        f"transformers {version(LIBRARY)} is installed; its models are saved, loaded and converted in full from "
-        f"{OLDEST} on: pip install -U transformers"
-    )
+def _numbers(of: str) -> tuple[int, ...]:
+    """The release numbers of a version, as 1, 0, 23 of 1.0.23."""
+    return tuple(map(int, re.findall(r"\d+", of)[:3]))

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from bayesprune.foundation.sharding import shard_values_like
-from bayesprune.layers import Posterior, VariationalLayer, variational_layers
+from bayesprune.layers import JointDraws, Posterior, VariationalLayer, variational_layers
 from bayesprune.layers.masks import Keeper
 from bayesprune.priors import BoundPrior
+from bayesprune.train.bounds import bound_log_stds
 from bayesprune.train.checks import collapsed_layers
-from bayesprune.train.fused import KLTerm, add_kl_gradients, bound_log_std, has_kl, mark_with_kl
+from bayesprune.train.fused import KLTerm, add_kl_gradients, has_kl, mark_with_kl
 from bayesprune.train.gates import GateOptimizer
 from bayesprune.train.kl import collapsed_groups, refresh_scales
 from bayesprune.train.noise_cost import NoiseCost, dearest, scale_back
@@ -88,6 +89,8 @@ class Attachment:
         self._added = add_to_first_group(optimizer, [*self._stds, *gates.logits])
         self._given_up: list[Posterior] = []
         self._warned: set[tuple[str, str]] = set()
+        layers = ((layer, layer.active_names()) for _, layer in variational_layers(model))
+        self._draws = JointDraws(model, layers)
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -133,6 +136,7 @@ class Attachment:
         self._watch.end()
         self._masks.end()
         self._statistics.end()
+        self._draws.remove()
         ATTACHMENTS.discard(self)
         take_out(self._optimizer, self._added)
         put_back(self._taken_out)
@@ -235,9 +239,8 @@ class Attachment:
         self._statistics.update()
         if (costs := self._noise.take()) is not None:
             self._bound_noise(costs)
-        for posterior, prior in self._trained.items():
-            if moving := [part for part in self._parts[posterior] if part.requires_grad]:
-                bound_log_std(moving, prior.max_log_std)
+        moving = [([p for p in self._parts[q] if p.requires_grad], prior) for q, prior in self._trained.items()]
+        bound_log_stds((parts, prior.max_log_std) for parts, prior in moving if parts)
         self._steps.add(found_inf)
         for part in (*self._stds, *self._gates.logits):
             part.grad = None

@@ -21,15 +21,16 @@ import torch
 from torch import Tensor
 
 from bayesprune.estimators.seeded import LOG2_E
-from bayesprune.foundation.sharding import full_tensor, place_like
+from bayesprune.foundation.device import has_cheap_calls
+from bayesprune.foundation.foreach import foreach
+from bayesprune.foundation.sharding import place_like
 from bayesprune.priors import BoundNormal, BoundPrior
+from bayesprune.train.joined import joined, split_like, spread, sums_of
 
 _CACHED = 1 << 17  # elements of a piece on a processor: with what is made of it, less than a core's second cache
 _GROUPED = 1 << 24  # elements of a group elsewhere
 _SMALL = 1 << 12  # elements up to which a tensor goes with a group on a processor, too
 _WITH_KL = "_bayesprune_with_kl"
-MIN_LOG_STD = -20.0
-"""exp(-20) = 2e-9: below the resolution of float32 beside any weight."""
 
 
 class KLTerm(NamedTuple):
@@ -74,21 +75,21 @@ def add_kl_gradients(targets: Iterable[KLTerm], weight: float, scale: Tensor | N
     """
     if not weight:
         return
-    together: dict[tuple, list[KLTerm]] = defaultdict(list)
+    by_group: dict[tuple, list[KLTerm]] = defaultdict(list)
     for target in targets:
         mean, variance = target.mean, target.variance
         if variance is None or (_is_sharded(mean) and not target.is_elementwise):
             _add_any(target, weight, scale)
+        elif _goes_with_others(target):
+            by_group[mean.device, mean.dtype, target.parts[0].dtype].append(target)
         elif not target.is_elementwise:
             _add_mean(target, weight / variance, scale)
             _add_shared(target, variance, weight, scale)
-        elif _goes_with_others(target) and scale is None:
-            together[mean.device, mean.dtype, target.parts[0].dtype].append(target)
         else:
+            _add_mean(target, weight / variance, scale)
             _add_elementwise(target, variance, weight, scale)
-    for alike in together.values():
-        for group in _groups(alike):
-            add_together(group, weight)
+    for alike in by_group.values():
+        add_together(alike, weight, scale)
 
 
 def mark_with_kl(targets: Iterable[KLTerm]) -> None:
@@ -105,44 +106,89 @@ def has_kl(gradient: Tensor | None) -> bool:
     return version is None or (gradient is not None and version == gradient._version)
 
 
-@torch.no_grad()
-def bound_log_std(parts: Sequence[Tensor], largest: float) -> None:
-    """Keeps the log std that these add up to between a floor and `largest`; of several parts the first gives way."""
-    if len(parts) == 1:
-        parts[0].clamp_(MIN_LOG_STD, largest)
-        return
-    for part in parts:
-        part.clamp_(min=MIN_LOG_STD)
-    if largest < math.inf:
-        of_others = [full_tensor(part).amax() for part in parts[1:]]  # a process may hold nothing of a part
-        first = parts[0].to_local() if _is_sharded(parts[0]) else parts[0]  # type: ignore[attr-defined]
-        first.copy_(torch.minimum(first, largest - reduce(torch.add, of_others)))
+def add_together(targets: Sequence[KLTerm], weight: float, scale: Tensor | None = None) -> None:
+    """The gradients of fixed Gaussians around zero, all weights kept, of tensors that lie alike.
+
+    Log stds of a size go by groups; those that weights share, and small ones, are all in one tensor on the way.
+    """
+    means: list[tuple[Tensor, Tensor, float]] = []
+    large: list[tuple[Tensor, Tensor, float]] = []
+    small: list[KLTerm] = []
+    for target in targets:
+        mean, variance, single = target.mean, _known(target), target.is_elementwise
+        if mean.grad is not None:
+            if has_cheap_calls(mean.device) and mean.numel() > _SMALL and scale is None:
+                _add_mean(target, weight / variance, None)
+            else:
+                means.append((mean, mean.grad, weight / variance))
+        if not single or mean.numel() <= _SMALL:
+            small.append(target)
+        elif has_cheap_calls(mean.device):
+            _add_elementwise(target, variance, weight, scale)
+        elif (gradient := target.parts[0].grad) is not None:
+            large.append((target.parts[0], gradient, weight / variance))
+    for group in _groups(means):
+        values, gradients, factors = zip(*group, strict=True)
+        _add_scaled(gradients, foreach("mul", values, factors), scale)
+    for group in _groups(large):
+        log_stds, gradients, factors = zip(*group, strict=True)
+        terms = foreach("mul", log_stds, 2.0)
+        foreach("add_", terms, [math.log(factor) for factor in factors])
+        foreach("exp_", terms)
+        foreach("sub_", terms, weight)
+        _add_scaled(gradients, terms, scale)
+    if small:
+        _add_small(small, weight, scale)
 
 
-def add_together(targets: Sequence[KLTerm], weight: float) -> None:
-    """The gradients of fixed Gaussians around zero, of posteriors with a std for every weight, all kept."""
-    moving = [(t.mean, t.mean.grad, weight / _known(t)) for t in targets if t.mean.grad is not None]
-    if moving:
-        means, gradients, factors = zip(*moving, strict=True)
-        _foreach("add_", gradients, _foreach("mul", means, factors))
-    stds = [(t.parts[0], t.parts[0].grad, weight / _known(t)) for t in targets if t.parts[0].grad is not None]
-    if stds:
-        log_stds, gradients, factors = zip(*stds, strict=True)
-        terms = _foreach("mul", log_stds, 2.0)
-        _foreach("add_", terms, [math.log(factor) for factor in factors])
-        _foreach("exp_", terms)
-        _foreach("sub_", terms, weight)
-        _foreach("add_", gradients, terms)
+def _add_small(targets: Sequence[KLTerm], weight: float, scale: Tensor | None) -> None:
+    """The log stds' part, where all of them are few numbers: with p parts, s^2 is the product over them."""
+    parts = [part for target in targets for part in target.parts]
+    squares = joined(parts).mul_(2).exp_()
+    factors, counts, others = [], [], []
+    for target in targets:
+        size, sizes = target.mean.numel(), [part.numel() for part in target.parts]
+        first = len(factors)
+        factors += [size / math.prod(sizes) / _known(target)] * len(sizes)
+        counts += [size / own for own in sizes]
+        others += [first + 1 - index if len(sizes) > 1 else -1 for index in range(len(sizes))]
+    sizes = tuple(part.numel() for part in parts)
+    device, dtype = squares.device, squares.dtype
+    terms = squares * spread(tuple(factors), sizes, device, dtype)
+    if max(others) >= 0:
+        sums = torch.cat([sums_of(squares, sizes), squares.new_ones(1)])
+        others = [len(parts) if other < 0 else other for other in others]
+        terms *= sums[spread(tuple(others), sizes, device, torch.int64)]
+    terms -= spread(tuple(counts), sizes, device, dtype)
+    pairs = [(p.grad, term) for p, term in zip(parts, split_like(terms, parts), strict=True) if p.grad is not None]
+    if pairs:
+        gradients, of_parts = zip(*pairs, strict=True)
+        _add_scaled(gradients, foreach("mul", of_parts, weight) if scale is not None else of_parts, scale, weight)
 
 
-def _foreach(name: str, *operands: Any) -> Any:
-    """torch's function of this name for many tensors at once, one kernel for all on a GPU."""
-    return getattr(torch, f"_foreach_{name}")(*operands)
+def _add_scaled(
+    gradients: Sequence[Tensor], terms: Sequence[Tensor], scale: Tensor | None, factor: float = 1.0
+) -> None:
+    if scale is None:
+        foreach("add_", gradients, terms, alpha=factor)
+    else:
+        foreach("add_", gradients, foreach("mul", terms, scale))
 
 
 def _goes_with_others(target: KLTerm) -> bool:
-    is_grouped = target.mean.device.type != "cpu" or target.mean.numel() <= _SMALL
-    return is_grouped and target.keep is target.center is None and not _is_sharded(target.mean)
+    """Whether all weights count around zero, and s^2 is a product over at most two parts that are ordinary tensors."""
+    mean, parts = target.mean, target.parts
+    if target.keep is not None or target.center is not None or _is_sharded(mean):
+        return False
+    dtypes = {tensor.dtype for part in (mean, *parts) for tensor in (part, part.grad) if tensor is not None}
+    if len(dtypes) > 1 or torch.finfo(mean.dtype).bits < 32:
+        return False
+    return len(parts) == 1 or (len(parts) == 2 and _is_product(parts, mean.dim()))
+
+
+def _is_product(parts: Sequence[Tensor], num_dims: int) -> bool:
+    """Whether no two parts number the same."""
+    return max(sum(part.shape[dim] > 1 for part in parts) for dim in range(num_dims)) <= 1
 
 
 def _known(target: KLTerm) -> float:
@@ -150,22 +196,22 @@ def _known(target: KLTerm) -> float:
     return target.variance
 
 
-def _groups(targets: Sequence[KLTerm]) -> Iterator[list[KLTerm]]:
+def _groups(items: Sequence[tuple[Tensor, Tensor, float]]) -> Iterator[list[tuple[Tensor, Tensor, float]]]:
     """Neighbours, so many that their sizes stay below a bound, or one alone."""
-    group: list[KLTerm] = []
+    group: list[tuple[Tensor, Tensor, float]] = []
     size = 0
-    for target in targets:
-        if group and size + target.mean.numel() > _GROUPED:
+    for item in items:
+        if group and size + item[0].numel() > _GROUPED:
             yield group
             group, size = [], 0
-        group.append(target)
-        size += target.mean.numel()
-    yield group
+        group.append(item)
+        size += item[0].numel()
+    if group:
+        yield group
 
 
 def _add_elementwise(target: KLTerm, variance: float, weight: float, scale: Tensor | None) -> None:
-    """A std for every weight, a fixed Gaussian."""
-    _add_mean(target, weight / variance, scale)
+    """The log stds' part of a std for every weight, a fixed Gaussian."""
     (log_std,) = target.parts
     if log_std.grad is None:
         return
@@ -191,18 +237,13 @@ def _add_mean(target: KLTerm, factor: float, scale: Tensor | None) -> None:
 
 
 def _add_shared(target: KLTerm, variance: float, weight: float, scale: Tensor | None) -> None:
-    """Stds that several weights share, a fixed Gaussian: sums over these weights."""
+    """Stds that several weights share, a fixed Gaussian, and not all weights count: sums over these weights."""
     mean, parts = target.mean, target.parts
     squares = [torch.exp(2 * part) for part in parts]
-    is_product = max(sum(part.shape[dim] > 1 for part in parts) for dim in range(mean.dim())) <= 1
     for part, gradient in [(part, part.grad) for part in parts]:
         if gradient is None:
             continue
-        if target.keep is None and is_product:
-            factor, count = mean.numel() / math.prod(part.numel() for part in parts), mean.numel() / part.numel()
-            sums = [square if other is part else square.sum() for other, square in zip(parts, squares, strict=True)]
-            total = reduce(torch.mul, sums) * (factor / variance) - count
-        elif len(parts) == 1 and target.keep is not None:
+        if len(parts) == 1 and target.keep is not None:
             total = (squares[0] / variance - 1) * _count(target.keep, part)
         else:
             each = (reduce(torch.mul, squares) / variance - 1).expand(mean.shape)
@@ -236,7 +277,7 @@ def _pieces(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
     shards = [tensor.to_local() if _is_sharded(tensor) else tensor for tensor in tensors]  # type: ignore[union-attr]
     first = shards[0]
     assert first is not None, "what is cut is there"
-    largest = _CACHED if first.device.type == "cpu" else _GROUPED
+    largest = _CACHED if has_cheap_calls(first.device) else _GROUPED
     if first.numel() <= largest:
         yield tuple(shards)
         return

@@ -1,14 +1,15 @@
 """The KL divergence of a model's posterior from its prior: the complexity term of the ELBO."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from bayesprune.foundation.kinds import kind_of
 from bayesprune.foundation.sharding import full_tensor
-from bayesprune.layers import Posterior, VariationalLayer, named_posteriors
+from bayesprune.layers import Posterior, holders_of, named_posteriors
 from bayesprune.priors import Binding, BoundDependency, BoundPrior, Gaussian, Prior, refresh
 from bayesprune.train.gates import GateOptimizer
 
@@ -46,7 +47,9 @@ def bind_prior(model: nn.Module, prior: Prior, gates: GateOptimizer | None = Non
     posteriors = list(named_posteriors(model))
     if not posteriors:
         raise ValueError("the model has no variational layer; call to_variational first.")
-    bound = dict(zip(posteriors, prior.bind_all([_binding(posterior) for posterior in posteriors]), strict=True))
+    sizes = _sizes(model)
+    bindings = [_binding(posterior, sizes) for posterior in posteriors]
+    bound = dict(zip(posteriors, prior.bind_all(bindings), strict=True))
     refresh_scales(bound, (gates or GateOptimizer(model)).keep, until_rest=True)
     return bound
 
@@ -75,12 +78,35 @@ def collapsed_groups(bound: dict[Posterior, BoundPrior]) -> list[str]:
     return next(found, [])
 
 
-def _binding(posterior: Posterior) -> Binding:
+class _Size(NamedTuple):
+    """Sum of the squares of a tensor's weights, and how many are kept."""
+
+    energy: float
+    num_kept: float
+
+
+def _sizes(model: nn.Module) -> dict[int, _Size]:
+    """Those of all posterior means, by the mean's id; the device is waited for once."""
+    energies: dict[int, Tensor] = {}
+    counts: dict[int, Tensor] = {}
+    sizes: dict[int, int] = {}
+    for key, ((layer, name), *_) in holders_of(model).items():
+        mean, mask = getattr(layer, name).detach(), layer.mask(name, whole=True)
+        energies[key], sizes[key] = full_tensor(mean.double().square().sum()), mean.numel()
+        if mask is not None:
+            counts[key] = mask.sum().double()
+    waiting = [*energies.values(), *counts.values()]
+    numbers = torch.stack([number.to(waiting[0].device) for number in waiting]).tolist()
+    kept = sizes | dict(zip(counts, numbers[len(energies) :], strict=True))
+    return {key: _Size(energy, kept[key]) for key, energy in zip(energies, numbers, strict=False)}
+
+
+def _binding(posterior: Posterior, sizes: Mapping[int, _Size]) -> Binding:
     layer, mean = posterior.layer, posterior.mean
     weights = [name for name in layer.active_names() if layer.is_weight(name)]
-    scale = _rms(layer, [posterior.parameter])
+    scale = _rms([sizes[id(mean)]])
     if not posterior.is_weight:
-        scale = max(scale, _rms(layer, weights))
+        scale = max(scale, _rms([sizes[id(getattr(layer, name))] for name in weights]))
     kind = kind_of(posterior.layer)
     return Binding(
         mean=mean,
@@ -92,8 +118,6 @@ def _binding(posterior: Posterior) -> Binding:
     )
 
 
-def _rms(layer: VariationalLayer, names: list[str]) -> float:
+def _rms(sizes: Sequence[_Size]) -> float:
     """Root mean square of the weights that are kept."""
-    means, masks = [getattr(layer, name).detach() for name in names], [layer.mask(name, whole=True) for name in names]
-    count = sum(mean.numel() if mask is None else int(mask.sum()) for mean, mask in zip(means, masks, strict=True))
-    return (sum(float(full_tensor(mean.double().square().sum())) for mean in means) / max(count, 1)) ** 0.5
+    return (sum(size.energy for size in sizes) / max(sum(size.num_kept for size in sizes), 1)) ** 0.5

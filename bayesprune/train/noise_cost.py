@@ -6,6 +6,7 @@ the sum of these gradients, before the KL's is added, is the cost: no forward pa
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,10 +15,12 @@ from torch import Tensor
 
 from bayesprune.foundation.sharding import full_tensor
 from bayesprune.layers import Posterior
+from bayesprune.train.joined import joined, sums_of
 
 WINDOW = 10
 """Steps that a measurement is an average over: one draw and one batch say little."""
 _NAMED = 3
+_SMALL = 1 << 14  # numbers of a gradient that is summed with others
 
 
 class NoiseCost:
@@ -27,38 +30,69 @@ class NoiseCost:
         """Starts with an empty window; `parts` are the log stds, of which the first has the sum of all gradients."""
         self._names = [posterior.name for posterior in parts]
         self._firsts = [first for first, *_ in parts.values()]
-        self._sums: list[Tensor | float] = [0.0] * len(self._firsts)
+        self._sums: list[float] = [0.0] * len(self._firsts)
+        self._waiting: list[tuple[list[int], Tensor]] = []
         self._count = 0
 
     @torch.no_grad()
     def add(self, scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Takes up the gradients of a step's loss, which a gradient scaler may have multiplied or found infinite."""
+        gradients: dict[torch.device, dict[int, Tensor]] = defaultdict(dict)
         for index, part in enumerate(self._firsts):
-            if part.grad is None:
-                continue
-            cost = full_tensor(part.grad.sum(dtype=torch.float32)) / 2
-            if scale is not None:
-                cost = cost / scale
-            self._sums[index] += cost if found_inf is None else torch.where(found_inf > 0, 0.0, cost)
+            if part.grad is not None:
+                gradients[part.grad.device][index] = part.grad
+        for found in gradients.values():
+            indices, costs = _sums(found)
+            costs = costs / 2 if scale is None else costs / (2 * scale)
+            if found_inf is not None:
+                costs = torch.where(found_inf > 0, 0.0, costs)
+            for place, (others, total) in enumerate(self._waiting):
+                if others == indices and total.device == costs.device:
+                    self._waiting[place] = indices, total + costs
+                    break
+            else:
+                self._waiting.append((indices, costs))
         self._count += 1
 
     def take(self) -> dict[str, float] | None:
         """Costs by posterior where a window is full, which begins anew; waits for the device once in a window."""
         if self._count < WINDOW:
             return None
-        means = [float(total) / WINDOW for total in self._sums]
-        self._sums: list[Tensor | float] = [0.0] * len(self._firsts)
+        self._read()
+        means = [total / WINDOW for total in self._sums]
+        self._sums = [0.0] * len(self._firsts)
         self._count = 0
         return dict(zip(self._names, means, strict=True))
 
     def state(self) -> dict[str, Any]:
         """The window so far: numbers by posterior."""
-        return {"sums": dict(zip(self._names, map(float, self._sums), strict=True)), "count": self._count}
+        self._read()
+        return {"sums": dict(zip(self._names, self._sums, strict=True)), "count": self._count}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Goes on with the window that was saved."""
-        self._count = state["count"]
+        self._count, self._waiting = state["count"], []
         self._sums = [state["sums"][name] for name in self._names]
+
+    def _read(self) -> None:
+        """Brings what is on a device here."""
+        for indices, costs in self._waiting:
+            for index, cost in zip(indices, costs.tolist(), strict=True):
+                self._sums[index] += cost
+        self._waiting = []
+
+
+def _sums(gradients: Mapping[int, Tensor]) -> tuple[list[int], Tensor]:
+    """The sum of each, small ones together, and which they are in the order of the sums."""
+    small = {i: g for i, g in gradients.items() if g.numel() <= _SMALL and not hasattr(g, "to_local")}
+    large = {i: g for i, g in gradients.items() if i not in small}
+    found = []
+    if small:
+        sizes = tuple(gradient.numel() for gradient in small.values())
+        found.append(sums_of(joined(list(small.values())).float(), sizes))
+    if large:
+        found.append(torch.stack([full_tensor(g.sum(dtype=torch.float32)) for g in large.values()]))
+    return [*small, *large], found[0] if len(found) == 1 else torch.cat(found)
 
 
 def dearest(costs: Mapping[str, float]) -> str:

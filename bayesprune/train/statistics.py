@@ -7,7 +7,7 @@ runs once more at the means, without gradients, for the statistics alone.
 """
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bayesprune.foundation.foreach import foreach
 from bayesprune.foundation.model import eval_mode
 from bayesprune.layers import VariationalLayer, variational_layers
 from bayesprune.prediction.predict import sampling
@@ -47,9 +48,8 @@ class MeanStatistics:
 
     def update(self) -> None:
         """Undoes what the noisy forwards of this step did, and gathers from the last batch where it is time."""
-        for norm, (mean, variance) in self._before.items():
-            norm.running_mean.copy_(mean)  # type: ignore[union-attr]
-            norm.running_var.copy_(variance)  # type: ignore[union-attr]
+        if self._before:
+            foreach("copy_", _running(self._before), [before for pair in self._before.values() for before in pair])
         batch, norms, self._before, self._batch = self._batch, list(self._before), {}, None
         if batch is None or not norms:
             return
@@ -72,6 +72,14 @@ class MeanStatistics:
             self._handle.remove()
         self._handle, self._batch, self._before = None, None, {}
 
+    @staticmethod
+    def _copied(norms: list[_BatchNorm]) -> dict[_BatchNorm, tuple[Tensor, Tensor]]:
+        now = _running(norms)
+        copies = [torch.empty_like(buffer) for buffer in now]
+        if now:
+            foreach("copy_", copies, now)
+        return {norm: (copies[2 * i], copies[2 * i + 1]) for i, norm in enumerate(norms)}
+
     def _look(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
             return
@@ -79,10 +87,14 @@ class MeanStatistics:
             self.end()
             return
         if not self._before:  # the first forward of a step; what was loaded or measured before it stays
-            norms = [norm for norm in self._norms if norm.training]
-            self._before = {n: (n.running_mean.clone(), n.running_var.clone()) for n in norms}  # type: ignore[union-attr]
+            self._before = self._copied([norm for norm in self._norms if norm.training])
         if self._steps.at_most % EVERY == 0:
             self._batch = _Batch(args, kwargs, *_autocast_of(next(model.parameters()).device.type))
+
+
+def _running(norms: Iterable[_BatchNorm]) -> list[Tensor]:
+    """The running mean and variance of each."""
+    return [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]  # type: ignore[misc]
 
 
 class _Batch(NamedTuple):

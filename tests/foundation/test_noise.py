@@ -137,7 +137,7 @@ def test_over_all_places_the_table_is_white():
     assert distance < 2 * standard_error
 
 
-SIZES = [noise._MIN_SIZE, noise._BLOCK, noise._BLOCK + 1, 3 * noise._BLOCK + 17]
+SIZES = [noise._MIN_SIZE, noise.MAX_AT_ONCE, noise.MAX_AT_ONCE + 1, 3 * noise.MAX_AT_ONCE + 17]
 
 
 @pytest.mark.parametrize("size", [7, *SIZES])
@@ -154,7 +154,7 @@ def test_multiplied_takes_the_numbers_of_normal(size):
 def test_draws_of_many_seeds_are_white(size):
     """What two places of a draw have over 400 seeds, the first, one in the next block, and the last."""
     draws = torch.stack([noise.normal((size,), device=CPU, dtype=torch.float32, seed=seed) for seed in range(400)])
-    places = sorted({0, 1, size // 2, min(noise._BLOCK + 3, size - 1), size - 1})
+    places = sorted({0, 1, size // 2, min(noise.MAX_AT_ONCE + 3, size - 1), size - 1})
     chosen = draws[:, places].double()
     for index, place in enumerate(places):
         assert_mean(chosen[:, index], 0.0, f"mean at {place}")

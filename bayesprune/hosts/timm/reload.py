@@ -269,6 +269,6 @@ class VariationalConv2dSame(VariationalConv2d, Conv2dSame):
     operation = VariationalLayer.operation
 
 
-register_adapter(LibraryAdapter("timm", timm_base, build, files))
+HOST = register_adapter(LibraryAdapter("timm", timm_base, build, files))
 if not is_model(ARCHITECTURE):
     register_model(bayesprune_pruned)

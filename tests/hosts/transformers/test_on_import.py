@@ -22,9 +22,7 @@ def library(tmp_path, monkeypatch):
     (tmp_path / "slow" / "models.py").write_text("READY = True\n")
     (tmp_path / "slow_host.py").write_text("from slow.models import READY\nassert READY\nHOST = 'told'\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(on_import, "LIBRARY", "slow")
-    monkeypatch.setattr(on_import, "AFTER", "slow.models")
-    monkeypatch.setattr(on_import, "HOST", "slow_host")
+    monkeypatch.setattr(on_import, "HOSTS", [on_import.Host("slow", "slow_host", "slow.models", "5")])
     monkeypatch.setattr(on_import, "version", lambda name: "5.1")
     monkeypatch.setattr(bases, "_HOSTS", {})
     monkeypatch.setattr(sys, "meta_path", [f for f in sys.meta_path if not isinstance(f, on_import.AfterImport)])
@@ -77,7 +75,7 @@ def test_failed_import_is_tried_again(tmp_path):
 def test_older_library_is_left_alone(monkeypatch, caplog):
     monkeypatch.setattr(on_import, "version", lambda name: "4.57.1")
     on_import.register()
-    assert "transformers 4.57.1 is installed" in caplog.text
+    assert "slow 4.57.1 is installed" in caplog.text
     importlib.import_module("slow.models")
     assert "slow_host" not in sys.modules
     with pytest.raises(StorageError, match="from 5 on: pip install -U"):
@@ -86,6 +84,6 @@ def test_older_library_is_left_alone(monkeypatch, caplog):
 
 @pytest.mark.usefixtures("library")
 def test_missing_library(monkeypatch):
-    monkeypatch.setattr(on_import, "LIBRARY", "no_such_library")
+    monkeypatch.setattr(on_import, "HOSTS", [on_import.Host("no_such_library", "slow_host", "slow.models", "5")])
     on_import.register()
     assert not bases._HOSTS
