@@ -165,7 +165,7 @@ def _posteriors(kinds: Sequence[_Kind], tensors: Sequence[Tensor]) -> list[LogGa
 def _kind_of(posterior: LogGaussian, seed: int | None) -> _Kind:
     mean, parts, _ = posterior
     same = mean.is_contiguous() and all(part.dtype == mean.dtype for part in parts)
-    if seed is None and same and noise.is_tabled(mean.shape, device=mean.device, dtype=mean.dtype):
+    if seed is None and same and mean.is_contiguous() and mean.dtype == torch.float32:
         seed = noise.draw_seed()
     is_one = seed is not None and same and len(parts) == 1 and parts[0].is_contiguous()
     is_rowwise = is_one and mean.dim() > 1 and parts[0].shape == (len(mean), *[1] * (mean.dim() - 1))

@@ -1,10 +1,10 @@
 """Draws the weights of many layers together, at the start of a training forward of their model.
 
-One seed stands for all draws of a forward, so that what a layer draws does not depend on whether it is drawn ahead:
-those that asked for a draw in the last forward are drawn at the start of the next one, in few passes, and others when
-they ask. A layer draws on its own, as without this, when it is called a second time in a forward, in a part of the
-model that is called alone, where its tensors are not ordinary ones in float32 (sharded, half precision), and where its
-forward may run once more later (checkpointing).
+Those that asked for a draw in the last forward are drawn at the start of the next one, in few passes, with seeds from
+torch's stream in the order in which they asked; others draw when they ask. So what a layer draws does not depend on
+whether it is drawn ahead, as long as nothing else in the forward, dropout say, takes numbers from that stream. Layers
+draw on their own, as without this, in a part of the model that is called alone, where tensors are not ordinary ones in
+float32 (sharded, half precision), and all of them where a part of the forward may run once more later (checkpointing).
 """
 
 import threading
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from bayesprune import estimators
 from bayesprune.estimators import LogGaussian
-from bayesprune.estimators.types import is_plain
 from bayesprune.foundation import noise
 from bayesprune.foundation.device import has_cheap_calls
 
@@ -45,14 +44,13 @@ class _Parameter:
 
     Attributes:
         draw: What was drawn ahead; None for nothing.
-        was_taken: Whether it was drawn in this forward.
-        is_asked_for: Whether it was in the last one.
+        seeds: Of the draws that its layer is expected to ask for after that.
     """
 
-    def __init__(self, layer: Layer, name: str, number: int) -> None:
-        self.layer, self.name, self.number = layer, name, number
+    def __init__(self, layer: Layer, name: str) -> None:
+        self.layer, self.name = layer, name
         self.draw: Tensor | None = None
-        self.was_taken = self.is_asked_for = False
+        self.seeds: list[int] = []
         self._posterior: LogGaussian | None = None
         self._part_names: list[str] = []
         self._version = 0
@@ -104,10 +102,10 @@ class JointDraws:
     def __init__(self, model: nn.Module, layers: Iterable[tuple[Layer, list[str]]]) -> None:
         """`layers` of the model, with the names of the parameters that each may draw; works until `remove`."""
         pairs = [(layer, name) for layer, names in layers for name in names]
-        self._parameters = {
-            (layer, name): _Parameter(layer, name, number) for number, (layer, name) in enumerate(pairs)
-        }
-        self._seed = 0
+        self._parameters = {(layer, name): _Parameter(layer, name) for layer, name in pairs}
+        self._asked: list[_Parameter] = []
+        self._expected: list[_Parameter] = []
+        self._runs_again = False
         self._handles = [
             model.register_forward_pre_hook(self._begin),
             model.register_forward_hook(self._end, always_call=True),
@@ -121,16 +119,17 @@ class JointDraws:
     def take(self, layer: Layer, name: str) -> Tensor | None:
         """The layer's draw for this forward; None where it is to draw on its own."""
         parameter = self._parameters.get((layer, name))
-        if parameter is None or parameter.was_taken or not _runs_once():
+        if parameter is None:
             return None
+        if not _runs_once():
+            self._runs_again = True
+            return None
+        self._asked.append(parameter)
         draw = parameter.pop()
-        if draw is None:
-            posterior = parameter.posterior()
-            if posterior is None:
-                return None
-            draw = estimators.sample(posterior, noise.split_seed(self._seed, parameter.number))
-        parameter.was_taken = True
-        return draw
+        if draw is not None or not parameter.seeds:
+            return draw
+        posterior, seed = parameter.posterior(), parameter.seeds.pop(0)
+        return None if posterior is None else estimators.sample(posterior, seed)
 
     def _begin(self, model: nn.Module, args: tuple) -> None:
         """A forward pre-hook: draws what the last forward asked for."""
@@ -139,15 +138,21 @@ class JointDraws:
         if not all(hasattr(parameter.layer, "posterior_hook") for parameter in self._parameters.values()):
             self.remove()  # made deterministic
             return
-        if not self._may_begin():
-            return
-        self._seed = noise.draw_seed()
-        _RUNNING.draws = self
-        asked = [parameter for parameter in self._parameters.values() if parameter.is_asked_for]
-        ready = [(p, posterior) for p in asked if _is_sampling(p.layer) and (posterior := p.posterior()) is not None]
-        for group in _groups(ready):
-            seeds = [noise.split_seed(self._seed, p.number) for p, _ in group]
-            draws = estimators.sample_together([posterior for _, posterior in group], seeds)
+        _RUNNING.draws, self._asked, self._runs_again = self, [], False
+        posteriors = {p: p.posterior() if _is_sampling(p.layer) else None for p in dict.fromkeys(self._expected)}
+        ready: dict[_Parameter, tuple[LogGaussian, int]] = {}
+        for parameter in self._expected:
+            if (posterior := posteriors[parameter]) is None:
+                continue
+            seed = noise.draw_seed()
+            if parameter in ready:
+                parameter.seeds.append(seed)
+            else:
+                ready[parameter] = posterior, seed
+        for group in _groups([(parameter, posterior) for parameter, (posterior, _) in ready.items()]):
+            draws = estimators.sample_together(
+                [posterior for _, posterior in group], [ready[one][1] for one, _ in group]
+            )
             for (one, _), draw in zip(group, draws, strict=True):
                 one.has_drawn(draw)
 
@@ -155,17 +160,9 @@ class JointDraws:
         """A forward hook that is always called: forgets the draws, not what was asked for."""
         if _RUNNING.draws is self:
             _RUNNING.draws = None
+            self._expected = [] if self._runs_again else self._asked
             for parameter in self._parameters.values():
-                parameter.is_asked_for, parameter.was_taken, parameter.draw = parameter.was_taken, False, None
-
-    def _may_begin(self) -> bool:
-        """Whether what comes first is of the kind that is drawn together; else no seed is drawn for it."""
-        for first in self._parameters.values():
-            mean = getattr(first.layer, first.name, None)
-            if mean is None or not is_plain(mean) or mean.dtype != torch.float32:
-                return False
-            return noise.can_repeat(mean.device)
-        return False
+                parameter.draw, parameter.seeds = None, []
 
 
 def take(layer: Layer, name: str) -> Tensor | None:

@@ -90,6 +90,16 @@ def test_what_is_drawn_ahead_is_what_is_drawn_when_asked_for(std, paths, monkeyp
 
 
 @structures
+def test_a_model_with_an_attachment_draws_what_one_without_draws(std, paths):
+    model, _, attachment = attached(std)
+    found = [gradients(model) for _ in range(2)]
+    attachment.detach()
+    expected = gradients(model)
+    assert_close(found[0], expected)
+    assert_close(found[1], expected)
+
+
+@structures
 def test_both_paths_draw_the_same(std, monkeypatch):
     model, *_ = attached(std)
     gradients(model)
@@ -167,6 +177,14 @@ def test_checkpoints_meet_the_same_weights(use_reentrant, paths):
         forward, again = met[:8:2], met[8::2]  # the weights of four calls, met again from the last on
         assert all(map(torch.equal, forward, reversed(again)))
         assert len({float(weight.detach().sum()) for weight in forward}) == 4
+
+
+def test_a_checkpointed_part_changes_no_draw(paths):
+    plain, *_ = attached()
+    model, *_ = attached()
+    model.twice = Checkpointed(model.twice, use_reentrant=False)
+    for _ in range(3):
+        assert_close(gradients(model), gradients(plain))
 
 
 def test_a_changed_weight_is_drawn_anew(paths):

@@ -5,6 +5,7 @@ together raise, as does a number that is read from the device. The autograd engi
 pieces of the backward pass are called as it calls them.
 """
 
+import weakref
 from contextlib import contextmanager
 
 import pytest
@@ -17,7 +18,7 @@ import bayesprune as bp
 from bayesprune import estimators
 from bayesprune.estimators import draws, factored, functions, local
 from bayesprune.foundation import noise
-from bayesprune.layers import joint_draws, named_posteriors
+from bayesprune.layers import masks, named_posteriors
 from bayesprune.train import kl
 from bayesprune.train.attachment import ATTACHMENTS
 from tests.cases import structures
@@ -28,12 +29,13 @@ GPU = torch.device("cuda", 0)
 @pytest.fixture
 def gpu(monkeypatch):
     """Tensors made inside have no data; the library takes them for ordinary ones."""
-    for module in (draws, functions, joint_draws):
+    for module in (draws, functions):
         monkeypatch.setattr(module, "is_plain", lambda *tensors: True)
     monkeypatch.setattr(noise, "can_repeat", lambda device: True)
     monkeypatch.setattr(noise, "draw_seed", lambda: 1)
     monkeypatch.setattr(noise, "_seeded", lambda device, seed: None)  # a generator of a GPU needs its driver
     monkeypatch.setattr(noise, "_table_on", lambda device: torch.empty(noise._TABLE + noise.MAX_AT_ONCE, device=device))
+    monkeypatch.setattr(masks, "_masked", weakref.WeakSet())  # layers of other tests have data
     caches = [bp.train.joined.spread, bp.train.joined._offsets]
     for cache in caches:
         cache.cache_clear()
