@@ -23,6 +23,7 @@ from torch.autograd import forward_ad
 from bayesprune.foundation.device import has_cheap_calls
 
 _RANK_STRIDE = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: neighbouring ranks get distant seeds
+_MIN_SIZE = 1 << 11  # fewer cost less by torch
 _TABLE = 1 << 20  # numbers: 4 MiB
 MAX_AT_ONCE = 1 << 18
 """Numbers of the table in a row, which are used together."""
@@ -51,7 +52,8 @@ def normal(
 
 def is_tabled(shape: torch.Size | tuple[int, ...], *, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `normal` of a seed is what `normal_blocks` yields."""
-    return has_cheap_calls(device) and dtype == torch.float32 and math.prod(shape) > 0
+    is_ordinary = has_cheap_calls(device) and dtype == torch.float32
+    return is_ordinary and (torch.compiler.is_compiling() or math.prod(shape) >= _MIN_SIZE)
 
 
 def normal_blocks(seed: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -3,7 +3,7 @@
 from contextlib import ExitStack
 from typing import Any
 
-from bayesprune.estimators import center, uncertain
+from bayesprune.estimators import center, sample, uncertain
 from bayesprune.layers.base import VariationalLayer
 
 
@@ -24,10 +24,9 @@ class DrawnLayer(VariationalLayer):
                 layer.apply_masks()
             return self.stock_type.forward(self, *args, **kwargs)
         with ExitStack() as stack:
-            value = {"mean": center, "moments": uncertain}.get(estimator)
+            draw = {"mean": center, "moments": uncertain}.get(estimator, sample)
             for layer in layers:
-                names = layer.active_names()
-                draws = {n: layer.draw(n) if value is None else value(layer.posterior(n)) for n in names}
+                draws = {name: draw(layer.posterior(name)) for name in layer.active_names()}
                 stack.enter_context(layer.substituted(**draws))
             return self.stock_type.forward(self, *args, **kwargs)
 

@@ -101,7 +101,7 @@ def test_forward(gpu, std, estimator, half, monkeypatch):
     monkeypatch.setattr(kl, "_sizes", lambda model: {id(p.mean): kl._Size(1.0, 1) for p in named_posteriors(model)})
     bp.attach(torch.optim.SGD(model.parameters(), lr=0.1), model, num_data=10)
     x = torch.empty(4, 3, 6, 6, device=GPU, dtype=torch.bfloat16 if half == "weights" else torch.float32)
-    for _ in range(2):  # drawn when asked for, then ahead
+    for _ in range(2):
         with autocast(None if half == "weights" else half):
             output = model(x)
         assert output.device == GPU
@@ -136,10 +136,9 @@ def runs(function, *inputs):
 
 @structures
 def test_backward_of_draws(gpu, std):
-    posteriors = [p.layer.posterior(p.parameter) for p in named_posteriors(on_gpu(std, "weight_sampling"))]
-    assert all(map(estimators.has_seeds, posteriors))
-    kinds = [draws._kind_of(posterior, seed) for seed, posterior in enumerate(posteriors)]
-    runs(draws._Draws, kinds, *[t for mean, parts, mask in posteriors for t in (mean, mask, *parts)])
+    for posterior in named_posteriors(on_gpu(std, "weight_sampling")):
+        mean, parts, mask = posterior.layer.posterior(posterior.parameter)
+        runs(draws._Draw, mean, mask, *parts)
 
 
 @structures
