@@ -83,18 +83,18 @@ class LinearNoise(torch.autograd.Function):
         is_cheap = has_cheap_calls(x.device)
         if bias_log_std is None:
             torch.outer(_root(energy), squares.sqrt(), out=deviation)
-            slope = None
         else:
             bias_squares = square_of(bias_log_std, energy).clamp_min_(torch.finfo(energy.dtype).tiny)
             torch.addcmul(bias_squares, energy.unsqueeze(1), squares, out=deviation)
-            slope = deviation.rsqrt() if is_cheap else None  # a processor's root takes longer
-            if slope is None:
-                deviation.sqrt_()
-        if is_cheap and slope is None:
+        if not is_cheap:
+            deviation = deviation if bias_log_std is None else deviation.sqrt_()
+            eps = draw.normal(deviation.shape, deviation)
+        elif bias_log_std is None:
             draw.multiplied(deviation, out=deviation)
             eps = deviation.new_ones(())
-        else:
-            eps = draw.normal(deviation.shape, deviation) if slope is None else draw.multiplied(slope, out=slope)
+        else:  # the variance times eps over its root: a processor's root takes longer
+            slope = deviation.rsqrt()
+            eps = draw.multiplied(slope, out=slope)
         if noisy.dtype == output.dtype:
             torch.addcmul(output.reshape(deviation.shape), deviation, eps, out=deviation)
         else:

@@ -2,15 +2,16 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from bayesprune.foundation.batches import device_of, given, on_device
-from bayesprune.foundation.model import eval_mode, layers_called, run_forward, without_fast_path
+from bayesprune.foundation.model import booked_by_module, eval_mode, layers_called, run_forward, without_fast_path
 
 SECONDS_PER_REPEAT = 0.05
 _WARM_UP = 2
@@ -59,7 +60,7 @@ def seconds_by_module(model: nn.Module, example_inputs: Any, *, num_repeats: int
     rounds: list[dict[str, float]] = []
     with torch.no_grad(), eval_mode(model), without_fast_path(), layers_called(model):
         for number in range(_WARM_UP + num_repeats):
-            with _timing(model) as seconds:
+            with booked_by_module(model, partial(_now, device_of(model))) as seconds:
                 run_forward(model, example_inputs)
             if number >= _WARM_UP:
                 rounds.append(seconds)
@@ -68,37 +69,8 @@ def seconds_by_module(model: nn.Module, example_inputs: Any, *, num_repeats: int
     return {name: float(median) for name, median in medians.items()}
 
 
-@contextmanager
-def _timing(model: nn.Module) -> Iterator[dict[str, float]]:
-    """Inside, forwards of the model add their seconds to what is yielded, by the innermost module."""
-    seconds: dict[str, float] = {}
-    running: list[list[float]] = []  # when a module was entered, and what its children took
-    is_cuda = device_of(model).type == "cuda"
-
-    def now() -> float:
-        if is_cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def enter(*_: Any) -> None:
-        running.append([now(), 0.0])
-
-    def leave(name: str) -> Any:
-        def hook(*_: Any) -> None:
-            start, inside = running.pop()
-            total = now() - start
-            seconds[name] = seconds.get(name, 0.0) + total - inside
-            if running:
-                running[-1][1] += total
-
-        return hook
-
-    handles: list[Any] = []
-    try:
-        for name, module in model.named_modules():
-            handles.append(module.register_forward_pre_hook(enter))
-            handles.append(module.register_forward_hook(leave(name)))
-        yield seconds
-    finally:
-        for handle in handles:
-            handle.remove()
+def _now(device: torch.device) -> float:
+    """Seconds of the clock, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

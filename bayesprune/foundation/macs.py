@@ -13,7 +13,7 @@ from torch import Size, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, shape_wrapper
 
-from bayesprune.foundation.model import eval_mode, layers_called, run_forward, without_fast_path
+from bayesprune.foundation.model import booked_by_module, eval_mode, layers_called, run_forward, without_fast_path
 
 COUNTER = "torch.utils.flop_counter, FLOPs / 2"
 
@@ -42,19 +42,8 @@ def macs_by_module(model: nn.Module, example_inputs: Any) -> dict[str, int]:
 @contextmanager
 def counting_macs(model: nn.Module) -> Iterator[dict[str, int]]:
     """Inside, forwards of the model add their MACs to what is yielded, by the innermost module, zeros included."""
-    macs: dict[str, int] = {}
-    inside = [0]
-    handles = []
-    with _Counter() as counter:
-        try:
-            for name, module in model.named_modules():
-                enter, leave = _hooks(name, counter, inside, macs)
-                handles.append(module.register_forward_pre_hook(enter))
-                handles.append(module.register_forward_hook(leave))
-            yield macs
-        finally:
-            for handle in handles:
-                handle.remove()
+    with _Counter() as counter, booked_by_module(model, lambda: counter.flops // 2) as macs:
+        yield macs
 
 
 class _Counter(TorchDispatchMode):
@@ -106,21 +95,3 @@ def _grouped_flops(one: Size, other: Size, *_: Any, out_shape: Size, **__: Any) 
 def _attention_flops(query: Size, key: Size, value: Size, *_: Any, **__: Any) -> int:
     """Every query meets every key, and their products every value."""
     return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
-
-
-def _hooks(
-    name: str, counter: _Counter, inside: list[int], macs: dict[str, int]
-) -> tuple[Callable[..., None], Callable[..., None]]:
-    """Book what was counted between entering and leaving a module, less what its children booked."""
-    entered: list[int] = []
-
-    def enter(*_: Any) -> None:
-        entered.append(counter.flops)
-        inside.append(0)
-
-    def leave(*_: Any) -> None:
-        total = counter.flops - entered.pop()
-        macs[name] = macs.get(name, 0) + (total - inside.pop()) // 2
-        inside[-1] += total
-
-    return enter, leave

@@ -1,9 +1,9 @@
 """A model run and held in a mode: its forward on example inputs, evaluation, even noise, gradients, and its values."""
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bayesprune.foundation.batches import given
+
+Number = TypeVar("Number", int, float)
 
 
 def run_forward(model: nn.Module, inputs: Any) -> Any:
@@ -75,6 +77,43 @@ def without_fast_path() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def booked_by_module(model: nn.Module, read: Callable[[], Number]) -> Iterator[dict[str, Number]]:
+    """Inside, forwards of the model book on what is yielded by how much a meter rises, by the innermost module.
+
+    Args:
+        model: Its modules are hooked meanwhile.
+        read: What the meter shows, called as each module is entered and left.
+    """
+    booked: dict[str, Number] = {}
+    inside: list[Any] = [0]  # of each module that runs: what the modules in it booked
+    handles: list[Any] = []
+
+    def hooks(name: str) -> tuple[Callable[..., None], Callable[..., None]]:
+        entered: list[Number] = []
+
+        def enter(*_: Any) -> None:
+            entered.append(read())
+            inside.append(0)
+
+        def leave(*_: Any) -> None:
+            total = read() - entered.pop()
+            own = total - inside.pop()
+            booked[name] = booked[name] + own if name in booked else own
+            inside[-1] += total
+
+        return enter, leave
+
+    try:
+        for name, module in model.named_modules():
+            enter, leave = hooks(name)
+            handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+        yield booked
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def load_values(model: nn.Module, values: Mapping[str, Any], *, strict: bool = True) -> None:

@@ -5,9 +5,8 @@ gradient checkpointing) draws the same noise again.
 
 Noise that is needed twice is drawn from a seed of torch's default CPU stream (`draw_seed`), on any device and without
 waiting for it. Normal numbers in float32 on a CPU, where torch's own cost more than all else that is done to a weight,
-are read from one table at places that the seed says (the shared noise of Salimans et al., 2017, arXiv:1703.03864), and
-so are those of weights that are drawn together, on any device, where reading costs no kernel. The table has a flat
-spectrum: over all places the numbers of a block have mean 0, variance 1 and no correlation, exactly.
+are read from one table at places that the seed says (the shared noise of Salimans et al., 2017, arXiv:1703.03864). The
+table has a flat spectrum: over all places the numbers of a block have mean 0, variance 1 and no correlation, exactly.
 """
 
 import math
@@ -63,7 +62,7 @@ def normal_blocks(seed: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     entries, where one fits, and has no dimensions left but where there is one piece alone.
     """
     first, *_ = tensors
-    blocks = table_blocks(seed, first.shape, first.device)
+    blocks = _table_blocks(seed, first.shape)
     if len(blocks) == 1:
         yield blocks[0].view(first.shape), *tensors
         return
@@ -85,21 +84,21 @@ def _(shape: list[int], like: Tensor) -> Tensor:
     return torch.empty(shape, device=like.device)
 
 
-def table_blocks(seed: int, shape: torch.Size, device: torch.device) -> list[Tensor]:
+def _table_blocks(seed: int, shape: torch.Size) -> list[Tensor]:
     """Views of the table that hold the numbers of this seed for a tensor in float32, one behind the other."""
-    table, count = _table_on(device), math.prod(shape)
+    table, count = _normal_table(), math.prod(shape)
     if count <= MAX_AT_ONCE:
-        return [table.narrow(0, split_seed(seed, 0) % _TABLE, count)]
+        return [table.narrow(0, _split_seed(seed, 0) % _TABLE, count)]
     row = count // shape[0]
     size = MAX_AT_ONCE // row * row or MAX_AT_ONCE
     starts = range(0, count, size)
     return [
-        table.narrow(0, split_seed(seed, index) % _TABLE, min(size, count - start))
+        table.narrow(0, _split_seed(seed, index) % _TABLE, min(size, count - start))
         for index, start in enumerate(starts)
     ]
 
 
-def split_seed(seed: int, index: int) -> int:
+def _split_seed(seed: int, index: int) -> int:
     """One of many seeds that one seed stands for: number `index` of the generator SplitMix64 (Steele et al., 2014)."""
     bits = (seed + (index + 1) * _RANK_STRIDE) & _BITS
     bits = ((bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9) & _BITS
@@ -191,24 +190,11 @@ def _is_recorded() -> bool:
     """Whether operations are traced, or run on tensors without data; modes that count or log them do not matter."""
     if not torch._C._len_torch_dispatch_stack():
         return False
-    return any(
-        torch._C._get_dispatch_mode(key) is not None for key in (_ModeKey.PROXY, _ModeKey.FAKE, _ModeKey.FUNCTIONAL)
-    )
+    return any(torch._C._get_dispatch_mode(key) is not None for key in _RECORDING)
 
 
 def _seeded(device: torch.device, seed: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(seed)
-
-
-def _table_on(device: torch.device) -> Tensor:
-    """The table where it is read."""
-    return _normal_table() if device.type == "cpu" else _copy_of_table(device)
-
-
-@cache
-def _copy_of_table(device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return _normal_table().to(device)
 
 
 def _from_rank(device: torch.device) -> dict[str, Any]:

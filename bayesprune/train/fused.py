@@ -163,16 +163,18 @@ def _add_small(targets: Sequence[KLTerm], weight: float, scale: Tensor | None) -
     pairs = [(p.grad, term) for p, term in zip(parts, split_like(terms, parts), strict=True) if p.grad is not None]
     if pairs:
         gradients, of_parts = zip(*pairs, strict=True)
-        _add_scaled(gradients, foreach("mul", of_parts, weight) if scale is not None else of_parts, scale, weight)
+        _add_scaled(gradients, of_parts, scale, weight)
 
 
 def _add_scaled(
     gradients: Sequence[Tensor], terms: Sequence[Tensor], scale: Tensor | None, factor: float = 1.0
 ) -> None:
+    """Adds the terms times a factor, and times what a gradient scaler multiplied the loss by."""
     if scale is None:
         foreach("add_", gradients, terms, alpha=factor)
-    else:
-        foreach("add_", gradients, foreach("mul", terms, scale))
+        return
+    terms = terms if factor == 1.0 else foreach("mul", terms, factor)
+    foreach("add_", gradients, foreach("mul", terms, scale))
 
 
 def _goes_with_others(target: KLTerm) -> bool:

@@ -1,7 +1,7 @@
 """How many kernels a training step launches, over the deterministic step: a number that no machine changes.
 
     python tests/benchmarks/kernels.py                # what docs/benchmarks/kernels.json has not yet, and its page
-    python tests/benchmarks/kernels.py --only mlp --names --out /tmp/k.json   # prints which kernels a row adds
+    python tests/benchmarks/kernels.py --only mlp --names --out kernels.json   # prints which kernels a row adds
     python tests/benchmarks/kernels.py --table        # only the page
 
 One eager step of zero_grad, forward, loss, backward, the hook and AdamW (foreach, on both sides) is counted on a

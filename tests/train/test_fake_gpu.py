@@ -34,7 +34,6 @@ def gpu(monkeypatch):
     monkeypatch.setattr(noise, "can_repeat", lambda device: True)
     monkeypatch.setattr(noise, "draw_seed", lambda: 1)
     monkeypatch.setattr(noise, "_seeded", lambda device, seed: None)  # a generator of a GPU needs its driver
-    monkeypatch.setattr(noise, "_table_on", lambda device: torch.empty(noise._TABLE + noise.MAX_AT_ONCE, device=device))
     monkeypatch.setattr(masks, "_masked", weakref.WeakSet())  # layers of other tests have data
     caches = [bp.train.joined.spread, bp.train.joined._offsets]
     for cache in caches:
