@@ -171,7 +171,7 @@ def compress(
         ValueError: an option is out of range, a split is missing, or both target and tolerance are given.
         InfeasibleTargetError: the target cannot be reached; nothing was trained.
 
-    Example:
+    Examples:
         >>> import tempfile, torch, bayesprune as bp
         >>> from torch.utils.data import DataLoader, TensorDataset
         >>> examples = TensorDataset(torch.randn(64, 8), torch.randint(3, (64,)))

@@ -73,7 +73,7 @@ def quantize(
             as it was then.
         StorageError: bytes are asked for, and `constriction` is missing.
 
-    Example:
+    Examples:
         >>> import torch, bayesprune as bp
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
         >>> data = [(torch.randn(64, 8), torch.randint(3, (64,)))]

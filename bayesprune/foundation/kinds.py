@@ -29,7 +29,7 @@ class LayerKind:
         num_stacked: Leading dimensions of the weight that number layers of their own, such as experts.
         is_matrix: Whether outputs are products of inputs and weights, as those of linear layers and convolutions.
 
-    Example:
+    Examples:
         >>> import torch
         >>> kind = kind_of(torch.nn.ConvTranspose2d(4, 6, 3, groups=2))
         >>> kind.name, kind.output_dim, kind.sizes((4, 3, 3, 3)), kind.feature_dim

@@ -215,7 +215,7 @@ def layers_called(model: nn.Module) -> Iterator[None]:
 
     So hooks on the layer run, and what looks at the layers of a model sees it at work.
 
-    Example:
+    Examples:
         >>> import torch
         >>> net = torch.nn.Sequential(torch.nn.Linear(3, 2))
         >>> seen = []

@@ -50,7 +50,7 @@ class Target:
         Raises:
             ValueError: it is not in the grammar, none of these kinds, or its number is out of range.
 
-        Example:
+        Examples:
             >>> Target.parse("weights=0.2", ("weights", "N:M"), "prune_weights")
             Target(kind='weights', value=0.2, pattern=None)
         """

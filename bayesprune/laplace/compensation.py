@@ -63,7 +63,7 @@ def compensate(
     Raises:
         ValueError: there is no batch.
 
-    Example:
+    Examples:
         >>> import functools, torch, torch_pruning as tp, bayesprune as bp
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> model = bp.to_variational(model)

@@ -44,7 +44,7 @@ def conditional_mean(mean: Tensor, precision: Tensor, keep: Tensor) -> Tensor:
         precision: Precision between the columns, (C, C), positive definite; its scale does not matter.
         keep: False where the weight is zero, (R, C).
 
-    Example:
+    Examples:
         >>> import torch
         >>> precision = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
         >>> conditional_mean(torch.tensor([[1.0, 1.0]]), precision, torch.tensor([[True, False]]))
@@ -77,7 +77,7 @@ def condition_on_zeros(model: nn.Module, posterior: KroneckerPosterior, *, dampi
         ValueError: the weights that are left are not the posterior's means, because of training since.
         torch.linalg.LinAlgError: at damping=0, where A is singular.
 
-    Example:
+    Examples:
         >>> import torch, bayesprune as bp
         >>> model = bp.to_variational(torch.nn.Linear(8, 3))
         >>> batches = [(torch.randn(32, 8), torch.randint(3, (32,)))]

@@ -61,7 +61,7 @@ def fit_laplace(
         ValueError: there is no batch, or no variational layer.
         UnsupportedModelError: the prior has no precision, or layers do not take examples along the first dimension.
 
-    Example:
+    Examples:
         >>> import torch, bayesprune as bp
         >>> model = bp.to_variational(torch.nn.Linear(4, 3))
         >>> batches = [(torch.randn(32, 4), torch.randint(3, (32,)))]

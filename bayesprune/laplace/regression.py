@@ -134,7 +134,7 @@ def best_support(mean: Tensor, precision: Tensor, select: Select, *, num_steps: 
         select: The rule. It removes more and more over the first three quarters of the steps.
         num_steps: Steps. Twenty come within a few percent of what more reach.
 
-    Example:
+    Examples:
         >>> import torch
         >>> precision = torch.diag(torch.tensor([1.0, 1.0, 0.1]))[None]
         >>> two = lambda scores, way: scores >= scores.topk(2).values[..., -1:]

@@ -41,7 +41,7 @@ class RunningLaplace:
         decay: Of the moving average, by optimizer step; 0.98 looks back some 50 steps.
         prior: A `priors.Gaussian`, whose precision is added; None is `Gaussian("layer_rms")`, of the present weights.
 
-    Example:
+    Examples:
         >>> import torch, bayesprune as bp
         >>> model = bp.to_variational(torch.nn.Linear(4, 3), estimator="mean")
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

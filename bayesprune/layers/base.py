@@ -304,7 +304,7 @@ def register_layer(stock_type: type[nn.Module]) -> Callable[[_Layer], _Layer]:
     derives from no layer of torch says how its weight is laid out: `layer_kind = LayerKind("mine", output_dim=1,
     input_dim=0)` for a linear layer of weight (I, O). Without it, it is trained, but not looked into.
 
-    Example:
+    Examples:
         >>> class Scaled(nn.Linear):
         ...     def forward(self, x):
         ...         return 2 * super().forward(x)

@@ -21,7 +21,7 @@ def register_rule(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
     The rule is called with the arguments of the function, some of them `Moments`, and returns its result; `parts`
     takes an argument apart. A later registration replaces an earlier one.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from bayesprune.moments import Moments, parts, register_rule
         >>> @register_rule(torch.flipud)

@@ -49,7 +49,7 @@ def sampled(
     Yields:
         The names of the modules, the outermost of nested ones.
 
-    Example:
+    Examples:
         >>> import warnings
         >>> import torch
         >>> import bayesprune as bp

@@ -54,7 +54,7 @@ def is_low_rank() -> bool:
 def settings(**changes: Any) -> Iterator[Settings]:
     """Inside, moments are propagated with these attributes of `Settings` changed.
 
-    Example:
+    Examples:
         >>> import bayesprune as bp
         >>> with bp.moments.settings(covariance="diagonal", taylor=True) as chosen:
         ...     chosen.num_nodes

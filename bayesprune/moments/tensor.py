@@ -26,7 +26,7 @@ from bayesprune.moments.registry import find_rule, following
 class Moments(Tensor):
     """A tensor known by mean and variance, diagonal but for what `shared` says.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from bayesprune.moments import Moments
         >>> x = Moments(torch.tensor([1.0, -3.0]), torch.tensor([0.25, 0.25]))

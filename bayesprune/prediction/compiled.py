@@ -33,7 +33,7 @@ def compile_moments(model: nn.Module, **options: Any) -> Callable[..., Any]:
         model: A variational model, not wrapped for distributed training.
         **options: What `torch.compile` takes: backend, mode, ...
 
-    Example:
+    Examples:
         >>> import torch
         >>> import bayesprune as bp
         >>> model = bp.to_variational(torch.nn.Linear(3, 2))

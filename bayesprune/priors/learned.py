@@ -70,7 +70,7 @@ class ARD(_Learned):
             layers that lose weights with it. A weight then has the std of its layer at the start, times the scale of
             the unit that it belongs to, times that of the unit that it reads.
 
-    Example:
+    Examples:
         >>> import torch, bayesprune as bp
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> model = bp.to_variational(model)

@@ -103,7 +103,7 @@ def freeze_batch_norm(model: nn.Module) -> FrozenStatistics:
     Returns:
         What ends it by `remove()`, or as a context manager.
 
-    Example:
+    Examples:
         >>> import torch, bayesprune as bp
         >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4)).train()
         >>> with bp.prune.freeze_batch_norm(model):

@@ -44,7 +44,7 @@ def follow_stds() -> bool:
 
     Where the installed torch-pruning does not work as expected, a warning says so and the answer is False.
 
-    Example:
+    Examples:
         >>> import torch, torch_pruning as tp, bayesprune as bp
         >>> layer = bp.to_variational(torch.nn.Linear(4, 8))
         >>> bp.prune.follow_stds()

@@ -28,7 +28,7 @@ class Positions(Mapping[int, Sequence[int]]):
         roots: Root channels, one for each position.
         places: The positions, in the same order.
 
-    Example:
+    Examples:
         >>> fused = Positions.by_root({0: [0, 4], 1: [1, 5]})
         >>> fused[1], fused.of(torch.tensor([1, 0])).tolist()
         ([1, 5], [1, 5, 0, 4])

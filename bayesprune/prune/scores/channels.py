@@ -91,7 +91,7 @@ class SNRImportance(Criterion):
             that were trained, 0.5 for those of `laplace.RunningLaplace`.
         reduction: "sum" is what removing the channel costs; "mean" divides by the number of weights.
 
-    Example:
+    Examples:
         >>> import torch, torch_pruning as tp, bayesprune as bp
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> model = bp.to_variational(model)

@@ -40,7 +40,7 @@ class UnitSNRImportance(Criterion):
         model: The model that the posterior was fitted to.
         posterior: What `fit_kronecker` returned for it. Its loss says what the cost is of.
 
-    Example:
+    Examples:
         >>> import torch, bayesprune as bp
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> model = bp.to_variational(model)

@@ -56,7 +56,7 @@ def discover_mask(
     Raises:
         ValueError: a number is out of range, or `rewind` is the live state, or one of another model.
 
-    Example:
+    Examples:
         >>> import torch, bayesprune as bp
         >>> model = bp.to_variational(torch.nn.Linear(8, 3))
         >>> batches = [(torch.randn(32, 8), torch.randint(3, (32,)))]

@@ -71,7 +71,7 @@ def within_caps(counts: Sequence[int], caps: Sequence[int]) -> list[int]:
     Raises:
         InfeasibleTargetError: the others cannot pay for it.
 
-    Example:
+    Examples:
         >>> within_caps([9, 50, 0], [4, 90, 100])
         [4, 55, 0]
     """

@@ -96,7 +96,7 @@ def prune_one_shot(
         torch.linalg.LinAlgError: at damping=0, where the inputs of a layer without a bias or a batch norm are linearly
             dependent. Nothing was changed.
 
-    Example:
+    Examples:
         >>> import torch, bayesprune as bp
         >>> model = bp.to_variational(torch.nn.Linear(8, 3))
         >>> report = bp.prune_one_shot(model, [torch.randn(32, 8)], "2:4")
@@ -295,7 +295,7 @@ def divide(
         costs: What each costs at the two `levels`; what is not positive counts as a thousandth of the mean.
         least: What each has lost already.
 
-    Example:
+    Examples:
         >>> [round(share, 2) for share in divide(0.5, [100, 100], [(0.01, 0.04), (0.02, 0.08)], [0, 0])]
         [0.55, 0.45]
     """

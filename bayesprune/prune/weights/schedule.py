@@ -47,7 +47,7 @@ def shares(target: str, num_rounds: int, *, ramp: Ramp = "cubic") -> tuple[str, 
     Raises:
         ValueError: a number is out of range, or there is no such ramp.
 
-    Example:
+    Examples:
         >>> shares("weights=0.125", 3, ramp="geometric")
         ('weights=0.5', 'weights=0.25', 'weights=0.125')
     """
