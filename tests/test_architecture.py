@@ -34,6 +34,7 @@ ROOMS = (
     "gates",
     "storage",
     "bits",
+    "elastic",
     "reports",
     "evi",
     "hosts",
