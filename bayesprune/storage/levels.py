@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bayesprune.errors import StorageError
 from bayesprune.foundation.target import Target
+from bayesprune.storage.parsing import inflated
 from bayesprune.storage.spec import ModelRecord, Shape
 from bayesprune.storage.values import decode, encode, is_encoded
 
@@ -56,18 +57,14 @@ class LevelRecord:
     """What a saved directory says of a level.
 
     Attributes:
-        target: Its name.
-        num_bytes: What its tensors take in a file of their own, coded if the directory is.
         attributes: Those that differ from the saved model's, by module.
         kept: By tensor and dimension the number of a set of positions, None for all of them.
         zeroed: By tensor how many of the levels that have zeros in it have fewer zeros.
         own: By tensor dtype and shape of the level's own values, in the order in which they are stored.
-        added: Tensors whose own values are added to what is kept of the saved ones.
+        added: Tensors of which the file holds what is added to the kept positions of the saved ones.
         computed: Names of its buffers outside the state dict that are saved all the same.
     """
 
-    target: str
-    num_bytes: int
     attributes: dict[str, dict[str, Any]]
     kept: dict[str, list[int | None]]
     zeroed: dict[str, int]
@@ -85,30 +82,24 @@ class LevelRecord:
             "added": list(self.added),
             "computed": list(self.computed),
         }
-        return {"target": self.target, "bytes": self.num_bytes} | {k: v for k, v in fields.items() if v}
+        return {k: v for k, v in fields.items() if v}
 
     @classmethod
     def from_json(cls, value: Any, where: str) -> "LevelRecord":
         """The record of a file's JSON value.
 
         Raises:
-            StorageError: a field is missing or not as `to_json` writes it; `where` says in which file.
+            StorageError: a field is not as `to_json` writes it; `where` says in which file.
         """
-        value = value if isinstance(value, dict) else {}
-        empty: dict[str, Any] = {"attributes": {}, "kept": {}, "zeroed": {}, "own": {}}
-        parts = {key: value.get(key, default) for key, default in empty.items()}
-        names = {key: value.get(key, []) for key in ("added", "computed")}
+        found = value if isinstance(value, dict) else {"attributes": value}
+        parts = {key: found.get(key, {}) for key in ("attributes", "kept", "zeroed", "own")}
+        names = {key: found.get(key, []) for key in ("added", "computed")}
         checks = {"attributes": _is_attributes, "kept": _is_kept, "zeroed": _is_count, "own": _is_own}
-        if (
-            not isinstance(value.get("target"), str)
-            or not _is_count(value.get("bytes"))
-            or not all(isinstance(part, dict) and all(map(checks[key], part.values())) for key, part in parts.items())
-            or not all(isinstance(part, list) and all(isinstance(n, str) for n in part) for part in names.values())
+        if not all(isinstance(part, dict) and all(map(checks[key], part.values())) for key, part in parts.items()) or (
+            not all(isinstance(part, list) and all(isinstance(n, str) for n in part) for part in names.values())
         ):
             raise StorageError(f"{where} describes a level that cannot be read. The file is damaged.")
         return cls(
-            target=value["target"],
-            num_bytes=value["bytes"],
             attributes={name: {k: decode(v) for k, v in a.items()} for name, a in parts["attributes"].items()},
             kept=parts["kept"],
             zeroed=parts["zeroed"],
@@ -120,19 +111,19 @@ class LevelRecord:
 
 @dataclass(frozen=True)
 class Levels:
-    """What a saved directory says of its levels.
+    """Which levels a saved directory has, and their sizes: what their tensors take in files of their own.
 
     Attributes:
-        num_bytes: What the tensors of the saved model itself take.
-        levels: In the order in which they were saved.
+        num_bytes: Of the saved model itself.
+        sizes: Of the levels by name, in the order in which they were saved.
     """
 
-    num_bytes: int
-    levels: tuple[LevelRecord, ...]
+    num_bytes: int = 0
+    sizes: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values."""
-        return {"bytes": self.num_bytes, "levels": [level.to_json() for level in self.levels]}
+        return {"bytes": self.num_bytes, "levels": self.sizes}
 
     @classmethod
     def from_json(cls, value: Any, where: str) -> "Levels":
@@ -142,11 +133,12 @@ class Levels:
             StorageError: it is not as `to_json` writes it; `where` says in which file.
         """
         if value is None:
-            return cls(0, ())
+            return cls()
         found = value if isinstance(value, dict) else {}
-        if not _is_count(found.get("bytes")) or not isinstance(found.get("levels"), list):
+        size, sizes = found.get("bytes"), found.get("levels")
+        if type(size) is not int or size < 0 or not isinstance(sizes, dict) or not all(map(_is_count, sizes.values())):
             raise StorageError(f"{where} has levels that cannot be read. The file is damaged.")
-        return cls(found["bytes"], tuple(LevelRecord.from_json(level, where) for level in found["levels"]))
+        return cls(size, sizes)
 
     def number_of(self, target: str, where: str) -> int | None:
         """The number of the level that a target names; None for the saved model itself.
@@ -160,17 +152,21 @@ class Levels:
             StorageError: there is no such level.
         """
         wanted = Target.parse(target, (*KINDS, "bytes"), "load")
-        there = ", ".join(f"{level.target} ({level.num_bytes:,} bytes)" for level in self.levels) or "none"
+        there = ", ".join(f"{name} ({size:,} bytes)" for name, size in self.sizes.items()) or "none"
         if wanted.kind == "bytes":
-            sizes = {None: self.num_bytes} | {number: level.num_bytes for number, level in enumerate(self.levels)}
-            fitting = {number: its for number, its in sizes.items() if its <= wanted.value} if self.levels else {}
+            sizes = {None: self.num_bytes} | dict(enumerate(self.sizes.values())) if self.sizes else {}
+            fitting = {number: size for number, size in sizes.items() if size <= wanted.value}
             if fitting:
                 return max(fitting, key=fitting.__getitem__)
             raise StorageError(f"{where} has no level of at most {wanted.value:,.0f} bytes; its levels are: {there}.")
-        found = [number for number, level in enumerate(self.levels) if level.target == str(wanted)]
-        if not found:
+        if str(wanted) not in self.sizes:
             raise StorageError(f"{where} has no level {str(wanted)!r}; its levels are: {there}.")
-        return found[0]
+        return list(self.sizes).index(str(wanted))
+
+
+def record_name(number: int) -> str:
+    """The tensor of bytes that holds what is recorded of a level; JSON, deflated."""
+    return f"record.{number}"
 
 
 def ranks_name(name: str) -> str:
@@ -183,9 +179,28 @@ def own_name(number: int, dtype: str) -> str:
     return f"own.{number}.{dtype}"
 
 
+def moved_name(number: int, name: str) -> str:
+    """The tensor that is added to the kept positions of another in a level."""
+    return f"moved.{number}.{name}"
+
+
+def record_of(file: Mapping[str, Tensor], number: int) -> LevelRecord:
+    """What a file records of a level.
+
+    Raises:
+        StorageError: it records nothing that can be read.
+    """
+    found = file.get(record_name(number))
+    if found is None or found.dtype != torch.uint8 or found.dim() != 1:
+        raise StorageError(f"{LEVELS} holds no {record_name(number)!r}. It was damaged or changed: save again.")
+    where = f"{record_name(number)!r} in {LEVELS}"
+    return LevelRecord.from_json(inflated(found.numpy().tobytes(), where), where)
+
+
 def tensor_names(level: LevelRecord, number: int) -> set[str]:
     """The tensors of the file that a level needs."""
     names = {own_name(number, dtype) for dtype, _ in level.own.values()} | set(map(ranks_name, level.zeroed))
+    names |= {moved_name(number, name) for name in level.added}
     return names | ({POSITIONS, SIZES} if level.kept else set())
 
 
@@ -208,7 +223,7 @@ def smaller(
         found = _tensors(spec, tensors, level, number, file)
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise StorageError(
-            f"{LEVELS} does not hold what is recorded of the level {level.target!r} ({type(error).__name__}: {error}). "
+            f"{LEVELS} does not hold what it records of level {number} ({type(error).__name__}: {error}). "
             "It was damaged or changed: copy it anew from its source, or save again."
         ) from error
     attributes = {name: dict(values) for name, values in spec.attributes.items()}
@@ -227,7 +242,7 @@ def _tensors(
     own = dict(_split(level, number, file))
     found: dict[str, Tensor] = {}
     for name in names:
-        if name in own and name not in level.added:
+        if name in own:
             found[name] = own[name]
             continue
         dims = [None if its is None else sets[its] for its in level.kept.get(name, ())]
@@ -235,9 +250,10 @@ def _tensors(
         if name in level.zeroed:
             found[name] = zeroed(found[name], file[ranks_name(name)], level.zeroed[name])
         if name in level.added:
-            if own[name].shape != found[name].shape:
-                raise ValueError(f"{name} has shape {tuple(found[name].shape)}, what moves it {tuple(own[name].shape)}")
-            found[name] = found[name] + own[name]
+            moved = file[moved_name(number, name)]
+            if (moved.shape, moved.dtype) != (found[name].shape, found[name].dtype):
+                raise ValueError(f"{name} is {_described(found[name])}, what moves it {_described(moved)}")
+            found[name] = found[name] + moved
     return found
 
 
@@ -299,6 +315,10 @@ def zeroed(tensor: Tensor, ranks: Tensor, place: int) -> Tensor:
     found = tensor.flatten().clone()
     found[nonzero.nonzero()[:, 0][counts <= place]] = 0
     return found.view_as(tensor)
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{tensor.dtype} of shape {tuple(tensor.shape)}"
 
 
 def _is_count(value: Any) -> bool:

@@ -11,7 +11,7 @@ from bayesprune.errors import StorageError
 from bayesprune.storage import base as bases
 from bayesprune.storage.base import BaseModel
 from bayesprune.storage.digests import check_json, check_seal
-from bayesprune.storage.levels import LEVELS, Levels, smaller, tensor_names
+from bayesprune.storage.levels import LEVELS, Levels, record_name, record_of, smaller, tensor_names
 from bayesprune.storage.reading import (
     FORMAT_VERSION,
     RECORD,
@@ -105,8 +105,10 @@ def _at_level(saved: Saved, directory: Path, level: str) -> Saved:
     number = saved.levels.number_of(level, str(directory))
     if number is None:
         return saved
-    record = saved.levels.levels[number]
-    file, header = read_tensors(directory / LEVELS, tensor_names(record, number))
+    file, header = read_tensors(directory / LEVELS, {record_name(number)})
+    record = record_of(file, number)
+    if missing := tensor_names(record, number) - file.keys():  # none of a coded file, which is read whole
+        file |= read_tensors(directory / LEVELS, missing)[0]
     check_same_save(str(directory / LEVELS), header.get("save_id"), str(directory / RECORD), saved.save_id)
     spec, tensors = smaller(saved.spec, saved.tensors, record, number, file)
     return replace(saved, spec=spec, tensors=tensors)

@@ -16,10 +16,13 @@ from bayesprune.storage.levels import (
     LevelRecord,
     Levels,
     gathered,
+    moved_name,
     own_name,
     ranks,
     ranks_name,
+    record_name,
 )
+from bayesprune.storage.parsing import deflated
 from bayesprune.storage.spec import ModelRecord, describe_model, unsaved_buffers
 
 
@@ -87,52 +90,54 @@ def packed(
             zeroed[number][name] = place
         if chain:
             file[ranks_name(name)] = ranks(tensor, [levels[number].tensors[name] for number in chain])
-    records = []
+    sizes: dict[str, int] = {}
     for number, its in enumerate(levels):
-        record, own = _record(tensors, its, zeroed[number], sets)
+        record, own, moved = _record(tensors, its, zeroed[number], sets)
         for dtype in dict.fromkeys(value.dtype for value in own.values()):
             same = [value.flatten() for value in own.values() if value.dtype == dtype]
             file[own_name(number, _word(dtype))] = torch.cat(same)
-        records.append(replace(record, num_bytes=_size(its.tensors, coded=coded)))
+        file |= {moved_name(number, name): value for name, value in moved.items()}
+        file[record_name(number)] = torch.frombuffer(bytearray(deflated(record.to_json())), dtype=torch.uint8)
+        sizes[str(Target.parse(its.level.target, KINDS, "save"))] = _size(its.tensors, coded=coded)
     if sets:
         file[POSITIONS] = torch.tensor([place for found in sets for place in found], dtype=torch.int32)
         file[SIZES] = torch.tensor([len(found) for found in sets], dtype=torch.int32)
-    return Levels(_size(tensors, coded=coded), tuple(records)), file
+    return Levels(_size(tensors, coded=coded), sizes), file
 
 
 def _record(
     tensors: Mapping[str, Tensor], described: Described, zeroed: dict[str, int], sets: dict[tuple[int, ...], int]
-) -> tuple[LevelRecord, dict[str, Tensor]]:
-    """What is recorded of a level, its size apart, and its own values; new sets of positions get numbers."""
-    level, kept, own, added = described.level, {}, {}, []
+) -> tuple[LevelRecord, dict[str, Tensor], dict[str, Tensor]]:
+    """What is recorded of a level, its own values, and what others are moved by; new sets of positions get numbers."""
+    level = described.level
+    kept: dict[str, list[int | None]] = {}
+    own: dict[str, Tensor] = {}
+    added: dict[str, Tensor] = {}
     for name, value in described.tensors.items():
         if name in zeroed:
             continue
         dims = level.kept.get(name, ())
-        if name not in tensors:
-            own[name] = value
-            continue
-        part = gathered(tensors[name], dims)
-        if not _equal(part, value):
+        part = gathered(tensors[name], dims) if name in tensors else None
+        if part is None or not _equal(part, value):
             moved = level.moved.get(name)
-            if moved is None or not _equal(part + moved.to("cpu"), value):
+            if part is None or moved is None or not _equal(part + moved.to("cpu"), value):
                 own[name] = value
                 continue
-            own[name] = moved.detach().to("cpu").contiguous()
-            added.append(name)
+            added[name] = moved.detach().to("cpu").contiguous()
         numbers = [None if its is None else sets.setdefault(tuple(its.tolist()), len(sets)) for its in dims]
-        if any(its is not None for its in numbers):
+        while numbers and numbers[-1] is None:
+            numbers.pop()
+        if numbers:
             kept[name] = numbers
-    return LevelRecord(
-        target=str(Target.parse(level.target, KINDS, "save")),
-        num_bytes=0,
+    record = LevelRecord(
         attributes=described.spec.attributes,
         kept=kept,
         zeroed=zeroed,
         own={name: (_word(value.dtype), tuple(value.shape)) for name, value in own.items()},
         added=tuple(added),
         computed=tuple(described.spec.computed),
-    ), own
+    )
+    return record, own, added
 
 
 def _chain(tensor: Tensor, smaller: Sequence[Tensor | None]) -> list[int]:

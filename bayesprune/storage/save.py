@@ -27,7 +27,7 @@ from bayesprune.storage import base as bases
 from bayesprune.storage.base import BaseModel
 from bayesprune.storage.digests import json_digest, sealed, tensor_digest
 from bayesprune.storage.files import json_writer, num_bytes, shard_writers, tensor_writer, write_together
-from bayesprune.storage.levels import LEVELS, Level, Levels, smaller
+from bayesprune.storage.levels import LEVELS, Level, Levels, record_of, smaller
 from bayesprune.storage.packing import Described, check_levels, level_spec, packed
 from bayesprune.storage.reading import FORMAT_VERSION, RECORD
 from bayesprune.storage.rebuild import difference, rebuild
@@ -188,14 +188,14 @@ def _packed_levels(
     specs = list(_specs(model, spec, levels))
     described = [Described(level, its, _tensors_to_write(level.model, its)) for level, its in specs]
     found, file = packed(tensors, described, coded=coded)
-    for number, (record, its) in enumerate(zip(found.levels, described, strict=True)):
-        again, values = smaller(spec, tensors, record, number, file)
+    for number, its in enumerate(described):
+        again, values = smaller(spec, tensors, record_of(file, number), number, file)
         rebuilt = rebuild(copy.deepcopy(model), again, values)
         other = [name for name, value in its.tensors.items() if not _is_same(values[name], value)]
         differ = None if example_inputs is None else outputs_differ(its.level.model, rebuilt, example_inputs)
         if other or differ:
             raise StorageError(
-                f"the level {record.target!r} does not come back from what would be saved: {differ or other[0]}. "
+                f"the level {its.level.target!r} does not come back from what would be saved: {differ or other[0]}. "
                 "Something that no file holds was changed in it. Nothing was written."
             )
     return found, file

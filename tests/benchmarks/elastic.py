@@ -42,14 +42,14 @@ def sizes(directory: Path) -> dict[str, int]:
 
 
 def load(directory: Path, target: str | None) -> tuple[nn.Module, float]:
-    """A level, and the seconds that it took: the median of five loads."""
+    """A level, and the seconds of a core that it took: the median of five loads."""
     seconds = []
     model: nn.Module = ResNet20()
     for _ in range(5):
         model = ResNet20()
-        start = time.perf_counter()
+        start = time.process_time()
         model = bp.load(directory, target, model=model)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     return model, round(statistics.median(seconds), 3)
 
 
@@ -109,7 +109,7 @@ class Bench:
             took = {"cpu_seconds": round(time.process_time() - start)}
         else:
             model, seconds = load(self.saved(way, seed, batches), target)
-            took = {"load_seconds": seconds}
+            took = {"load_cpu_seconds": seconds}
         return {"accuracy": accuracy(model, self.test), "params": sum(p.numel() for p in model.parameters())} | took
 
 

@@ -28,7 +28,12 @@ def _accuracies(rows: list[dict[str, Any]]) -> str:
     ways = list(dict.fromkeys(row["way"] for row in rows if "accuracy" in row and row["way"] != "dense"))
     targets = list(dict.fromkeys(row["target"] for row in rows if "accuracy" in row and row["way"] != "dense"))
     dense = [row["accuracy"] for row in rows if row["way"] == "dense"]
-    lines = ["## Accuracy", "", "| | " + " | ".join(ways) + " | seconds to load |", "|---|" + "---|" * (len(ways) + 1)]
+    lines = [
+        "## Accuracy",
+        "",
+        "| | " + " | ".join(ways) + " | CPU seconds to load |",
+        "|---|" + "---|" * (len(ways) + 1),
+    ]
     if dense:
         lines.append(f"| the model itself | {_mean(dense):.2f} |" + " |" * len(ways))
     gaps: dict[str, list[float]] = {way: [] for way in ways}
@@ -40,8 +45,8 @@ def _accuracies(rows: list[dict[str, Any]]) -> str:
             separate = _of(rows, "cut one by one", target, "accuracy")
             if found and separate:
                 gaps[way].append(_mean(separate) - _mean(found))
-        seconds = _of(rows, ways[0], target, "load_seconds")
-        lines.append(f"| {target} | " + " | ".join(cells) + f" | {_mean(seconds):.2f} |")
+        seconds = _of(rows, ways[0], target, "load_cpu_seconds")
+        lines.append(f"| {target} | " + " | ".join(cells) + f" | {f'{_mean(seconds):.2f}' if seconds else ''} |")
     shown = [f"{_mean(gap):.2f}" if gap else "" for gap in gaps.values()]
     lines.append("| mean gap to those cut one by one, points | " + " | ".join(shown) + " | |")
     return "\n".join(lines) + "\n"

@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 import bayesprune as bp
 from bayesprune.errors import StorageError
+from bayesprune.storage.files import tensor_writer
 from bayesprune.storage.levels import Level, gathered, ranks, zeroed
+from bayesprune.storage.parsing import deflated, inflated
+from bayesprune.storage.reading import read_tensors
 from tests.storage.sealing import rewrite
 
 KEPT = torch.tensor([1, 3, 4, 9])
@@ -76,7 +79,8 @@ def test_a_level_takes_what_it_does_not_share(saved):
     """Positions, three biases, and two bits for each weight that some levels keep and others do not."""
     directory, *_ = saved
     found = load_file(directory / "levels.safetensors")
-    assert {name: tensor.numel() for name, tensor in found.items()} == {
+    shares = {name: tensor.numel() for name, tensor in found.items() if not name.startswith("record")}
+    assert shares == {
         "positions": 4,
         "sizes": 1,
         "own.0.float32": 3,
@@ -161,20 +165,41 @@ def test_files_of_two_saves(saved, tmp_path_factory):
         bp.load(directory, "macs=0.5", model=net())
 
 
+def forge(directory: Path, change) -> None:
+    """Writes another record of the first level, with digests that fit."""
+    path = directory / "levels.safetensors"
+    tensors, header = read_tensors(path)
+    record = inflated(tensors["record.0"].numpy().tobytes(), "")
+    change(record)
+    tensors["record.0"] = torch.tensor(list(deflated(record)), dtype=torch.uint8)
+    tensor_writer(tensors, header)(path)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda level: level.__setitem__("kept", {"0.weight": [7]}), "does not hold what is recorded of the level"),
-        (lambda level: level.__setitem__("own", {"0.bias": ["float32", 2**40]}), "does not hold what is recorded"),
-        (lambda level: level.__setitem__("kept", {"0.weight": [-1]}), "describes a level that cannot be read"),
-        (lambda level: level.__setitem__("own", {"0.bias": ["float33", 4]}), "describes a level that cannot be read"),
-        (lambda level: level.pop("bytes"), "describes a level that cannot be read"),
+        (lambda level: level.update(kept={"0.weight": [7]}), "does not hold what it records of level 0"),
+        (lambda level: level.update(own={"0.bias": ["float32", 2**40]}), "does not hold what it records of level 0"),
+        (lambda level: level.update(added=["0.bias"]), "does not hold what it records of level 0"),
+        (lambda level: level.update(kept={"0.weight": [-1]}), "describes a level that cannot be read"),
+        (lambda level: level.update(own={"0.bias": ["float33", 4]}), "describes a level that cannot be read"),
+        (lambda level: level.update(attributes=[]), "describes a level that cannot be read"),
     ],
 )
 def test_records_that_fit_nothing(saved, change, said):
     directory, *_ = saved
-    rewrite(directory / "bayesprune.json", lambda record: change(record["levels"]["levels"][0]))
+    forge(directory, lambda level: None)
+    assert bp.load(directory, "macs=0.5", model=net())[0].out_features == 4
+    forge(directory, change)
     with pytest.raises(StorageError, match=said):
+        bp.load(directory, "macs=0.5", model=net())
+
+
+@pytest.mark.parametrize("levels", [[], {"bytes": 1}, {"bytes": 1, "levels": {"macs=0.5": "1"}}, {"levels": {}}])
+def test_lists_of_levels_that_cannot_be_read(saved, levels):
+    directory, *_ = saved
+    rewrite(directory / "bayesprune.json", lambda record: record.update(levels=levels))
+    with pytest.raises(StorageError, match=r"bayesprune\.json has levels that cannot be read"):
         bp.load(directory, "macs=0.5", model=net())
 
 
