@@ -49,11 +49,13 @@ FLOOR_OF = {room: floor for floor, room in enumerate(ROOMS)}
 ALLOWED = {
     "constriction": ("storage/coding/",),
     "matplotlib": ("reports/",),
+    "onnx": ("bits/int8.py",),
     "rich.live": ("app/",),
     "rich.progress": ("app/",),
     "sklearn": ("app/data/images.py",),
     "timm": ("hosts/timm/", "app/data/images.py"),
     "torch_pruning": ("prune/",),
+    "torchao": ("bits/int8.py",),
     "torchvision": (),
     "transformers": ("hosts/transformers/", "app/"),
     "typer": ("app/",),

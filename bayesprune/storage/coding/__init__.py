@@ -16,10 +16,20 @@ from torch import Tensor
 
 from bayesprune.errors import StorageError
 from bayesprune.storage.coding.stream import SymbolReader, SymbolWriter, require_coding
-from bayesprune.storage.coding.tensors import DTYPES, entropy_bits, read_tensor, write_tensor
+from bayesprune.storage.coding.tensors import DTYPES, as_integers, entropy_bits, read_tensor, write_tensor
 from bayesprune.storage.parsing import deflated, inflated
 
-__all__ = ["CODED", "HEADER", "decoded", "encoded", "entropy_bits", "is_coded", "outline", "require_coding"]
+__all__ = [
+    "CODED",
+    "HEADER",
+    "as_integers",
+    "decoded",
+    "encoded",
+    "entropy_bits",
+    "is_coded",
+    "outline",
+    "require_coding",
+]
 
 CODED = "bayesprune.coded"
 HEADER = {"coding": "entropy-1"}
