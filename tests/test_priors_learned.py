@@ -18,7 +18,7 @@ from bayesprune.foundation.kinds import TRANSPOSED_LINEAR
 from bayesprune.layers import VariationalLayer, base
 from bayesprune.priors import ARD, Binding, DependencyGroup, Gaussian, Horseshoe, Member
 from bayesprune.prune import dependency_groups
-from bayesprune.train.gates import sum_kl
+from bayesprune.train.complexity import sum_kl
 from bayesprune.train.kl import bind_prior, refresh_scales
 from tests.cases import LAYERS, Tied
 from tests.oracles import gaussian_kl

@@ -6,8 +6,8 @@ and is not a target of its own.
 
 from torch import Tensor, nn
 
-from bayesprune.layers import GateOptions, named_gates, named_posteriors, variational_layers
-from bayesprune.layers.gates import WeightGate, gated, keep_slow_path
+from bayesprune.gates.gate import GateOptions, WeightGate, gated, keep_slow_path, named_gates
+from bayesprune.layers import named_posteriors, variational_layers
 
 
 def add_weight_gates(

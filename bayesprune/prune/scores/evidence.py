@@ -19,6 +19,8 @@ It takes the posterior at its word, so it means nothing
 - with a prior that is centred on the trained weights or improper. These and the last are refused.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch_pruning.dependency import Group
@@ -54,7 +56,7 @@ class EvidenceImportance(Criterion):
     Deterministic layers of a group contribute nothing; a group without any variational layer gets None.
 
     It means nothing before training, with a temperature below 1, or with another prior than that of the training; see
-    `evidence`. Constructing it makes stds and masks follow their means through torch-pruning from then on.
+    `evidence`.
 
     Args:
         prior: The prior of the training; None is `priors.Gaussian("layer_rms")`, of the weights at scoring time.
@@ -62,6 +64,8 @@ class EvidenceImportance(Criterion):
     Raises:
         ValueError: the prior allows no such comparison.
     """
+
+    target_kind: ClassVar[str | None] = "evidence"
 
     def __init__(self, prior: Prior | None = None) -> None:
         self.prior = _checked_for_channels(prior)

@@ -9,11 +9,10 @@ A channel's gate multiplies the input of every layer that reads the channel, beh
 closed gate is exactly a channel that was removed. A weight's gate multiplies mean and std.
 """
 
-import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +21,10 @@ from torch.utils.hooks import RemovableHandle
 
 from bayesprune.estimators import Gaussian, Posterior, as_gaussian
 from bayesprune.foundation import noise
+from bayesprune.layers.auxiliary import Auxiliary
 from bayesprune.layers.structures import not_narrowed
 
 CHANNEL_GATE = "channel_gate"
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
 
 
 @dataclass(frozen=True)
@@ -58,19 +56,14 @@ class GateOptions:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected a positive number.")
 
 
-class Gate(nn.Module):
-    """Independent Bernoulli posteriors, by their logits (float32 whatever the model's dtype).
-
-    Attributes:
-        passes: Whether it lets everything through for the time being.
-    """
+class Gate(Auxiliary):
+    """Independent Bernoulli posteriors, by their logits (float32 whatever the model's dtype)."""
 
     def __init__(self, shape: tuple[int, ...], options: GateOptions, device: torch.device) -> None:
         super().__init__()
         initial = math.log(options.initial_inclusion / (1 - options.initial_inclusion))
         self.logits = nn.Parameter(torch.full(shape, initial, dtype=torch.float32, device=device))
         self.prior_inclusion, self.temperature, self.lr = options.prior_inclusion, options.temperature, options.lr
-        self.passes = False
 
     @property
     def probabilities(self) -> Tensor:
@@ -270,20 +263,6 @@ def gated(layer: nn.Module, name: str, posterior: Posterior) -> Posterior:
     return posterior if gate is None or gate.passes else gate(as_gaussian(posterior))
 
 
-def passing_gates(
-    function: Callable[Concatenate[nn.Module, _P], _R],
-) -> Callable[Concatenate[nn.Module, _P], _R]:
-    """The function of a model, during which its gates let everything through."""
-
-    @functools.wraps(function)
-    def run(model: nn.Module, *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        gates = [gate for _, gate in named_gates(model)]
-        for gate in gates:
-            gate.passes = True
-        try:
-            return function(model, *args, **kwargs)
-        finally:
-            for gate in gates:
-                gate.passes = False
-
-    return run
+def has_channel_gates(model: nn.Module) -> bool:
+    """Whether gates decide on channels of the model."""
+    return any(isinstance(gate, ChannelGate) for _, gate in named_gates(model))
