@@ -232,7 +232,7 @@ class Attachment:
         mark_with_kl(targets)
         self._complexity.add_gradients(self._trained, weight, scale)
         step_scaled(self._std_optimizer, scale, found_inf)
-        self._complexity.step(found_inf)
+        self._complexity.step(self._steps.at_most + 1, found_inf)
         self._statistics.update()
         if (costs := self._noise.take()) is not None:
             self._bound_noise(costs)
