@@ -333,7 +333,8 @@ class Attachment:
                 continue
             if has_draw or mean.grad is not None:
                 yield KLTerm(mean, parts, prior, self._complexity.keep(posterior))
-            if mean.grad is not None and not has_draw and parts[0].requires_grad:
+            is_drawn = posterior.layer.estimator != "mean"  # which the user chose
+            if mean.grad is not None and not has_draw and is_drawn and parts[0].requires_grad:
                 self._warn(
                     "noise",
                     posterior.name,

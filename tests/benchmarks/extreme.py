@@ -14,7 +14,6 @@ DATA holds MNIST/raw/*.gz and FashionMNIST/raw/*.gz; WORK keeps the dense networ
 import copy
 import statistics
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -207,9 +206,7 @@ class Benchmark:
         begin = time.perf_counter()
         torch.manual_seed(seed)
         make = {"gates": by_gates, "L1 mask": by_l1_mask}.get(way.method, by_score)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*does not come from a draw")
-            model = make(way, copy.deepcopy(start), data, task, level)
+        model = make(way, copy.deepcopy(start), data, task, level)
         found = {"error": error(model, data, task), **kept(model), "seconds": round(time.perf_counter() - begin)}
         write(self.out, SETTINGS, [*read(self.out, SETTINGS), key | found])
         print(time.strftime("%H:%M:%S"), key | found, flush=True)

@@ -1,6 +1,7 @@
 """Gates that are held to a target."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -124,6 +125,26 @@ def test_attach_needs_the_length_of_the_training():
     ):
         with pytest.raises(ValueError, match=complaint):
             gates.add_weight_gates(bp.to_variational(nn.Linear(4, 4)), wrong)
+
+
+def test_gates_alone_can_be_learned():
+    """The weights train at their means, without a word about stds that nothing draws with."""
+    torch.manual_seed(5)
+    model = bp.to_variational(nn.Linear(8, 3), estimator="mean")
+    gates.add_weight_gates(model, "weights=0.25")
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    bp.attach(optimizer, model, num_data=16, num_steps=5, temperature=0.0)
+    stds = model.weight_log_std.detach().clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(5):
+            optimizer.zero_grad()
+            first, again = (model.train()(torch.eye(8)) for _ in range(2))
+            assert torch.equal(first, again)
+            first.square().mean().backward()
+            optimizer.step()
+    assert torch.equal(model.weight_log_std, stds)
+    assert model.weight_gate.is_open.sum() == 6
 
 
 def test_weights_behind_closed_gates_have_no_kl():
