@@ -37,8 +37,8 @@ ROOMS = (
     "hosts",
     "hosts/timm",
     "hosts/transformers",
-    "app",
     "gates",
+    "app",
     "evi",
     "__main__",
 )
