@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from bayesprune import gates
 from bayesprune.app.data import Loaders
 from bayesprune.app.tasks.task import LoggedProgress, Progress, Task, Training
 from bayesprune.bits import quantize
@@ -63,6 +64,7 @@ class Recipe:
         coding: "entropy" saves the result in as few bytes as it has entropy.
         levels: Targets of smaller versions that are saved beside the result, as fractions of it.
         by: What the search counts: "macs", and removes channels and heads, or "weights". A target says it itself.
+        gates: Whether gates held to the target choose the single weights, in place of stds that are learned first.
     """
 
     target: str | None
@@ -80,6 +82,7 @@ class Recipe:
     bits: int | None = None
     coding: Literal["entropy"] | None = None
     levels: tuple[str, ...] = ()
+    gates: bool = False
 
     def __post_init__(self) -> None:
         """Refuses now what would be refused after minutes of training."""
@@ -92,6 +95,8 @@ class Recipe:
             Target.parse(level, LEVEL_KINDS, "levels", is_partial=True)
         if self.tolerance is not None and self.tolerance < 0:
             raise ValueError(f"tolerance is {self.tolerance!r}; expected the largest accepted loss, 0 or more.")
+        if self.gates and (self.target is None or not self.removes_weights):
+            raise ValueError("gates choose single weights for a target; give one, such as weights=0.01.")
         if not self.removes_weights:
             checked_target(self.goal, None, self.granularity, self.uniform, 1)
         elif self.uniform:
@@ -116,7 +121,7 @@ class Recipe:
     @property
     def learns_stds(self) -> bool:
         """Whether stds say what goes, so that they have to be learned first."""
-        return self.goal.kind not in ("macs", "params")
+        return self.goal.kind not in ("macs", "params") and not self.gates
 
     @property
     def num_stages(self) -> int:
@@ -170,9 +175,9 @@ def compress(
         lr: Its highest learning rate, of AdamW and one cycle.
         metric: `reports.ACCURACY`, or `reports.PERPLEXITY` of a causal language model.
         **options: Further fields of the recipe: `granularity`, `uniform`, `distill`, `std`, `estimator`,
-            `relative_std`, `by`; `bits` rounds the weights at the end (`quantize`), `coding="entropy"` saves them in
-            fewer bytes, and `levels=("macs=0.7", "macs=0.4")` saves smaller versions beside them, as fractions of the
-            result.
+            `relative_std`, `by`; `gates=True` lets gates choose single weights; `bits` rounds the weights at the end
+            (`quantize`), `coding="entropy"` saves them in fewer bytes, and `levels=("macs=0.7",)` saves smaller
+            versions beside them, as fractions of the result.
 
     Raises:
         ValueError: an option is out of range, a split is missing, or both target and tolerance are given.
@@ -256,6 +261,11 @@ def run(
     progress.say(f"layers: {conversion_table(model).summary()}")
     if recipe.target is None:
         model = _smallest(model, task, recipe, progress, reference, validate, distill)
+    elif recipe.gates:
+        gates.add_weight_gates(model, recipe.goal)
+        task.train(model, progress, Training(recipe.num_epochs, recipe.lr, learn_stds=True))
+        gates.close(model)
+        validate(model, "removed")
     elif recipe.removes_weights:
         task.train(model, progress, Training(recipe.num_epochs, recipe.lr, learn_stds=True, target=recipe.goal))
         validate(model, "removed")
@@ -288,7 +298,7 @@ def run(
     if not task.is_main:
         return Compressed(model, None)
     progress.stage("Save and report")
-    smaller = _levels(model, task, recipe, progress)
+    smaller = _levels(model, task, recipe, progress) if recipe.levels else []
     points = [{"nonzero_parameters": p.nonzero_parameters, task.metric.name: p.accuracy} for p in history]
     said = [{"label": p.label, **point} for p, point in zip(history, points, strict=True)]
     is_rebuilt = describe(model, None) is not None  # and its outputs can be compared with those of what is written
@@ -314,8 +324,6 @@ def run(
 
 def _levels(model: nn.Module, task: Task, recipe: Recipe, progress: Progress) -> list[Level]:
     """Smaller versions of the result, each with its score."""
-    if not recipe.levels:
-        return []
     found = levels(model, _example(model, task), recipe.levels, data=task.calibration, granularity=recipe.granularity)
     for level in found:
         progress.say(f"level {level.target}: validation {task.metric.shown(task.score(level.model, 'validation'))}")

@@ -282,7 +282,7 @@ def test_attached_before_or_after_the_checkpoint_is_loaded(gated):
     after.attach(optimizers[2], num_steps=4, num_data=NUM_DATA)
     assert_equal(after.get_checkpoint_state(), saved)
     assert saved["task_state"]["bayesprune"]["step"] == 1
-    assert bool(saved["task_state"]["bayesprune"]["gates"]) == gated
+    assert bool(saved["task_state"]["bayesprune"]["complexity"]) == gated
 
 
 @pytest.mark.parametrize(("criterion", "factor"), [
