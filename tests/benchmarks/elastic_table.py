@@ -55,14 +55,16 @@ def _accuracies(rows: list[dict[str, Any]]) -> str:
 def _files(rows: list[dict[str, Any]]) -> str:
     """Sizes, and how much larger the levels make the directory."""
     names = {"model.safetensors": "the model", "levels.safetensors": "all levels", "bayesprune.json": "bayesprune.json"}
-    head = "| | coding | " + " | ".join(f"{shown}, bytes" for shown in names.values()) + " | all over the model |"
-    lines = ["## Bytes", "", head, "|---|" + "---|" * (len(names) + 2)]
+    head = "| | coding | " + " | ".join(f"{shown}, bytes" for shown in names.values())
+    lines = ["## Bytes", "", f"{head} | all over the model | all over the model, not coded |", "|---|" + "---|" * 6]
+    plain = max((row["sizes"]["model.safetensors"] for row in rows if row["target"] == "file"), default=0)
     for way, coding in dict.fromkeys((row["way"], row["coding"]) for row in rows if row["target"] == "file"):
         found = [row["sizes"] for row in rows if (row["way"], row.get("coding", "")) == (way, coding)]
         found = [its for its in found if its]
         cells = [f"{_mean([its[name] for its in found]):,.0f}" for name in names]
         ratio = _mean([sum(its.values()) / its["model.safetensors"] for its in found])
-        lines.append(f"| {way} | {coding or 'none'} | " + " | ".join(cells) + f" | {ratio:.3f} |")
+        whole = _mean([sum(its.values()) / plain for its in found])
+        lines.append(f"| {way} | {coding or 'none'} | " + " | ".join(cells) + f" | {ratio:.2f} | {whole:.2f} |")
     return "\n".join(lines) + "\n"
 
 
