@@ -28,6 +28,7 @@ ROOMS = (
     "prune/batch_norm",
     "prune/weights",
     "prune/channels",
+    "prune/grouped",
     "prune/measured",
     "prune/search",
     "prune",
@@ -48,6 +49,7 @@ FLOOR_OF = {room: floor for floor, room in enumerate(ROOMS)}
 ALLOWED = {
     "constriction": ("storage/coding/",),
     "matplotlib": ("reports/",),
+    "scipy": ("prune/grouped/",),
     "rich.live": ("app/",),
     "rich.progress": ("app/",),
     "sklearn": ("app/data/images.py",),
