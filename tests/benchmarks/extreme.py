@@ -96,10 +96,10 @@ def by_score(way: Way, start: dict[str, Tensor], data: Data, task: tuple[str, st
     name = {"OBD": "obd"}.get(way.method, way.method)
     net.observes = name == "obd"
     phase = Phase(EPOCHS[task[1]], way.lr, temperature=way.strength or 1.0, ramp=0.2, std_lr=5e-3)
-    score = weight_score(name, net, by_units=False)
-    train(
-        net, data, phase, cut=cut_as_it_falls(net, data, level, None if name == "attentive" else score), cuts=NUM_CUTS
-    )
+    is_attentive = name == "attentive"
+    score = None if is_attentive else weight_score(name, net, by_units=False)
+    cut = cut_as_it_falls(net, data, level, score)
+    train(net, data, phase, cut=cut, cuts=NUM_ATTENTIVE_CUTS if is_attentive else NUM_CUTS)
     return net.model
 
 
