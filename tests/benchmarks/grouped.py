@@ -29,8 +29,8 @@ SETTINGS = {"level": LEVEL, "of_channels": OF_CHANNELS}
 NAMES = ("resnet20", "resnet56")
 
 
-def channels(of: Task, model: nn.Module, batches: list[Batch], level: float = LEVEL) -> None:
-    bp.prune_channels(model, of.example, f"macs={level}", data=batches)
+def channels(of: Task, model: nn.Module, batches: list[Batch], level: float = LEVEL, round_to: int = 1) -> None:
+    bp.prune_channels(model, of.example, f"macs={level}", data=batches, round_to=round_to)
 
 
 def groups(of: Task, model: nn.Module, batches: list[Batch], level: float = LEVEL) -> None:
@@ -38,19 +38,19 @@ def groups(of: Task, model: nn.Module, batches: list[Batch], level: float = LEVE
 
 
 def both(of: Task, model: nn.Module, batches: list[Batch]) -> None:
-    channels(of, model, batches, OF_CHANNELS)
+    channels(of, model, batches, OF_CHANNELS, round_to=8)  # widths that groups divide
     groups(of, model, batches, LEVEL * of.macs(of.dense) / of.macs(model))
 
 
-def four_groups(of: Task, model: nn.Module, batches: list[Batch]) -> None:
-    prune_groups(model, of.example, 4, data=batches)
+def two_groups(of: Task, model: nn.Module, batches: list[Batch]) -> None:
+    prune_groups(model, of.example, 2, data=batches)
 
 
 WAYS: dict[str, Callable[..., None]] = {
     "channels": channels,
     "groups": groups,
     "both": both,
-    "4 groups everywhere": four_groups,
+    "2 groups everywhere": two_groups,
 }
 
 
