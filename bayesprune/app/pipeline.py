@@ -9,9 +9,8 @@ import itertools
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,122 +18,23 @@ from torch.utils.data import DataLoader
 
 from bayesprune import gates
 from bayesprune.app.data import Loaders
+from bayesprune.app.recipe import SMALL_CUT, Recipe
 from bayesprune.app.tasks.task import LoggedProgress, Progress, Task, Training
 from bayesprune.bits import quantize
-from bayesprune.convert import check_options, conversion_table, to_deterministic, to_variational
+from bayesprune.convert import conversion_table, to_deterministic, to_variational
 from bayesprune.elastic import Level, levels
 from bayesprune.foundation import defaults
 from bayesprune.foundation.batches import device_of, first_example, on_device
-from bayesprune.foundation.target import Target
 from bayesprune.layers import named_posteriors
 from bayesprune.prediction.predict import sampling
 from bayesprune.prune import freeze_batch_norm, prune_channels, signal_to_noise, smallest_within
-from bayesprune.prune.channels.checks import checked_target
 from bayesprune.prune.graph.group import GRANULARITY
 from bayesprune.reports import ACCURACY, HistoryPoint, Metric, Report, count_parameters, report
 from bayesprune.storage import save
 from bayesprune.storage.base import describe
-from bayesprune.storage.levels import KINDS as LEVEL_KINDS
 from bayesprune.train import Distillation, distillation
 
-_SMALL_CUT = "macs=0.95"  # a search needs one at least
 _BATCHES = 16  # that say how exactly weights have to be known
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A way to compress a model.
-
-    Attributes:
-        target: "weights=0.2", the fraction of single weights that is kept, or a target of `prune_channels`; None
-            searches for the smallest model within `tolerance`.
-        tolerance: Largest accepted loss on validation data, a fraction: by so much accuracy may fall, or by such a part
-            of itself perplexity rise.
-        num_epochs: Epochs of each training stage.
-        train_lr: Learning rate where the model is trained first.
-        lr: Learning rate of the variational and the last fine-tuning.
-        std: Structure of the stds, where they are learned; None is "per_weight" where single weights go, else
-            "per_channel".
-        estimator: Estimator of the variational fine-tuning, where there is one.
-        granularity: What may go, as for `prune_channels`.
-        uniform: Whether the same fraction of every group goes, so that a config can say the sizes.
-        relative_std: Initial std as a fraction of the root mean square of the layer's weights.
-        distill: Whether the smaller model learns from the dense one, too, in each training after a removal.
-        bits: Width to which the weights are rounded at the end; None leaves them as they are.
-        coding: "entropy" saves the result in as few bytes as it has entropy.
-        levels: Targets of smaller versions that are saved beside the result, as fractions of it.
-        by: What the search counts: "macs", and removes channels and heads, or "weights". A target says it itself.
-        gates: Whether gates held to the target choose the single weights, in place of stds that are learned first.
-    """
-
-    target: str | None
-    tolerance: float | None
-    num_epochs: int
-    train_lr: float
-    lr: float
-    std: str | None
-    estimator: str
-    granularity: tuple[str, ...]
-    uniform: bool = False
-    relative_std: float = defaults.RELATIVE_STD
-    distill: bool = True
-    by: Literal["macs", "weights"] = "macs"
-    bits: int | None = None
-    coding: Literal["entropy"] | None = None
-    levels: tuple[str, ...] = ()
-    gates: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuses now what would be refused after minutes of training."""
-        check_options(self.structure, self.relative_std, self.estimator)
-        if self.bits is not None and not 2 <= self.bits <= 12:
-            raise ValueError(f"bits is {self.bits!r}; expected the width of a weight, from 2 to 12.")
-        if self.coding not in (None, "entropy"):
-            raise ValueError(f'coding is {self.coding!r}; expected "entropy", or nothing for plain tensors.')
-        for level in self.levels:
-            Target.parse(level, LEVEL_KINDS, "levels", is_partial=True)
-        if self.tolerance is not None and self.tolerance < 0:
-            raise ValueError(f"tolerance is {self.tolerance!r}; expected the largest accepted loss, 0 or more.")
-        if self.gates and (self.target is None or not self.removes_weights):
-            raise ValueError("gates choose single weights for a target; give one, such as weights=0.01.")
-        if not self.removes_weights:
-            checked_target(self.goal, None, self.granularity, self.uniform, 1)
-        elif self.uniform:
-            raise ValueError("single weights were to be removed, which changes no size; leave uniform out.")
-
-    @property
-    def goal(self) -> Target:
-        """The target, or in a search a small cut of its kind."""
-        text = self.target or ("weights=0.95" if self.by == "weights" else _SMALL_CUT)
-        return Target.parse(text, ("macs", "params", "snr", "weights"), "compress", is_partial=True)
-
-    @property
-    def removes_weights(self) -> bool:
-        """Whether single weights go, by a target or in a search."""
-        return self.goal.kind == "weights"
-
-    @property
-    def structure(self) -> str:
-        """Structure of the stds."""
-        return self.std or ("per_weight" if self.removes_weights else "per_channel")
-
-    @property
-    def learns_stds(self) -> bool:
-        """Whether stds say what goes, so that they have to be learned first."""
-        return self.goal.kind not in ("macs", "params") and not self.gates
-
-    @property
-    def num_stages(self) -> int:
-        """Number of stages that `run` announces."""
-        return 4 + self.learns_stds
-
-    @property
-    def removal(self) -> str:
-        """The stage that removes, by name."""
-        if self.removes_weights:
-            return "Remove single weights"
-        names = {"heads": "heads", "mlp": "neurons"}
-        return f"Remove {' and '.join(names.get(kind, 'channels') for kind in self.granularity)}"
 
 
 class Compressed(NamedTuple):
@@ -339,7 +239,7 @@ def _check_feasible(model: nn.Module, task: Task, recipe: Recipe) -> None:
         cut = prune_channels(
             trial,
             _example(model, task),
-            target=recipe.target or _SMALL_CUT,
+            target=recipe.target or SMALL_CUT,
             granularity=recipe.granularity,
             uniform=recipe.uniform,
         )

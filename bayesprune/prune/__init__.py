@@ -5,6 +5,7 @@ from bayesprune.prune.batch_norm import FrozenStatistics, freeze_batch_norm, rec
 from bayesprune.prune.channels.prune import ChannelReport, prune_channels
 from bayesprune.prune.graph.companions import follow_stds
 from bayesprune.prune.graph.dependency import dependency_groups
+from bayesprune.prune.grouped.prune import GroupReport, prune_groups
 from bayesprune.prune.measured import MeasuredImportance, layer_shares
 from bayesprune.prune.scores.channels import SNRImportance
 from bayesprune.prune.scores.evidence import EvidenceImportance, evidence
@@ -21,6 +22,7 @@ __all__ = [
     "Compression",
     "EvidenceImportance",
     "FrozenStatistics",
+    "GroupReport",
     "MeasuredImportance",
     "PruneSchedule",
     "SNRImportance",
@@ -36,6 +38,7 @@ __all__ = [
     "layer_shares",
     "make_masks",
     "prune_channels",
+    "prune_groups",
     "prune_one_shot",
     "prune_weights",
     "recalibrate_batch_norm",

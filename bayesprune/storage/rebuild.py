@@ -16,6 +16,7 @@ from bayesprune.convert import to_variational
 from bayesprune.errors import StorageError
 from bayesprune.foundation.model import load_values, requires_grad
 from bayesprune.layers import VariationalLayer, named_posteriors, variational_layers
+from bayesprune.layers.shuffled import ShuffledConv2d
 from bayesprune.storage.spec import (
     ModelRecord,
     Shape,
@@ -47,7 +48,13 @@ def rebuild(model: nn.Module, spec: ModelRecord, tensors: Mapping[str, Tensor] |
     Raises:
         StorageError: the model has other layers than those recorded; it was not changed then.
     """
-    _check_layers(model, spec)
+    dense = _make_grouped(model, spec)
+    try:
+        _check_layers(model, spec)
+    except StorageError:
+        for name, layer in dense.items():
+            model.set_submodule(name, layer)
+        raise
     _tell_notes(model, spec.notes)
     _set_attributes(model, spec.attributes)
     state = None if tensors is None else {name: tensors[spec.tied.get(name, name)] for name in spec.shapes}
@@ -202,6 +209,18 @@ def resized(old: Tensor, shape: Shape, dtype: torch.dtype) -> Tensor:
     return nn.Parameter(data, requires_grad=old.requires_grad and (dtype.is_floating_point or dtype.is_complex))
 
 
+def _make_grouped(model: nn.Module, spec: ModelRecord) -> dict[str, nn.Conv2d]:
+    """Puts a `ShuffledConv2d` where one is recorded; returns the convolutions that stood there."""
+    dense = {
+        name: module
+        for name, module in model.named_modules()
+        if name and type(module) is nn.Conv2d and spec.classes.get(name) == ShuffledConv2d.__name__
+    }
+    for name, conv in dense.items():
+        model.set_submodule(name, ShuffledConv2d.like(conv, conv.groups))
+    return dense
+
+
 def _make_variational(model: nn.Module, variational: Mapping[str, Mapping[str, str]]) -> None:
     if variational.keys() - _names(variational_layers(model)):
         std = next(iter(variational.values()))["std"]
@@ -234,6 +253,12 @@ def _check_result(model: nn.Module, spec: ModelRecord, *, with_masks: bool) -> N
     if left:
         problems.append(difference("layers", "that are variational in only one of model and file", sorted(left)))
     tied = {alias: first for alias, first in spec.tied.items() if alias in recorded}
+    if wrong := [
+        f"{name}: {module.complaint()}"
+        for name, module in model.named_modules()
+        if with_masks and isinstance(module, ShuffledConv2d) and module.complaint()
+    ]:
+        problems.append(difference("convolutions", "whose channels are out of order", wrong))
     if tied_names(model) != tied:
         shared = sorted(set(tied_names(model).items()) ^ set(tied.items()))
         problems.append(

@@ -21,9 +21,23 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from attentive import attentive_score
 from common import parser, read, write
 from mnist import load
-from mnist_methods import BATCH, Data, Network, Phase, keep_weights, lenet5, mlp, network, train, weight_score
+from mnist_methods import (
+    BATCH,
+    Data,
+    Network,
+    Phase,
+    Score,
+    keep_weights,
+    lenet5,
+    mlp,
+    network,
+    num_kept,
+    train,
+    weight_score,
+)
 from torch import Tensor, nn
 
 import bayesprune as bp
@@ -38,6 +52,7 @@ LEVELS = (5.0, 2.0, 1.0, 0.4, 0.15)
 EPOCHS = {"LeNet-300-100": 34, "LeNet-5": 10}
 DENSE = {"LeNet-300-100": Phase(6, 2e-3), "LeNet-5": Phase(2, 2e-3)}
 NUM_CUTS = 100
+NUM_ATTENTIVE_CUTS = 20  # each takes passes of its own
 SETTINGS = {"epochs": EPOCHS, "batch": BATCH, "cuts": NUM_CUTS}
 
 
@@ -52,34 +67,39 @@ class Way:
 
 def ways(method: str) -> list[Way]:
     """The settings to choose from, four for each method."""
-    if method in ("magnitude", "OBD", "random"):
+    if method in ("magnitude", "OBD", "attentive"):
         return [Way(method, lr) for lr in (1e-3, 2e-3, 4e-3, 8e-3)]
-    strengths = {"gates": (3e-3, 1e-2), "L1 mask": (1e-4, 4e-4), "posterior": (0.03, 0.3)}[method]
+    strengths = {"gates": (1e-2, 2e-2), "L1 mask": (1e-4, 4e-4), "posterior": (0.03, 0.3)}[method]
     return [Way(method, lr, strength) for lr in (2e-3, 4e-3) for strength in strengths]
 
 
-METHODS = ("gates", "posterior", "L1 mask", "magnitude", "OBD")
+METHODS = ("gates", "posterior", "L1 mask", "magnitude", "OBD", "attentive")
 
 
-def cut_as_it_falls(net: Network, level: float, score: Any) -> Callable[[float], None]:
-    """Removes weights as the training goes on, until so many percent are left."""
+def cut_as_it_falls(net: Network, data: Data, level: float, score: Score | None) -> Callable[[float], None]:
+    """Removes weights as the training goes on, until so many percent are left; by attention where no score is given."""
 
     def cut(done: float) -> None:
         share = (level / 100) ** min(1.0, done / REACHED)
-        keep_weights(net, max(1, round(share * net.total)), score)
+        count = max(1, round(share * net.total))
+        if count < num_kept(net):
+            keep_weights(net, count, attentive_score(net, data) if score is None else score)
 
     return cut
 
 
 def by_score(way: Way, start: dict[str, Tensor], data: Data, task: tuple[str, str], level: float) -> nn.Module:
-    """Magnitude, OBD and random of a plain network, the SNR of one with posteriors."""
+    """Magnitude, OBD and attention of a plain network, the SNR of one with posteriors."""
     has_posterior = way.method == "posterior"
     net = network(NETS[task[1]](), prior=bp.priors.ARD("weight") if has_posterior else None)
     net.model.load_state_dict(start, strict=False)
     name = {"OBD": "obd"}.get(way.method, way.method)
     net.observes = name == "obd"
     phase = Phase(EPOCHS[task[1]], way.lr, temperature=way.strength or 1.0, ramp=0.2, std_lr=5e-3)
-    train(net, data, phase, cut=cut_as_it_falls(net, level, weight_score(name, net, by_units=False)), cuts=NUM_CUTS)
+    is_attentive = name == "attentive"
+    score = None if is_attentive else weight_score(name, net, by_units=False)
+    cut = cut_as_it_falls(net, data, level, score)
+    train(net, data, phase, cut=cut, cuts=NUM_ATTENTIVE_CUTS if is_attentive else NUM_CUTS)
     return net.model
 
 
@@ -215,6 +235,8 @@ class Benchmark:
     def run(self, name: str, level: float, methods: list[str], seeds: list[int]) -> None:
         """Chooses on validation images, and tests."""
         for method in methods:
+            if method == "attentive" and TASKS[name][1] != "LeNet-300-100":
+                continue
             tried = [self.add(name, way, level, 0, validation=True) for way in ways(method)]
             best = min(tried, key=lambda row: row["error"])
             for seed in seeds:
