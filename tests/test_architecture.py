@@ -39,6 +39,7 @@ ROOMS = (
     "hosts/transformers",
     "app",
     "gates",
+    "certification",
     "evi",
     "__main__",
 )
