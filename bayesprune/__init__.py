@@ -13,7 +13,7 @@ from bayesprune.storage import load, save
 from bayesprune.train import attach, distillation, kl_divergence
 
 if _TYPE_CHECKING:
-    from bayesprune import certification, evi, gates, prune, reports
+    from bayesprune import certification, evi, gates, prune, reports, robustness
     from bayesprune.app.pipeline import compress
     from bayesprune.certification import certify
     from bayesprune.prune import SNRImportance, prune_channels, prune_one_shot, prune_weights, signal_to_noise
@@ -22,7 +22,7 @@ if _TYPE_CHECKING:
 _on_import.register()  # timm's and transformers' own functions will know us, once they are imported
 
 # What rests on torch-pruning, which imports timm and torchvision: imported when it is first asked for.
-_LATER: dict[str, str] = dict.fromkeys(("certification", "evi", "gates", "prune", "reports"), "")
+_LATER: dict[str, str] = dict.fromkeys(("certification", "evi", "gates", "prune", "reports", "robustness"), "")
 _LATER |= {"certify": "certification", "compress": "app.pipeline", "report": "reports"}
 _LATER |= dict.fromkeys(
     ("SNRImportance", "prune_channels", "prune_one_shot", "prune_weights", "signal_to_noise"), "prune"
@@ -69,6 +69,7 @@ __all__ = [
     "register_layer",
     "report",
     "reports",
+    "robustness",
     "sampling",
     "save",
     "signal_to_noise",

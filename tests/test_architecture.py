@@ -34,6 +34,7 @@ ROOMS = (
     "storage",
     "bits",
     "reports",
+    "robustness",
     "hosts",
     "hosts/timm",
     "hosts/transformers",
