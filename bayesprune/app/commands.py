@@ -97,6 +97,9 @@ def compress(
     coding: Annotated[
         str | None, Option(help="entropy: the smallest file of the result, without loss; needs constriction.")
     ] = None,
+    corruptions: Annotated[
+        bool, Option("--corruptions", help="Of images: add to the report what was lost on corrupted test images.")
+    ] = False,
     epochs: Annotated[
         int | None, Option(min=1, help="Epochs of each training stage.", show_default="8; with hf: 3")
     ] = None,
@@ -151,7 +154,10 @@ def compress(
         by=by,
         bits=bits,
         coding="entropy" if coding else None,
+        corruptions=corruptions,
     )
+    if corruptions and task in ("text-classification", "causal-lm"):
+        raise typer.BadParameter("it is for images, and this task has texts; leave it out.", param_hint="--corruptions")
     if not recipe.learns_stds and (std is not None or estimator != "auto"):
         raise typer.BadParameter(
             "--std and --estimator are for stds that are learned; a budget of MACs or parameters learns none. Leave "

@@ -9,7 +9,7 @@ import itertools
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from bayesprune.app.data import Loaders
+from bayesprune.app.lost import what_was_lost
 from bayesprune.app.tasks.task import LoggedProgress, Progress, Task, Training
 from bayesprune.bits import quantize
 from bayesprune.convert import check_options, conversion_table, to_deterministic, to_variational
@@ -59,6 +60,7 @@ class Recipe:
         distill: Whether the smaller model learns from the dense one, too, in each training after a removal.
         bits: Width to which the weights are rounded at the end; None leaves them as they are.
         coding: "entropy" saves the result in as few bytes as it has entropy.
+        corruptions: Whether the report says what was lost on corrupted test images.
         by: What the search counts: "macs", and removes channels and heads, or "weights". A target says it itself.
     """
 
@@ -76,6 +78,7 @@ class Recipe:
     by: Literal["macs", "weights"] = "macs"
     bits: int | None = None
     coding: Literal["entropy"] | None = None
+    corruptions: bool = False
 
     def __post_init__(self) -> None:
         """Refuses now what would be refused after minutes of training."""
@@ -164,8 +167,8 @@ def compress(
         lr: Its highest learning rate, of AdamW and one cycle.
         metric: `reports.ACCURACY`, or `reports.PERPLEXITY` of a causal language model.
         **options: Further fields of the recipe: `granularity`, `uniform`, `distill`, `std`, `estimator`,
-            `relative_std`, `by`; `bits` rounds the weights at the end (`quantize`), and `coding="entropy"` saves them
-            in fewer bytes.
+            `relative_std`, `by`; `bits` rounds the weights at the end (`quantize`), `coding="entropy"` saves them in
+            fewer bytes, and `corruptions=True` adds to the report what was lost on corrupted test images.
 
     Raises:
         ValueError: an option is out of range, a split is missing, or both target and tolerance are given.
@@ -299,6 +302,9 @@ def run(
             paths=(directory, out),
             title=f"{name} on {task.description}",
         )
+    if recipe.corruptions:
+        progress.say("corrupting the test images")
+        result = replace(result, tables=what_was_lost(dense, model, task, num_batches=_BATCHES))
     result.save(out)
     task.save_preparation(out)
     return Compressed(model, result)
