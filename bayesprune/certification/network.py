@@ -83,7 +83,7 @@ _RELUS = {F.relu, torch.relu, F.relu_, "relu", "relu_"}
 
 
 class Network:
-    """A copy of a model in float64 and evaluation mode, at the posterior means.
+    """A copy of a model in float64 on the CPU, in evaluation mode, at the posterior means.
 
     Attributes:
         num_relus: How many ReLUs a forward passes, in its order.
@@ -93,7 +93,7 @@ class Network:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = to_deterministic(copy.deepcopy(model)).eval().double().requires_grad_(False)
+        self.model = to_deterministic(copy.deepcopy(model)).eval().cpu().double().requires_grad_(False)
         try:
             self.graph = _Tracer().trace(self.model)
         except Exception as error:
@@ -157,6 +157,8 @@ class Network:
             return self.modules[str(node.target)]
         if node.op == "call_method":
             return lambda value, *args, **kwargs: getattr(value, str(node.target))(*args, **kwargs)
+        if node.target in _ADDS:
+            return torch.add  # not in place: boxes are kept
         return node.target  # type: ignore[return-value]
 
     def _is_relu(self, node: fx.Node) -> bool:
@@ -178,6 +180,7 @@ class Network:
         elif node.op == "call_function":
             known = known or node.target in _SAME_FUNCTIONS | _ADDS
             known = known and (node.target is not F.pad or (len(node.args) < 4 and "value" not in node.kwargs))
+            known = known and not (node.target in _ADDS and node.kwargs)  # alpha may be negative
             called = f"function {getattr(node.target, '__name__', called)!r} at {node.name!r}"
         if not known:
             raise UnsupportedModelError(
