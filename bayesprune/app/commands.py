@@ -91,6 +91,9 @@ def compress(
         bool,
         Option(help="Let the smaller model learn from the dense one's outputs as it recovers, not from labels alone."),
     ] = True,
+    gates: Annotated[
+        bool, Option("--gates", help="With weights: gates that learn choose them, for targets of a few per cent.")
+    ] = False,
     bits: Annotated[
         int | None, Option(min=2, max=12, help="At the end, round the weights to so many bits by their posterior.")
     ] = None,
@@ -155,13 +158,14 @@ def compress(
         bits=bits,
         coding="entropy" if coding else None,
         corruptions=corruptions,
+        gates=gates,
     )
     if corruptions and task in ("text-classification", "causal-lm"):
         raise typer.BadParameter("it is for images, and this task has texts; leave it out.", param_hint="--corruptions")
     if not recipe.learns_stds and (std is not None or estimator != "auto"):
         raise typer.BadParameter(
-            "--std and --estimator are for stds that are learned; a budget of MACs or parameters learns none. Leave "
-            "them out, or give a --target of weights or snr."
+            "--std and --estimator are for stds that are learned; a budget of MACs or parameters, and --gates, learn "
+            "none. Leave them out, or give a --target of weights or snr."
         )
     request = Request(
         model=model,

@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from bayesprune.estimators import Gaussian, Posterior, as_gaussian
 from bayesprune.foundation import noise
+from bayesprune.foundation.target import Target
 from bayesprune.layers.auxiliary import Auxiliary
 from bayesprune.layers.structures import not_narrowed
 
@@ -71,6 +72,11 @@ class Gate(Auxiliary):
         return self.logits.sigmoid()
 
     @property
+    def has_prior(self) -> bool:
+        """Whether its KL counts."""
+        return True
+
+    @property
     def is_open(self) -> Tensor:
         """Where the inclusion probability is above 1/2."""
         return self.logits.detach() > 0
@@ -115,7 +121,44 @@ class Gate(Auxiliary):
 
 
 class WeightGate(Gate):
-    """A gate for every weight of a parameter; of the parameter `weight` it is the layer's child `weight_gate`."""
+    """A gate for every weight of a parameter; of the parameter `weight` it is the layer's child `weight_gate`.
+
+    Gates with a target make in training the decision of evaluation, with the relaxation's gradient: where next to all
+    weights are gone, draws leave too little of the network to learn from. How many are open is held to the target while
+    training goes on, so they have no prior.
+
+    Attributes:
+        target: What the gates are held to; None where they have a prior.
+        input_dim: The dimension of the parameter along which an N:M pattern counts.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        options: GateOptions,
+        device: torch.device,
+        target: Target | None = None,
+        input_dim: int = -1,
+    ) -> None:
+        super().__init__(shape, options, device)
+        self.target, self.input_dim = target, input_dim
+
+    @property
+    def has_prior(self) -> bool:
+        """Whether nothing but the prior and the data decides."""
+        return self.target is None
+
+    @property
+    def presence(self) -> Tensor:
+        """How much of each weight counts in the KL: its inclusion probability, or whether its gate is open."""
+        return self.probabilities if self.target is None else self.is_open.to(self.logits.dtype)
+
+    def draw(self, logistic: Tensor | None = None) -> Tensor:
+        """0 or 1 for each gate: drawn in training mode where they have a prior; else by `is_open`."""
+        if self.target is None or not self.training:
+            return super().draw(logistic)
+        soft = torch.sigmoid(self.logits / self.temperature)
+        return self.is_open.to(soft.dtype) + (soft - soft.detach())
 
     def forward(self, posterior: Gaussian) -> Gaussian:
         """The posterior of the weights given one draw of the gates."""

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from bayesprune.errors import UnsupportedModelError
-from bayesprune.gates.gate import ChannelGate, Gate, GatedSide, named_gates, weight_gate
+from bayesprune.gates.density import hold
+from bayesprune.gates.gate import ChannelGate, Gate, GatedSide, WeightGate, named_gates, weight_gate
 from bayesprune.layers import Posterior
 from bayesprune.train.complexity import Bound, Complexity, sum_kl, total
 from bayesprune.train.optimizers import has_fused_kernel, step_scaled
@@ -41,6 +42,8 @@ class GatedComplexity(Complexity):
             by_lr[gate.lr].append(gate.logits)
             for side in gate.sides if isinstance(gate, ChannelGate) else ():
                 self._sides[id(side.layer)].append(side)
+        self._held = [gate for gate in self.gates.values() if isinstance(gate, WeightGate) and gate.target is not None]
+        self._num_steps: int | None = None
         self.parameters, self.names = [gate.logits for gate in self.gates.values()], list(self.gates)
         groups = [{"params": logits, "lr": lr} for lr, logits in by_lr.items()]
         self._optimizer = Adam(groups, fused=has_fused_kernel(self.parameters))
@@ -59,7 +62,7 @@ class GatedComplexity(Complexity):
             counted.append((side.gate, units))
             found = probabilities if found is None else found * probabilities
         if (gate := weight_gate(posterior.layer, posterior.parameter)) is not None:
-            found = gate.probabilities if found is None else found * gate.probabilities
+            found = gate.presence if found is None else found * gate.presence
         return None if found is None else found.expand(posterior.mean.shape)
 
     def keep(self, posterior: Posterior) -> Tensor | None:
@@ -71,7 +74,7 @@ class GatedComplexity(Complexity):
 
     def kl(self, bound: Bound) -> Tensor:
         """KL divergence of weights and gates from their priors, in nats: a scalar, in the graph."""
-        return total([sum_kl(bound, self.keep), *(gate.kl() for gate in self.gates.values())])
+        return total([sum_kl(bound, self.keep), *(gate.kl() for gate in self.gates.values() if gate.has_prior)])
 
     @torch.no_grad()
     def add_gradients(self, bound: Bound, weight: float, scale: Tensor | None = None) -> None:
@@ -85,24 +88,40 @@ class GatedComplexity(Complexity):
         if not moving:
             return
         with torch.enable_grad():
-            terms = [gate.kl() for gate in self.gates.values()]
+            terms = [gate.kl() for gate in self.gates.values() if gate.has_prior]
             for posterior, prior in bound.items():
                 if (keep := self.keep(posterior)) is not None and keep.requires_grad:
                     terms.append(prior.kl(posterior.mean.detach(), posterior.log_std.detach(), keep))
-            gradients = torch.autograd.grad(total(terms), moving)
+            gradients = torch.autograd.grad(total(terms), moving, allow_unused=True) if terms else [None] * len(moving)
         for logits, gradient in zip(moving, gradients, strict=True):
             assert logits.grad is not None, "only those with a gradient move"
             if scale is not None:
                 logits.grad.div_(scale)
-            logits.grad.add_(gradient, alpha=weight)
+            if gradient is not None:
+                logits.grad.add_(gradient, alpha=weight)
 
     def collapsed(self) -> Iterator[tuple[str, str]]:
         """Names of the gates that are all closed: nothing passes there any more."""
         return ((name, "all its gates are closed") for name, gate in self.gates.items() if not gate.is_open.any())
 
-    def step(self, found_inf: Tensor | None = None) -> None:
-        """Moves the logits, unless a gradient scaler found that gradients overflowed."""
+    def plan(self, num_steps: int | None) -> None:
+        """Gates with a target reach it on the way through so many steps.
+
+        Raises:
+            ValueError: they have one, and the length of the training is not known.
+        """
+        if self._held and num_steps is None:
+            raise ValueError(
+                f'the gates are held to "{self._held[0].target}" by shares of the training, whose length is not known; '
+                "pass num_steps, the number of optimizer steps of the whole training, to attach."
+            )
+        self._num_steps = num_steps
+
+    def step(self, number: int, found_inf: Tensor | None = None) -> None:
+        """Moves the logits, unless a gradient scaler found an overflow, and holds them to their target."""
         step_scaled(self._optimizer, None, found_inf)
+        if self._held and self._num_steps is not None:
+            hold(self._held, number / self._num_steps)
 
     def state_dict(self) -> dict[str, Any]:
         """Names of the gates and the optimizer's state."""

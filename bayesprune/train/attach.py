@@ -88,6 +88,7 @@ def attach(
     model = getattr(model, "_orig_mod", model)
     model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     complexity = complexity_of(model)
+    complexity.plan(num_steps)
     bound = bind_prior(model, Gaussian() if prior is None else prior, complexity)
     owners = [getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_pre_hooks.values()]
     check_groups(optimizer, bound, [owner._parts for owner in owners if isinstance(owner, Attachment)])

@@ -232,7 +232,7 @@ class Attachment:
         mark_with_kl(targets)
         self._complexity.add_gradients(self._trained, weight, scale)
         step_scaled(self._std_optimizer, scale, found_inf)
-        self._complexity.step(found_inf)
+        self._complexity.step(self._steps.at_most + 1, found_inf)
         self._statistics.update()
         if (costs := self._noise.take()) is not None:
             self._bound_noise(costs)
@@ -333,7 +333,8 @@ class Attachment:
                 continue
             if has_draw or mean.grad is not None:
                 yield KLTerm(mean, parts, prior, self._complexity.keep(posterior))
-            if mean.grad is not None and not has_draw and parts[0].requires_grad:
+            is_drawn = posterior.layer.estimator != "mean"  # which the user chose
+            if mean.grad is not None and not has_draw and is_drawn and parts[0].requires_grad:
                 self._warn(
                     "noise",
                     posterior.name,

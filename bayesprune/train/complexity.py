@@ -46,8 +46,15 @@ class Complexity:
     def add_gradients(self, bound: Bound, weight: float, scale: Tensor | None = None) -> None:
         """Unscales the gradients of `parameters` and adds `weight` times the KL's."""
 
-    def step(self, found_inf: Tensor | None = None) -> None:
-        """Moves `parameters`, unless a gradient scaler found that gradients overflowed."""
+    def plan(self, num_steps: int | None) -> None:
+        """Takes note of how long the training is; None where that is not known.
+
+        Raises:
+            ValueError: the modules need to know.
+        """
+
+    def step(self, number: int, found_inf: Tensor | None = None) -> None:
+        """Moves `parameters`, unless a gradient scaler found that gradients overflowed; steps count from 1."""
 
     def collapsed(self) -> Iterator[tuple[str, str]]:
         """Name of each module that has switched a layer off altogether, and what it did."""
