@@ -82,10 +82,11 @@ def foreign(data_dir: Path, count: int) -> list[Tensor]:
 
 def page(settings: dict[str, Any], runs: list[dict[str, Any]]) -> str:
     """The tables."""
-    levels = ", ".join(f"{level:.0%}" for level in settings["levels"])
+    by = {(run["method"], run["share"]): run for run in runs if run["kind"] == "corruptions"}
+    found = sorted({share for method, share in by if method != "dense"})
+    levels = ", ".join(f"{level:.0%}" for level in found)
     num_images = 10 * settings["per_class"]
     text = TEXT.format(**{**settings, "levels": levels}, num_images=num_images, delta=DELTA)
-    by = {(run["method"], run["share"]): run for run in runs if run["kind"] == "corruptions"}
     if ("dense", 0.0) not in by:
         return text
     names = ["none", *settings["corruptions"]]
@@ -100,7 +101,7 @@ def page(settings: dict[str, Any], runs: list[dict[str, Any]]) -> str:
             shares, errors = (list(values) for values in zip(*curve, strict=True))
             cells.append(f"{prune_potential(shares, errors, reference, delta=DELTA):.0%}")
         parts.append(f"| {name} | {100 * reference:.1f} | " + " | ".join(cells) + " |")
-    for share in settings["levels"]:
+    for share in found:
         there = [method for method in methods if (method, share) in by]
         parts += ["", f"## {share:.0%} of the weights removed", ""]
         heads = [*(f"{method}, error, %" for method in there), *(f"{method}, excess, points" for method in there)]
