@@ -52,10 +52,10 @@ above the unpruned network's on the same images; a corruption's error is its mea
 unpruned; above 0 the pruned network lost more than its test accuracy says.
 
 **Read it with these in mind.** A network near chance has little left to lose, so that its excess error is below 0 and
-says nothing: look at random. What two or three images decide is no finding. AUROC is not a measure of health either: the
-network cut by magnitude errs twice as often and tells clothes better than the unpruned one. One pass over a Laplace
-posterior makes the unpruned network worse calibrated here, the pruned ones better: fitted to 1,024 images that it
-predicts almost without error, the posterior is too wide for it.
+says nothing: look at random. What two or three images decide is no finding. AUROC is not a measure of health either:
+the network cut by magnitude errs twice as often and tells clothes better than the unpruned one. One pass over a Laplace
+posterior makes the unpruned network worse calibrated here, and those cut by ours and by magnitude better: fitted to
+1,024 images that it predicts almost without error, the posterior is too wide for the unpruned one.
 """
 
 
@@ -131,7 +131,7 @@ def page(settings: dict[str, Any], runs: list[dict[str, Any]]) -> str:
         [
             *parts,
             "",
-            f"The rows took {seconds / 60:.0f} minutes by the clock on a core that some ten processes shared.",
+            f"The rows took {seconds / 60:.0f} minutes by the clock on a core shared with other work.",
             "",
         ]
     )
