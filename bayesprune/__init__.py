@@ -13,16 +13,19 @@ from bayesprune.storage import load, save
 from bayesprune.train import attach, distillation, kl_divergence
 
 if _TYPE_CHECKING:
-    from bayesprune import elastic, evi, gates, prune, reports
+    from bayesprune import certification, elastic, evi, gates, prune, reports, robustness
     from bayesprune.app.pipeline import compress
+    from bayesprune.certification import certify
     from bayesprune.prune import SNRImportance, prune_channels, prune_one_shot, prune_weights, signal_to_noise
     from bayesprune.reports import report
 
 _on_import.register()  # timm's and transformers' own functions will know us, once they are imported
 
 # What rests on torch-pruning, which imports timm and torchvision: imported when it is first asked for.
-_LATER: dict[str, str] = dict.fromkeys(("elastic", "evi", "gates", "prune", "reports"), "")
-_LATER |= {"compress": "app.pipeline", "report": "reports"}
+_LATER: dict[str, str] = dict.fromkeys(
+    ("certification", "elastic", "evi", "gates", "prune", "reports", "robustness"), ""
+)
+_LATER |= {"certify": "certification", "compress": "app.pipeline", "report": "reports"}
 _LATER |= dict.fromkeys(
     ("SNRImportance", "prune_channels", "prune_one_shot", "prune_weights", "signal_to_noise"), "prune"
 )
@@ -44,6 +47,8 @@ def __dir__() -> list[str]:
 __all__ = [
     "SNRImportance",
     "attach",
+    "certification",
+    "certify",
     "compress",
     "conversion_table",
     "distillation",
@@ -67,6 +72,7 @@ __all__ = [
     "register_layer",
     "report",
     "reports",
+    "robustness",
     "sampling",
     "save",
     "signal_to_noise",

@@ -36,11 +36,13 @@ ROOMS = (
     "bits",
     "elastic",
     "reports",
+    "robustness",
     "hosts",
     "hosts/timm",
     "hosts/transformers",
     "gates",
     "app",
+    "certification",
     "evi",
     "__main__",
 )

@@ -11,7 +11,7 @@ import random
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -219,6 +219,10 @@ class ResumableTask(Task):
             devices=[]
         ):  # a loader draws a seed, which it would not if the score were remembered
             return self.checkpoints.score(number, lambda: self.task.score(model, split))
+
+    def examples(self, split: Split) -> Iterable[Any]:
+        """As `Task.examples`."""
+        return self.task.examples(split)
 
     def save_preparation(self, directory: Path) -> None:
         """As `Task.save_preparation`."""

@@ -104,6 +104,9 @@ def compress(
         str | None,
         Option(help="Smaller versions to save beside the result, as shares of it: macs=0.7,macs=0.4 or weights=0.5."),
     ] = None,
+    corruptions: Annotated[
+        bool, Option("--corruptions", help="Of images: add to the report what was lost on corrupted test images.")
+    ] = False,
     epochs: Annotated[
         int | None, Option(min=1, help="Epochs of each training stage.", show_default="8; with hf: 3")
     ] = None,
@@ -159,8 +162,11 @@ def compress(
         bits=bits,
         coding="entropy" if coding else None,
         levels=tuple(levels.split(",")) if levels else (),
+        corruptions=corruptions,
         gates=gates,
     )
+    if corruptions and task in ("text-classification", "causal-lm"):
+        raise typer.BadParameter("it is for images, and this task has texts; leave it out.", param_hint="--corruptions")
     if not recipe.learns_stds and (std is not None or estimator != "auto"):
         raise typer.BadParameter(
             "--std and --estimator are for stds that are learned; a budget of MACs or parameters, and --gates, learn "

@@ -9,6 +9,7 @@ import itertools
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from bayesprune import gates
 from bayesprune.app.data import Loaders
+from bayesprune.app.lost import what_was_lost
 from bayesprune.app.recipe import SMALL_CUT, Recipe
 from bayesprune.app.tasks.task import LoggedProgress, Progress, Task, Training
 from bayesprune.bits import quantize
@@ -76,8 +78,9 @@ def compress(
         metric: `reports.ACCURACY`, or `reports.PERPLEXITY` of a causal language model.
         **options: Further fields of the recipe: `granularity`, `uniform`, `distill`, `std`, `estimator`,
             `relative_std`, `by`; `gates=True` lets gates choose single weights; `bits` rounds the weights at the end
-            (`quantize`), `coding="entropy"` saves them in fewer bytes, and `levels=("macs=0.7",)` saves smaller
-            versions beside them, as fractions of the result.
+            (`quantize`), `coding="entropy"` saves them in fewer bytes, `levels=("macs=0.7",)` saves smaller versions
+            beside them, as fractions of the result, and `corruptions=True` adds to the report what was lost on
+            corrupted test images.
 
     Raises:
         ValueError: an option is out of range, a split is missing, or both target and tolerance are given.
@@ -217,6 +220,9 @@ def run(
             paths=(directory, out),
             title=f"{name} on {task.description}",
         )
+    if recipe.corruptions:
+        progress.say("corrupting the test images")
+        result = replace(result, tables=what_was_lost(dense, model, task, num_batches=_BATCHES))
     result.save(out)
     task.save_preparation(out)
     return Compressed(model, result)

@@ -33,6 +33,7 @@ class Recipe:
         distill: Whether the smaller model learns from the dense one, too, in each training after a removal.
         bits: Width to which the weights are rounded at the end; None leaves them as they are.
         coding: "entropy" saves the result in as few bytes as it has entropy.
+        corruptions: Whether the report says what was lost on corrupted test images.
         levels: Targets of smaller versions that are saved beside the result, as fractions of it.
         by: What the search counts: "macs", and removes channels and heads, or "weights". A target says it itself.
         gates: Whether gates held to the target choose the single weights, in place of stds that are learned first.
@@ -54,6 +55,7 @@ class Recipe:
     coding: Literal["entropy"] | None = None
     levels: tuple[str, ...] = ()
     gates: bool = False
+    corruptions: bool = False
 
     def __post_init__(self) -> None:
         """Refuses now what would be refused after minutes of training."""

@@ -10,12 +10,13 @@ from bayesprune.reports.measure import (
     macs_by_module,
     perplexity,
 )
-from bayesprune.reports.measurement import ACCURACY, PERPLEXITY, Measurement, Metric, measure
+from bayesprune.reports.measurement import ACCURACY, PERPLEXITY, ExtraTable, Measurement, Metric, measure
 from bayesprune.reports.report import HistoryPoint, Report, report
 
 __all__ = [
     "ACCURACY",
     "PERPLEXITY",
+    "ExtraTable",
     "HistoryPoint",
     "Measurement",
     "Metric",

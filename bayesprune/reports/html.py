@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from bayesprune.reports import plots
-from bayesprune.reports.measurement import Comparison
+from bayesprune.reports.measurement import Comparison, ExtraTable
 from bayesprune.reports.summary import quantities
 from bayesprune.reports.table import layer_table
 
@@ -66,6 +66,7 @@ def page(report: Comparison) -> str:
         _section(f"{report.metric.name.capitalize()} against size", *_score(report)),
         _section("Kept channels per layer", *_channels(report)),
         _section("Signal-to-noise ratio per layer", *_snr(report)),
+        *(_section(given.title, _remark(given.remark), _extra(given)) for given in report.tables),
         _section("Layers", _layers(report)),
         f'<p class="soft">Written by {escape(versions)}.</p>',
     ]
@@ -87,6 +88,15 @@ def _summary(report: Comparison) -> str:
         for row in quantities(report)
     ]
     return _table("summary", f'<th class="left"></th>{head}', rows)
+
+
+def _extra(given: ExtraTable) -> str:
+    head = "".join(f'<th scope="col"{_left(i + 1)}>{escape(text)}</th>' for i, text in enumerate(given.heads))
+    rows = [
+        "<tr>" + "".join(f"<td{_left(i + 1)}>{escape(cell)}</td>" for i, cell in enumerate(row)) + "</tr>"
+        for row in given.rows
+    ]
+    return _table("layers", head, rows)
 
 
 def _layers(report: Comparison) -> str:

@@ -121,6 +121,16 @@ class HistoryPoint:
 
 
 @dataclass(frozen=True)
+class ExtraTable:
+    """A table that somebody else measured: its heads, its rows, and a sentence beside it."""
+
+    title: str
+    remark: str
+    heads: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Two measurements, the SNRs by layer, the models seen between, and what to know when reading them."""
 
@@ -132,6 +142,7 @@ class Comparison:
     notes: tuple[str, ...]
     versions: dict[str, str]
     metric: Metric = ACCURACY
+    tables: tuple[ExtraTable, ...] = ()
 
     @property
     def layers(self) -> tuple[LayerRow, ...]:

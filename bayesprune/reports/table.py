@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bayesprune.reports.layers import LayerRow
-from bayesprune.reports.measurement import Comparison
+from bayesprune.reports.measurement import Comparison, ExtraTable
 from bayesprune.reports.summary import percent, quantities, short, significant
 
 _COLUMNS = ("layer", "type", "channels kept", "parameters kept", "non-zero", "MACs kept")
@@ -20,6 +20,7 @@ def render(report: Comparison) -> Group:
     parts: list[RenderableType] = [_summary(report)]
     parts += [Text(f"note: {note}") for note in report.notes]
     parts.append(_layers(report))
+    parts += map(_extra, report.tables)
     return Group(*parts)
 
 
@@ -61,6 +62,15 @@ def _summary(report: Comparison) -> Table:
     table.add_column("ratio", justify="right", style="bold", no_wrap=True)
     for row in quantities(report):
         table.add_row(*map(Text, (row.name, row.terms, row.before_text, row.after_text, row.change)))
+    return table
+
+
+def _extra(given: ExtraTable) -> Table:
+    table = Table(title=Text(given.title), title_justify="left", caption=Text(given.remark), box=box.SIMPLE_HEAD)
+    for number, title in enumerate(given.heads):
+        table.add_column(Text(title), justify="right" if number else "left", overflow="fold")
+    for cells in given.rows:
+        table.add_row(*map(Text, cells))
     return table
 
 

@@ -42,6 +42,22 @@ def test_compress_leaves_a_smaller_model_that_loads(compressed):
     assert model(images).shape == (64, 10)
 
 
+def test_corruptions_stand_in_the_report_and_its_page(tmp_path, capsys):
+    code, text, err = run(capsys, "compress", "--out", str(tmp_path), *SMALL, "--corruptions")
+    assert code == 0, err
+    assert "jpeg_compression" in text
+    tables = json.loads((tmp_path / "report.json").read_text())["tables"]
+    assert [table["title"].partition(",")[0] for table in tables] == [
+        "Accuracy on corrupted images",
+        "What the probabilities are worth",
+        "What the probabilities are worth",
+    ]
+    assert [row[0] for row in tables[0]["rows"]] == ["none", *bp.robustness.CORRUPTIONS]
+    assert "AUROC of foreign images" in (tmp_path / "report.html").read_text()
+    code, text, _ = run(capsys, "report", str(tmp_path))
+    assert "gaussian_noise" in text
+
+
 def test_report_and_inspect_show_it_again(compressed, capsys):
     out, _ = compressed
     code, text, _ = run(capsys, "report", str(out))
@@ -98,6 +114,7 @@ def test_the_same_seed_gives_the_same_model(compressed, tmp_path, capsys):
         (["--bits", "1"], "--bits"),
         (["--coding", "zip"], "expected entropy"),
         (["--levels", "macs=0.5,half"], "levels got the target 'half'"),
+        (["--corruptions", "--model", "hf:here", "--task", "causal-lm"], "for images"),
         (["--std", "per_kernel"], "per_channel"),
         (["--std", "per_weight"], "learn none"),
     ],

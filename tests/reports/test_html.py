@@ -82,6 +82,19 @@ def test_page_is_the_same_each_time(report):
     assert report.to_html() == report.to_html()
 
 
+def test_tables_of_others_stand_in_page_text_and_json(report):
+    evil = "<b>mine</b>"
+    extra = reports.ExtraTable(evil, "how it was measured", ("kind", "before"), (("noise", "91.5%"), (evil, "1%")))
+    more = dataclasses.replace(report, tables=(extra,))
+    page = Page(more.to_html())
+    assert page.tags.count("table") == 3
+    assert {"how it was measured", "noise", "91.5%"} <= set(page.texts)
+    assert page.texts.count(evil) == 2
+    assert "noise" in str(more)
+    assert "91.5%" in str(more)
+    assert reports.Report.from_json(more.to_json()) == more
+
+
 def test_texts_from_outside_are_escaped(report):
     evil = "<script>alert('$1^2$')</script>&amp;"
     layers = tuple(dataclasses.replace(layer, name=evil[:30]) for layer in report.before.layers[:1])

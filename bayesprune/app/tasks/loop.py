@@ -103,8 +103,12 @@ class LoaderTask(Task):
         """Top-1 accuracy, or perplexity."""
         measure = perplexity if self.metric == PERPLEXITY else accuracy
         if split == "test" or self.accelerator.num_processes == 1:
-            return measure(model, self.data.validation if split == "validation" else self.data.test)
+            return measure(model, self.examples(split))
         return self._of_main(measure(model, self.data.validation))
+
+    def examples(self, split: Split) -> Iterable[Any]:
+        """The loader itself."""
+        return self.data.validation if split == "validation" else self.data.test
 
     def _loss(self, outputs: Any, labels: Any) -> Tensor:
         """Mean cross-entropy of the labels, of a language model those of the token after each position."""

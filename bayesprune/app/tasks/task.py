@@ -133,6 +133,10 @@ class Task(Protocol):
         """The metric on all of a split."""
         ...
 
+    def examples(self, split: Split) -> Iterable[Any]:
+        """Batches of a split with their labels, in any form that `bayesprune.foundation.batches` names."""
+        ...
+
     def save_preparation(self, directory: Path) -> None:
         """Adds what prepares the model's inputs, where the library has files for it."""
 

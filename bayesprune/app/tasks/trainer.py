@@ -181,6 +181,10 @@ class TrainerTask:
         measure = perplexity if self.metric == PERPLEXITY else accuracy
         return measure(model, self._loader(split))
 
+    def examples(self, split: Split) -> Iterable[Any]:
+        """Mappings of inputs and labels."""
+        return self._loader(split)
+
     def save_preparation(self, directory: Path) -> None:
         """Adds the tokenizer or image processor."""
         if self.preparation is not None:
