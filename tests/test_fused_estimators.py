@@ -51,7 +51,8 @@ def assert_same(layer, run, reference, x, dtype):
     assert [output.stride() for output in found[0][:2]] == [output.stride() for output in found[1][:2]]
     for got, wanted in zip(*found, strict=True):
         assert got.dtype == wanted.dtype
-        assert (got - wanted).norm() <= TOLERANCE[dtype] * wanted.norm(), (got, wanted)
+        rounding = 1e-6 if dtype == torch.float32 else 0.0  # of sums that nearly cancel
+        assert (got - wanted).norm() <= TOLERANCE[dtype] * wanted.norm() + rounding, (got, wanted)
 
 
 @structures

@@ -7,6 +7,7 @@ from bayesprune.layers.base import VariationalLayer, register_layer, registered_
 from bayesprune.layers.closing import close_gates, drop_gates, fold_gates
 from bayesprune.layers.experts import register_experts
 from bayesprune.layers.gates import Gate, GateOptions, named_gates, passing_gates
+from bayesprune.layers.joint_draws import JointDraws
 from bayesprune.layers.posteriors import (
     Posterior,
     holders_of,
@@ -22,6 +23,7 @@ __all__ = [
     "Gate",
     "GateOptions",
     "Gaussian",
+    "JointDraws",
     "LayerKind",
     "Posterior",
     "VariationalLayer",

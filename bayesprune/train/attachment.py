@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from bayesprune.foundation.sharding import shard_values_like
-from bayesprune.layers import Posterior, VariationalLayer, variational_layers
+from bayesprune.layers import JointDraws, Posterior, VariationalLayer, variational_layers
 from bayesprune.layers.masks import Keeper
 from bayesprune.priors import BoundPrior
 from bayesprune.train.bounds import bound_log_stds
@@ -89,6 +89,8 @@ class Attachment:
         self._added = add_to_first_group(optimizer, [*self._stds, *gates.logits])
         self._given_up: list[Posterior] = []
         self._warned: set[tuple[str, str]] = set()
+        layers = ((name, layer, layer.active_names()) for name, layer in variational_layers(model))
+        self._draws = JointDraws(model, layers)
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -134,6 +136,7 @@ class Attachment:
         self._watch.end()
         self._masks.end()
         self._statistics.end()
+        self._draws.remove()
         ATTACHMENTS.discard(self)
         take_out(self._optimizer, self._added)
         put_back(self._taken_out)
@@ -147,6 +150,7 @@ class Attachment:
             "prior": {posterior.name: prior.state() for posterior, prior in self._bound.items()},
             "gates": self._gates.state_dict(),
             "noise": self._noise.state(),
+            "draws": self._draws.state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -188,6 +192,7 @@ class Attachment:
             self._removal.resume(self.step)
         if "noise" in state:
             self._noise.load(state["noise"])
+        self._draws.load(state.get("draws", []))
 
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import bayesprune as bp
 from bayesprune import estimators
-from bayesprune.estimators import draws, factored, functions, local
+from bayesprune.estimators import draws, factored, functions, local, together
 from bayesprune.foundation import noise
 from bayesprune.layers import masks, named_posteriors
 from bayesprune.train import kl
@@ -33,9 +33,11 @@ def gpu(monkeypatch):
         monkeypatch.setattr(module, "is_plain", lambda *tensors: True)
     monkeypatch.setattr(noise, "can_repeat", lambda device: True)
     monkeypatch.setattr(noise, "draw_seed", lambda: 1)
+    monkeypatch.setattr(noise, "coming_seeds", lambda count: [1] * count)
     monkeypatch.setattr(noise, "_seeded", lambda device, seed: None)  # a generator of a GPU needs its driver
+    monkeypatch.setattr(noise, "_table_on", lambda device: torch.empty(noise._TABLE + noise.MAX_AT_ONCE, device=device))
     monkeypatch.setattr(masks, "_masked", weakref.WeakSet())  # layers of other tests have data
-    caches = [bp.train.joined.spread, bp.train.joined._offsets]
+    caches = [bp.train.joined.spread, bp.train.joined._offsets, together._row_of_unit, together._first_units]
     for cache in caches:
         cache.cache_clear()
     with FakeTensorMode():
@@ -100,7 +102,7 @@ def test_forward(gpu, std, estimator, half, monkeypatch):
     monkeypatch.setattr(kl, "_sizes", lambda model: {id(p.mean): kl._Size(1.0, 1) for p in named_posteriors(model)})
     bp.attach(torch.optim.SGD(model.parameters(), lr=0.1), model, num_data=10)
     x = torch.empty(4, 3, 6, 6, device=GPU, dtype=torch.bfloat16 if half == "weights" else torch.float32)
-    for _ in range(2):
+    for _ in range(2):  # drawn when asked for, then ahead
         with autocast(None if half == "weights" else half):
             output = model(x)
         assert output.device == GPU
@@ -135,9 +137,10 @@ def runs(function, *inputs):
 
 @structures
 def test_backward_of_draws(gpu, std):
-    for posterior in named_posteriors(on_gpu(std, "weight_sampling")):
-        mean, parts, mask = posterior.layer.posterior(posterior.parameter)
-        runs(draws._Draw, mean, mask, *parts)
+    posteriors = [p.layer.posterior(p.parameter) for p in named_posteriors(on_gpu(std, "weight_sampling"))]
+    assert all(map(estimators.has_seeds, posteriors))
+    kinds = [draws._kind_of(posterior, seed) for seed, posterior in enumerate(posteriors)]
+    runs(draws._Draws, kinds, *[t for mean, parts, mask in posteriors for t in (mean, mask, *parts)])
 
 
 @structures
