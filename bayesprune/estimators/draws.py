@@ -5,7 +5,7 @@ needs neither the noise nor the std for it. Where a row of weights shares a std,
 the row's noise, which is read again from the table, times the gradient of w: the draw is not kept.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,9 @@ from bayesprune.estimators.seeded import LOG2_E
 from bayesprune.estimators.types import LogGaussian, Posterior, as_gaussian, is_plain
 from bayesprune.foundation import noise
 from bayesprune.foundation.device import has_cheap_calls
+from bayesprune.foundation.foreach import foreach
+
+_SMALL = 1 << 12  # weights with a std each that are not worth to go by pieces
 
 
 def sample(posterior: Posterior, seed: int | None = None) -> Tensor:
@@ -85,7 +88,7 @@ class _Draws(torch.autograd.Function):
         if _is_tabled_all(kinds) and not has_cheap_calls(tensors[0].device):
             draws, stds = together.draws(kinds, as_stored)
         else:
-            draws = [_draw(*each) for each in zip(kinds, as_stored, strict=True)]
+            draws = _on_processor(kinds, as_stored, _draw, _small_draws)
         draws = [_as_seen(kind, draw) for kind, draw in zip(kinds, draws, strict=True)]
         for (_, _, mask), draw in zip(posteriors, draws, strict=True):
             if mask is not None:
@@ -132,7 +135,7 @@ def _of_parts(
     if items and _is_tabled_all(kinds) and not has_cheap_calls(items[0].mean.device):
         found = together.gradients([kinds[i] for i in wanted], as_stored, stds if len(wanted) == len(kinds) else None)
     else:
-        found = [_gradients(kinds[i], item) for i, item in zip(wanted, as_stored, strict=True)]
+        found = _on_processor([kinds[i] for i in wanted], as_stored, _gradients, _small_gradients)
     return [[_as_seen(kinds[i], part) for part in parts] for i, parts in zip(wanted, found, strict=True)]
 
 
@@ -146,15 +149,15 @@ def _posteriors(kinds: Sequence[Kind], tensors: Sequence[Tensor]) -> list[LogGau
 
 
 def _kind_of(posterior: LogGaussian, seed: int | None) -> Kind:
-    mean, parts, _ = posterior
     if not _is_tabled(posterior):
-        return Kind(len(parts), None, "any", False)
-    seed, is_moved, stds = noise.draw_seed() if seed is None else seed, noise.has_channels_last(mean), "any"
-    if len(parts) == 1 and parts[0].shape == mean.shape:
-        stds = "weights" if parts[0].stride() == mean.stride() else "any"
-    elif len(parts) == 1 and mean.dim() > 1 and parts[0].shape == (len(mean), *[1] * (mean.dim() - 1)):
-        stds = "rows" if parts[0].is_contiguous() else "any"
-    return Kind(len(parts), seed, stds, is_moved)
+        return Kind(len(posterior.log_stds), None, "any", False)
+    mean, (part, *others), _ = posterior
+    seed, shape, stds = noise.draw_seed() if seed is None else seed, mean.shape, "any"
+    if not others and part.shape == shape:
+        stds = "weights" if part.stride() == mean.stride() else "any"
+    elif not others and len(shape) > 1 and part.numel() == part.shape[0] == shape[0] and part.is_contiguous():
+        stds = "rows"
+    return Kind(1 + len(others), seed, stds, not mean.is_contiguous())
 
 
 def _is_fused(posterior: LogGaussian) -> bool:
@@ -165,8 +168,9 @@ def _is_fused(posterior: LogGaussian) -> bool:
 
 def _is_tabled(posterior: LogGaussian) -> bool:
     mean, parts, _ = posterior
-    is_dense = mean.is_contiguous() or noise.has_channels_last(mean)
-    return mean.numel() > 0 and is_dense and all(tensor.dtype == torch.float32 for tensor in (mean, *parts))
+    if mean.dtype != torch.float32 or not (mean.is_contiguous() or noise.has_channels_last(mean)):
+        return False
+    return mean.numel() > 0 and all(part.dtype == torch.float32 for part in parts)
 
 
 def _is_tabled_all(kinds: Sequence[Kind]) -> bool:
@@ -185,6 +189,41 @@ def _stored(kind: Kind, value: Any) -> Any:
 
 def _as_seen(kind: Kind, tensor: Tensor) -> Tensor:
     return tensor.movedim(-1, 1) if kind.has_channels_last else tensor
+
+
+def _on_processor(kinds: Sequence[Kind], items: Sequence[Any], one: Callable, many: Callable) -> list[Any]:
+    """What `many` makes of items that are not worth to go by pieces, and `one` of each other."""
+    small = [index for index, (kind, item) in enumerate(zip(kinds, items, strict=True)) if _is_small(kind, item[0])]
+    found = dict(zip(small, many([kinds[i] for i in small], [items[i] for i in small]), strict=True)) if small else {}
+    return [found[i] if i in found else one(kinds[i], item) for i, item in enumerate(items)]
+
+
+def _is_small(kind: Kind, mean: Tensor) -> bool:
+    if kind.seed is None or kind.stds == "any":
+        return False
+    return mean.numel() <= (_SMALL if kind.keeps_draw else noise.MAX_AT_ONCE)
+
+
+def _small_draws(kinds: Sequence[Kind], posteriors: Sequence[LogGaussian]) -> Sequence[Tensor]:
+    means = [mean for mean, _, _ in posteriors]
+    eps = [noise.read(kind.seed, mean.shape, mean.device) for kind, mean in zip(kinds, means, strict=True)]  # type: ignore[arg-type]
+    return foreach("addcmul", means, foreach("exp", [parts[0] for _, parts, _ in posteriors]), eps)
+
+
+def _small_gradients(kinds: Sequence[Kind], items: Sequence[together.Item]) -> list[list[Tensor]]:
+    eps_or_distances = [
+        noise.read(kind.seed, item.mean.shape, item.mean.device) if item.draw is None else item.draw - item.mean  # type: ignore[arg-type]
+        for kind, item in zip(kinds, items, strict=True)
+    ]
+    products = foreach("mul", eps_or_distances, [item.gradient for item in items])
+    return [
+        [product if item.draw is not None else _over_rows(product, item.parts[0])]
+        for product, item in zip(products, items, strict=True)
+    ]
+
+
+def _over_rows(product: Tensor, log_std: Tensor) -> Tensor:
+    return product.flatten(1).sum(1).view_as(log_std).mul_(log_std.exp())
 
 
 def _draw(kind: Kind, posterior: LogGaussian) -> Tensor:

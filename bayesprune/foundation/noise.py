@@ -27,7 +27,7 @@ _RANK_STRIDE = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: neighbouring ranks get
 _TABLE = 1 << 20  # numbers: 4 MiB
 MAX_AT_ONCE = 1 << 18
 """Numbers of the table in a row, which are used together."""
-_BITS = 2**64 - 1
+_BITS, _MOST = 2**64 - 1, 2**63 - 1
 _RECORDING = (_ModeKey.PROXY, _ModeKey.FAKE, _ModeKey.FUNCTIONAL)
 
 
@@ -144,7 +144,7 @@ def normal_like(like: Tensor, *, dtype: torch.dtype, seed: int | None = None) ->
 def draw_seed() -> int:
     """The seed of one draw, from torch's default CPU stream and the rank: no device has to be waited for."""
     _SCRATCH.num_seeds += 1
-    return _of_rank(int(_SCRATCH.number.random_()))
+    return (int(_SCRATCH.number.random_()) + _offset()) & _MOST
 
 
 def num_seeds() -> int:
@@ -156,7 +156,8 @@ def coming_seeds(count: int) -> list[int]:
     """What `draw_seed` will give the next times, if nothing else takes numbers from torch's default CPU stream."""
     ahead = _SCRATCH.ahead.set_state(torch.default_generator.get_state())
     numbers = torch.empty(count, dtype=torch.int64, device="cpu").random_(generator=ahead)
-    return [_of_rank(number) for number in numbers.tolist()]
+    offset = _offset()
+    return [(number + offset) & _MOST for number in numbers.tolist()]
 
 
 def can_repeat(device: torch.device) -> bool:
@@ -245,9 +246,9 @@ def _from_rank(device: torch.device) -> dict[str, Any]:
     return {"generator": torch.Generator(device).manual_seed(draw_seed())} if _is_distributed() else {}
 
 
-def _of_rank(seed: int) -> int:
-    rank = torch.distributed.get_rank() if _is_distributed() else 0
-    return (seed + rank * _RANK_STRIDE) % 2**63
+def _offset() -> int:
+    """What makes the seeds of ranks differ."""
+    return torch.distributed.get_rank() * _RANK_STRIDE if _is_distributed() else 0
 
 
 def _is_distributed() -> bool:

@@ -110,8 +110,11 @@ class Attachment:
     @property
     def kl_weight(self) -> float:
         """What the next step multiplies the KL by, relative to a loss that is a mean per example."""
-        is_warm = self._steps.at_least + 1 >= self.warmup_steps
-        return (self.temperature if is_warm else self.temperature_at(self.step + 1)) / self.num_data
+        return (self.temperature if self._is_warm else self.temperature_at(self.step + 1)) / self.num_data
+
+    @property
+    def _is_warm(self) -> bool:
+        return self._steps.at_least + 1 >= self.warmup_steps
 
     @property
     def sparsity(self) -> float:
@@ -150,7 +153,7 @@ class Attachment:
             "prior": {posterior.name: prior.state() for posterior, prior in self._bound.items()},
             "gates": self._gates.state_dict(),
             "noise": self._noise.state(),
-            "draws": self._draws.state(),
+            "ahead": self._draws.state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -192,7 +195,7 @@ class Attachment:
             self._removal.resume(self.step)
         if "noise" in state:
             self._noise.load(state["noise"])
-        self._draws.load(state.get("draws", []))
+        self._draws.load(state.get("ahead", {}))
 
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
@@ -230,12 +233,13 @@ class Attachment:
         if not targets and any(posterior.mean.grad is not None for posterior in self._parts):
             return  # a step inside a step, or another one on gradients that have the KL already
         scale, found_inf = grad_scaler_tensors(optimizer)
-        weight = self.kl_weight
+        share = None if self._is_warm else self._steps.share_of(self.warmup_steps)
+        weight = self.kl_weight if share is None else self.temperature / self.num_data
         self._noise.add(scale, found_inf)  # of the loss alone
         refresh_scales(self._bound, self._gates.keep)
-        add_kl_gradients(targets, weight, scale)
+        add_kl_gradients(targets, weight, scale if share is None else share if scale is None else scale * share)
         mark_with_kl(targets)
-        self._gates.add_gradients(self._trained, weight, scale)
+        self._gates.add_gradients(self._trained, weight, scale, share)
         step_scaled(self._std_optimizer, scale, found_inf)
         self._gates.step(found_inf)
         self._statistics.update()

@@ -89,8 +89,17 @@ class GateOptimizer:
         return _total([sum_kl(bound, self.keep), *(gate.kl() for gate in self.gates.values())])
 
     @torch.no_grad()
-    def add_gradients(self, bound: Bound, weight: float, scale: Tensor | None = None) -> None:
-        """Unscales the logits' gradients and adds `weight` times the KL's; logits outside this step have none."""
+    def add_gradients(
+        self, bound: Bound, weight: float, scale: Tensor | None = None, share: Tensor | None = None
+    ) -> None:
+        """Unscales the logits' gradients and adds `weight` times the KL's; logits outside this step have none.
+
+        Args:
+            bound: The priors of all posteriors.
+            weight: Weight of the KL.
+            scale: What a gradient scaler multiplied the gradients by; None where it did not.
+            share: What the weight is multiplied by, a number on the device; None for 1.
+        """
         if self.gates and set(self.gates.values()) != {gate for _, gate in named_gates(self._model)}:
             raise RuntimeError(
                 "gates were added or closed after attach; call detach() first, then make a new optimizer and attach "
@@ -107,6 +116,8 @@ class GateOptimizer:
             gradients = torch.autograd.grad(_total(terms), moving)
         for logits, gradient in zip(moving, gradients, strict=True):
             assert logits.grad is not None, "only those with a gradient move"
+            if share is not None:
+                gradient = gradient * share
             if scale is not None:
                 logits.grad.div_(scale)
             logits.grad.add_(gradient, alpha=weight)

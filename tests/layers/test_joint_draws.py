@@ -227,7 +227,9 @@ def test_a_run_with_dropout_resumes_to_the_last_bit(paths):
     steps(model, optimizer, 3)
     state = copy.deepcopy([o.state_dict() for o in (model, optimizer, attachment)]), torch.get_rng_state()
     steps(model, optimizer, 3)
-    assert attachment.state_dict()["draws"] == ["first.weight", "first.bias", "", "second.weight", "second.bias"]
+    ahead = attachment.state_dict()["ahead"]
+    assert ahead["draws"] == ["first.weight", "first.bias", "", "second.weight", "second.bias"]
+    assert ahead["squares"] == (["local.weight_log_std", "local.bias_log_std"] if paths == "launched" else [])
     resumed = noisy()
     for one, of_one in zip(resumed, state[0], strict=True):
         one.load_state_dict(of_one)
@@ -244,7 +246,7 @@ def test_a_run_without_the_plan_resumes_to_the_last_bit_on_a_processor():
     steps(model, optimizer, 3)
     resumed = noisy()
     for one, of_one in zip(resumed, state[0], strict=True):
-        one.load_state_dict({k: v for k, v in of_one.items() if k != "draws"})
+        one.load_state_dict({k: v for k, v in of_one.items() if k != "ahead"})
     torch.set_rng_state(state[1])
     steps(*resumed[:2], 3)
     for one, other in zip(model.parameters(), resumed[0].parameters(), strict=True):

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import bayesprune as bp
 from bayesprune import estimators
-from bayesprune.estimators import draws, factored, functions, local, together
+from bayesprune.estimators import draws, factored, functions, local, squares, together
 from bayesprune.foundation import noise
 from bayesprune.layers import masks, named_posteriors
 from bayesprune.train import kl
@@ -38,6 +38,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(noise, "_table_on", lambda device: torch.empty(noise._TABLE + noise.MAX_AT_ONCE, device=device))
     monkeypatch.setattr(masks, "_masked", weakref.WeakSet())  # layers of other tests have data
     caches = [bp.train.joined.spread, bp.train.joined._offsets, together._row_of_unit, together._first_units]
+    caches += [factored._tiny, factored._ones]
     for cache in caches:
         cache.cache_clear()
     with FakeTensorMode():
@@ -145,30 +146,35 @@ def test_backward_of_draws(gpu, std):
 
 @structures
 @pytest.mark.parametrize("name", ["conv", "grouped", "hidden"])
-def test_backward_of_local_noise(gpu, std, name):
+def test_backward_of_local_noise(gpu, std, name, monkeypatch):
     layer = getattr(on_gpu(std, "local_reparameterization"), name)
     x = torch.empty((4, 7, 8) if name == "hidden" else (4, layer.in_channels, 6, 6), device=GPU)
     weight, bias = layer.posterior("weight"), layer.posterior("bias") if layer.bias is not None else None
     operation, of_bias = layer.bilinear(), None if bias is None else bias.log_stds[0]
     output = layer.operation(x, weight.mean, None)
     draw = estimators.seeded.SeededNoise.of(output, operation.kind.feature_dim)
-    factors = operation.std_factors(weight.log_stds)
-    if factors is None:
+    if operation.std_factors(weight.log_stds) is None:
         runs(local._FullNoise, output, (draw, operation, weight.mean.shape), x, of_bias, *weight.log_stds)
-    elif name == "hidden":
-        options = factored.FactoredNoise(draw, operation, ())
-        runs(factored.LinearNoise, output, options, x, *factors, of_bias)
+        return
+    parts = weight.log_stds if of_bias is None else (*weight.log_stds, of_bias)
+    runs(squares._Squares, *parts)
+    options = factored.FactoredNoise(draw, operation, tuple(weight.mean.shape[2:]))
+    inputs = output, options, x, *operation.std_factors(weight.log_stds), of_bias
+    for kept in (0, factored._KEPT_AT_MOST):
+        monkeypatch.setattr(factored, "_KEPT_AT_MOST", kept)
+        runs(factored.LinearNoise if name == "hidden" else factored.ConvNoise, *inputs)
 
 
 @structures
+@pytest.mark.parametrize("warmup", [0.0, 0.5])
 @pytest.mark.parametrize("is_scaled", [False, True])
-def test_hook(gpu, std, is_scaled, monkeypatch):
-    """With gradients that a gradient scaler has multiplied; without, also while the KL warms up."""
+def test_hook(gpu, std, is_scaled, warmup, monkeypatch):
+    """Also with gradients that a gradient scaler has multiplied, and while the KL warms up."""
     model = on_gpu(std, "weight_sampling")
     monkeypatch.setattr(kl, "_sizes", lambda model: {id(p.mean): kl._Size(1.0, 1) for p in named_posteriors(model)})
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.0, foreach=True)
-    attachment = bp.attach(optimizer, model, num_data=10, num_steps=100, warmup=0.0 if is_scaled else 0.5)
-    for _ in range(2):
+    attachment = bp.attach(optimizer, model, num_data=10, num_steps=100, warmup=warmup)
+    for _ in range(3):
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter)
         if is_scaled:
