@@ -56,8 +56,9 @@ def draws(kinds: Sequence[Kind], posteriors: Sequence[Any]) -> tuple[list[Tensor
         order = [by_row[i] for run in runs for i in run.tensors]
         flat, views = _flat_noise(kinds, means, order)
         stds = _joined([parts[i][0] for i in order]).exp_()
-        for run, units, rows in _units(runs, flat):
-            units.mul_(stds[rows][run.row_of_unit(flat.device)].unsqueeze(1) if run.is_split else stds[rows, None])
+        of_units = stds[_row_of_unit(runs, flat.device)] if _is_split(runs) else stds
+        for units, numbers in _units(runs, flat):
+            units.mul_(of_units[numbers].unsqueeze(1))
         found.update(zip(order, views, strict=True))
     if by_weight:
         drawn = foreach("exp", [parts[i][0] for i in by_weight])
@@ -104,14 +105,11 @@ def _of_rows(
     order = [by_row[i] for run in runs for i in run.tensors]
     flat, views = _flat_noise(kinds, means, order)
     foreach("mul_", views, [items[i].gradient for i in order])
-    sums = []
-    for run, units, _ in _units(runs, flat):
-        of_units = units.sum(1) if run.unit > 1 else units.view(-1)
-        if run.is_split:
-            of_units = torch.segment_reduce(of_units, "sum", offsets=run.first_units(flat.device), unsafe=True)
-        sums.append(of_units)
+    sums = [units.sum(1) if units.shape[1] > 1 else units.view(-1) for units, _ in _units(runs, flat)]
     logs = [items[i].parts[0] for i in order]
     of_stds = sums[0] if len(sums) == 1 else torch.cat(sums)
+    if _is_split(runs):
+        of_stds = torch.segment_reduce(of_stds, "sum", offsets=_first_units(runs, flat.device), unsafe=True)
     of_stds = of_stds * (_joined(logs).exp_() if stds is None else stds)
     split = of_stds.split([log.numel() for log in logs])
     return {i: [part.view_as(log)] for i, part, log in zip(order, split, logs, strict=True)}
@@ -131,25 +129,8 @@ class _Run(NamedTuple):
     unit: int
 
     @property
-    def num_rows(self) -> int:
-        return sum(rows for rows, _ in self.shapes)
-
-    @property
     def size(self) -> int:
         return _size(self.shapes)
-
-    @property
-    def is_split(self) -> bool:
-        """Whether a row has several units."""
-        return any(length != self.unit for _, length in self.shapes)
-
-    def row_of_unit(self, device: torch.device) -> Tensor:
-        """Which row each unit belongs to."""
-        return _row_of_unit(self.shapes, self.unit, device)
-
-    def first_units(self, device: torch.device) -> Tensor:
-        """The first unit of each row, and the number of units."""
-        return _first_units(self.shapes, self.unit, device)
 
 
 @lru_cache(_NUM_REMEMBERED)
@@ -169,20 +150,27 @@ def _runs(shapes: tuple[tuple[int, int], ...]) -> tuple[_Run, ...]:
     return tuple(runs)
 
 
+def _is_split(runs: Sequence[_Run]) -> bool:
+    """Whether a row has several units."""
+    return any(length != run.unit for run in runs for _, length in run.shapes)
+
+
 @lru_cache(_NUM_REMEMBERED)
-def _row_of_unit(shapes: tuple[tuple[int, int], ...], unit: int, device: torch.device) -> Tensor:
-    counts = _units_of_row(shapes, unit)
+def _row_of_unit(runs: tuple[_Run, ...], device: torch.device) -> Tensor:
+    """Which row each unit belongs to."""
+    counts = _units_of_row(runs)
     rows = torch.arange(len(counts), device="cpu")
     return rows.repeat_interleave(torch.tensor(counts, device="cpu"), output_size=sum(counts)).to(device)
 
 
 @lru_cache(_NUM_REMEMBERED)
-def _first_units(shapes: tuple[tuple[int, int], ...], unit: int, device: torch.device) -> Tensor:
-    return torch.tensor([0, *_units_of_row(shapes, unit)], device="cpu").cumsum(0).to(device)
+def _first_units(runs: tuple[_Run, ...], device: torch.device) -> Tensor:
+    """The first unit of each row, and the number of units."""
+    return torch.tensor([0, *_units_of_row(runs)], device="cpu").cumsum(0).to(device)
 
 
-def _units_of_row(shapes: Sequence[tuple[int, int]], unit: int) -> list[int]:
-    return [length // unit for rows, length in shapes for _ in range(rows)]
+def _units_of_row(runs: Sequence[_Run]) -> list[int]:
+    return [length // run.unit for run in runs for rows, length in run.shapes for _ in range(rows)]
 
 
 def _sorted(kinds: Sequence[Kind], means: Sequence[Tensor]) -> tuple[list[int], list[int], list[int]]:
@@ -208,12 +196,13 @@ def _flat_noise(kinds: Sequence[Kind], means: Sequence[Tensor], order: Sequence[
     return flat, [part.view(means[i].shape) for part, i in zip(split, order, strict=True)]
 
 
-def _units(runs: Sequence[_Run], flat: Tensor) -> list[tuple[_Run, Tensor, slice]]:
-    """Each run, its units (U, .), views of `flat`, and its rows in the order of all."""
-    found, start, row = [], 0, 0
+def _units(runs: Sequence[_Run], flat: Tensor) -> list[tuple[Tensor, slice]]:
+    """The units of each run (U, .), views of `flat`, and their numbers among those of all."""
+    found, start, number = [], 0, 0
     for run in runs:
-        found.append((run, flat[start : start + run.size].view(-1, run.unit), slice(row, row + run.num_rows)))
-        start, row = start + run.size, row + run.num_rows
+        units = flat[start : start + run.size].view(-1, run.unit)
+        found.append((units, slice(number, number + len(units))))
+        start, number = start + run.size, number + len(units)
     return found
 
 
