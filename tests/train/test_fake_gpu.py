@@ -19,6 +19,8 @@ from bayesprune import estimators
 from bayesprune.estimators import draws, factored, functions, local, squares, together
 from bayesprune.foundation import noise
 from bayesprune.layers import masks, named_posteriors
+from bayesprune.prune.scores import weights
+from bayesprune.prune.weights import floors, prune
 from bayesprune.train import kl
 from bayesprune.train.attachment import ATTACHMENTS
 from tests.cases import structures
@@ -187,5 +189,32 @@ def test_hook(gpu, std, is_scaled, warmup, monkeypatch):
 @structures
 def test_scores(gpu, std):
     model = on_gpu(std, "weight_sampling")
-    scores = bp.signal_to_noise(model)
-    assert {score.device for score in scores.values()} == {GPU}
+    scores = [*bp.signal_to_noise(model).values()]
+    scores += [score(p) for score in (weights.magnitude, weights.SNRScore(0.5)) for p in named_posteriors(model)]
+    assert {score.device for score in scores} == {GPU}
+
+
+@structures
+@pytest.mark.parametrize("target", ["weights=0.5", "snr=1", "2:4", {"head": 0.5}])
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_single_weights_go_without_a_copy_of_their_scores(gpu, std, target, scope, monkeypatch):
+    """What decides how many go is read as few numbers, of all tensors at once: no score is NaN, all floors are met."""
+    reads = []
+
+    def reads_as(number):
+        def numbers_of(tensors):
+            assert all(tensor.numel() == 1 and tensor.device == GPU for tensor in tensors)
+            reads.append(len(tensors))
+            return [number] * len(tensors)
+
+        return numbers_of
+
+    monkeypatch.setattr(prune, "numbers_of", reads_as(0))
+    monkeypatch.setattr(floors, "numbers_of", reads_as(10**6))
+    model = on_gpu(std, "weight_sampling")
+    for _ in range(2):
+        bp.prune_weights(model, target, scope=scope)
+    masks = [p.mask for p in named_posteriors(model) if p.mask is not None]
+    assert {mask.device for mask in masks} == {GPU}
+    assert len(masks) == (4 if target != "2:4" else 3)
+    assert len(reads) <= 12, "they do not grow with the number of layers"
