@@ -23,7 +23,7 @@ from bayesprune.foundation.text import as_text
 from bayesprune.layers import (
     STRUCTURES,
     VariationalLayer,
-    close_gates,
+    close_auxiliaries,
     named_posteriors,
     part_shapes,
     register_experts,
@@ -228,9 +228,9 @@ def to_variational(
 def to_deterministic(model: nn.Module) -> nn.Module:
     """The same model with stock classes and state-dict keys again, at the posterior means; in place.
 
-    Removed weights, and those behind closed gates, are zeros. Nothing keeps them so: fine-tune before this call.
+    Removed weights, and those that gates have closed, are zeros. Nothing keeps them so: fine-tune before this call.
     """
-    for _, layer in list(variational_layers(close_gates(model))):
+    for _, layer in list(variational_layers(close_auxiliaries(model))):
         layer.drop_masks()
         parts = [key for name in layer.active_names() for key in layer._part_names(name)]
         for attribute in (*parts, "std", "estimator", "estimator_override"):

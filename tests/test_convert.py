@@ -103,7 +103,7 @@ def test_tied_weights_have_tied_stds(std):
 
 
 def kl_of_bias(layer: nn.Module) -> torch.Tensor:
-    from bayesprune.train.gates import sum_kl
+    from bayesprune.train.complexity import sum_kl
     from bayesprune.train.kl import bind_prior
 
     bound = bind_prior(layer, bp.priors.Gaussian())

@@ -73,6 +73,12 @@ def test_examples_in_docstrings_run():
     assert not {module: result for module, result in results.items() if result.failed}
 
 
+def test_examples_in_docstrings_are_a_section():
+    """Under `Example:` the pages show a quotation, and the strict build takes a printed list for a link."""
+    sources = {module: inspect.getsource(importlib.import_module(module)) for module in MODULES}
+    assert not [module for module, source in sources.items() if re.search(r"^ *Example:$", source, re.MULTILINE)]
+
+
 def test_readme_commands_are_complete():
     """Each starts from `python3 -m venv`, installs extras that exist, and stands on a line of its own."""
     commands = re.findall(r"^python3 -m venv .*$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)

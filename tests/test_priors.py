@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import bayesprune as bp
-from bayesprune.priors import ARD, Binding, BoundPrior, Gaussian, Horseshoe, LogUniform, Prior
+from bayesprune.priors import ARD, Binding, BoundPrior, Gaussian, GroupLasso, Horseshoe, LogUniform, Prior
 from bayesprune.train.kl import bind_prior
 from tests.cases import STRUCTURES, structures
 from tests.oracles import (
@@ -28,6 +28,9 @@ PRIORS = {
     "ard_layer": ARD("layer"),
     "horseshoe": Horseshoe("channel", 0.5),
     "horseshoe_auto": Horseshoe("channel", "auto"),
+    "horseshoe_slab": Horseshoe("channel", 0.5, slab=0.8),
+    "group_lasso": GroupLasso("channel", 0.1),
+    "group_lasso_auto": GroupLasso("channel"),
     "log_uniform": LogUniform(),
 }
 every_prior = pytest.mark.parametrize("name", PRIORS)
@@ -232,6 +235,8 @@ def test_the_centre_is_fixed_when_the_prior_is_bound():
         (lambda: ARD([]), r"ARD group is \(\); expected .* or what bayesprune.prune.dependency_groups returns"),
         (lambda: Horseshoe("layer", 0.0), 'Horseshoe global_scale is 0.0; expected a positive number or "auto"'),
         (lambda: Horseshoe("layer", "median"), "Horseshoe global_scale is 'median'"),
+        (lambda: Horseshoe("layer", slab=0.0), "Horseshoe slab is 0.0; expected a positive number or None"),
+        (lambda: GroupLasso("layer", -1.0), 'GroupLasso global_scale is -1.0; expected a positive number or "auto"'),
     ],
 )
 def test_options_are_checked(make, message):

@@ -91,6 +91,9 @@ def compress(
         bool,
         Option(help="Let the smaller model learn from the dense one's outputs as it recovers, not from labels alone."),
     ] = True,
+    gates: Annotated[
+        bool, Option("--gates", help="With weights: gates that learn choose them, for targets of a few per cent.")
+    ] = False,
     bits: Annotated[
         int | None, Option(min=2, max=12, help="At the end, round the weights to so many bits by their posterior.")
     ] = None,
@@ -151,11 +154,12 @@ def compress(
         by=by,
         bits=bits,
         coding="entropy" if coding else None,
+        gates=gates,
     )
     if not recipe.learns_stds and (std is not None or estimator != "auto"):
         raise typer.BadParameter(
-            "--std and --estimator are for stds that are learned; a budget of MACs or parameters learns none. Leave "
-            "them out, or give a --target of weights or snr."
+            "--std and --estimator are for stds that are learned; a budget of MACs or parameters, and --gates, learn "
+            "none. Leave them out, or give a --target of weights or snr."
         )
     request = Request(
         model=model,

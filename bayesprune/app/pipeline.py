@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from bayesprune import gates
 from bayesprune.app.data import Loaders
 from bayesprune.app.tasks.task import LoggedProgress, Progress, Task, Training
 from bayesprune.bits import quantize
@@ -60,6 +61,7 @@ class Recipe:
         bits: Width to which the weights are rounded at the end; None leaves them as they are.
         coding: "entropy" saves the result in as few bytes as it has entropy.
         by: What the search counts: "macs", and removes channels and heads, or "weights". A target says it itself.
+        gates: Whether gates held to the target choose the single weights, in place of stds that are learned first.
     """
 
     target: str | None
@@ -76,6 +78,7 @@ class Recipe:
     by: Literal["macs", "weights"] = "macs"
     bits: int | None = None
     coding: Literal["entropy"] | None = None
+    gates: bool = False
 
     def __post_init__(self) -> None:
         """Refuses now what would be refused after minutes of training."""
@@ -86,6 +89,8 @@ class Recipe:
             raise ValueError(f'coding is {self.coding!r}; expected "entropy", or nothing for plain tensors.')
         if self.tolerance is not None and self.tolerance < 0:
             raise ValueError(f"tolerance is {self.tolerance!r}; expected the largest accepted loss, 0 or more.")
+        if self.gates and (self.target is None or not self.removes_weights):
+            raise ValueError("gates choose single weights for a target; give one, such as weights=0.01.")
         if not self.removes_weights:
             checked_target(self.goal, None, self.granularity, self.uniform, 1)
         elif self.uniform:
@@ -110,7 +115,7 @@ class Recipe:
     @property
     def learns_stds(self) -> bool:
         """Whether stds say what goes, so that they have to be learned first."""
-        return self.goal.kind not in ("macs", "params")
+        return self.goal.kind not in ("macs", "params") and not self.gates
 
     @property
     def num_stages(self) -> int:
@@ -164,8 +169,8 @@ def compress(
         lr: Its highest learning rate, of AdamW and one cycle.
         metric: `reports.ACCURACY`, or `reports.PERPLEXITY` of a causal language model.
         **options: Further fields of the recipe: `granularity`, `uniform`, `distill`, `std`, `estimator`,
-            `relative_std`, `by`; `bits` rounds the weights at the end (`quantize`), and `coding="entropy"` saves them
-            in fewer bytes.
+            `relative_std`, `by`; `gates=True` lets gates choose single weights; `bits` rounds the weights at the end
+            (`quantize`), and `coding="entropy"` saves them in fewer bytes.
 
     Raises:
         ValueError: an option is out of range, a split is missing, or both target and tolerance are given.
@@ -249,6 +254,11 @@ def run(
     progress.say(f"layers: {conversion_table(model).summary()}")
     if recipe.target is None:
         model = _smallest(model, task, recipe, progress, reference, validate, distill)
+    elif recipe.gates:
+        gates.add_weight_gates(model, recipe.goal)
+        task.train(model, progress, Training(recipe.num_epochs, recipe.lr, learn_stds=True))
+        gates.close(model)
+        validate(model, "removed")
     elif recipe.removes_weights:
         task.train(model, progress, Training(recipe.num_epochs, recipe.lr, learn_stds=True, target=recipe.goal))
         validate(model, "removed")

@@ -17,13 +17,12 @@ from torch import Tensor, nn
 from bayesprune.foundation.kinds import kind_of
 from bayesprune.foundation.model import run_forward, steady, tensors_in
 from bayesprune.foundation.text import as_text
-from bayesprune.layers import GateOptions
-from bayesprune.layers.gates import CHANNEL_GATE, ChannelGate, SharedDraws, passing_gates
+from bayesprune.gates.gate import CHANNEL_GATE, ChannelGate, GateOptions, SharedDraws, has_channel_gates
+from bayesprune.layers import without_auxiliaries
 from bayesprune.prune.graph.find import find_groups
 from bayesprune.prune.graph.group import GRANULARITY, ChannelGroup, cut_parameters
 from bayesprune.prune.graph.prunable_layers import Layers, is_root
 from bayesprune.prune.graph.removal import SHAPE_ERRORS, remove
-from bayesprune.prune.scores.inclusion import has_channel_gates
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,7 @@ _UNCHECKED = (
 )
 
 
-@passing_gates
+@without_auxiliaries
 def reasons_against(
     model: nn.Module, gates: Mapping[ChannelGroup, ChannelGate], example_inputs: Any
 ) -> dict[ChannelGroup, str]:

@@ -1,17 +1,23 @@
 """A gate for every single weight (as in Zhang et al., 2023, arXiv 2311.12526), and what gates say.
 
-What differs: the gates here have a prior, and the weights behind them a slab, so that the density follows from the ELBO
-and is not a target of its own.
+What differs: without a target the gates here have a prior, and the weights behind them a slab, so that the density
+follows from the ELBO. With one, their loss has a penalty on the mean gate's distance from it; here it holds exactly.
 """
 
 from torch import Tensor, nn
 
-from bayesprune.layers import GateOptions, named_gates, named_posteriors, variational_layers
-from bayesprune.layers.gates import WeightGate, gated, keep_slow_path
+from bayesprune.foundation.kinds import kind_of
+from bayesprune.foundation.target import PATTERN, Target
+from bayesprune.gates.gate import GateOptions, WeightGate, gated, keep_slow_path, named_gates
+from bayesprune.layers import named_posteriors, variational_layers
+from bayesprune.prune.weights.prune import whole_note
+
+_NO_BLOCKS = "its inputs come in no such blocks."
 
 
 def add_weight_gates(
     model: nn.Module,
+    target: str | Target | None = None,
     *,
     prior_inclusion: float = 1e-2,
     initial_inclusion: float = 0.99,
@@ -25,6 +31,11 @@ def add_weight_gates(
 
     Args:
         model: A variational model; one with gates of channels is fine.
+        target: What the gates are held to while they learn: "weights=0.0015", that share of the gated weights is open,
+            which is reached after three fifths of the training; or "2:4", the best two of every four consecutive
+            inputs, from a tenth of the training on. `attach` then needs `num_steps`. The gates have no prior then and
+            are not drawn: which of them are open is decided by their logits in training, too. None leaves the density
+            to the prior and the data.
         prior_inclusion: Prior probability that a weight is there. Every open gate costs -ln of it in nats, beside the
             KL of the weight itself.
         initial_inclusion: Posterior probability at the start.
@@ -32,15 +43,26 @@ def add_weight_gates(
         lr: Learning rate of the gates' logits.
 
     Raises:
-        ValueError: the model has no variational layer, has gates on weights, or a number is out of range.
+        ValueError: the model has no variational layer, has gates on weights, a number is out of range, or no tensor
+            has a multiple of the M of a pattern as inputs.
     """
+    goal = None
+    if target is not None:
+        goal = Target.parse(target, ("weights", PATTERN), "add_weight_gates", is_partial=True)
     options = GateOptions(prior_inclusion, initial_inclusion, temperature, lr)
     posteriors = [posterior for posterior in named_posteriors(model) if posterior.is_weight]
     if not posteriors:
         raise ValueError("add_weight_gates got a model without variational layers; call to_variational first.")
     if any(isinstance(gate, WeightGate) for _, gate in named_gates(model)):
         raise ValueError("the model has gates on its weights already; call gates.close first.")
-    gates = {id(p.mean): WeightGate(tuple(p.mean.shape), options, p.mean.device) for p in posteriors}
+    if goal is not None and goal.pattern is not None:
+        posteriors = [posterior for posterior in posteriors if not whole_note(posterior, goal.pattern)]
+        if not posteriors:
+            raise ValueError(f'no tensor of the model can have the pattern "{goal}": {_NO_BLOCKS}')
+    gates = {
+        id(p.mean): WeightGate(tuple(p.mean.shape), options, p.mean.device, goal, kind_of(p.layer).input_dim)
+        for p in posteriors
+    }
     for _, layer in variational_layers(model):
         for name in layer.active_names():
             if (gate := gates.get(id(getattr(layer, name)))) is not None:  # tied weights have one gate
@@ -59,7 +81,7 @@ def inclusion_probabilities(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         ValueError: the model has no gates.
     """
-    found = {name: gate.probabilities.detach() for name, gate in named_gates(model)}
+    found = {name: gate.logits.detach().sigmoid() for name, gate in named_gates(model)}
     if not found:
         raise ValueError("the model has no gates; call gates.add_channel_gates or gates.add_weight_gates first.")
     return found

@@ -3,10 +3,15 @@
 from bayesprune.estimators import Gaussian
 from bayesprune.foundation.kinds import LayerKind
 from bayesprune.layers import stock  # noqa: F401  (registers torch's layers)
+from bayesprune.layers.auxiliary import (
+    SideRoom,
+    close_auxiliaries,
+    named_auxiliaries,
+    rooms_in,
+    without_auxiliaries,
+)
 from bayesprune.layers.base import VariationalLayer, register_layer, registered_types, variational_type
-from bayesprune.layers.closing import close_gates, drop_gates, fold_gates
 from bayesprune.layers.experts import register_experts
-from bayesprune.layers.gates import Gate, GateOptions, named_gates, passing_gates
 from bayesprune.layers.joint_draws import JointDraws
 from bayesprune.layers.posteriors import (
     Posterior,
@@ -20,26 +25,24 @@ from bayesprune.layers.structures import STRUCTURES, part_shapes
 
 __all__ = [
     "STRUCTURES",
-    "Gate",
-    "GateOptions",
     "Gaussian",
     "JointDraws",
     "LayerKind",
     "Posterior",
+    "SideRoom",
     "VariationalLayer",
-    "close_gates",
-    "drop_gates",
-    "fold_gates",
+    "close_auxiliaries",
     "holders_of",
     "make_masks",
-    "named_gates",
+    "named_auxiliaries",
     "named_posteriors",
     "part_shapes",
-    "passing_gates",
     "register_experts",
     "register_layer",
     "registered_types",
     "removable_weights",
+    "rooms_in",
     "variational_layers",
     "variational_type",
+    "without_auxiliaries",
 ]

@@ -1,24 +1,11 @@
 """Gaussian priors with one scale for every unit that leaves together, in all layers that lose weights with it.
 
-n weights N(0, u) with posteriors of second moments e = m^2 + s^2, E = sum(e), and the scale sqrt(u) ~ C+(0, tau), of
-density 2 tau / (pi (tau^2 + u)). What depends on u, its KL and its prior, is
-
-    n/2 ln u + E / (2 u) + ln(1 + k u)    nats,    k = 1 / tau^2,
-
-the mode of the scale itself (of its logarithm there would be n - 1 for n, and the prior would draw small scales up to
-tau; so it only ever shrinks). It is convex in ln u, and smallest at the one positive root of
-
-    (n + 2) k u^2 + (n - k E) u - E = 0,
-
-which is E / n for k = 0 (no prior: automatic relevance determination), and goes to E / (n + 2) for u far above tau^2:
-as a point estimate the half-Cauchy density is worth two more weights of zero.
-
 A weight lies in up to two groups, that of its output and that of its input, so its std is a product,
 
     s_w = s_layer z_out z_in,    z = 1 where there is no group,
 
 with s_layer the layer's root mean square when training starts. The KL at given posteriors is convex in all ln z
-together. Given the others, the best z of a unit is in closed form: that of `scales` with e / (the rest of s_w)^2 for e.
+together. Given the others, the best z of a unit is that of `scales` with e / (the rest of s_w)^2 for e.
 All z move at once, each by 1 / C of its way there in ln z, where C is the largest number of groups that one of its
 weights lies in; by Jensen's inequality the KL cannot rise, whatever depends on what (as in generalised iterative
 scaling; Darroch and Ratcliff, 1972). Binding a prior iterates these updates to convergence. Every step of training does
@@ -33,43 +20,8 @@ import torch
 from torch import Tensor
 
 from bayesprune.errors import UnsupportedModelError
-from bayesprune.priors.base import TINY, Binding, BoundGaussian, BoundNormal, BoundPrior, second_moments
-
-_NUM_STEPS = 20  # of `best_shrinkage`, each of which about halves what is left
-
-
-def best_variance(energy: Tensor, count: Tensor | float, shrinkage: Tensor | float) -> Tensor:
-    """The u of each group with this E, n and k; next to nothing where n is 0. n may be a sum of probabilities."""
-    count = count.clamp_min(TINY) if isinstance(count, Tensor) else count
-    if isinstance(shrinkage, Tensor):
-        shrinkage = shrinkage.clamp_min(TINY)
-    elif shrinkage == 0:
-        return (energy / count).clamp_min(TINY)
-    linear = count - shrinkage * energy
-    root = (linear.square() + 4 * (count + 2) * shrinkage * energy).clamp_min(TINY).sqrt()
-    small = 2 * energy / (linear.abs() + root)  # each form where it does not subtract nearly equal numbers
-    large = (linear.abs() + root) / (2 * (count + 2) * shrinkage)
-    return torch.where(linear > 0, small, large).clamp_min(TINY)
-
-
-def shrinkage_step(variance: Tensor, shrinkage: Tensor, present: Tensor) -> Tensor:
-    """A better k for scales at these u, (): the maximum likelihood of tau is where the mean of 1 / (1 + k u) is 1/2.
-
-    sum[ ln(tau^2 + u) - ln tau ] is bounded from above by a line in tau^2 through the present value, which gives
-    tau^2 = sum(w u) / sum(w) with w = 1 / (tau^2 + u); no step makes it worse.
-    """
-    weights = present / (1 + shrinkage * variance)
-    return weights.sum().clamp_min(TINY) / (weights * variance).sum().clamp_min(TINY)
-
-
-def best_shrinkage(energy: Tensor, count: Tensor | float, present: Tensor) -> Tensor:
-    """The k of groups that share it, where k and the scales are at their best together, ()."""
-    variance = best_variance(energy, count, 0.0)
-    shrinkage = shrinkage_step(variance, torch.zeros_like(variance), present)
-    for _ in range(_NUM_STEPS):
-        shrinkage = shrinkage_step(best_variance(energy, count, shrinkage), shrinkage, present)
-    return shrinkage
-
+from bayesprune.priors.base import Binding, BoundGaussian, BoundNormal, BoundPrior, second_moments
+from bayesprune.priors.scales import Flat, ScaleDensity
 
 MIN_SCALE = 1e-3
 """Smallest z. The weights of such a unit have a millionth of their layer's variance; from here on the prior stays where
@@ -113,18 +65,19 @@ class DependencyGroup:
 
 
 class _Scales:
-    """ln z of every unit and k = 1 / tau^2 of its group; the last entry of each stands for no group at all."""
+    """ln z of every unit and the rate k of its group; the last entry of each stands for no group at all."""
 
-    def __init__(self, groups: Sequence[DependencyGroup], shrinkage: float | None, like: Tensor) -> None:
+    def __init__(self, groups: Sequence[DependencyGroup], density: ScaleDensity, like: Tensor) -> None:
         self.groups: dict[str, slice] = {}
         start = 0
         for group in groups:
             self.groups[group.name] = slice(start, start + group.num_units)
             start += group.num_units
-        self.learns_shrinkage = shrinkage is None
-        self.has_prior = shrinkage != 0
+        self.density = density
+        self.has_prior = not isinstance(density, Flat)
         self.log_units = like.new_zeros(start + 1)
-        self.shrinkage = torch.full_like(self.log_units, 1.0 if shrinkage is None else shrinkage)
+        self.rate = torch.full_like(self.log_units, 1.0 if density.rate is None else density.rate)
+        self.count = torch.zeros_like(self.log_units)
         self.num_shared = torch.ones_like(self.log_units)  # the C of the text
         self.present = torch.zeros_like(self.log_units, dtype=torch.bool)
 
@@ -133,17 +86,18 @@ class _Scales:
         energy, count = torch.zeros_like(self.log_units), torch.zeros_like(self.log_units)
         for tensor in sums:
             tensor.add_to(energy, count)
-        self.present = count > 0
+        self.present, self.count = count > 0, count
         self.present[-1] = False
-        shrinkage = self.shrinkage if self.has_prior else 0.0
-        best = best_variance(energy * (2 * self.log_units).exp(), count, shrinkage).sqrt().clamp_min(MIN_SCALE)
+        best = self.density.variance(energy * (2 * self.log_units).exp(), count, self.rate).sqrt().clamp_min(MIN_SCALE)
         change = (best.log() - self.log_units) / self.num_shared * self.present
         self.log_units += change
-        if self.learns_shrinkage:
+        if self.density.rate is None:
             for units in self.groups.values():
                 if self.present[units].any():
                     variance = (2 * self.log_units[units]).exp()
-                    self.shrinkage[units] = shrinkage_step(variance, self.shrinkage[units], self.present[units])
+                    self.rate[units] = self.density.better_rate(
+                        variance, count[units], self.rate[units], self.present[units]
+                    )
         return change.abs().max()
 
 
@@ -177,14 +131,12 @@ class BoundDependency(BoundNormal):
         return product.exp()
 
     def cost(self, mean: Tensor, log_std: Tensor, keep: Tensor | None = None) -> Tensor | float:
-        """sum ln(1 + z^2 / tau^2) over the units that are counted here."""
+        """-ln p of the scales of the units that are counted here."""
         scales, own = self.scales, self.owned[self.scales.present[self.owned]]
         if not scales.has_prior:
             return 0.0
-        cost = (scales.shrinkage[own] * (2 * scales.log_units[own]).exp()).log1p()
-        if scales.learns_shrinkage:
-            cost = cost - 0.5 * scales.shrinkage[own].log()
-        return cost.sum().to(log_std)
+        variance = (2 * scales.log_units[own]).exp()
+        return scales.density.cost(variance, scales.count[own], scales.rate[own]).sum().to(log_std)
 
     def collapsed_groups(self) -> list[str]:
         """Names of the model's groups, those of other tensors too, none of whose units has a scale left."""
@@ -197,7 +149,7 @@ class BoundDependency(BoundNormal):
         for dim, slots in self.slots.items():
             state[f"log_units_{dim}"] = self.scales.log_units[slots]
             if self.scales.has_prior:
-                state[f"shrinkage_{dim}"] = self.scales.shrinkage[slots]
+                state[f"rate_{dim}"] = self.scales.rate[slots]
         return state
 
     def with_state(self, state: Any) -> "BoundDependency":
@@ -205,7 +157,7 @@ class BoundDependency(BoundNormal):
         for dim, slots in self.slots.items():
             self.scales.log_units[slots] = state[f"log_units_{dim}"].to(self.scales.log_units)
             if self.scales.has_prior:
-                self.scales.shrinkage[slots] = state[f"shrinkage_{dim}"].to(self.scales.shrinkage)
+                self.scales.rate[slots] = state[f"rate_{dim}"].to(self.scales.rate)
         return replace(self, scale=state["scale"])
 
 
@@ -232,7 +184,7 @@ class _Sums:
 
 
 def bind_groups(
-    groups: Sequence[DependencyGroup], bindings: Sequence[Binding], shrinkage: float | None
+    groups: Sequence[DependencyGroup], bindings: Sequence[Binding], density: ScaleDensity
 ) -> list[BoundNormal]:
     """The priors of all tensors of a model, every z at 1; a fixed Gaussian for a tensor outside all groups.
 
@@ -245,7 +197,7 @@ def bind_groups(
             "scales of dependency groups are sums over whole tensors, and FSDP 2 has sharded the model; expected "
             'scales within one tensor, such as ARD("channel"), or DDP.'
         )
-    scales = _Scales(groups, shrinkage, torch.zeros((), device=bindings[0].mean.device, dtype=_dtype(bindings)))
+    scales = _Scales(groups, density, torch.zeros((), device=bindings[0].mean.device, dtype=_dtype(bindings)))
     slots: dict[str, dict[int, Tensor]] = {binding.name: {} for binding in bindings}
     shapes = {binding.name: binding.mean.shape for binding in bindings}
     for group in groups:

@@ -3,16 +3,18 @@
 Every scale is at its best value for the present posterior, so it needs no gradient of its own (envelope theorem).
 """
 
+import math
 from abc import abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from bayesprune.priors.base import Binding, BoundNormal, BoundPrior, Prior, kept, second_moments
-from bayesprune.priors.dependency import DependencyGroup, best_shrinkage, best_variance, bind_groups
+from bayesprune.priors.dependency import DependencyGroup, bind_groups
+from bayesprune.priors.scales import Flat, Gamma, HalfCauchy, ScaleDensity
 
 Sharing = Literal["weight", "channel", "input_channel", "layer"]
 SHARING: tuple[Sharing, ...] = ("weight", "channel", "input_channel", "layer")
@@ -20,7 +22,7 @@ SHARING: tuple[Sharing, ...] = ("weight", "channel", "input_channel", "layer")
 
 @dataclass(frozen=True)
 class _Learned(Prior):
-    """What ARD and the horseshoe share: what has a scale of its own.
+    """What ARD, the horseshoe and the group lasso share: what has a scale of its own.
 
     Attributes:
         group: What shares a scale.
@@ -42,20 +44,20 @@ class _Learned(Prior):
             )
 
     @abstractmethod
-    def shrinkage(self, layer_rms: float) -> float | None:
-        """1 / tau^2 of the scales' half-Cauchy prior in a layer of this size; 0 without one, None to learn it."""
+    def density(self, layer_rms: float) -> ScaleDensity:
+        """The density of the scales in a layer of this size."""
 
     def bind(self, binding: Binding) -> BoundPrior:
         """The prior of this tensor."""
         if not isinstance(self.group, str):
             return self.bind_all([binding])[0]
-        return BoundLearned(_Sums.over(self.group, binding), self.shrinkage(binding.layer_rms))
+        return BoundLearned(_Sums.over(self.group, binding), self.density(binding.layer_rms))
 
     def bind_all(self, bindings: Sequence[Binding]) -> list[BoundPrior]:
         """The priors of all tensors of a model, in their order; dependency groups are shared among them."""
         if isinstance(self.group, str):
             return super().bind_all(bindings)
-        return list(bind_groups(self.group, bindings, self.shrinkage(1.0)))
+        return list(bind_groups(self.group, bindings, self.density(1.0)))
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,9 @@ class ARD(_Learned):
         >>> attachment = bp.attach(torch.optim.Adam(model.parameters()), model, num_data=1000, prior=prior)
     """
 
-    def shrinkage(self, layer_rms: float) -> float:
+    def density(self, layer_rms: float) -> ScaleDensity:
         """No prior of the scale."""
-        return 0.0
+        return Flat()
 
 
 @dataclass(frozen=True)
@@ -89,25 +91,63 @@ class Horseshoe(_Learned):
 
     What a full posterior over the scales would add (Louizos et al., 2017; Ghosh et al., 2018) is not here: as a point
     estimate the scale of a group of n weights differs from that of ARD by a factor between n and n + 2, so the two
-    differ where groups are small, and hardly for whole channels. There is no slab.
+    differ where groups are small, and hardly for whole channels.
 
     Attributes:
         group: As for `ARD`.
         global_scale: tau in units of the layer's root mean square when training starts, or "auto": the most likely one
             of the groups that share it, those of a tensor or the units of a dependency group.
+        slab: The largest prior std that a weight can have, in the same unit: the regularised horseshoe of Piironen and
+            Vehtari (2017), which keeps the weights of groups with a large scale finite. None is no slab. A slab costs
+            some fifty passes over the scales in each step.
     """
 
     global_scale: float | Literal["auto"] = 1.0
+    slab: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        scale = self.global_scale
-        if scale != "auto" and not (isinstance(scale, int | float) and 0 < scale < float("inf")):
-            raise ValueError(f'Horseshoe global_scale is {scale!r}; expected a positive number or "auto".')
+        _check_global_scale("Horseshoe", self.global_scale)
+        if self.slab is not None and not 0 < self.slab < math.inf:
+            raise ValueError(f"Horseshoe slab is {self.slab!r}; expected a positive number or None.")
 
-    def shrinkage(self, layer_rms: float) -> float | None:
-        """1 / tau^2, None where it is learned."""
-        return None if self.global_scale == "auto" else (float(self.global_scale) * layer_rms) ** -2
+    def density(self, layer_rms: float) -> ScaleDensity:
+        """Half-Cauchy with 1 / tau^2, None where it is learned."""
+        return HalfCauchy(_rate(self.global_scale, layer_rms), None if self.slab is None else self.slab * layer_rms)
+
+
+@dataclass(frozen=True)
+class GroupLasso(_Learned):
+    """N(0, s_g^2) with s_g^2 ~ Gamma((n + 1) / 2, lambda^2 / 2) for a group of n weights, at its mode.
+
+    With the scale integrated out, the weights of a group have a density proportional to exp(-lambda norm(w)): the
+    slab of the spike and slab of Jantre, Bhattacharya and Maiti (2023, arXiv 2308.09104). They learn a posterior over
+    lambda; here it is fixed, or at its most likely value.
+
+    Attributes:
+        group: As for `ARD`.
+        global_scale: 1 / lambda in units of the layer's root mean square when training starts, or "auto": the most
+            likely one of the groups that share it, which for a single group is about its norm over n.
+    """
+
+    global_scale: float | Literal["auto"] = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_global_scale("GroupLasso", self.global_scale)
+
+    def density(self, layer_rms: float) -> ScaleDensity:
+        """Gamma with lambda^2, None where it is learned."""
+        return Gamma(_rate(self.global_scale, layer_rms))
+
+
+def _check_global_scale(prior: str, scale: float | str) -> None:
+    if scale != "auto" and not (isinstance(scale, int | float) and 0 < scale < math.inf):
+        raise ValueError(f'{prior} global_scale is {scale!r}; expected a positive number or "auto".')
+
+
+def _rate(scale: float | str, layer_rms: float) -> float | None:
+    return None if scale == "auto" else (float(scale) * layer_rms) ** -2
 
 
 @dataclass(frozen=True)
@@ -150,7 +190,7 @@ class BoundLearned(BoundNormal):
     """N(0, u) with the best u of each of the tensor's groups."""
 
     sums: _Sums
-    shrinkage: float | None
+    density: ScaleDensity
 
     def variance(self, mean: Tensor, log_std: Tensor, keep: Tensor | None = None) -> Tensor:
         """The best variance of each weight's group."""
@@ -158,25 +198,28 @@ class BoundLearned(BoundNormal):
 
     def variance_from(self, mean: Tensor, log_std: Tensor, squares: Tensor, keep: Tensor | None = None) -> Tensor:
         """The same, of known squares of the stds."""
-        best, _, _ = self._best(mean, squares, keep)
+        best, _, _, _ = self._best(mean, squares, keep)
         return self.sums.spread(best, mean.shape[0])
 
     def cost(self, mean: Tensor, log_std: Tensor, keep: Tensor | None = None) -> Tensor | float:
-        """sum_g ln(1 + u / tau^2), the negative log of the half-Cauchy density, relative to that at zero."""
-        if self.shrinkage == 0:
+        """-ln p of the groups' scales."""
+        if isinstance(self.density, Flat):
             return 0.0
-        variance, shrinkage, present = self._best(mean, (2 * log_std).exp(), keep)
-        cost = (variance * shrinkage).log1p()
-        if self.shrinkage is None:
-            cost = cost - 0.5 * torch.as_tensor(shrinkage).log()
-        return kept(cost, present).sum()
+        variance, rate, count, present = self._best(mean, (2 * log_std).exp(), keep)
+        return kept(self.density.cost(variance, count, rate), present).sum()
 
     def state(self) -> dict[str, Tensor | float]:
-        """1 / tau^2, where that is a constant."""
-        return {"shrinkage": self.shrinkage} if self.shrinkage else {}
+        """The rate of the scales' density, where that is a constant."""
+        return {"rate": self.density.rate} if self.density.rate else {}
 
-    def _best(self, mean: Tensor, squares: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor | float, Tensor]:
-        """u, k, and whether anything is left, of each group."""
+    def with_state(self, state: Mapping[str, Any]) -> "BoundLearned":
+        """The same prior with the rate of `state`."""
+        return replace(self, density=replace(self.density, **state)) if state else self
+
+    def _best(
+        self, mean: Tensor, squares: Tensor, keep: Tensor | None
+    ) -> tuple[Tensor, Tensor | float, Tensor | float, Tensor]:
+        """u, k, the number of weights, and whether anything is left, of each group."""
         energy = self.sums(second_moments(mean, squares, keep))
         if keep is None:
             count: Tensor | float = float(mean.numel() // energy.numel())
@@ -184,7 +227,7 @@ class BoundLearned(BoundNormal):
         else:
             count = self.sums(keep.to(energy.dtype))
             present = count > 0
-        shrinkage = self.shrinkage
-        if shrinkage is None:
-            shrinkage = best_shrinkage(energy.detach(), count, present)
-        return best_variance(energy, count, shrinkage), shrinkage, present
+        rate = self.density.rate
+        if rate is None:
+            rate = self.density.best_rate(energy.detach(), count, present)
+        return self.density.variance(energy, count, rate), rate, count, present

@@ -8,7 +8,6 @@ from bayesprune.prune.graph.dependency import dependency_groups
 from bayesprune.prune.measured import MeasuredImportance, layer_shares
 from bayesprune.prune.scores.channels import SNRImportance
 from bayesprune.prune.scores.evidence import EvidenceImportance, evidence
-from bayesprune.prune.scores.inclusion import InclusionImportance
 from bayesprune.prune.scores.unit_snr import UnitSNRImportance
 from bayesprune.prune.scores.weights import SNRScore, signal_to_noise
 from bayesprune.prune.search import Compression, SearchStep, smallest_within
@@ -22,7 +21,6 @@ __all__ = [
     "Compression",
     "EvidenceImportance",
     "FrozenStatistics",
-    "InclusionImportance",
     "MeasuredImportance",
     "PruneSchedule",
     "SNRImportance",

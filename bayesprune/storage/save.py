@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 
 from bayesprune.errors import StorageError, UnsupportedModelError
 from bayesprune.foundation.model import eval_mode, run_forward, tensors_in
-from bayesprune.layers import named_gates
+from bayesprune.layers import named_auxiliaries
 from bayesprune.storage import base as bases
 from bayesprune.storage.base import BaseModel
 from bayesprune.storage.digests import json_digest, sealed
@@ -188,7 +188,7 @@ def _check_unwrapped(model: nn.Module) -> None:
             f"save got a model wrapped in {wrapper.__name__}; pass the model inside it (usually `.module`, for a "
             "compiled one `._orig_mod`)."
         )
-    if gates := [name for name, _ in named_gates(model)]:
+    if gates := [name for name, _ in named_auxiliaries(model)]:
         raise UnsupportedModelError(
             f"save got a model with gates ({', '.join(gates[:3])}), which take part in training alone. Decide first: "
             'prune_channels(model, x, "inclusion=0.5") or gates.close(model); to go on training later, '

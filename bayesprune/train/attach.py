@@ -17,7 +17,7 @@ from bayesprune.priors import Gaussian, Prior
 from bayesprune.train.attachment import ATTACHMENTS, Attachment
 from bayesprune.train.averages import has_masks, warn_of_averages
 from bayesprune.train.checks import check_groups, check_hooks, check_length, check_options, check_types
-from bayesprune.train.gates import GateOptimizer
+from bayesprune.train.complexity import complexity_of
 from bayesprune.train.kl import bind_prior
 from bayesprune.train.optimizers import held_by, unwrapped
 from bayesprune.train.removal import Removal, RemovalSchedule
@@ -87,21 +87,22 @@ def attach(
     check_hooks(optimizer)
     model = getattr(model, "_orig_mod", model)
     model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    gates = GateOptimizer(model)
-    bound = bind_prior(model, Gaussian() if prior is None else prior, gates)
+    complexity = complexity_of(model)
+    complexity.plan(num_steps)
+    bound = bind_prior(model, Gaussian() if prior is None else prior, complexity)
     owners = [getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_pre_hooks.values()]
     check_groups(optimizer, bound, [owner._parts for owner in owners if isinstance(owner, Attachment)])
     if prune is not None:
         if not has_masks(model):
             warn_of_averages(model)
         make_masks(model)
-    trained = _claim(optimizer, bound, has_gates=bool(gates.gates))
+    trained = _claim(optimizer, bound, is_whole=bool(complexity.parameters))
     temperature = default_temperature(model, num_data) if temperature == "auto" else temperature
     _LOGGER.info("the KL weighs temperature %g / num_data %d", temperature, num_data)
     return Attachment(
         optimizer,
         bound,
-        gates,
+        complexity,
         model,
         trained=trained,
         num_data=num_data,
@@ -124,14 +125,20 @@ def _means_of(attachment: Attachment) -> set[int]:
     return {id(getattr(posterior.layer, posterior.parameter, None)) for posterior in attachment._parts}
 
 
-def _claim(optimizer: Optimizer, posteriors: Iterable[Posterior], *, has_gates: bool) -> list[Posterior]:
-    """Those that an attachment to this optimizer trains: what it holds, and what no other attachment trains."""
+def _claim(optimizer: Optimizer, posteriors: Iterable[Posterior], *, is_whole: bool) -> list[Posterior]:
+    """Those that an attachment to this optimizer trains: what it holds, and what no other attachment trains.
+
+    Args:
+        optimizer: Of the attachment.
+        posteriors: Those of the model.
+        is_whole: Whether no other optimizer may train a part of the model, because of its gates.
+    """
     held = held_by(optimizer)
     others = {attachment: _means_of(attachment) for attachment in ATTACHMENTS}
     trained = [p for p in posteriors if id(p.mean) in held or not any(id(p.mean) in means for means in others.values())]
     means = {id(posterior.mean) for posterior in trained}
     of_model = {id(posterior.mean) for posterior in posteriors}
-    if has_gates and any(of_model & (theirs - means) for theirs in others.values()):
+    if is_whole and any(of_model & (theirs - means) for theirs in others.values()):
         raise ValueError(
             "the model has gates, and another optimizer is attached to a part of it; expected one optimizer for a "
             "model with gates, because they count in the KL of all weights."

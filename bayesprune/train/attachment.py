@@ -23,8 +23,8 @@ from bayesprune.layers.masks import Keeper
 from bayesprune.priors import BoundPrior
 from bayesprune.train.bounds import bound_log_stds
 from bayesprune.train.checks import collapsed_layers
+from bayesprune.train.complexity import Complexity
 from bayesprune.train.fused import KLTerm, add_kl_gradients, has_kl, mark_with_kl
-from bayesprune.train.gates import GateOptimizer
 from bayesprune.train.kl import collapsed_groups, refresh_scales
 from bayesprune.train.noise_cost import NoiseCost, dearest, scale_back
 from bayesprune.train.optimizers import (
@@ -65,7 +65,7 @@ class Attachment:
         self,
         optimizer: Optimizer,
         bound: dict[Posterior, BoundPrior],
-        gates: GateOptimizer,
+        complexity: Complexity,
         model: nn.Module,
         *,
         trained: Collection[Posterior],
@@ -79,14 +79,14 @@ class Attachment:
         """Use `attach`."""
         self.num_data, self.temperature, self.warmup_steps = num_data, temperature, warmup_steps
         self.max_noise_cost, self.noise_cost = max_noise_cost, None
-        self._bound, self._gates, self._model = bound, gates, model
+        self._bound, self._complexity, self._model = bound, complexity, model
         self._removal, self._steps = removal, StepCount()
         self._train({posterior: posterior.log_std_parts for posterior in trained})
         self._statistics = MeanStatistics(model, self._steps)
         self._std_optimizer = Adam(self._stds, lr=std_lr, fused=has_fused_kernel(self._stds))
         self._optimizer = optimizer
         self._taken_out = take_out(optimizer, [part for p in bound if p not in self._parts for part in p.log_std_parts])
-        self._added = add_to_first_group(optimizer, [*self._stds, *gates.logits])
+        self._added = add_to_first_group(optimizer, [*self._stds, *complexity.parameters])
         self._given_up: list[Posterior] = []
         self._warned: set[tuple[str, str]] = set()
         layers = ((name, layer, layer.active_names()) for name, layer in variational_layers(model))
@@ -130,7 +130,7 @@ class Attachment:
 
         Of the posteriors that this attachment trains: all of the model, unless several optimizers share it.
         """
-        return self._gates.kl(self._trained)
+        return self._complexity.kl(self._trained)
 
     def detach(self) -> None:
         """Ends it: the optimizer is as it was before `attach`, and moves no std that it did not hold then."""
@@ -151,7 +151,7 @@ class Attachment:
             "step": self.step,
             "std_optimizer": self._std_optimizer.state_dict(),
             "prior": {posterior.name: prior.state() for posterior, prior in self._bound.items()},
-            "gates": self._gates.state_dict(),
+            "complexity": self._complexity.state_dict(),
             "noise": self._noise.state(),
             "ahead": self._draws.state(),
         }
@@ -182,7 +182,7 @@ class Attachment:
                 f"the attachment's state has moments of {num_saved} stds, and it trains {len(self._stds)}; expected "
                 "the optimizers of the run that was saved, all of them attached before a state is loaded."
             )
-        self._gates.load_state_dict(state.get("gates", {}))
+        self._complexity.load_state_dict(state["complexity"])
         self.step = state["step"]
         self._std_optimizer.load_state_dict(state["std_optimizer"])
         for part, values in self._std_optimizer.state.items():
@@ -236,19 +236,19 @@ class Attachment:
         share = None if self._is_warm else self._steps.share_of(self.warmup_steps)
         weight = self.kl_weight if share is None else self.temperature / self.num_data
         self._noise.add(scale, found_inf)  # of the loss alone
-        refresh_scales(self._bound, self._gates.keep)
+        refresh_scales(self._bound, self._complexity.keep)
         add_kl_gradients(targets, weight, scale if share is None else share if scale is None else scale * share)
         mark_with_kl(targets)
-        self._gates.add_gradients(self._trained, weight, scale, share)
+        self._complexity.add_gradients(self._trained, weight, scale, share)
         step_scaled(self._std_optimizer, scale, found_inf)
-        self._gates.step(found_inf)
+        self._complexity.step(self._steps.at_most + 1, found_inf)
         self._statistics.update()
         if (costs := self._noise.take()) is not None:
             self._bound_noise(costs)
         moving = [([p for p in self._parts[q] if p.requires_grad], prior) for q, prior in self._trained.items()]
         bound_log_stds((parts, prior.max_log_std) for parts, prior in moving if parts)
         self._steps.add(found_inf)
-        for part in (*self._stds, *self._gates.logits):
+        for part in (*self._stds, *self._complexity.parameters):
             part.grad = None
         if self._steps.at_most % _CHECK_EVERY == 0:
             self._warn_of_collapse()
@@ -341,8 +341,9 @@ class Attachment:
             if not has_draw and has_kl(mean.grad):
                 continue
             if has_draw or mean.grad is not None:
-                yield KLTerm(mean, parts, prior, self._gates.keep(posterior))
-            if mean.grad is not None and not has_draw and parts[0].requires_grad:
+                yield KLTerm(mean, parts, prior, self._complexity.keep(posterior))
+            is_drawn = posterior.layer.estimator != "mean"  # which the user chose
+            if mean.grad is not None and not has_draw and is_drawn and parts[0].requires_grad:
                 self._warn(
                     "noise",
                     posterior.name,
@@ -358,12 +359,12 @@ class Attachment:
                 f"every weight has an SNR below 1 (largest {largest:.2g}) at step {self.step}: the prior has switched "
                 "the whole layer off. Lower the temperature, warm it up, or use a fixed prior scale.",
             )
-        for name in self._gates.closed():
+        for name, what in self._complexity.collapsed():
             self._warn(
                 "gates",
                 name,
-                f"all its gates are closed at step {self.step}: the prior has switched it off. Lower the temperature, "
-                "warm it up, or raise prior_inclusion.",
+                f"{what} at step {self.step}: the prior has switched it off. Lower the temperature, warm it up, or "
+                "raise prior_inclusion.",
             )
         for name in collapsed_groups(self._bound):
             self._warn(

@@ -11,7 +11,7 @@ from bayesprune.foundation.kinds import kind_of
 from bayesprune.foundation.sharding import full_tensor
 from bayesprune.layers import Posterior, holders_of, named_posteriors
 from bayesprune.priors import Binding, BoundDependency, BoundPrior, Gaussian, Prior, refresh
-from bayesprune.train.gates import GateOptimizer
+from bayesprune.train.complexity import Complexity, complexity_of
 
 
 def kl_divergence(model: nn.Module, prior: Prior | None = None) -> Tensor:
@@ -29,17 +29,17 @@ def kl_divergence(model: nn.Module, prior: Prior | None = None) -> Tensor:
     Raises:
         ValueError: the model has no variational layer.
     """
-    gates = GateOptimizer(model)
-    return gates.kl(bind_prior(model, Gaussian() if prior is None else prior, gates))
+    complexity = complexity_of(model)
+    return complexity.kl(bind_prior(model, Gaussian() if prior is None else prior, complexity))
 
 
-def bind_prior(model: nn.Module, prior: Prior, gates: GateOptimizer | None = None) -> dict[Posterior, BoundPrior]:
+def bind_prior(model: nn.Module, prior: Prior, complexity: Complexity | None = None) -> dict[Posterior, BoundPrior]:
     """The prior of every posterior of the model, its constants fixed from now on.
 
     Args:
         model: A variational model.
         prior: The family.
-        gates: Those of the model; None looks for them.
+        complexity: The complexity term of the model; None looks for it.
 
     Raises:
         ValueError: the model has no variational layer.
@@ -50,7 +50,7 @@ def bind_prior(model: nn.Module, prior: Prior, gates: GateOptimizer | None = Non
     sizes = _sizes(model)
     bindings = [_binding(posterior, sizes) for posterior in posteriors]
     bound = dict(zip(posteriors, prior.bind_all(bindings), strict=True))
-    refresh_scales(bound, (gates or GateOptimizer(model)).keep, until_rest=True)
+    refresh_scales(bound, (complexity or complexity_of(model)).keep, until_rest=True)
     return bound
 
 

@@ -2,8 +2,9 @@
 
 Batch norm takes its running statistics from training forwards, whose activations have the noise of the weights in them;
 evaluation, which runs at the means, has none, so that its variances are too large, layer upon layer. While posteriors
-are trained, what a noisy forward did to the statistics is undone at the optimizer's step, and one batch in some steps
-runs once more at the means, without gradients, for the statistics alone.
+are trained, what a noisy forward did to the statistics is undone right behind it, so that a checkpoint never holds it,
+and what a backward did that runs forwards anew, at the optimizer's step. One batch in some steps runs once more at the
+means, without gradients, for the statistics alone.
 """
 
 import warnings
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
 
 from bayesprune.foundation.foreach import foreach
 from bayesprune.foundation.model import eval_mode
@@ -42,14 +44,20 @@ class MeanStatistics:
         self._before: dict[_BatchNorm, tuple[Tensor, Tensor]] = {}
         self._batch: _Batch | None = None
         self._steps = steps
-        self._handle = None
+        self._handles: list[RemovableHandle] = []
         if self._layers and self._norms:
-            self._handle = model.register_forward_pre_hook(self._look, with_kwargs=True)
+            self._handles = [
+                model.register_forward_pre_hook(self._look, with_kwargs=True),
+                model.register_forward_hook(self._undo, always_call=True),
+            ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy of the model, whose steps nobody tells: it changes nothing there."""
+        return vars(self) | {"_layers": [], "_norms": [], "_handles": [], "_before": {}, "_batch": None}
 
     def update(self) -> None:
-        """Undoes what the noisy forwards of this step did, and gathers from the last batch where it is time."""
-        if self._before:
-            foreach("copy_", _running(self._before), [before for pair in self._before.values() for before in pair])
+        """Undoes what noise of this step did, and gathers from the last batch where it is time."""
+        self._undo()
         batch, norms, self._before, self._batch = self._batch, list(self._before), {}, None
         if batch is None or not norms:
             return
@@ -68,9 +76,15 @@ class MeanStatistics:
 
     def end(self) -> None:
         """Looks no more."""
-        if self._handle is not None:
-            self._handle.remove()
-        self._handle, self._batch, self._before = None, None, {}
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._batch, self._before = [], None, {}
+
+    def _undo(self, *_: Any) -> None:
+        """Puts the statistics back; past autograd, which looks at their versions in the backward to come."""
+        if self._before and not torch.compiler.is_compiling():
+            now = [buffer.data for buffer in _running(self._before)]
+            foreach("copy_", now, [before for pair in self._before.values() for before in pair])
 
     @staticmethod
     def _copied(norms: list[_BatchNorm]) -> dict[_BatchNorm, tuple[Tensor, Tensor]]:
@@ -81,7 +95,7 @@ class MeanStatistics:
         return {norm: (copies[2 * i], copies[2 * i + 1]) for i, norm in enumerate(norms)}
 
     def _look(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
+        if not self._norms or torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
             return
         if not isinstance(self._layers[0], VariationalLayer):  # made deterministic
             self.end()

@@ -83,10 +83,12 @@ def test_the_same_seed_gives_the_same_model(compressed, tmp_path, capsys):
         (["--data", "no/such/folder"], "no folder"),
         (["--checkpoint", "missing.pth"], "no checkpoint"),
         (["--epochs", "0"], "--epochs"),
+        (["--gates"], "gates choose single weights"),
+        (["--target", "weights=0.1", "--gates", "--std", "per_weight"], "learn none"),
         (["--bits", "1"], "--bits"),
         (["--coding", "zip"], "expected entropy"),
         (["--std", "per_kernel"], "per_channel"),
-        (["--std", "per_weight"], "learns none"),
+        (["--std", "per_weight"], "learn none"),
     ],
 )
 def test_wrong_input_is_told_before_any_training(arguments, said, tmp_path, capsys):

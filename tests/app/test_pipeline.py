@@ -132,14 +132,14 @@ def batches(rows: int = 96) -> dict[str, DataLoader]:
     return {split: DataLoader(TensorDataset(inputs, labels), 16) for split in ("train", "validation", "test")}
 
 
-@pytest.mark.parametrize("target", ["macs=0.5", "weights=0.5"])
-def test_compress_does_the_job_from_python(target, tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize(("target", "by_gates"), [("macs=0.5", False), ("weights=0.5", False), ("weights=0.5", True)])
+def test_compress_does_the_job_from_python(target, by_gates, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(latency, "SECONDS_PER_REPEAT", 0.0)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 40), nn.ReLU(), nn.Linear(40, 3))
     data = batches()
     with caplog.at_level("INFO", logger="bayesprune"):
-        small, report = bp.compress(model, data, target, out=tmp_path / "small", num_epochs=4, lr=0.02)
+        small, report = bp.compress(model, data, target, out=tmp_path / "small", num_epochs=4, lr=0.02, gates=by_gates)
     assert small is model
     assert report.after.accuracy == bp.reports.accuracy(small, data["test"]) > report.before.accuracy
     kept = report.after.macs / report.before.macs
@@ -149,7 +149,9 @@ def test_compress_does_the_job_from_python(target, tmp_path, monkeypatch, caplog
     loaded = bp.load(tmp_path / "small", model=nn.Sequential(nn.Linear(8, 40), nn.ReLU(), nn.Linear(40, 3)))
     x = torch.randn(4, 8)
     assert torch.equal(loaded.eval()(x), small.eval()(x))
-    assert any("Fine-tune the smaller model" in record.message for record in caplog.records)
+    said = [record.message for record in caplog.records]
+    assert any("Fine-tune the smaller model" in message for message in said)
+    assert any("Learn how certain" in message for message in said) == (target == "weights=0.5" and not by_gates)
 
 
 def test_compress_rounds_and_codes(tmp_path):
@@ -170,6 +172,7 @@ def test_compress_rounds_and_codes(tmp_path):
     ("options", "message"),
     [
         ({"bits": 1}, "bits is 1; expected the width of a weight, from 2 to 12"),
+        ({"gates": True, "target": "macs=0.5"}, "gates choose single weights for a target; give one"),
         ({"coding": "zip"}, "coding is 'zip'; expected \"entropy\""),
         ({"data": {"train": []}}, "data has no 'validation' batches"),
         ({"target": None}, "expected one of them"),

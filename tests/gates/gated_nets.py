@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 import bayesprune as bp
-from bayesprune.layers import VariationalLayer, named_gates
+from bayesprune.gates.gate import named_gates
+from bayesprune.layers import VariationalLayer
 
 
 class Residual(nn.Module):

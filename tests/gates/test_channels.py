@@ -10,7 +10,7 @@ from torch import nn
 
 import bayesprune as bp
 from bayesprune import gates
-from bayesprune.layers import named_gates
+from bayesprune.gates.gate import named_gates
 from tests.gates.gated_nets import Residual, residual, spread
 from tests.prune.nets import nets
 
@@ -142,7 +142,7 @@ def test_to_deterministic_folds_and_save_refuses(tmp_path):
     gates.add_channel_gates(model, x)
     spread(model)
     gated = output(model, x)
-    with pytest.raises(bp.errors.UnsupportedModelError, match=r"gates \(inner, outer\).*gates.close"):
+    with pytest.raises(bp.errors.UnsupportedModelError, match=r"gates \(inner\.channel_gate, .*gates\.close"):
         bp.save(model, tmp_path / "gated")
     bp.to_deterministic(model)
     torch.testing.assert_close(output(model, x), gated, rtol=0, atol=1e-12)

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 import bayesprune as bp
 from bayesprune import gates, priors
-from bayesprune.layers import named_gates
+from bayesprune.gates.gate import named_gates
 from tests.gates.gated_nets import bernoulli_kl, gaussian_kl, residual, spread
 
 PRIOR = priors.Gaussian(0.3)

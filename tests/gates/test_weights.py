@@ -8,8 +8,8 @@ from torch import nn
 
 import bayesprune as bp
 from bayesprune import gates
-from bayesprune.layers import named_gates
-from bayesprune.prune.scores.inclusion import inclusion
+from bayesprune.gates import inclusion
+from bayesprune.gates.gate import named_gates
 from tests.cases import Tied, structures
 from tests.gates.gated_nets import spread
 

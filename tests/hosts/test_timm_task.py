@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -74,6 +75,7 @@ def write_images(root: Path) -> str:
     return str(root)
 
 
+NOISY = re.compile("running|num_batches")  # of batch norm, which eager models measure at the means
 RECIPES = [
     "--model-ema-decay 0.5 --grad-accum-steps 2 --batch-size 2 --clip-grad 0.1 --clip-mode agc --channels-last",
     pytest.param("--model-ema-decay 0.9 --amp-dtype bfloat16 --clip-grad 1", marks=pytest.mark.slow),
@@ -282,7 +284,7 @@ def test_attached_before_or_after_the_checkpoint_is_loaded(gated):
     after.attach(optimizers[2], num_steps=4, num_data=NUM_DATA)
     assert_equal(after.get_checkpoint_state(), saved)
     assert saved["task_state"]["bayesprune"]["step"] == 1
-    assert bool(saved["task_state"]["bayesprune"]["gates"]) == gated
+    assert bool(saved["task_state"]["bayesprune"]["complexity"]) == gated
 
 
 @pytest.mark.parametrize(("criterion", "factor"), [
@@ -353,26 +355,32 @@ def test_what_would_go_wrong_without_a_word(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_compiled_task_takes_the_steps_of_the_eager_one(monkeypatch):
-    monkeypatch.setattr(
-        "bayesprune.foundation.noise.can_repeat", lambda device: False
-    )  # the eager one draws as a graph does
+def test_a_compiled_task_takes_the_steps_of_the_eager_one():
+    """With next to no noise, which a graph draws in an order of its own; running statistics apart, which it keeps."""
     runs = []
     for is_compiled in (False, True):
         torch.manual_seed(0)
         model = timm.create_model("test_resnet", num_classes=3)
-        task = classification(model, prune=PruneSchedule("weights=0.5", begin=0.0, end=0.5, num_updates=2)).train()
-        optimizer = create_optimizer_v2(task.get_trainable_module(), "adamw", lr=1e-3, weight_decay=0.0)
+        schedule = PruneSchedule("weights=0.5", begin=0.0, end=0.5, num_updates=2)
+        task = classification(model, prune=schedule, convert={"relative_std": 1e-6}).train()
+        optimizer = create_optimizer_v2(task.get_trainable_module(), "momentum", lr=1e-2, weight_decay=0.0)
         task.setup_ema(decay=0.5)
         if is_compiled:
             task.compile(backend="aot_eager")
             task.compile_ema(backend="aot_eager")
         task.attach(optimizer, num_steps=4, num_data=NUM_DATA)
+        start = copy.deepcopy(model.state_dict())
         x, y = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
         for _ in range(4):
             optimizer.zero_grad()
             task(x, y)["loss"].backward()
             optimizer.step()
             task.update_ema()
-        runs.append({**task.get_checkpoint_state(), **task.get_checkpoint_state(ema=True)})
-    assert_equal(*runs)
+        states = {**task.get_checkpoint_state(), **task.get_checkpoint_state(ema=True)}
+        runs.append({(which, key): value for which, state in states.items() for key, value in state.items()})
+    compared = [key for key in runs[0] if isinstance(runs[0][key], torch.Tensor) and not NOISY.search(key[1])]
+    assert len(compared) > 50
+    for key in compared:
+        torch.testing.assert_close(runs[0][key], runs[1][key], rtol=1e-3, atol=1e-4, msg=str(key))
+    weight = "conv1.0.weight"
+    assert (runs[0]["state_dict", weight] - start[weight]).abs().max() > 1e-2

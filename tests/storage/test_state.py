@@ -34,7 +34,7 @@ def attached(prior, gated: bool):
 @pytest.mark.parametrize("prior", [None, Gaussian(centered=True), Horseshoe(global_scale="auto"), "groups"], ids=str)
 def test_an_attachments_state_comes_back_from_a_file(prior, gated, tmp_path):
     state = attached(prior, gated).state_dict()
-    assert bool(state["gates"]) == gated
+    assert bool(state["complexity"]) == gated
     write_state(tmp_path / "state", state)
     found = read_state(tmp_path / "state")
     assert_same(found, state)

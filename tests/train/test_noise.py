@@ -226,6 +226,18 @@ def test_statistics_are_those_of_the_means(accumulation):
     assert model.training
 
 
+def test_statistics_have_no_noise_where_a_step_is_skipped():
+    """A gradient scaler that found an overflow calls no optimizer; what a checkpoint holds then is clean as ever."""
+    model, _, steps = conv_with_norm()
+    steps(1)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers() if "running" in name}
+    x = torch.randn(16, 2, 4, 4) * 3
+    first, again = model.train()(x), model(x)
+    (first.square().mean() + again.square().mean()).backward()
+    assert all(torch.equal(model.get_buffer(name), value) for name, value in before.items())
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
+
+
 def test_statistics_follow_the_means():
     model, _, steps = conv_with_norm()
     at_means = model[1].running_var.clone()

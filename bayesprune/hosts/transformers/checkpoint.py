@@ -13,7 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from bayesprune.errors import StorageError
 from bayesprune.foundation.sharding import full_tensor, whole_values
-from bayesprune.layers import named_gates, named_posteriors
+from bayesprune.layers import named_auxiliaries, named_posteriors
 from bayesprune.storage.state import read_about, read_state, write_state
 from bayesprune.train.attachment import Attachment
 
@@ -84,7 +84,8 @@ def warn_unless_best_is_loaded(directory: str | None, model: nn.Module) -> None:
 def fingerprint(model: nn.Module) -> str:
     """A digest of the beginnings of log stds and gates: equal for the model that was saved and the one loaded."""
     digest = hashlib.sha256()
-    for part in (*_parts(model), *(gate.logits for _, gate in named_gates(model))):
+    others = (parameter for _, module in named_auxiliaries(model) for parameter in module.parameters())
+    for part in (*_parts(model), *others):
         digest.update(full_tensor(part.detach()).flatten()[:_FINGERPRINT_SIZE].cpu().numpy().tobytes())
     return digest.hexdigest()
 

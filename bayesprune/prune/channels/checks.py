@@ -7,13 +7,12 @@ from torch import nn
 
 from bayesprune.errors import UnsupportedModelError
 from bayesprune.foundation.target import Target
-from bayesprune.layers import VariationalLayer
+from bayesprune.layers import VariationalLayer, rooms_in
 from bayesprune.prune.graph.group import GRANULARITY
 from bayesprune.prune.graph.prunable_layers import is_frozen, is_root
-from bayesprune.prune.scores.evidence import EvidenceImportance
-from bayesprune.prune.scores.inclusion import InclusionImportance, has_channel_gates
 
-KINDS = ("macs", "params", "latency", "snr", "evidence", "inclusion")
+THRESHOLDS = ("snr", "evidence", "inclusion")
+KINDS = ("macs", "params", "latency", *THRESHOLDS)
 
 
 def checked_target(
@@ -29,8 +28,8 @@ def checked_target(
     found = Target.parse(target, KINDS, "prune_channels")
     if found.kind == "snr" and not found.value:
         raise ValueError('prune_channels got the target "snr=0"; expected a positive number, usually 1.')
-    own = {"snr": (), "evidence": EvidenceImportance, "inclusion": InclusionImportance}
-    if found.kind in own and (uniform or not (importance is None or isinstance(importance, own[found.kind]))):
+    is_own = importance is None or target_kind(importance) == found.kind
+    if found.kind in THRESHOLDS and (uniform or not is_own):
         but = {
             "evidence": " but an EvidenceImportance, with the prior that the model was trained with,",
             "inclusion": " but InclusionImportance()",
@@ -42,6 +41,17 @@ def checked_target(
     if round_to < 1:
         raise ValueError(f"round_to is {round_to!r}; expected 1 or more.")
     return found
+
+
+def target_kind(importance: Any) -> str | None:
+    """The kind of target whose threshold the scores of an importance are compared with, or None."""
+    return getattr(importance, "target_kind", None)
+
+
+def room_importance(model: nn.Module, kind: str) -> Any:
+    """What the model's auxiliary modules rank channels by, for a target of this kind; None where they say nothing."""
+    found = (room.importance(model, kind) for room in rooms_in(model))
+    return next((importance for importance in found if importance is not None), None)
 
 
 def check_model(model: nn.Module, importance: Any, what: str) -> None:
@@ -65,8 +75,8 @@ def check_model(model: nn.Module, importance: Any, what: str) -> None:
             "prune_channels leaves frozen layers whole, and all layers of this model are frozen (requires_grad=False). "
             "Call model.requires_grad_(True) first if it was frozen for evaluation alone."
         )
-    if what == "inclusion" or isinstance(importance, InclusionImportance):
-        if not has_channel_gates(model):
+    if "inclusion" in (what, target_kind(importance)):
+        if room_importance(model, "inclusion") is None:
             raise UnsupportedModelError(
                 "prune_channels was asked for inclusion probabilities, and no gates decide on this model's channels: "
                 "call gates.add_channel_gates, attach, and train first."

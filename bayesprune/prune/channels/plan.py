@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesprune.foundation import defaults
-from bayesprune.layers import VariationalLayer, named_gates
+from bayesprune.layers import VariationalLayer, named_auxiliaries
 from bayesprune.prune.graph.group import Axis, ChannelGroup, cut_parameters, num_stacked
 
 Counts = Sequence[int]
@@ -121,8 +121,8 @@ def cost_model(
 
 def stock_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Layer and parameter for what the stock model has too, tied ones under every holder: no stds, no gates."""
-    gates = {gate for _, gate in named_gates(model)}
-    for name, module in ((name, module) for name, module in model.named_modules() if module not in gates):
+    others = {module for _, module in named_auxiliaries(model)}
+    for name, module in ((name, module) for name, module in model.named_modules() if module not in others):
         stds: set[int] = set()
         if isinstance(module, VariationalLayer):
             stds = {id(part) for key in module.active_names() for part in module.log_std_parts(key)}

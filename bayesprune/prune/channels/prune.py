@@ -18,12 +18,12 @@ from bayesprune.errors import InfeasibleTargetError, UnsupportedModelError
 from bayesprune.foundation.macs import macs_by_module
 from bayesprune.foundation.target import Target
 from bayesprune.laplace.compensation import compensate
-from bayesprune.layers import drop_gates, passing_gates, variational_layers
+from bayesprune.layers import rooms_in, variational_layers, without_auxiliaries
 from bayesprune.prune.batch_norm import measured_norms, recalibrate_if_better
 from bayesprune.prune.channels import plan
 from bayesprune.prune.channels.budget import LatencyBudget
 from bayesprune.prune.channels.calibrated import Calibration, searched_tilt, tilted, unit_costs
-from bayesprune.prune.channels.checks import check_model, checked_target
+from bayesprune.prune.channels.checks import THRESHOLDS, check_model, checked_target, room_importance, target_kind
 from bayesprune.prune.channels.config import follow_config
 from bayesprune.prune.channels.report import ChannelReport, ChannelRow, holdings
 from bayesprune.prune.graph.find import groups_in
@@ -44,14 +44,14 @@ from bayesprune.prune.scores.channels import (
     weight_scores,
 )
 from bayesprune.prune.scores.evidence import EvidenceImportance
-from bayesprune.prune.scores.inclusion import BeforeCut, InclusionImportance, folding
 from bayesprune.prune.scores.unit_snr import UnitSNRImportance
 
+BeforeCut = Callable[[dict[str, list[int]]], object]
 _LOGGER = logging.getLogger(__name__)
 _BUDGETS = ("macs", "params", "latency")  # that calibration data divides between layers
 
 
-@passing_gates
+@without_auxiliaries
 def prune_channels(
     model: nn.Module,
     example_inputs: Any,
@@ -124,13 +124,16 @@ def prune_channels(
         before_cut = (
             partial(compensate, model, calibration.batches, progress=None) if calibration and compensates else None
         )
-    before_cut = folding(model, before_cut)
+    before_cut = _folding(model, before_cut)
     observed = Observed(model, example_inputs)
     structure = groups_in(observed, granularity=granularity, ignored_layers=ignored_layers)
     macs = observed.macs
     left_whole = dict(structure.left_whole)
-    default = {"evidence": EvidenceImportance, "inclusion": InclusionImportance}.get(what, SNRImportance)
-    score = _rms_snr if what == "snr" else partial(unit_scores, importance or default())
+    if importance is None:
+        ranks = EvidenceImportance() if what == "evidence" else room_importance(model, what) or SNRImportance()
+    else:
+        ranks = importance
+    score = _rms_snr if what == "snr" else partial(unit_scores, ranks)
     if calibration is not None and is_calibrated:
         found = unit_costs(model, structure.groups, calibration)
     else:
@@ -192,7 +195,8 @@ def prune_channels(
             undo()
             raise
         report = replace(report, keeps_statistics=bool(measured_norms(model)) and not is_measured_anew)
-    drop_gates(model)
+    for room in rooms_in(model):
+        room.drop(model)
     if uniform:
         report = replace(report, config=follow_config(model, [(g, len(units)) for g, units in selection]))
     return report
@@ -249,9 +253,24 @@ def _compare(counted: int, planned: int) -> None:
         _LOGGER.info("counted %d MACs after the cut, planned %d", counted, planned)
 
 
+def _folding(model: nn.Module, before_cut: BeforeCut | None) -> BeforeCut | None:
+    """What to call right before a cut, so that what auxiliary modules decide on the kept channels stays in force."""
+    rooms = rooms_in(model)
+    if not rooms:
+        return before_cut
+
+    def fold(lost: dict[str, list[int]]) -> None:
+        for room in rooms:
+            room.fold(model, lost)
+        if before_cut is not None:
+            before_cut(lost)
+
+    return fold
+
+
 def _no_score(model: nn.Module, importance: Importance | None, what: str) -> str:
     """Why a group that could be cut has no score."""
-    if importance is None or isinstance(importance, SNRImportance | EvidenceImportance | InclusionImportance):
+    if importance is None or isinstance(importance, SNRImportance) or target_kind(importance):
         return f"nothing in its group has a score (no {'gate' if what == 'inclusion' else 'variational layer'})"
     hint = "" if has_gradients(model.modules()) else f"; the weights have no gradients. {GRADIENTS}"
     return f"{type(importance).__name__} gives its group no score{hint}"
@@ -296,7 +315,7 @@ def _choose(
     scores: list[list[float]],
 ) -> list[int]:
     """Units that leave each group; none is an answer where the target is a threshold."""
-    if what in ("snr", "evidence", "inclusion"):
+    if what in THRESHOLDS:
         return plan.count_below(costs.groups, scores, -value if what == "evidence" else value, round_to)
     order = plan.order(costs.groups, scores, uniform=uniform, round_to=round_to)
     dense = costs.cost(what, [0] * len(scores))

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch_pruning as tp
@@ -38,7 +38,12 @@ class Criterion(tp.importance.Importance):
 
     Making one changes nothing. When a pruner of torch-pruning calls it, stds and masks follow their means through
     torch-pruning from then on, as after `follow_stds()`.
+
+    Attributes:
+        target_kind: The kind of target, such as "evidence", whose threshold its scores are compared with, or None.
     """
+
+    target_kind: ClassVar[str | None] = None
 
     def __call__(self, group: Group) -> Tensor | None:  # type: ignore[override]
         """Scores (C,) of the root channels of a dependency group; None where none are known."""

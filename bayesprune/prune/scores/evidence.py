@@ -19,12 +19,14 @@ It takes the posterior at its word, so it means nothing
 - with a prior that is centred on the trained weights or improper. These and the last are refused.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch_pruning.dependency import Group
 
 from bayesprune.layers import Posterior, VariationalLayer
-from bayesprune.priors import ARD, BoundNormal, BoundPrior, Gaussian, Horseshoe, Prior
+from bayesprune.priors import ARD, BoundNormal, BoundPrior, Gaussian, GroupLasso, Horseshoe, Prior
 from bayesprune.prune.scores.channels import Criterion, removed_weights
 from bayesprune.train.kl import bind_prior
 
@@ -54,7 +56,7 @@ class EvidenceImportance(Criterion):
     Deterministic layers of a group contribute nothing; a group without any variational layer gets None.
 
     It means nothing before training, with a temperature below 1, or with another prior than that of the training; see
-    `evidence`. Constructing it makes stds and masks follow their means through torch-pruning from then on.
+    `evidence`.
 
     Args:
         prior: The prior of the training; None is `priors.Gaussian("layer_rms")`, of the weights at scoring time.
@@ -62,6 +64,8 @@ class EvidenceImportance(Criterion):
     Raises:
         ValueError: the prior allows no such comparison.
     """
+
+    target_kind: ClassVar[str | None] = "evidence"
 
     def __init__(self, prior: Prior | None = None) -> None:
         self.prior = _checked_for_channels(prior)
@@ -91,21 +95,22 @@ def _checked(prior: Prior | None) -> Prior:
     prior = Gaussian() if prior is None else prior
     if isinstance(prior, Gaussian) and not prior.centered:
         return prior
-    if isinstance(prior, ARD | Horseshoe) and prior.group != "weight":
+    if isinstance(prior, ARD | GroupLasso | Horseshoe) and prior.group != "weight":
         return prior
     raise ValueError(
         f"the evidence cannot be compared under {prior!r}: a scale of its own for every weight never favours removal, "
         "and a prior without density at zero, or around the trained weights, says nothing of it. Expected Gaussian, or "
-        'ARD or Horseshoe over "channel", "input_channel" or "layer".'
+        'ARD, GroupLasso or Horseshoe over "channel", "input_channel" or "layer".'
     )
 
 
 def _checked_for_channels(prior: Prior | None) -> Prior:
     prior = _checked(prior)
-    if isinstance(prior, ARD | Horseshoe) and not isinstance(prior.group, str):
+    if isinstance(prior, ARD | GroupLasso | Horseshoe) and not isinstance(prior.group, str):
         raise ValueError(
             f"the evidence of channels cannot be compared under {type(prior).__name__} over dependency groups: a scale "
             "of its own for all that leaves together never favours removal. Rank channels with SNRImportance, or take "
-            'Gaussian, or ARD or Horseshoe over "channel", "input_channel" or "layer"; `evidence` compares weights.'
+            'Gaussian, or ARD, GroupLasso or Horseshoe over "channel", "input_channel" or "layer"; `evidence` compares '
+            "weights."
         )
     return prior

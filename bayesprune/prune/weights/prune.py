@@ -20,7 +20,7 @@ from bayesprune.foundation.kinds import EMBEDDING, kind_of
 from bayesprune.foundation.sharding import full_tensor
 from bayesprune.foundation.target import PATTERN, Target
 from bayesprune.foundation.text import as_text, first_names
-from bayesprune.layers import Posterior, holders_of, named_gates, named_posteriors, removable_weights
+from bayesprune.layers import Posterior, holders_of, named_auxiliaries, named_posteriors, removable_weights
 from bayesprune.prune.batch_norm import recalibrate_batch_norm
 from bayesprune.prune.scores.weights import snr
 from bayesprune.prune.weights.floors import check_min_kept, floor_of, keep_best, within_caps
@@ -184,7 +184,7 @@ def _untouched(model: nn.Module, removable: Sequence[Posterior]) -> tuple[Weight
     posteriors = {id(posterior.mean): posterior for posterior in named_posteriors(model)}
     others = {id(posterior.mean) for posterior in removable}
     others |= {id(part) for posterior in posteriors.values() for part in posterior.log_std_parts}
-    others |= {id(logits) for _, gate in named_gates(model) for logits in gate.parameters()}
+    others |= {id(parameter) for _, module in named_auxiliaries(model) for parameter in module.parameters()}
     reasons = reasons_to_leave(model, None)
     kept, rows = _num_kept(posteriors.values()), []
     for name, parameter in model.named_parameters():

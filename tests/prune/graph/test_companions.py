@@ -7,9 +7,10 @@ from torch_pruning.utils.op_counter import MODULES_MAPPING
 
 import bayesprune as bp
 from bayesprune import to_variational
+from bayesprune.gates import InclusionImportance
 from bayesprune.layers import VariationalLayer, variational_layers
 from bayesprune.prune.graph import companions as follow
-from bayesprune.prune.scores import EvidenceImportance, InclusionImportance, SNRImportance, UnitSNRImportance
+from bayesprune.prune.scores import EvidenceImportance, SNRImportance, UnitSNRImportance
 from tests.cases import structures
 from tests.prune.nets import assert_stds_follow, nets, tie_means_to_stds
 

@@ -6,8 +6,8 @@ from torch import nn
 import bayesprune as bp
 from bayesprune import gates
 from bayesprune.errors import UnsupportedModelError
-from bayesprune.layers import named_gates
-from bayesprune.prune import InclusionImportance
+from bayesprune.gates import InclusionImportance
+from bayesprune.gates.gate import named_gates
 from bayesprune.prune.graph.find import find_groups
 
 

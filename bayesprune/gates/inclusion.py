@@ -1,16 +1,14 @@
 """Inclusion probabilities as scores: of channels by their gates, and of single weights by all gates on their way."""
 
-from collections.abc import Callable
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch_pruning.dependency import Group
 
-from bayesprune.layers import Posterior, fold_gates, named_gates
-from bayesprune.layers.gates import ChannelGate, GatedSide, weight_gate
+from bayesprune.gates.gate import GatedSide, weight_gate
+from bayesprune.layers import Posterior
 from bayesprune.prune.scores.channels import Criterion
-
-BeforeCut = Callable[[dict[str, list[int]]], object]
 
 
 class InclusionImportance(Criterion):
@@ -20,6 +18,8 @@ class InclusionImportance(Criterion):
     ranking it serves any other target. A group without gates gets None. A pruner of your own cuts no gates: run
     `gates.close` first, or leave the cut to `prune_channels`.
     """
+
+    target_kind: ClassVar[str | None] = "inclusion"
 
     @torch.no_grad()
     def scores(self, group: Group) -> Tensor | None:
@@ -45,24 +45,6 @@ def inclusion(posterior: Posterior) -> Tensor:
     """Inclusion probability of each weight by its own gate, a score for `prune_weights`; 1 where it has none."""
     gate = weight_gate(posterior.layer, posterior.parameter)
     return torch.ones_like(posterior.mean, dtype=torch.float32) if gate is None else gate.probabilities.detach()
-
-
-def has_channel_gates(model: nn.Module) -> bool:
-    """Whether gates decide on channels of the model."""
-    return any(isinstance(gate, ChannelGate) for _, gate in named_gates(model))
-
-
-def folding(model: nn.Module, before_cut: BeforeCut | None) -> BeforeCut | None:
-    """Returns what to call right before a cut, so that the gates of the kept channels still apply."""
-    if not any(True for _ in named_gates(model)):
-        return before_cut
-
-    def fold(lost: dict[str, list[int]]) -> None:
-        fold_gates(model, lost)
-        if before_cut is not None:
-            before_cut(lost)
-
-    return fold
 
 
 def _gated_inputs(layer: object) -> list[GatedSide]:

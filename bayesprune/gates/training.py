@@ -6,8 +6,7 @@ it reads, of the weight itself. A channel that it makes and reads, on a residual
 """
 
 from collections import defaultdict
-from collections.abc import Callable
-from operator import attrgetter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,24 +14,14 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from bayesprune.errors import UnsupportedModelError
-from bayesprune.layers import Posterior, named_gates
-from bayesprune.layers.gates import ChannelGate, Gate, GatedSide, weight_gate
-from bayesprune.priors import BoundPrior
+from bayesprune.gates.density import hold
+from bayesprune.gates.gate import ChannelGate, Gate, GatedSide, WeightGate, named_gates, weight_gate
+from bayesprune.layers import Posterior
+from bayesprune.train.complexity import Bound, Complexity, sum_kl, total
 from bayesprune.train.optimizers import has_fused_kernel, step_scaled
 
-Bound = dict[Posterior, BoundPrior]
 
-
-def sum_kl(bound: Bound, keep: Callable[[Posterior], Tensor | None] = attrgetter("mask")) -> Tensor:
-    """KL divergence of these posteriors from their priors, in nats: a scalar; `keep` is how much of each counts."""
-    return _total([prior.kl(p.mean, p.log_std, keep(p)) for p, prior in bound.items()])
-
-
-def _total(terms: list[Tensor]) -> Tensor:
-    return torch.stack([term.to(terms[0]) for term in terms]).sum()
-
-
-class GateOptimizer:
+class GatedComplexity(Complexity):
     """The gates of a model, what they do to the KL, and the optimizer that moves their logits.
 
     Attributes:
@@ -40,6 +29,7 @@ class GateOptimizer:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        super().__init__()
         self._model = model
         self.gates: dict[str, Gate] = dict(named_gates(model))
         self._sides: dict[int, list[GatedSide]] = defaultdict(list)
@@ -52,13 +42,11 @@ class GateOptimizer:
             by_lr[gate.lr].append(gate.logits)
             for side in gate.sides if isinstance(gate, ChannelGate) else ():
                 self._sides[id(side.layer)].append(side)
+        self._held = [gate for gate in self.gates.values() if isinstance(gate, WeightGate) and gate.target is not None]
+        self._num_steps: int | None = None
+        self.parameters, self.names = [gate.logits for gate in self.gates.values()], list(self.gates)
         groups = [{"params": logits, "lr": lr} for lr, logits in by_lr.items()]
-        self._optimizer = Adam(groups, fused=has_fused_kernel(self.logits)) if groups else None
-
-    @property
-    def logits(self) -> list[nn.Parameter]:
-        """The parameters of all gates."""
-        return [gate.logits for gate in self.gates.values()]
+        self._optimizer = Adam(groups, fused=has_fused_kernel(self.parameters))
 
     def inclusion(self, posterior: Posterior) -> Tensor | None:
         """Probability that each weight is there, of the parameter's shape, in the graph; None where no gate decides."""
@@ -74,7 +62,7 @@ class GateOptimizer:
             counted.append((side.gate, units))
             found = probabilities if found is None else found * probabilities
         if (gate := weight_gate(posterior.layer, posterior.parameter)) is not None:
-            found = gate.probabilities if found is None else found * gate.probabilities
+            found = gate.presence if found is None else found * gate.presence
         return None if found is None else found.expand(posterior.mean.shape)
 
     def keep(self, posterior: Posterior) -> Tensor | None:
@@ -86,54 +74,60 @@ class GateOptimizer:
 
     def kl(self, bound: Bound) -> Tensor:
         """KL divergence of weights and gates from their priors, in nats: a scalar, in the graph."""
-        return _total([sum_kl(bound, self.keep), *(gate.kl() for gate in self.gates.values())])
+        return total([sum_kl(bound, self.keep), *(gate.kl() for gate in self.gates.values() if gate.has_prior)])
 
     @torch.no_grad()
     def add_gradients(
         self, bound: Bound, weight: float, scale: Tensor | None = None, share: Tensor | None = None
     ) -> None:
-        """Unscales the logits' gradients and adds `weight` times the KL's; logits outside this step have none.
-
-        Args:
-            bound: The priors of all posteriors.
-            weight: Weight of the KL.
-            scale: What a gradient scaler multiplied the gradients by; None where it did not.
-            share: What the weight is multiplied by, a number on the device; None for 1.
-        """
-        if self.gates and set(self.gates.values()) != {gate for _, gate in named_gates(self._model)}:
+        """Unscales the logits' gradients and adds `weight` times the KL's; logits outside this step have none."""
+        if set(self.gates.values()) != {gate for _, gate in named_gates(self._model)}:
             raise RuntimeError(
                 "gates were added or closed after attach; call detach() first, then make a new optimizer and attach "
                 "again where training goes on."
             )
-        moving = [logits for logits in self.logits if logits.grad is not None]
+        moving = [logits for logits in self.parameters if logits.grad is not None]
         if not moving:
             return
         with torch.enable_grad():
-            terms = [gate.kl() for gate in self.gates.values()]
+            terms = [gate.kl() for gate in self.gates.values() if gate.has_prior]
             for posterior, prior in bound.items():
                 if (keep := self.keep(posterior)) is not None and keep.requires_grad:
                     terms.append(prior.kl(posterior.mean.detach(), posterior.log_std.detach(), keep))
-            gradients = torch.autograd.grad(_total(terms), moving)
+            gradients = torch.autograd.grad(total(terms), moving, allow_unused=True) if terms else [None] * len(moving)
         for logits, gradient in zip(moving, gradients, strict=True):
             assert logits.grad is not None, "only those with a gradient move"
-            if share is not None:
-                gradient = gradient * share
             if scale is not None:
                 logits.grad.div_(scale)
-            logits.grad.add_(gradient, alpha=weight)
+            if gradient is not None:
+                logits.grad.add_(gradient if share is None else gradient * share, alpha=weight)
 
-    def closed(self) -> list[str]:
+    def collapsed(self) -> Iterator[tuple[str, str]]:
         """Names of the gates that are all closed: nothing passes there any more."""
-        return [name for name, gate in self.gates.items() if not gate.is_open.any()]
+        return ((name, "all its gates are closed") for name, gate in self.gates.items() if not gate.is_open.any())
 
-    def step(self, found_inf: Tensor | None = None) -> None:
-        """Moves the logits, unless a gradient scaler found that gradients overflowed."""
-        if self._optimizer is not None:
-            step_scaled(self._optimizer, None, found_inf)
+    def plan(self, num_steps: int | None) -> None:
+        """Gates with a target reach it on the way through so many steps.
+
+        Raises:
+            ValueError: they have one, and the length of the training is not known.
+        """
+        if self._held and num_steps is None:
+            raise ValueError(
+                f'the gates are held to "{self._held[0].target}" by shares of the training, whose length is not known; '
+                "pass num_steps, the number of optimizer steps of the whole training, to attach."
+            )
+        self._num_steps = num_steps
+
+    def step(self, number: int, found_inf: Tensor | None = None) -> None:
+        """Moves the logits, unless a gradient scaler found an overflow, and holds them to their target."""
+        step_scaled(self._optimizer, None, found_inf)
+        if self._held and self._num_steps is not None:
+            hold(self._held, number / self._num_steps)
 
     def state_dict(self) -> dict[str, Any]:
-        """Names of the gates and the optimizer's state; empty without gates."""
-        return {} if self._optimizer is None else {"names": list(self.gates), "optimizer": self._optimizer.state_dict()}
+        """Names of the gates and the optimizer's state."""
+        return {"names": self.names, "optimizer": self._optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from the state of the same gates.
@@ -141,11 +135,5 @@ class GateOptimizer:
         Raises:
             ValueError: the state belongs to other gates.
         """
-        names = state.get("names", [])
-        if names != list(self.gates):
-            raise ValueError(
-                f"the attachment's state has gates {names[:5] or 'nowhere'}, the model "
-                f"{list(self.gates)[:5] or 'nowhere'}; add the gates of the run that was saved before attaching."
-            )
-        if self._optimizer is not None:
-            self._optimizer.load_state_dict(state["optimizer"])
+        super().load_state_dict(state)
+        self._optimizer.load_state_dict(state["optimizer"])

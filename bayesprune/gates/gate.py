@@ -9,11 +9,10 @@ A channel's gate multiplies the input of every layer that reads the channel, beh
 closed gate is exactly a channel that was removed. A weight's gate multiplies mean and std.
 """
 
-import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +21,11 @@ from torch.utils.hooks import RemovableHandle
 
 from bayesprune.estimators import Gaussian, Posterior, as_gaussian
 from bayesprune.foundation import noise
+from bayesprune.foundation.target import Target
+from bayesprune.layers.auxiliary import Auxiliary
 from bayesprune.layers.structures import not_narrowed
 
 CHANNEL_GATE = "channel_gate"
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
 
 
 @dataclass(frozen=True)
@@ -58,24 +57,24 @@ class GateOptions:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected a positive number.")
 
 
-class Gate(nn.Module):
-    """Independent Bernoulli posteriors, by their logits (float32 whatever the model's dtype).
-
-    Attributes:
-        passes: Whether it lets everything through for the time being.
-    """
+class Gate(Auxiliary):
+    """Independent Bernoulli posteriors, by their logits (float32 whatever the model's dtype)."""
 
     def __init__(self, shape: tuple[int, ...], options: GateOptions, device: torch.device) -> None:
         super().__init__()
         initial = math.log(options.initial_inclusion / (1 - options.initial_inclusion))
         self.logits = nn.Parameter(torch.full(shape, initial, dtype=torch.float32, device=device))
         self.prior_inclusion, self.temperature, self.lr = options.prior_inclusion, options.temperature, options.lr
-        self.passes = False
 
     @property
     def probabilities(self) -> Tensor:
         """Inclusion probabilities, in the graph."""
         return self.logits.sigmoid()
+
+    @property
+    def has_prior(self) -> bool:
+        """Whether its KL counts."""
+        return True
 
     @property
     def is_open(self) -> Tensor:
@@ -122,7 +121,44 @@ class Gate(nn.Module):
 
 
 class WeightGate(Gate):
-    """A gate for every weight of a parameter; of the parameter `weight` it is the layer's child `weight_gate`."""
+    """A gate for every weight of a parameter; of the parameter `weight` it is the layer's child `weight_gate`.
+
+    Gates with a target make in training the decision of evaluation, with the relaxation's gradient: where next to all
+    weights are gone, draws leave too little of the network to learn from. How many are open is held to the target while
+    training goes on, so they have no prior.
+
+    Attributes:
+        target: What the gates are held to; None where they have a prior.
+        input_dim: The dimension of the parameter along which an N:M pattern counts.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        options: GateOptions,
+        device: torch.device,
+        target: Target | None = None,
+        input_dim: int = -1,
+    ) -> None:
+        super().__init__(shape, options, device)
+        self.target, self.input_dim = target, input_dim
+
+    @property
+    def has_prior(self) -> bool:
+        """Whether nothing but the prior and the data decides."""
+        return self.target is None
+
+    @property
+    def presence(self) -> Tensor:
+        """How much of each weight counts in the KL: its inclusion probability, or whether its gate is open."""
+        return self.probabilities if self.target is None else self.is_open.to(self.logits.dtype)
+
+    def draw(self, logistic: Tensor | None = None) -> Tensor:
+        """0 or 1 for each gate: drawn in training mode where they have a prior; else by `is_open`."""
+        if self.target is None or not self.training:
+            return super().draw(logistic)
+        soft = torch.sigmoid(self.logits / self.temperature)
+        return self.is_open.to(soft.dtype) + (soft - soft.detach())
 
     def forward(self, posterior: Gaussian) -> Gaussian:
         """The posterior of the weights given one draw of the gates."""
@@ -270,20 +306,6 @@ def gated(layer: nn.Module, name: str, posterior: Posterior) -> Posterior:
     return posterior if gate is None or gate.passes else gate(as_gaussian(posterior))
 
 
-def passing_gates(
-    function: Callable[Concatenate[nn.Module, _P], _R],
-) -> Callable[Concatenate[nn.Module, _P], _R]:
-    """The function of a model, during which its gates let everything through."""
-
-    @functools.wraps(function)
-    def run(model: nn.Module, *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        gates = [gate for _, gate in named_gates(model)]
-        for gate in gates:
-            gate.passes = True
-        try:
-            return function(model, *args, **kwargs)
-        finally:
-            for gate in gates:
-                gate.passes = False
-
-    return run
+def has_channel_gates(model: nn.Module) -> bool:
+    """Whether gates decide on channels of the model."""
+    return any(isinstance(gate, ChannelGate) for _, gate in named_gates(model))

@@ -5,19 +5,8 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from bayesprune.layers.base import VariationalLayer
-from bayesprune.layers.gates import ChannelGate, GatedSide, SharedDraws, WeightGate, keep_slow_path, named_gates
-
-
-def close_gates(model: nn.Module) -> nn.Module:
-    """The model with its gates' decisions in its weights, and without the gates; in place.
-
-    Weights behind a closed gate are removed: masked in variational layers, where they stay zero through further
-    training, and set to zero in others. The output in evaluation mode stays what it was.
-    """
-    fold_gates(model, {})
-    drop_gates(model)
-    return model
+from bayesprune.gates.gate import ChannelGate, GatedSide, SharedDraws, WeightGate, keep_slow_path, named_gates
+from bayesprune.layers import VariationalLayer
 
 
 @torch.no_grad()

@@ -1,0 +1,66 @@
+"""Gates that are held to a target: so many weights are open, or so many of each block.
+
+The constraint has a multiplier, a number that is subtracted from all logits, or from those of a block. It is not raised
+until the density is about right, but takes after each step the value with which the target holds exactly: the logits of
+as many gates as are to be open are above 0. A share of all weights falls geometrically, so that every step closes the
+same fraction of what is open.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bayesprune.gates.gate import WeightGate
+
+REACHED = 0.6
+"""Share of the training after which a share of the weights is reached; the rest trains what is left."""
+PATTERN_FROM = 0.1
+"""Share of the training from which on a pattern holds; until then its gates learn with all weights there."""
+LARGEST_LOGIT = 8.0
+"""Bound of the logits: beyond it a gate would need longer to come back than a training has."""
+
+
+@torch.no_grad()
+def hold(gates: Sequence[WeightGate], progress: float) -> None:
+    """Makes the gates meet their target as far as it is due.
+
+    Args:
+        gates: Those with a target, of one model.
+        progress: Share of the training that is done, 0 to 1.
+    """
+    shared = [gate for gate in gates if gate.target is not None and gate.target.pattern is None]
+    if shared:
+        assert shared[0].target is not None, "they have one"
+        _hold_share(shared, shared[0].target.value ** min(1.0, progress / REACHED))
+    for gate in gates:
+        if gate.target is not None and gate.target.pattern is not None and progress >= PATTERN_FROM:
+            _hold_pattern(gate, *gate.target.pattern)
+        gate.logits.clamp_(-LARGEST_LOGIT, LARGEST_LOGIT)
+
+
+def _hold_share(gates: Sequence[WeightGate], share: float) -> None:
+    logits = torch.cat([gate.logits.flatten().to(gates[0].logits.device) for gate in gates])
+    held = _held(logits[None], max(1, round(share * len(logits))))[0]
+    for gate, values in zip(gates, held.split([gate.logits.numel() for gate in gates]), strict=True):
+        gate.logits.copy_(values.view(gate.logits.shape))
+
+
+def _hold_pattern(gate: WeightGate, n: int, m: int) -> None:
+    moved = gate.logits.movedim(gate.input_dim, -1)
+    held = _held(moved.reshape(-1, m), n)
+    gate.logits.copy_(held.view(moved.shape).movedim(-1, gate.input_dim))
+
+
+def _held(logits: Tensor, num_open: int) -> Tensor:
+    """Logits (B, M) less the largest of those that are to be closed: `num_open` of each row are above 0.
+
+    Of equal logits at the edge the first ones are open.
+    """
+    num_closed = logits.shape[1] - num_open
+    if not num_closed:
+        return logits
+    held = logits - logits.kthvalue(num_closed, dim=1, keepdim=True).values
+    num_missing = num_open - (held > 0).sum(1, keepdim=True)
+    tied = held == 0
+    return held.masked_fill(tied & (tied.cumsum(1) <= num_missing), torch.finfo(held.dtype).tiny)
