@@ -331,6 +331,9 @@ class Attachment:
         self._taken_out += take_out(self._optimizer, gone.values())
         self._watch.end()
         self._masks.end()
+        if not self._parts:  # whose forwards and steps are those of others now
+            self._statistics.end()
+            self._draws.remove()
         self._look()
 
     def _targets(self) -> Iterator[KLTerm]:
