@@ -73,8 +73,11 @@ def factored_noise(
     reach = squares.sum(dim)
     if dim != -1:
         reach = options.operation.receptive_field_sum(reach, options.kernel_size)
+    if bias is None:  # a root for each position, in place of one for each output
+        stds = (_root(reach).unsqueeze(dim) * along(rows.sqrt(), dim)).flatten(dim - 1, dim)
+        return stds * draw.normal(stds.shape, stds)
     variance = (reach.unsqueeze(dim) * along(rows, dim)).flatten(dim - 1, dim)
-    return scaled_noise(variance if bias is None else variance + along(bias, dim), draw)
+    return scaled_noise(variance + along(bias, dim), draw)
 
 
 class LinearNoise(torch.autograd.Function):
@@ -149,7 +152,10 @@ class LinearNoise(torch.autograd.Function):
 
 
 class ConvNoise(torch.autograd.Function):
-    """Adds the `factored_noise` of a convolution of N examples; keeps x and the slope."""
+    """Adds the `factored_noise` of a convolution of N examples, where kernels are launched; keeps x and the slope.
+
+    A processor is faster with the plain function, which sums energies over channels first.
+    """
 
     @staticmethod
     def forward(
@@ -165,8 +171,7 @@ class ConvNoise(torch.autograd.Function):
         draw, dim, ctx.options = options.draw, options.draw.feature_dim, options
         squares = in_float32(x).square()
         stds = of_rows, of_columns, of_bias = options.squares(squares.dtype, rows, columns, bias)
-        energies, weight = _reach_operands(options, squares, of_columns)
-        reach = options.operation(energies, weight, None)
+        reach = options.operation(squares, _reach_weight(options, squares, of_columns), None)
         value = options.factor**2
         start = _tiny(reach.device, reach.dtype) if of_bias is None else along(value * of_bias.view(rows.shape), dim)
         variance = torch.addcmul(start, reach.unsqueeze(dim), along(of_rows, dim), value=value).flatten(dim - 1, dim)
@@ -176,8 +181,7 @@ class ConvNoise(torch.autograd.Function):
             draw.multiplied(in_memory, out=in_memory)
         else:
             slope.mul_(draw.normal(slope.shape, slope))
-        kept = energies if has_cheap_calls(x.device) else None
-        ctx.save_for_backward(x, rows, columns, bias, kept, reach, slope, *stds)
+        ctx.save_for_backward(x, rows, columns, bias, reach, slope, *stds)
         if output.dtype == variance.dtype:
             return torch.addcmul(output, variance, slope, value=1 / options.factor)
         return output.add(variance.mul_(slope).to(output.dtype), alpha=1 / options.factor)
@@ -185,7 +189,7 @@ class ConvNoise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of the inputs."""
-        x, rows, columns, bias, energies, reach, slope, row_squares, column_squares, bias_squares = ctx.saved_tensors
+        x, rows, columns, bias, reach, slope, row_squares, column_squares, bias_squares = ctx.saved_tensors
         (gradient,), needed, options = gradients, ctx.needs_input_grad[2:], ctx.options
         if torch.is_grad_enabled():
             parts = (x, rows, columns, bias)
@@ -200,7 +204,7 @@ class ConvNoise(torch.autograd.Function):
             of_rows = torch.matmul(by_group, reach.flatten(2).unsqueeze(3)).sum(0).view(rows.shape)
             if needed[0] or needed[2]:
                 twice = torch.matmul(options.factor * row_squares.unsqueeze(1), by_group).view(reach.shape)
-                of_x, of_columns = _reach_gradients(options, twice, in_float32(x), column_squares, energies)
+                of_x, of_columns = _reach_gradients(options, twice, in_float32(x), column_squares)
                 of_x = of_x.to(x.dtype) if needed[0] else None
                 of_columns = None if of_columns is None else options.gradient(of_columns, column_squares, columns)
             of_rows = options.gradient(of_rows, row_squares, rows)
@@ -215,49 +219,29 @@ def _slope(options: FactoredNoise, energy: Tensor, rows: Tensor, bias: Tensor | 
     return variance, options.draw.multiplied(slope, out=slope)
 
 
-def _reach_operands(options: FactoredNoise, squares: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What the layer's operation makes the sums within reach of: an input and a weight.
-
-    A processor sums energies first, and the weight is ones for one channel of a group; elsewhere the weight has the
-    squares of the columns, so that nothing of the input's size has to be made but its squares.
-    """
+def _reach_weight(options: FactoredNoise, squares: Tensor, columns: Tensor | None) -> Tensor:
+    """The weight with which the layer's operation makes sums within reach: the squares of the columns at each tap."""
     kind, kernel_size = options.operation.kind, options.kernel_size
-    groups, dim = kind.num_groups, options.draw.feature_dim
-    if has_cheap_calls(squares.device):
-        energies = squares.unflatten(dim, (groups, -1))
-        energies = (energies if columns is None else energies * along(columns, dim)).sum(dim)
-        return energies, _ones((groups, 1, *kernel_size), squares.device, squares.dtype)
-    inputs = squares.shape[dim] // groups
+    groups = kind.num_groups
+    inputs = squares.shape[options.draw.feature_dim] // groups
     shape = (groups * inputs, 1) if kind.is_transposed else (groups, inputs)
     if columns is None:
-        return squares, _ones((*shape, *kernel_size), squares.device, squares.dtype)
+        return _ones((*shape, *kernel_size), squares.device, squares.dtype)
     weight = columns.expand(groups, inputs).reshape(*shape, *[1] * len(kernel_size))
-    return squares, weight.expand(*shape, *kernel_size).contiguous()
+    return weight.expand(*shape, *kernel_size).contiguous()
 
 
 def _reach_gradients(
-    options: FactoredNoise, twice: Tensor, x: Tensor, columns: Tensor | None, energies: Tensor | None
+    options: FactoredNoise, twice: Tensor, x: Tensor, columns: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of x and of the squares of columns, of twice the gradient of the reach."""
-    operation, dim = options.operation, options.draw.feature_dim
-    if energies is not None:
-        _, weight = _reach_operands(options, x[:0], None)
-        of_energies, _ = operation.pullback(twice, energies, weight, (True, False))
-        assert of_energies is not None, "it was asked for"
-        by_group, of_columns = x.unflatten(dim, (operation.kind.num_groups, -1)), None
-        of_x = by_group * of_energies.unsqueeze(dim)
-        if columns is not None:
-            others = [own for own in range(of_x.dim()) if own - of_x.dim() not in (dim - 1, dim)]
-            of_columns = (of_x * by_group).sum(others).sum_to_size(columns.shape).div_(options.factor)
-            of_x = of_x.mul_(along(columns, dim))
-        return of_x.flatten(dim - 1, dim), of_columns
     squares = x if columns is None else x.square()
-    _, weight = _reach_operands(options, squares, columns)
-    of_squares, of_weight = operation.pullback(twice, squares, weight, (True, columns is not None))
+    weight = _reach_weight(options, squares, columns)
+    of_squares, of_weight = options.operation.pullback(twice, squares, weight, (True, columns is not None))
     assert of_squares is not None, "it was asked for"
     of_columns = None
     if columns is not None and of_weight is not None:
-        by_input = of_weight.flatten(2).sum(2).view(operation.kind.num_groups, -1)
+        by_input = of_weight.flatten(2).sum(2).view(options.operation.kind.num_groups, -1)
         of_columns = by_input.sum_to_size(columns.shape).div_(options.factor)
     return of_squares.mul_(x), of_columns
 

@@ -42,7 +42,8 @@ def with_local_noise(
             of_bias = None if bias is None else squares[-1]
             assert factors is not None, "squares are laid out as what they are squares of"
         options = FactoredNoise(draw, operation, tuple(weight.mean.shape[2:]), is_cheap)
-        if draw.seed is None or x.dim() < 1 - feature_dim:
+        is_plain_better = feature_dim != -1 and (is_cheap or x.dim() < 1 - feature_dim)
+        if draw.seed is None or is_plain_better:
             return output + factored_noise(options, x, factors.rows, factors.columns, of_bias).to(output.dtype)
         function = LinearNoise if feature_dim == -1 else ConvNoise
         return function.apply(output, options, x, factors.rows, factors.columns, of_bias)
