@@ -13,7 +13,7 @@ from bayesprune.storage import load, save
 from bayesprune.train import attach, distillation, kl_divergence
 
 if _TYPE_CHECKING:
-    from bayesprune import evi, gates, prune, reports
+    from bayesprune import elastic, evi, gates, prune, reports
     from bayesprune.app.pipeline import compress
     from bayesprune.prune import SNRImportance, prune_channels, prune_one_shot, prune_weights, signal_to_noise
     from bayesprune.reports import report
@@ -21,7 +21,7 @@ if _TYPE_CHECKING:
 _on_import.register()  # timm's and transformers' own functions will know us, once they are imported
 
 # What rests on torch-pruning, which imports timm and torchvision: imported when it is first asked for.
-_LATER: dict[str, str] = dict.fromkeys(("evi", "gates", "prune", "reports"), "")
+_LATER: dict[str, str] = dict.fromkeys(("elastic", "evi", "gates", "prune", "reports"), "")
 _LATER |= {"compress": "app.pipeline", "report": "reports"}
 _LATER |= dict.fromkeys(
     ("SNRImportance", "prune_channels", "prune_one_shot", "prune_weights", "signal_to_noise"), "prune"
@@ -47,6 +47,7 @@ __all__ = [
     "compress",
     "conversion_table",
     "distillation",
+    "elastic",
     "errors",
     "evi",
     "gates",

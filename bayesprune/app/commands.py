@@ -100,6 +100,10 @@ def compress(
     coding: Annotated[
         str | None, Option(help="entropy: the smallest file of the result, without loss; needs constriction.")
     ] = None,
+    levels: Annotated[
+        str | None,
+        Option(help="Smaller versions to save beside the result, as shares of it: macs=0.7,macs=0.4 or weights=0.5."),
+    ] = None,
     epochs: Annotated[
         int | None, Option(min=1, help="Epochs of each training stage.", show_default="8; with hf: 3")
     ] = None,
@@ -154,6 +158,7 @@ def compress(
         by=by,
         bits=bits,
         coding="entropy" if coding else None,
+        levels=tuple(levels.split(",")) if levels else (),
         gates=gates,
     )
     if not recipe.learns_stds and (std is not None or estimator != "auto"):
@@ -227,6 +232,8 @@ def inspect(directory: Annotated[Path, typer.Argument(help="What bayesprune.save
         table.add_row(*map(Text, (printable(name), printable(shape), dtype, share)))
     _CONSOLE.print(table)
     _CONSOLE.print(f"{total:,} values, {sum(nonzero.values()):,} of them not zero", highlight=False)
+    for name, size in saved.levels.sizes.items():
+        _CONSOLE.print(f"level {printable(name)}: {size:,} bytes of tensors", highlight=False)
 
 
 def main() -> None:

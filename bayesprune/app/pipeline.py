@@ -22,6 +22,7 @@ from bayesprune.app.data import Loaders
 from bayesprune.app.tasks.task import LoggedProgress, Progress, Task, Training
 from bayesprune.bits import quantize
 from bayesprune.convert import check_options, conversion_table, to_deterministic, to_variational
+from bayesprune.elastic import Level, levels
 from bayesprune.foundation import defaults
 from bayesprune.foundation.batches import device_of, first_example, on_device
 from bayesprune.foundation.target import Target
@@ -33,6 +34,7 @@ from bayesprune.prune.graph.group import GRANULARITY
 from bayesprune.reports import ACCURACY, HistoryPoint, Metric, Report, count_parameters, report
 from bayesprune.storage import save
 from bayesprune.storage.base import describe
+from bayesprune.storage.levels import KINDS as LEVEL_KINDS
 from bayesprune.train import Distillation, distillation
 
 _SMALL_CUT = "macs=0.95"  # a search needs one at least
@@ -60,6 +62,7 @@ class Recipe:
         distill: Whether the smaller model learns from the dense one, too, in each training after a removal.
         bits: Width to which the weights are rounded at the end; None leaves them as they are.
         coding: "entropy" saves the result in as few bytes as it has entropy.
+        levels: Targets of smaller versions that are saved beside the result, as fractions of it.
         by: What the search counts: "macs", and removes channels and heads, or "weights". A target says it itself.
         gates: Whether gates held to the target choose the single weights, in place of stds that are learned first.
     """
@@ -78,6 +81,7 @@ class Recipe:
     by: Literal["macs", "weights"] = "macs"
     bits: int | None = None
     coding: Literal["entropy"] | None = None
+    levels: tuple[str, ...] = ()
     gates: bool = False
 
     def __post_init__(self) -> None:
@@ -87,6 +91,8 @@ class Recipe:
             raise ValueError(f"bits is {self.bits!r}; expected the width of a weight, from 2 to 12.")
         if self.coding not in (None, "entropy"):
             raise ValueError(f'coding is {self.coding!r}; expected "entropy", or nothing for plain tensors.')
+        for level in self.levels:
+            Target.parse(level, LEVEL_KINDS, "levels", is_partial=True)
         if self.tolerance is not None and self.tolerance < 0:
             raise ValueError(f"tolerance is {self.tolerance!r}; expected the largest accepted loss, 0 or more.")
         if self.gates and (self.target is None or not self.removes_weights):
@@ -170,7 +176,8 @@ def compress(
         metric: `reports.ACCURACY`, or `reports.PERPLEXITY` of a causal language model.
         **options: Further fields of the recipe: `granularity`, `uniform`, `distill`, `std`, `estimator`,
             `relative_std`, `by`; `gates=True` lets gates choose single weights; `bits` rounds the weights at the end
-            (`quantize`), and `coding="entropy"` saves them in fewer bytes.
+            (`quantize`), `coding="entropy"` saves them in fewer bytes, and `levels=("macs=0.7",)` saves smaller
+            versions beside them, as fractions of the result.
 
     Raises:
         ValueError: an option is out of range, a split is missing, or both target and tolerance are given.
@@ -291,11 +298,12 @@ def run(
     if not task.is_main:
         return Compressed(model, None)
     progress.stage("Save and report")
+    smaller = _levels(model, task, recipe, progress) if recipe.levels else []
     points = [{"nonzero_parameters": p.nonzero_parameters, task.metric.name: p.accuracy} for p in history]
     said = [{"label": p.label, **point} for p, point in zip(history, points, strict=True)]
     is_rebuilt = describe(model, None) is not None  # and its outputs can be compared with those of what is written
     example = _example(model, task) if is_rebuilt else None
-    save(model, out, example_inputs=example, history=said, coding=recipe.coding)
+    save(model, out, example_inputs=example, history=said, coding=recipe.coding, levels=smaller)
     with tempfile.TemporaryDirectory() as directory:
         save(dense, directory)  # for its size
         result = report(
@@ -312,6 +320,14 @@ def run(
     result.save(out)
     task.save_preparation(out)
     return Compressed(model, result)
+
+
+def _levels(model: nn.Module, task: Task, recipe: Recipe, progress: Progress) -> list[Level]:
+    """Smaller versions of the result, each with its score."""
+    found = levels(model, _example(model, task), recipe.levels, data=task.calibration, granularity=recipe.granularity)
+    for level in found:
+        progress.say(f"level {level.target}: validation {task.metric.shown(task.score(level.model, 'validation'))}")
+    return found
 
 
 def _check_feasible(model: nn.Module, task: Task, recipe: Recipe) -> None:

@@ -4,8 +4,8 @@ With the precision P between the columns of a row, rounding column c to q moves 
 conditional mean given that weight c is q; with U the upper Cholesky factor of P^-1 that is w_j -= (w_c - q) U_cj / U_cc
 (Frantar et al., 2022, GPTQ). A weight that was removed stays zero.
 
-Where a weight goes is the nearest place, not that with the least error and code length together: errors that all shrink
-the weights add up in the outputs, and cost more than the bytes are worth (docs/benchmarks/bits.md).
+Where a weight goes is the nearest place, not that with the least error and code length together, which is no better at
+equal bytes, and worse where length counts in full (docs/benchmarks/bits.md): errors that all shrink the weights add up.
 """
 
 from collections.abc import Sequence

@@ -14,6 +14,7 @@ _EXAMPLES = {
     "params": '"params=0.5" (half of the parameters are kept)',
     "latency": '"latency=0.7" (a forward on the example inputs takes 0.7 of its time)',
     "weights": '"weights=0.2" (a fifth of the single weights is kept)',
+    "bytes": '"bytes=50000" (the tensors take at most so many bytes)',
     "snr": '"snr=1" (what has a signal-to-noise ratio of 1 or more is kept)',
     "evidence": '"evidence=0" (what the log evidence, in nats, does not count against is kept)',
     "inclusion": '"inclusion=0.5" (what is included with this probability or more is kept)',
@@ -26,7 +27,7 @@ class Target:
     """The share of a model that a removal keeps; prints as it was written.
 
     Attributes:
-        kind: "macs", "params", "latency", "weights", "snr", "evidence", "inclusion" or "N:M".
+        kind: "macs", "params", "latency", "weights", "bytes", "snr", "evidence", "inclusion" or "N:M".
         value: The number behind the "="; the fraction N / M of a pattern.
         pattern: (N, M) of a pattern.
     """
@@ -75,6 +76,7 @@ class Target:
             return "" if self.pattern and 0 < self.pattern[0] < self.pattern[1] else 'expected "N:M" with 0 < N < M'
         ranges = {
             "weights": (0 <= self.value <= 1, "the fraction of the weights to keep, from 0 to 1"),
+            "bytes": (0 < self.value < math.inf, "a number of bytes above 0"),
             "snr": (0 <= self.value < math.inf, "a ratio of 0 or more, usually 1"),
             "evidence": (abs(self.value) < math.inf, "a number of nats, usually 0"),
             "inclusion": (0 < self.value < 1, "a probability between 0 and 1, usually 0.5"),

@@ -16,6 +16,7 @@ from torch import Tensor
 from bayesprune.errors import StorageError
 from bayesprune.storage import coding
 from bayesprune.storage.digests import tensor_header
+from bayesprune.storage.levels import LEVELS
 from bayesprune.storage.parsing import parse_json
 from bayesprune.storage.reading import INDEX, TENSORS
 
@@ -184,7 +185,7 @@ def _alone_in(directory: Path) -> Iterator[None]:
 def _remove_stale(directory: Path, kept: Iterable[str], previous: Iterable[Path]) -> None:
     """Removes what the new save replaced, and files of tensors that an earlier one left under other names."""
     names = set(kept)
-    tensors = [directory / TENSORS, directory / INDEX, *directory.glob("model-*-of-*.safetensors")]
+    tensors = [*(directory / name for name in (TENSORS, INDEX, LEVELS)), *directory.glob("model-*-of-*.safetensors")]
     try:
         _remove([*previous, *(path for path in tensors if path.name not in names)], [])
     except OSError as error:

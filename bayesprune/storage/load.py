@@ -1,7 +1,7 @@
 """Reads a directory that `save` wrote, and gives the model back."""
 
 import reprlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,16 @@ from bayesprune.errors import StorageError
 from bayesprune.storage import base as bases
 from bayesprune.storage.base import BaseModel
 from bayesprune.storage.digests import check_json, check_seal
-from bayesprune.storage.reading import FORMAT_VERSION, RECORD, TENSORS, bounded_building, read_all_tensors, read_json
+from bayesprune.storage.levels import LEVELS, Levels, record_name, record_of, smaller, tensor_names
+from bayesprune.storage.reading import (
+    FORMAT_VERSION,
+    RECORD,
+    TENSORS,
+    bounded_building,
+    read_all_tensors,
+    read_json,
+    read_tensors,
+)
 from bayesprune.storage.rebuild import rebuild, shape_differences
 from bayesprune.storage.spec import ModelRecord
 
@@ -26,6 +35,7 @@ class Record:
         save_id: The same in all files of one save.
         versions: Of the packages that wrote it.
         files: Digests of the JSON files beside it, which its library reads.
+        levels: The smaller versions beside it.
     """
 
     base: BaseModel | None
@@ -33,6 +43,7 @@ class Record:
     save_id: str
     versions: dict[str, str]
     files: dict[str, Any]
+    levels: Levels
 
 
 @dataclass(frozen=True)
@@ -46,8 +57,8 @@ class Saved(Record):
     tensors: dict[str, Tensor]
 
 
-def load(directory: str | Path, *, model: nn.Module | None = None) -> nn.Module:
-    """The saved model, in eval mode; a timm model on the CPU, built from its recorded name.
+def load(directory: str | Path, level: str | None = None, *, model: nn.Module | None = None) -> nn.Module:
+    """The saved model, or a smaller version of it, in eval mode; a timm model on the CPU, built from its recorded name.
 
     The dense model is built in the ordinary way, not on torch's meta device: buffers that are not part of a state dict
     get their values only there. Nothing in the files is executed, and no attribute is made that the dense model does
@@ -55,20 +66,24 @@ def load(directory: str | Path, *, model: nn.Module | None = None) -> nn.Module:
 
     Args:
         directory: What `save` wrote.
+        level: One of the levels that `save` was given, by its name, such as "macs=0.5" or "weights=0.1"; or
+            "bytes=50000", the largest of them whose tensors take at most so many. None is the saved model itself.
         model: For a plain module, the dense model (or one that has the saved shapes already), from the same
             constructor. It is changed in place, keeps its device, and is what is returned. Attributes with plain values
             get their saved values.
 
     Raises:
         StorageError: the directory or a file of it is missing, truncated, of an unknown version, of another save than
-            the others, or does not fit the model; the message says which, and what differs. A `model` without the
-            recorded layers is left unchanged.
+            the others, or does not fit the model, or has no such level; the message says which, and what differs. A
+            `model` without the recorded layers is left unchanged.
+        ValueError: `level` is no target.
         TypeError: `model` is not a module.
     """
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"load got model={reprlib.repr(model)}; expected a torch.nn.Module.")
     directory = Path(directory)
     saved = read(directory)
+    found = saved if level is None else _at_level(saved, directory, level)
     if model is None:
         if saved.base is None:
             raise StorageError(
@@ -77,7 +92,26 @@ def load(directory: str | Path, *, model: nn.Module | None = None) -> nn.Module:
             )
         with bounded_building(saved.tensors, len(saved.spec.classes)):
             model = bases.build(saved.base)
-    return fill(model, saved, directory).eval()
+    return fill(model, found, directory).eval()
+
+
+def _at_level(saved: Saved, directory: Path, level: str) -> Saved:
+    """The contents as if that level had been saved.
+
+    Raises:
+        StorageError: there is no such level, or its file is missing or damaged.
+        ValueError: it is no target.
+    """
+    number = saved.levels.number_of(level, str(directory))
+    if number is None:
+        return saved
+    file, header = read_tensors(directory / LEVELS, {record_name(number)})
+    record = record_of(file, number)
+    if missing := tensor_names(record, number) - file.keys():  # none of a coded file, which is read whole
+        file |= read_tensors(directory / LEVELS, missing)[0]
+    check_same_save(str(directory / LEVELS), header.get("save_id"), str(directory / RECORD), saved.save_id)
+    spec, tensors = smaller(saved.spec, saved.tensors, record, number, file)
+    return replace(saved, spec=spec, tensors=tensors)
 
 
 def fill(model: nn.Module, saved: Saved, directory: Path) -> nn.Module:
@@ -132,7 +166,8 @@ def read_record(directory: Path) -> Record:
     spec = ModelRecord.from_json(record.get("spec"), str(path))
     check_seal(record, str(path))
     files = record.get("files")
-    return Record(base, spec, save_id, _versions(record), files if isinstance(files, dict) else {})
+    levels = Levels.from_json(record.get("levels"), str(path))
+    return Record(base, spec, save_id, _versions(record), files if isinstance(files, dict) else {}, levels)
 
 
 def check_file(record: Record, path: Path) -> None:

@@ -6,6 +6,7 @@ import math
 import reprlib
 import types
 import typing
+import zlib
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from bayesprune.foundation.text import printable
 MAX_BYTES = 64 * 2**20
 MAX_VALUES = 10**6  # an empty list takes three bytes of a file and a hundred of memory
 MAX_DEPTH = 100
+_MAX_INFLATED = 16 * 2**20
 
 
 def parse_json(data: bytes, where: str) -> Any:
@@ -41,6 +43,25 @@ def parse_json(data: bytes, where: str) -> Any:
     if _depth(value) > MAX_DEPTH:
         raise too_deep
     return value
+
+
+def deflated(value: Any) -> bytes:
+    """A JSON value in few bytes."""
+    deflate = zlib.compressobj(9, zlib.DEFLATED, -15)
+    return deflate.compress(json.dumps(value, separators=(",", ":")).encode()) + deflate.flush()
+
+
+def inflated(data: bytes, where: str) -> Any:
+    """The JSON value that `deflated` was given, its size bounded before anything is made of it.
+
+    Raises:
+        StorageError: it cannot be inflated, is too large, or is not JSON.
+    """
+    try:
+        text = zlib.decompressobj(-15).decompress(data, _MAX_INFLATED)
+    except zlib.error as error:
+        raise StorageError(f"{where} cannot be inflated ({error}). It is damaged: save the model again.") from error
+    return parse_json(text, where)
 
 
 def _depth(value: Any) -> int:

@@ -7,7 +7,7 @@ one weight in hundreds. So a file of a few kilobytes does not make a process bui
 import re
 import reprlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -57,10 +57,14 @@ def read_bounded(path: Path) -> bytes:
         raise StorageError(f"{path} cannot be read: {error}.") from error
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: Path, names: Collection[str] | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a safetensors file, on the CPU and decoded, and its header's metadata without their digests.
 
     What a header claims to hold is compared with the file's size before anything is allocated (by safetensors).
+
+    Args:
+        path: The file.
+        names: Tensors to read, those of them that there are; None is all. Of a coded file all are read.
 
     Raises:
         StorageError: the file is missing, truncated or damaged, or a tensor is not the one that was saved.
@@ -68,8 +72,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         require_file(path)
         with safe_open(path, framework="pt", device="cpu") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             header = file.metadata() or {}
+            is_read = (lambda _: True) if names is None or coding.HEADER.keys() & header.keys() else names.__contains__
+            tensors = {name: file.get_tensor(name) for name in filter(is_read, file.keys())}
     except (OSError, SafetensorError, RuntimeError) as error:  # torch says RuntimeError of a file that vanished
         raise StorageError(
             f"{path} cannot be read: {error}. It is truncated, damaged or not a safetensors file: save or copy it anew."

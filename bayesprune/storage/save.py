@@ -4,11 +4,12 @@ What decides the output (classes, forwards, functions) is an error; what may or 
 classes, tensors that are no buffers) is named in a warning.
 """
 
+import copy
 import json
 import logging
 import reprlib
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -24,8 +25,10 @@ from bayesprune.foundation.model import eval_mode, run_forward, tensors_in
 from bayesprune.layers import named_auxiliaries
 from bayesprune.storage import base as bases
 from bayesprune.storage.base import BaseModel
-from bayesprune.storage.digests import json_digest, sealed
-from bayesprune.storage.files import json_writer, num_bytes, shard_writers, write_together
+from bayesprune.storage.digests import json_digest, sealed, tensor_digest
+from bayesprune.storage.files import json_writer, num_bytes, shard_writers, tensor_writer, write_together
+from bayesprune.storage.levels import LEVELS, Level, Levels, record_of, smaller
+from bayesprune.storage.packing import Described, check_levels, level_spec, packed
 from bayesprune.storage.reading import FORMAT_VERSION, RECORD
 from bayesprune.storage.rebuild import difference, rebuild
 from bayesprune.storage.spec import (
@@ -54,6 +57,7 @@ def save(
     report: Any = None,
     max_shard_size: int | str | None = None,
     coding: Literal["entropy"] | None = None,
+    levels: Sequence[Level] = (),
 ) -> None:
     """Writes `model.safetensors`, `bayesprune.json` and, for a timm model, timm's `config.json` to a directory.
 
@@ -77,13 +81,16 @@ def save(
         coding: "entropy" writes the tensors without loss in as many bytes as their values have entropy: a file with
             90 % zeros is about a tenth of its size, one that `bayesprune.quantize` rounded far less. It needs the
             package constriction, here and for loading, and `import bayesprune` before a library's stock loading call.
+        levels: Smaller versions of the model, which `load(directory, "macs=0.5")` gives; see `bayesprune.elastic`. What
+            they do not share with the model goes to `levels.safetensors`. Libraries' stock calls load the model itself.
 
     Raises:
         StorageError: the base cannot be rebuilt to the model (the message says where they differ) or computes something
             else with it, or the directory cannot be written.
         UnsupportedModelError: the model is wrapped (DDP, FSDP, compiled), has gates, or holds tensors that safetensors
             does not.
-        ValueError: `model_args` for a module that is not timm's, `example_inputs` for a plain one, or another `coding`.
+        ValueError: `model_args` for a module that is not timm's, `example_inputs` for a plain one, another `coding`,
+            or `levels` that are no smaller versions of the model.
         TypeError: `history` or `report` are not JSON values.
     """
     _check_unwrapped(model)
@@ -102,7 +109,9 @@ def save(
             f"example_inputs for a {type(model).__name__} that is saved as a plain module, which nothing but your own "
             "code rebuilds. Leave them out, and compare outputs after load(directory, model=...)."
         )
+    check_levels(levels)
     spec = describe_model(model) if base is None else _spec_against(model, base, example_inputs)
+    tensors = _tensors_to_write(model, spec)
     save_id = uuid.uuid4().hex
     record = {
         "format_version": FORMAT_VERSION,
@@ -114,7 +123,11 @@ def save(
         "report": report,
     }
     header = {"format": "pt", "save_id": save_id, "format_version": str(FORMAT_VERSION)}
-    writers = shard_writers(_tensors_to_write(model, spec), header, max_bytes, coded=coding is not None)
+    writers = shard_writers(tensors, header, max_bytes, coded=coding is not None)
+    if levels:
+        found, file = _packed_levels(model, spec, tensors, levels, coding is not None, example_inputs)
+        writers[LEVELS] = tensor_writer(file, header, coded=coding is not None)
+        record["levels"] = found.to_json()
     if base is not None:
         described = spec.to_json() | ({} if coding is None else {"coding": coding})
         files = bases.host_of(base).files(base, described, save_id)
@@ -161,6 +174,42 @@ def _check_outputs(model: nn.Module, rebuilt: nn.Module, spec: ModelRecord, exam
             f"{type(model).__name__} computes other outputs than what would be loaded: {differ}. Something that no "
             "file holds was changed: a method, a hook, an attribute that is no plain value. Nothing was written."
         )
+
+
+def _packed_levels(
+    model: nn.Module,
+    spec: ModelRecord,
+    tensors: Mapping[str, Tensor],
+    levels: Sequence[Level],
+    coded: bool,
+    example_inputs: Any,
+) -> tuple[Levels, dict[str, Tensor]]:
+    """What is recorded of the levels, and the tensors of their file, after a try that each comes back from them."""
+    specs = list(_specs(model, spec, levels))
+    described = [Described(level, its, _tensors_to_write(level.model, its)) for level, its in specs]
+    found, file = packed(tensors, described, coded=coded)
+    for number, its in enumerate(described):
+        again, values = smaller(spec, tensors, record_of(file, number), number, file)
+        rebuilt = rebuild(copy.deepcopy(model), again, values)
+        other = [name for name, value in its.tensors.items() if not _is_same(values[name], value)]
+        differ = None if example_inputs is None else outputs_differ(its.level.model, rebuilt, example_inputs)
+        if other or differ:
+            raise StorageError(
+                f"the level {its.level.target!r} does not come back from what would be saved: {differ or other[0]}. "
+                "Something that no file holds was changed in it. Nothing was written."
+            )
+    return found, file
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same values, zeros of both signs and what is no number included."""
+    return torch.equal(one, other) or tensor_digest(one) == tensor_digest(other)
+
+
+def _specs(model: nn.Module, spec: ModelRecord, levels: Sequence[Level]) -> Iterator[tuple[Level, ModelRecord]]:
+    for level in levels:
+        _check_unwrapped(level.model)
+        yield level, level_spec(level, model, spec)
 
 
 def _tensors_to_write(model: nn.Module, spec: ModelRecord) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """The command line: the main job end to end on little data, and what it says to wrong input."""
 
+import copy
 import json
 import os
 import subprocess
@@ -52,6 +53,15 @@ def test_report_and_inspect_show_it_again(compressed, capsys):
     assert "fc.weight" in text
 
 
+def test_inspect_names_the_levels(tmp_path, capsys):
+    model = torch.nn.Linear(4, 4).eval()
+    sparse = copy.deepcopy(model)
+    sparse.weight.data[0] = 0
+    bp.save(model, tmp_path, levels=[bp.elastic.Level("weights=0.7", sparse)])
+    _, text, _ = run(capsys, "inspect", str(tmp_path))
+    assert "level weights=0.7: 80 bytes of tensors" in text
+
+
 def test_the_same_seed_gives_the_same_model(compressed, tmp_path, capsys):
     out, _ = compressed
     code, _, _ = run(capsys, "compress", "--out", str(tmp_path), *SMALL)
@@ -87,6 +97,7 @@ def test_the_same_seed_gives_the_same_model(compressed, tmp_path, capsys):
         (["--target", "weights=0.1", "--gates", "--std", "per_weight"], "learn none"),
         (["--bits", "1"], "--bits"),
         (["--coding", "zip"], "expected entropy"),
+        (["--levels", "macs=0.5,half"], "levels got the target 'half'"),
         (["--std", "per_kernel"], "per_channel"),
         (["--std", "per_weight"], "learn none"),
     ],

@@ -1,5 +1,6 @@
 """The pipeline over a task whose metric is known: what tolerance means, and what the report says of the metric."""
 
+import copy
 from contextlib import contextmanager
 
 import pytest
@@ -168,9 +169,22 @@ def test_compress_rounds_and_codes(tmp_path):
     assert all(torch.equal(value, small.state_dict()[name]) for name, value in loaded.state_dict().items())
 
 
+def test_compress_saves_smaller_versions(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 40), nn.ReLU(), nn.Linear(40, 3))
+    small, _ = bp.compress(model, batches(), "macs=0.8", out=tmp_path, num_epochs=1, levels=("macs=0.5", "weights=0.5"))
+    dense = nn.Sequential(nn.Linear(8, 40), nn.ReLU(), nn.Linear(40, 3))
+    half = bp.load(tmp_path, "macs=0.5", model=copy.deepcopy(dense))
+    assert half[0].out_features <= 0.5 * small[0].out_features
+    sparse = bp.load(tmp_path, "weights=0.5", model=copy.deepcopy(dense))
+    assert sparse[0].out_features == small[0].out_features
+    assert bp.load(tmp_path, model=dense)[0].out_features == small[0].out_features
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"levels": ("macs=2",)}, "levels got the target 'macs=2'"),
         ({"bits": 1}, "bits is 1; expected the width of a weight, from 2 to 12"),
         ({"gates": True, "target": "macs=0.5"}, "gates choose single weights for a target; give one"),
         ({"coding": "zip"}, "coding is 'zip'; expected \"entropy\""),

@@ -1,5 +1,6 @@
 """Small saved directories of every kind, for mutations: plain, variational, sharded, timm's, Hugging Face's."""
 
+import copy
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch_pruning as tp
 from torch import nn
 
 import bayesprune as bp
+from bayesprune.storage.levels import Level
 from tests.storage.judging import Case
 
 IMAGES = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -40,6 +42,34 @@ def save_variational(directory: Path, seed: int) -> None:
     bp.save(model, directory)
 
 
+def save_levels(**options: Any) -> Callable[[Path, int], None]:
+    """A level that lost channels, with a bias of its own, and two that have zeros."""
+
+    def save(directory: Path, seed: int) -> None:
+        model = cut_net(seed)
+        kept = torch.tensor([0, 2, 3, 5])
+        columns = (kept[:, None] * 225 + torch.arange(225)).flatten()
+        small = copy.deepcopy(model)
+        tp.prune_conv_out_channels(small[0], [1, 4])
+        tp.prune_batchnorm_out_channels(small[1], [1, 4])
+        tp.prune_linear_in_channels(small[4], sorted(set(range(6 * 225)) - set(columns.tolist())))
+        small[4].bias.data.add_(1)
+        found = {"0.weight": (kept,), "0.bias": (kept,), "4.weight": (None, columns)}
+        found |= {f"1.{name}": (kept,) for name in ("weight", "bias", "running_mean", "running_var")}
+        sparse = copy.deepcopy(model)
+        sparse[4].weight.data[:, ::2] = 0
+        sparser = copy.deepcopy(sparse)
+        sparser[4].weight.data[:, ::3] = 0
+        levels = [Level("macs=0.5", small, found), Level("weights=0.5", sparse), Level("weights=0.3", sparser)]
+        bp.save(model, directory, levels=levels, **options)
+
+    return save
+
+
+def load_level(target: str) -> Callable[[Path], nn.Module]:
+    return lambda directory: bp.load(directory, target, model=net())
+
+
 def load_plain(directory: Path) -> nn.Module:
     return bp.load(directory, model=net())
 
@@ -51,6 +81,8 @@ def plain_cases() -> dict[str, Case]:
         "plain module in shards": Case(save_plain(max_shard_size="12KB"), routes, IMAGES),
         "coded plain module": Case(save_plain(coding="entropy"), routes, IMAGES),
         "variational module with masks": Case(save_variational, routes, IMAGES),
+        "level of channels": Case(save_levels(), {"bp.load": load_level("macs=0.5")}, IMAGES),
+        "coded level of weights": Case(save_levels(coding="entropy"), {"bp.load": load_level("weights=0.3")}, IMAGES),
     }
 
 

@@ -5,7 +5,6 @@ checksum of it and of the values, and a stream of symbols. What a file claims to
 anything is made of it.
 """
 
-import json
 import math
 import zlib
 from collections.abc import Mapping
@@ -17,17 +16,26 @@ from torch import Tensor
 
 from bayesprune.errors import StorageError
 from bayesprune.storage.coding.stream import SymbolReader, SymbolWriter, require_coding
-from bayesprune.storage.coding.tensors import DTYPES, entropy_bits, read_tensor, write_tensor
-from bayesprune.storage.parsing import parse_json
+from bayesprune.storage.coding.tensors import DTYPES, as_integers, entropy_bits, read_tensor, write_tensor
+from bayesprune.storage.parsing import deflated, inflated
 
-__all__ = ["CODED", "HEADER", "decoded", "encoded", "entropy_bits", "is_coded", "outline", "require_coding"]
+__all__ = [
+    "CODED",
+    "HEADER",
+    "as_integers",
+    "decoded",
+    "encoded",
+    "entropy_bits",
+    "is_coded",
+    "outline",
+    "require_coding",
+]
 
 CODED = "bayesprune.coded"
 HEADER = {"coding": "entropy-1"}
 """What the header of a coded file says."""
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_MAX_OUTLINE = 16 * 2**20
 _BYTES_PER_BYTE, _MIN_BYTES = 4096, 2**28
 _AGAIN = "It is damaged, or of another version: save the model again."
 
@@ -45,7 +53,7 @@ def encoded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         raise StorageError(f"a tensor is called {CODED!r}, which coded files need. Rename it, or save without coding.")
     own = {name: _without_minus_zero(tensor) for name, tensor in tensors.items() if tensor.dtype in _NAMES}
     entries = [[name, _NAMES[tensor.dtype], *tensor.shape] for name, tensor in own.items()]
-    text = _deflated(json.dumps(entries, separators=(",", ":")).encode())
+    text = deflated(entries)
     writer, check = SymbolWriter(), zlib.crc32(text)
     for tensor in own.values():
         write_tensor(writer, tensor)
@@ -118,12 +126,7 @@ def _outline(data: bytes, where: str) -> tuple[dict[str, tuple[torch.dtype, tupl
     end = 4 + int.from_bytes(data[:4], "little")
     if len(data) < end + 4:
         raise StorageError(f"{where} is coded, and truncated. {_AGAIN}")
-    inflate = zlib.decompressobj(-15)
-    try:
-        text = inflate.decompress(data[4:end], _MAX_OUTLINE)
-    except zlib.error as error:
-        raise StorageError(f"{where} has an outline that cannot be inflated ({error}). {_AGAIN}") from error
-    entries = parse_json(text, f"the outline of {where}")
+    entries = inflated(data[4:end], f"the outline of {where}")
     if not isinstance(entries, list) or not all(map(_is_entry, entries)):
         raise StorageError(f"{where} has an outline that is no list of names, dtypes and shapes. {_AGAIN}")
     found = {name: (DTYPES[dtype], tuple(shape)) for name, dtype, *shape in entries}
@@ -160,8 +163,3 @@ def _without_minus_zero(tensor: Tensor) -> Tensor:
 
 def _checksum(tensor: Tensor, start: int) -> int:
     return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data, start)
-
-
-def _deflated(data: bytes) -> bytes:
-    deflate = zlib.compressobj(9, zlib.DEFLATED, -15)
-    return deflate.compress(data) + deflate.flush()

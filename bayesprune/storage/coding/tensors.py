@@ -108,6 +108,23 @@ def read_tensor(reader: SymbolReader, shape: tuple[int, ...], dtype: torch.dtype
     return found.view(shape)
 
 
+def as_integers(tensor: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Integers and steps whose product a tensor is, exactly; None where its values lie on no grid of fewer than 4,096.
+
+    Returns:
+        int64 in the shape of the tensor, and float64 with one entry, or one for each entry of the first dimension, in
+        as many dimensions.
+    """
+    matrix = _matrix(tensor + 0)  # a zero has no sign
+    bits = _bits(matrix)
+    grid = _best_grid(matrix, bits, np.ones(bits.shape, dtype=bool))
+    if grid is None:
+        return None
+    steps = torch.from_numpy(np.ldexp(grid.multipliers.astype(np.float64), grid.exponents.astype(np.int32)))
+    shape = (-1, *(1,) * (tensor.dim() - 1)) if tensor.dim() else ()
+    return torch.from_numpy(grid.integers).view(tensor.shape), steps.view(shape)
+
+
 def entropy_bits(tensor: Tensor) -> float:
     """Zero-order entropy of a tensor's values in bits: of all of them together, zeros among them."""
     _, counts = np.unique(_bits(_matrix(tensor)), return_counts=True)

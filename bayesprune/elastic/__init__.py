@@ -1,0 +1,6 @@
+"""One model, any size: smaller versions that share its weights, saved beside it and chosen when it is loaded."""
+
+from bayesprune.elastic.nested import levels
+from bayesprune.storage.levels import Level
+
+__all__ = ["Level", "levels"]
