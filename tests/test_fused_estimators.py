@@ -7,12 +7,20 @@ from torch.utils.checkpoint import checkpoint
 
 import bayesprune as bp
 from bayesprune import estimators
+from bayesprune.foundation import device
 from bayesprune.foundation.kinds import kind_of
 from tests.cases import LAYERS, LayerCase, layers, structures
 
 RANDOM = ("weight_sampling", "local_reparameterization")
 random_estimators = pytest.mark.parametrize("estimator", RANDOM)
 TOLERANCE = {torch.float64: 5e-6, torch.float32: 2e-4, torch.bfloat16: 0.05}  # of float32 stds in all
+
+
+@pytest.fixture(params=["processor", "launched"])
+def paths(request, monkeypatch):
+    """The paths of a processor, and those of devices on which kernels are launched."""
+    if request.param == "launched":
+        monkeypatch.setattr(device, "CHEAP_CALLS", set())
 
 
 def variational(case, std, dtype):
@@ -51,13 +59,14 @@ def assert_same(layer, run, reference, x, dtype):
     assert [output.stride() for output in found[0][:2]] == [output.stride() for output in found[1][:2]]
     for got, wanted in zip(*found, strict=True):
         assert got.dtype == wanted.dtype
-        assert (got - wanted).norm() <= TOLERANCE[dtype] * wanted.norm(), (got, wanted)
+        rounding = 1e-6 if dtype == torch.float32 else 0.0  # of sums that nearly cancel
+        assert (got - wanted).norm() <= TOLERANCE[dtype] * wanted.norm() + rounding, (got, wanted)
 
 
 @structures
 @random_estimators
 @layers
-def test_values_and_gradients(case, estimator, std):
+def test_values_and_gradients(case, estimator, std, paths):
     dtype = (torch.float64, torch.float32)[LAYERS.index(case) % 2]
     layer = variational(case, std, dtype)
     assert_same(
@@ -71,7 +80,7 @@ def test_values_and_gradients(case, estimator, std):
 
 @pytest.mark.parametrize("change", ["masked", "gated", "frozen mean", "frozen std", "channels last", "bfloat16"])
 @random_estimators
-def test_what_else_a_layer_may_be(change, estimator):
+def test_what_else_a_layer_may_be(change, estimator, paths):
     """Masks, gates and half precision may take the plain path; the result must be the same."""
     case = next(case for case in LAYERS if case.name == "conv2d_groups")
     layer, x = variational(case, "rank_one", torch.float32), case.input(torch.float32)
@@ -96,7 +105,7 @@ def test_what_else_a_layer_may_be(change, estimator):
 
 @structures
 @random_estimators
-def test_large_weights_draw_the_noise_of_the_plain_path(estimator, std):
+def test_large_weights_draw_the_noise_of_the_plain_path(estimator, std, paths):
     """The noise of many numbers comes from a table, by blocks."""
     layer = bp.to_variational(nn.Linear(300, 400), std=std).train()
     x = torch.randn(64, 300)
@@ -105,7 +114,7 @@ def test_large_weights_draw_the_noise_of_the_plain_path(estimator, std):
 
 @structures
 @random_estimators
-def test_second_derivatives_are_those_of_the_plain_path(estimator, std):
+def test_second_derivatives_are_those_of_the_plain_path(estimator, std, paths):
     layer = variational(LAYERS[3], std, torch.float64).double()
     found = []
     for run in (fused, plain):

@@ -1,6 +1,6 @@
 """How one forward pass of a layer sees the posterior of its weights."""
 
-from bayesprune.estimators.draws import sample
+from bayesprune.estimators.draws import has_seeds, sample, sample_together
 from bayesprune.estimators.functions import ESTIMATORS, center, check, run, uncertain
 from bayesprune.estimators.types import Bilinear, Gaussian, Gradients, LogGaussian, Operation, Posterior, as_gaussian
 
@@ -15,7 +15,9 @@ __all__ = [
     "as_gaussian",
     "center",
     "check",
+    "has_seeds",
     "run",
     "sample",
+    "sample_together",
     "uncertain",
 ]

@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 
-from bayesprune.estimators.factored import FactoredNoise, LinearNoise, factored_noise
+from bayesprune.estimators.factored import ConvNoise, FactoredNoise, LinearNoise, factored_noise
 from bayesprune.estimators.seeded import (
     SeededNoise,
     differentiated,
     in_float32,
     scaled_noise,
-    square_of,
     without_autocast,
 )
+from bayesprune.estimators.squares import square_of, squares_of
 from bayesprune.estimators.types import Bilinear, LogGaussian
+from bayesprune.foundation.device import has_cheap_calls
 
 
 def with_local_noise(
@@ -27,19 +28,25 @@ def with_local_noise(
 ) -> Tensor:
     """The output with noise of variance f(x^2, std^2), computed in float32 or better."""
     bias_log_std = None if bias is None else bias.log_stds[0]
-    factors = operation.std_factors(weight.log_stds)
-    draw = SeededNoise.of(output, feature_dim)
+    draw, factors = SeededNoise.of(output, feature_dim), operation.std_factors(weight.log_stds)
     with without_autocast(x.device):
         if factors is None:
             options = draw, operation, weight.mean.shape
             if draw.seed is not None:
                 return _FullNoise.apply(output, options, x, bias_log_std, *weight.log_stds)
             return output + full_noise(options, x, bias_log_std, *weight.log_stds).to(output.dtype)
-        rows, columns = factors
-        options = FactoredNoise(draw, operation, tuple(weight.mean.shape[2:]))
-        if draw.seed is not None and feature_dim == -1:
-            return LinearNoise.apply(output, options, x, rows, columns, bias_log_std)
-        return output + factored_noise(options, x, rows, columns, bias_log_std).to(output.dtype)
+        of_bias, is_cheap = bias_log_std, has_cheap_calls(x.device)
+        if not is_cheap:
+            squares = tuple(squares_of(*weight.log_stds, *(() if bias is None else bias.log_stds)))
+            factors = operation.std_factors(squares[: len(weight.log_stds)])
+            of_bias = None if bias is None else squares[-1]
+            assert factors is not None, "squares are laid out as what they are squares of"
+        options = FactoredNoise(draw, operation, tuple(weight.mean.shape[2:]), is_cheap)
+        is_plain_better = feature_dim != -1 and (is_cheap or x.dim() < 1 - feature_dim)
+        if draw.seed is None or is_plain_better:
+            return output + factored_noise(options, x, factors.rows, factors.columns, of_bias).to(output.dtype)
+        function = LinearNoise if feature_dim == -1 else ConvNoise
+        return function.apply(output, options, x, factors.rows, factors.columns, of_bias)
 
 
 def add_noise(output: Tensor, variance: Tensor, feature_dim: int) -> Tensor:
@@ -93,7 +100,7 @@ class _FullNoise(torch.autograd.Function):
             if bias_log_std is not None and needed[1]:
                 other = [dim for dim in range(twice.dim()) if dim != twice.dim() + draw.feature_dim]
                 summed = twice.sum(other) if other else twice
-                of_bias = (summed * square_of(bias_log_std, summed)).to(bias_log_std.dtype)
+                of_bias = (summed * square_of(bias_log_std, summed.dtype)).to(bias_log_std.dtype)
             of_x, of_stds = None, [None for _ in log_stds]
             if needed[0] or any(needed[2:]):
                 precise, variance = in_float32(x), _weight_variance(log_stds, shape, twice)
@@ -113,9 +120,9 @@ def _variance(
     operation: Bilinear, shape: Size, x: Tensor, bias_log_std: Tensor | None, log_stds: Sequence[Tensor]
 ) -> Tensor:
     squares = in_float32(x).square()
-    bias_variance = None if bias_log_std is None else square_of(bias_log_std, squares)
+    bias_variance = None if bias_log_std is None else square_of(bias_log_std, squares.dtype)
     return operation(squares, _weight_variance(log_stds, shape, squares), bias_variance)
 
 
 def _weight_variance(log_stds: Sequence[Tensor], shape: Size, like: Tensor) -> Tensor:
-    return square_of(sum(log_stds[1:], start=log_stds[0]), like).expand(shape)
+    return square_of(sum(log_stds[1:], start=log_stds[0]), like.dtype).expand(shape)

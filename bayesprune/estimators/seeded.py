@@ -77,11 +77,6 @@ def scaled_noise(variance: Tensor, draw: SeededNoise) -> Tensor:
     return variance.clamp_min(torch.finfo(variance.dtype).tiny).sqrt() * eps
 
 
-def square_of(log_std: Tensor, like: Tensor) -> Tensor:
-    """Variance of a log std, in the dtype of another tensor."""
-    return (log_std * (2 * LOG2_E)).exp2_().to(like.dtype)
-
-
 def along(channels: Tensor, feature_dim: int) -> Tensor:
     """Values of channels, broadcastable to a tensor with channels at that dimension."""
     return channels.view(*channels.shape, *[1] * (-1 - feature_dim))

@@ -118,3 +118,10 @@ class Bilinear:
 def is_plain(*tensors: Tensor) -> bool:
     """Whether none is of a tensor class of its own, as those that are sharded or carry moments."""
     return all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
+
+
+def runs_once() -> bool:
+    """Whether what is computed now is for a backward pass, none of it to be thrown away and computed again there."""
+    if not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
+        return False
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is None  # type: ignore[attr-defined]

@@ -4,13 +4,15 @@ Nothing is stored between two draws, so a run whose generator state was saved an
 gradient checkpointing) draws the same noise again.
 
 Noise that is needed twice is drawn from a seed of torch's default CPU stream (`draw_seed`), on any device and without
-waiting for it. Normal numbers in float32 on a CPU, where torch's own cost more than all else that is done to a weight,
-are read from one table at places that the seed says (the shared noise of Salimans et al., 2017, arXiv:1703.03864). The
-table has a flat spectrum: over all places the numbers of a block have mean 0, variance 1 and no correlation, exactly.
+waiting for it. Such numbers in float32 are read from one table at places that the seed says (the shared noise of
+Salimans et al., 2017, arXiv:1703.03864): on a CPU torch's own cost more than all else that is done to a weight, and
+elsewhere reading costs no kernel. The table has a flat spectrum: over all places the numbers of a block have mean 0,
+variance 1 and no correlation, exactly.
 """
 
 import math
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -22,12 +24,24 @@ from torch.autograd import forward_ad
 from bayesprune.foundation.device import has_cheap_calls
 
 _RANK_STRIDE = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: neighbouring ranks get distant seeds
-_MIN_SIZE = 1 << 11  # fewer cost less by torch
 _TABLE = 1 << 20  # numbers: 4 MiB
 MAX_AT_ONCE = 1 << 18
 """Numbers of the table in a row, which are used together."""
-_BITS = 2**64 - 1
+_BITS, _MOST = 2**64 - 1, 2**63 - 1
 _RECORDING = (_ModeKey.PROXY, _ModeKey.FAKE, _ModeKey.FUNCTIONAL)
+
+
+class _Scratch(threading.local):
+    """What a thread makes seeds in: making a tensor takes longer than drawing its number."""
+
+    def __init__(self) -> None:
+        with torch.inference_mode(False):
+            self.number = torch.empty((), dtype=torch.int64, device="cpu")
+        self.ahead = torch.Generator("cpu")
+        self.num_seeds = 0
+
+
+_SCRATCH = _Scratch()
 
 
 def normal(
@@ -42,17 +56,15 @@ def normal(
     if seed is None:
         return torch.randn(shape, **_from_rank(device), device=device, dtype=dtype)
     if is_known:
-        values = torch.empty(shape, device=device, dtype=dtype)
-        for eps, block in normal_blocks(seed, values):
-            block.copy_(eps)
-        return values
+        return torch.cat(table_blocks(seed, shape, device)).view(shape)
     return torch.randn(shape, generator=_seeded(device, seed), device=device, dtype=dtype)
 
 
 def is_tabled(shape: torch.Size | tuple[int, ...], *, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `normal` of a seed is what `normal_blocks` yields."""
-    is_ordinary = has_cheap_calls(device) and dtype == torch.float32
-    return is_ordinary and (torch.compiler.is_compiling() or math.prod(shape) >= _MIN_SIZE)
+    """Whether `normal` of a seed is what `table_blocks` gives; a compiled program has torch's own numbers on a GPU."""
+    if torch.compiler.is_compiling():
+        return has_cheap_calls(device) and dtype == torch.float32
+    return dtype == torch.float32 and math.prod(shape) > 0
 
 
 def normal_blocks(seed: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -62,7 +74,7 @@ def normal_blocks(seed: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     entries, where one fits, and has no dimensions left but where there is one piece alone.
     """
     first, *_ = tensors
-    blocks = _table_blocks(seed, first.shape)
+    blocks = table_blocks(seed, first.shape, first.device)
     if len(blocks) == 1:
         yield blocks[0].view(first.shape), *tensors
         return
@@ -73,10 +85,7 @@ def normal_blocks(seed: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 @torch.library.custom_op("bayesprune::normal", mutates_args=(), tags=torch.Tag.nondeterministic_seeded)
 def _read(shape: list[int], like: Tensor) -> Tensor:
     """`normal` as one operation of a compiled program, which torch's own numbers would take most of the time of."""
-    values = torch.empty(shape, device=like.device)
-    for eps, block in normal_blocks(draw_seed(), values):
-        block.copy_(eps)
-    return values
+    return torch.cat(table_blocks(draw_seed(), shape, like.device)).view(shape)
 
 
 @_read.register_fake
@@ -84,9 +93,15 @@ def _(shape: list[int], like: Tensor) -> Tensor:
     return torch.empty(shape, device=like.device)
 
 
-def _table_blocks(seed: int, shape: torch.Size) -> list[Tensor]:
+def read(seed: int, shape: torch.Size | tuple[int, ...], device: torch.device) -> Tensor:
+    """`normal` of this seed in float32, not to be written to: a part of the table where it is one block."""
+    blocks = table_blocks(seed, shape, device)
+    return (blocks[0] if len(blocks) == 1 else torch.cat(blocks)).view(shape)
+
+
+def table_blocks(seed: int, shape: torch.Size | Sequence[int], device: torch.device) -> list[Tensor]:
     """Views of the table that hold the numbers of this seed for a tensor in float32, one behind the other."""
-    table, count = _normal_table(), math.prod(shape)
+    table, count = _table_on(device), math.prod(shape)
     if count <= MAX_AT_ONCE:
         return [table.narrow(0, _split_seed(seed, 0) % _TABLE, count)]
     row = count // shape[0]
@@ -110,6 +125,8 @@ def multiplied(values: Tensor, seed: int, *, out: Tensor | None = None) -> Tenso
     """Contiguous values times `normal` of their shape and this seed; `out` may be the values."""
     if not is_tabled(values.shape, device=values.device, dtype=values.dtype):
         return torch.mul(values, normal(values.shape, device=values.device, dtype=values.dtype, seed=seed), out=out)
+    if not has_cheap_calls(values.device):
+        return torch.mul(values, read(seed, values.shape, values.device), out=out)
     out = torch.empty_like(values) if out is None else out
     for eps, block, product in normal_blocks(seed, values, out):
         torch.mul(block, eps, out=product)
@@ -126,9 +143,21 @@ def normal_like(like: Tensor, *, dtype: torch.dtype, seed: int | None = None) ->
 
 def draw_seed() -> int:
     """The seed of one draw, from torch's default CPU stream and the rank: no device has to be waited for."""
-    seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_())
-    rank = torch.distributed.get_rank() if _is_distributed() else 0
-    return (seed + rank * _RANK_STRIDE) % 2**63
+    _SCRATCH.num_seeds += 1
+    return (int(_SCRATCH.number.random_()) + _offset()) & _MOST
+
+
+def num_seeds() -> int:
+    """How many seeds this thread has drawn so far."""
+    return _SCRATCH.num_seeds
+
+
+def coming_seeds(count: int) -> list[int]:
+    """What `draw_seed` will give the next times, if nothing else takes numbers from torch's default CPU stream."""
+    ahead = _SCRATCH.ahead.set_state(torch.default_generator.get_state())
+    numbers = torch.empty(count, dtype=torch.int64, device="cpu").random_(generator=ahead)
+    offset = _offset()
+    return [(number + offset) & _MOST for number in numbers.tolist()]
 
 
 def can_repeat(device: torch.device) -> bool:
@@ -197,6 +226,17 @@ def _seeded(device: torch.device, seed: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(seed)
 
 
+def _table_on(device: torch.device) -> Tensor:
+    """The table where it is read."""
+    return _normal_table() if device.type == "cpu" else _copy_of_table(device)
+
+
+@cache
+def _copy_of_table(device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return _normal_table().to(device)
+
+
 def _from_rank(device: torch.device) -> dict[str, Any]:
     """The `generator` to draw from: torch's default in one process; with several, one seeded from that and the rank.
 
@@ -204,6 +244,11 @@ def _from_rank(device: torch.device) -> dict[str, Any]:
     default is not named: with a generator that is None, torch draws nothing of a shape that is symbolic.
     """
     return {"generator": torch.Generator(device).manual_seed(draw_seed())} if _is_distributed() else {}
+
+
+def _offset() -> int:
+    """What makes the seeds of ranks differ."""
+    return torch.distributed.get_rank() * _RANK_STRIDE if _is_distributed() else 0
 
 
 def _is_distributed() -> bool:

@@ -77,7 +77,9 @@ class GatedComplexity(Complexity):
         return total([sum_kl(bound, self.keep), *(gate.kl() for gate in self.gates.values() if gate.has_prior)])
 
     @torch.no_grad()
-    def add_gradients(self, bound: Bound, weight: float, scale: Tensor | None = None) -> None:
+    def add_gradients(
+        self, bound: Bound, weight: float, scale: Tensor | None = None, share: Tensor | None = None
+    ) -> None:
         """Unscales the logits' gradients and adds `weight` times the KL's; logits outside this step have none."""
         if set(self.gates.values()) != {gate for _, gate in named_gates(self._model)}:
             raise RuntimeError(
@@ -98,7 +100,7 @@ class GatedComplexity(Complexity):
             if scale is not None:
                 logits.grad.div_(scale)
             if gradient is not None:
-                logits.grad.add_(gradient, alpha=weight)
+                logits.grad.add_(gradient if share is None else gradient * share, alpha=weight)
 
     def collapsed(self) -> Iterator[tuple[str, str]]:
         """Names of the gates that are all closed: nothing passes there any more."""

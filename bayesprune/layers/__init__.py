@@ -12,6 +12,7 @@ from bayesprune.layers.auxiliary import (
 )
 from bayesprune.layers.base import VariationalLayer, register_layer, registered_types, variational_type
 from bayesprune.layers.experts import register_experts
+from bayesprune.layers.joint_draws import JointDraws
 from bayesprune.layers.posteriors import (
     Posterior,
     holders_of,
@@ -25,6 +26,7 @@ from bayesprune.layers.structures import STRUCTURES, part_shapes
 __all__ = [
     "STRUCTURES",
     "Gaussian",
+    "JointDraws",
     "LayerKind",
     "Posterior",
     "SideRoom",

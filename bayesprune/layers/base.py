@@ -21,7 +21,7 @@ from bayesprune.errors import UnsupportedModelError
 from bayesprune.estimators import Bilinear, Gaussian, Gradients, LogGaussian
 from bayesprune.foundation.kinds import kind_of
 from bayesprune.foundation.sharding import shard_like
-from bayesprune.layers import masks
+from bayesprune.layers import joint_draws, masks
 from bayesprune.layers.stacks import axis_size, select
 from bayesprune.layers.structures import SUFFIXES, not_narrowed
 from bayesprune.moments.sampled import is_drawing
@@ -64,8 +64,11 @@ class VariationalLayer(nn.Module):
         if estimator == "mean" and not self.changes_weights():
             self.apply_masks()
             return super().forward(*args, **kwargs)
+        has_bias = bool(self._part_names("bias"))
+        if estimator == "weight_sampling":
+            return self.operation(x, self.draw("weight"), self.draw("bias") if has_bias else None, *rest, **kwargs)
         weight = self.posterior("weight")
-        bias = self.posterior("bias") if self._part_names("bias") else None
+        bias = self.posterior("bias") if has_bias else None
         operation = self.bilinear(*rest, **kwargs)
         return estimators.run(estimator, operation, x, weight, bias, operation.kind.feature_dim)
 
@@ -177,6 +180,11 @@ class VariationalLayer(nn.Module):
         parts = tuple(self._checked_parts(name))
         posterior = LogGaussian(getattr(self, name), parts, self.mask(name))
         return posterior if self.posterior_hook is None else self.posterior_hook(self, name, posterior)
+
+    def draw(self, name: str) -> Tensor:
+        """One draw of a parameter, made together with those of other layers where the model's forward has begun so."""
+        drawn = joint_draws.take(self, name)
+        return estimators.sample(self.posterior(name)) if drawn is None else drawn
 
     def set_mask(self, name: str, keep: Tensor) -> None:
         """Removes the weights where `keep`, which is whole, is False: they are zero from now on, also in training."""

@@ -3,7 +3,7 @@
 from contextlib import ExitStack
 from typing import Any
 
-from bayesprune.estimators import center, sample, uncertain
+from bayesprune.estimators import center, uncertain
 from bayesprune.layers.base import VariationalLayer
 
 
@@ -24,9 +24,10 @@ class DrawnLayer(VariationalLayer):
                 layer.apply_masks()
             return self.stock_type.forward(self, *args, **kwargs)
         with ExitStack() as stack:
-            draw = {"mean": center, "moments": uncertain}.get(estimator, sample)
+            value = {"mean": center, "moments": uncertain}.get(estimator)
             for layer in layers:
-                draws = {name: draw(layer.posterior(name)) for name in layer.active_names()}
+                names = layer.active_names()
+                draws = {n: layer.draw(n) if value is None else value(layer.posterior(n)) for n in names}
                 stack.enter_context(layer.substituted(**draws))
             return self.stock_type.forward(self, *args, **kwargs)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from bayesprune.foundation.sharding import shard_values_like
-from bayesprune.layers import Posterior, VariationalLayer, variational_layers
+from bayesprune.layers import JointDraws, Posterior, VariationalLayer, variational_layers
 from bayesprune.layers.masks import Keeper
 from bayesprune.priors import BoundPrior
 from bayesprune.train.bounds import bound_log_stds
@@ -89,6 +89,8 @@ class Attachment:
         self._added = add_to_first_group(optimizer, [*self._stds, *complexity.parameters])
         self._given_up: list[Posterior] = []
         self._warned: set[tuple[str, str]] = set()
+        layers = ((name, layer, layer.active_names()) for name, layer in variational_layers(model))
+        self._draws = JointDraws(model, layers)
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -108,8 +110,11 @@ class Attachment:
     @property
     def kl_weight(self) -> float:
         """What the next step multiplies the KL by, relative to a loss that is a mean per example."""
-        is_warm = self._steps.at_least + 1 >= self.warmup_steps
-        return (self.temperature if is_warm else self.temperature_at(self.step + 1)) / self.num_data
+        return (self.temperature if self._is_warm else self.temperature_at(self.step + 1)) / self.num_data
+
+    @property
+    def _is_warm(self) -> bool:
+        return self._steps.at_least + 1 >= self.warmup_steps
 
     @property
     def sparsity(self) -> float:
@@ -134,6 +139,7 @@ class Attachment:
         self._watch.end()
         self._masks.end()
         self._statistics.end()
+        self._draws.remove()
         ATTACHMENTS.discard(self)
         take_out(self._optimizer, self._added)
         put_back(self._taken_out)
@@ -147,6 +153,7 @@ class Attachment:
             "prior": {posterior.name: prior.state() for posterior, prior in self._bound.items()},
             "complexity": self._complexity.state_dict(),
             "noise": self._noise.state(),
+            "ahead": self._draws.state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -188,6 +195,7 @@ class Attachment:
             self._removal.resume(self.step)
         if "noise" in state:
             self._noise.load(state["noise"])
+        self._draws.load(state.get("ahead", {}))
 
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
@@ -225,12 +233,13 @@ class Attachment:
         if not targets and any(posterior.mean.grad is not None for posterior in self._parts):
             return  # a step inside a step, or another one on gradients that have the KL already
         scale, found_inf = grad_scaler_tensors(optimizer)
-        weight = self.kl_weight
+        share = None if self._is_warm else self._steps.share_of(self.warmup_steps)
+        weight = self.kl_weight if share is None else self.temperature / self.num_data
         self._noise.add(scale, found_inf)  # of the loss alone
         refresh_scales(self._bound, self._complexity.keep)
-        add_kl_gradients(targets, weight, scale)
+        add_kl_gradients(targets, weight, scale if share is None else share if scale is None else scale * share)
         mark_with_kl(targets)
-        self._complexity.add_gradients(self._trained, weight, scale)
+        self._complexity.add_gradients(self._trained, weight, scale, share)
         step_scaled(self._std_optimizer, scale, found_inf)
         self._complexity.step(self._steps.at_most + 1, found_inf)
         self._statistics.update()
@@ -322,6 +331,9 @@ class Attachment:
         self._taken_out += take_out(self._optimizer, gone.values())
         self._watch.end()
         self._masks.end()
+        if not self._parts:  # whose forwards and steps are those of others now
+            self._statistics.end()
+            self._draws.remove()
         self._look()
 
     def _targets(self) -> Iterator[KLTerm]:

@@ -43,8 +43,17 @@ class Complexity:
         """KL divergence of weights and auxiliary modules from their priors, in nats: a scalar, in the graph."""
         return sum_kl(bound, self.keep)
 
-    def add_gradients(self, bound: Bound, weight: float, scale: Tensor | None = None) -> None:
-        """Unscales the gradients of `parameters` and adds `weight` times the KL's."""
+    def add_gradients(
+        self, bound: Bound, weight: float, scale: Tensor | None = None, share: Tensor | None = None
+    ) -> None:
+        """Unscales the gradients of `parameters` and adds `weight` times the KL's.
+
+        Args:
+            bound: The priors of all posteriors.
+            weight: Weight of the KL.
+            scale: What a gradient scaler multiplied the gradients by; None where it did not.
+            share: What the weight is multiplied by, a number on the device; None for 1.
+        """
 
     def plan(self, num_steps: int | None) -> None:
         """Takes note of how long the training is; None where that is not known.

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from bayesprune.estimators.seeded import LOG2_E
+from bayesprune.estimators.squares import square_of
 from bayesprune.foundation.device import has_cheap_calls
 from bayesprune.foundation.foreach import foreach
 from bayesprune.foundation.sharding import place_like
@@ -144,7 +145,8 @@ def add_together(targets: Sequence[KLTerm], weight: float, scale: Tensor | None 
 def _add_small(targets: Sequence[KLTerm], weight: float, scale: Tensor | None) -> None:
     """The log stds' part, where all of them are few numbers: with p parts, s^2 is the product over them."""
     parts = [part for target in targets for part in target.parts]
-    squares = joined(parts).mul_(2).exp_()
+    logs = joined(parts)
+    squares = square_of(logs, logs.dtype)
     factors, counts, others = [], [], []
     for target in targets:
         size, sizes = target.mean.numel(), [part.numel() for part in target.parts]
@@ -154,12 +156,12 @@ def _add_small(targets: Sequence[KLTerm], weight: float, scale: Tensor | None) -
         others += [first + 1 - index if len(sizes) > 1 else -1 for index in range(len(sizes))]
     sizes = tuple(part.numel() for part in parts)
     device, dtype = squares.device, squares.dtype
-    terms = squares * spread(tuple(factors), sizes, device, dtype)
+    weights, less = (spread(tuple(values), sizes, device, dtype) for values in (factors, [-count for count in counts]))
     if max(others) >= 0:
-        sums = torch.cat([sums_of(squares, sizes), squares.new_ones(1)])
         others = [len(parts) if other < 0 else other for other in others]
-        terms *= sums[spread(tuple(others), sizes, device, torch.int64)]
-    terms -= spread(tuple(counts), sizes, device, dtype)
+        sums = torch.cat([sums_of(squares, sizes), spread((1.0,), (1,), device, dtype)])
+        weights = weights * sums[spread(tuple(others), sizes, device, torch.int64)]
+    terms = torch.addcmul(less, squares, weights)
     pairs = [(p.grad, term) for p, term in zip(parts, split_like(terms, parts), strict=True) if p.grad is not None]
     if pairs:
         gradients, of_parts = zip(*pairs, strict=True)

@@ -43,12 +43,13 @@ class NoiseCost:
                 gradients[part.grad.device][index] = part.grad
         for found in gradients.values():
             indices, costs = _sums(found)
-            costs = costs / 2 if scale is None else costs / (2 * scale)
+            if scale is not None:
+                costs = costs / scale
             if found_inf is not None:
                 costs = torch.where(found_inf > 0, 0.0, costs)
-            for place, (others, total) in enumerate(self._waiting):
+            for others, total in self._waiting:
                 if others == indices and total.device == costs.device:
-                    self._waiting[place] = indices, total + costs
+                    total.add_(costs)
                     break
             else:
                 self._waiting.append((indices, costs))
@@ -78,7 +79,7 @@ class NoiseCost:
         """Brings what is on a device here."""
         for indices, costs in self._waiting:
             for index, cost in zip(indices, costs.tolist(), strict=True):
-                self._sums[index] += cost
+                self._sums[index] += cost / 2
         self._waiting = []
 
 

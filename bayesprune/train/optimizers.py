@@ -108,6 +108,12 @@ class StepCount:
         """The number if all were skipped that nobody asked for yet."""
         return self.at_most - self._num_unasked
 
+    def share_of(self, length: float) -> Tensor | None:
+        """The step that comes next as a share of so many, 1 beyond them, where it is known on the device alone."""
+        if not isinstance(self._skipped, Tensor):
+            return None
+        return ((self.at_most + 1 - self._skipped) / length).clamp_max_(1.0)
+
     @property
     def value(self) -> int:
         """The number itself: waits for the device where a scaler is in use."""

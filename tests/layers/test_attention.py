@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import bayesprune as bp
+from bayesprune.foundation import noise
 from tests.cases import structures
 
 
@@ -58,10 +59,10 @@ def test_one_draw_of_all_projections(kwargs):
     drawn = {}
     for prefix, module in (("", layer), ("out_proj.", layer.out_proj)):
         for name, (mean, std) in module.posteriors().items():
-            drawn[prefix + name] = mean + std * torch.randn(mean.shape)
+            drawn[prefix + name] = mean + std * noise.normal_like(mean, dtype=mean.dtype)
     assert {"out_proj.weight"} < set(drawn)
     expected, _ = torch.func.functional_call(stock, dict(stock.named_parameters()) | drawn, x)
-    assert torch.equal(output, expected)
+    torch.testing.assert_close(output, expected)
     output.square().sum().backward()
     for name, parameter in layer.named_parameters():
         if kwargs == {"kdim": 5, "vdim": 3} or not name.startswith("in_proj_bias"):  # the key's bias has no effect

@@ -16,9 +16,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import bayesprune as bp
 from bayesprune import estimators
-from bayesprune.estimators import draws, factored, functions, local
+from bayesprune.estimators import draws, factored, functions, local, squares, together
 from bayesprune.foundation import noise
 from bayesprune.layers import masks, named_posteriors
+from bayesprune.prune.scores import weights
+from bayesprune.prune.weights import floors, prune
 from bayesprune.train import kl
 from bayesprune.train.attachment import ATTACHMENTS
 from tests.cases import structures
@@ -33,9 +35,12 @@ def gpu(monkeypatch):
         monkeypatch.setattr(module, "is_plain", lambda *tensors: True)
     monkeypatch.setattr(noise, "can_repeat", lambda device: True)
     monkeypatch.setattr(noise, "draw_seed", lambda: 1)
+    monkeypatch.setattr(noise, "coming_seeds", lambda count: [1] * count)
     monkeypatch.setattr(noise, "_seeded", lambda device, seed: None)  # a generator of a GPU needs its driver
+    monkeypatch.setattr(noise, "_table_on", lambda device: torch.empty(noise._TABLE + noise.MAX_AT_ONCE, device=device))
     monkeypatch.setattr(masks, "_masked", weakref.WeakSet())  # layers of other tests have data
-    caches = [bp.train.joined.spread, bp.train.joined._offsets]
+    caches = [bp.train.joined.spread, bp.train.joined._offsets, together._row_of_unit, together._first_units]
+    caches += [factored._tiny, factored._ones]
     for cache in caches:
         cache.cache_clear()
     with FakeTensorMode():
@@ -100,7 +105,7 @@ def test_forward(gpu, std, estimator, half, monkeypatch):
     monkeypatch.setattr(kl, "_sizes", lambda model: {id(p.mean): kl._Size(1.0, 1) for p in named_posteriors(model)})
     bp.attach(torch.optim.SGD(model.parameters(), lr=0.1), model, num_data=10)
     x = torch.empty(4, 3, 6, 6, device=GPU, dtype=torch.bfloat16 if half == "weights" else torch.float32)
-    for _ in range(2):
+    for _ in range(2):  # drawn when asked for, then ahead
         with autocast(None if half == "weights" else half):
             output = model(x)
         assert output.device == GPU
@@ -135,37 +140,43 @@ def runs(function, *inputs):
 
 @structures
 def test_backward_of_draws(gpu, std):
-    for posterior in named_posteriors(on_gpu(std, "weight_sampling")):
-        mean, parts, mask = posterior.layer.posterior(posterior.parameter)
-        runs(draws._Draw, mean, mask, *parts)
+    posteriors = [p.layer.posterior(p.parameter) for p in named_posteriors(on_gpu(std, "weight_sampling"))]
+    assert all(map(estimators.has_seeds, posteriors))
+    kinds = [draws._kind_of(posterior, seed) for seed, posterior in enumerate(posteriors)]
+    runs(draws._Draws, kinds, *[t for mean, parts, mask in posteriors for t in (mean, mask, *parts)])
 
 
 @structures
 @pytest.mark.parametrize("name", ["conv", "grouped", "hidden"])
-def test_backward_of_local_noise(gpu, std, name):
+def test_backward_of_local_noise(gpu, std, name, monkeypatch):
     layer = getattr(on_gpu(std, "local_reparameterization"), name)
     x = torch.empty((4, 7, 8) if name == "hidden" else (4, layer.in_channels, 6, 6), device=GPU)
     weight, bias = layer.posterior("weight"), layer.posterior("bias") if layer.bias is not None else None
     operation, of_bias = layer.bilinear(), None if bias is None else bias.log_stds[0]
     output = layer.operation(x, weight.mean, None)
     draw = estimators.seeded.SeededNoise.of(output, operation.kind.feature_dim)
-    factors = operation.std_factors(weight.log_stds)
-    if factors is None:
+    if operation.std_factors(weight.log_stds) is None:
         runs(local._FullNoise, output, (draw, operation, weight.mean.shape), x, of_bias, *weight.log_stds)
-    elif name == "hidden":
-        options = factored.FactoredNoise(draw, operation, ())
-        runs(factored.LinearNoise, output, options, x, *factors, of_bias)
+        return
+    parts = weight.log_stds if of_bias is None else (*weight.log_stds, of_bias)
+    runs(squares._Squares, *parts)
+    options = factored.FactoredNoise(draw, operation, tuple(weight.mean.shape[2:]))
+    inputs = output, options, x, *operation.std_factors(weight.log_stds), of_bias
+    for kept in (0, factored._KEPT_AT_MOST):
+        monkeypatch.setattr(factored, "_KEPT_AT_MOST", kept)
+        runs(factored.LinearNoise if name == "hidden" else factored.ConvNoise, *inputs)
 
 
 @structures
+@pytest.mark.parametrize("warmup", [0.0, 0.5])
 @pytest.mark.parametrize("is_scaled", [False, True])
-def test_hook(gpu, std, is_scaled, monkeypatch):
-    """With gradients that a gradient scaler has multiplied; without, also while the KL warms up."""
+def test_hook(gpu, std, is_scaled, warmup, monkeypatch):
+    """Also with gradients that a gradient scaler has multiplied, and while the KL warms up."""
     model = on_gpu(std, "weight_sampling")
     monkeypatch.setattr(kl, "_sizes", lambda model: {id(p.mean): kl._Size(1.0, 1) for p in named_posteriors(model)})
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.0, foreach=True)
-    attachment = bp.attach(optimizer, model, num_data=10, num_steps=100, warmup=0.0 if is_scaled else 0.5)
-    for _ in range(2):
+    attachment = bp.attach(optimizer, model, num_data=10, num_steps=100, warmup=warmup)
+    for _ in range(3):
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter)
         if is_scaled:
@@ -178,5 +189,32 @@ def test_hook(gpu, std, is_scaled, monkeypatch):
 @structures
 def test_scores(gpu, std):
     model = on_gpu(std, "weight_sampling")
-    scores = bp.signal_to_noise(model)
-    assert {score.device for score in scores.values()} == {GPU}
+    scores = [*bp.signal_to_noise(model).values()]
+    scores += [score(p) for score in (weights.magnitude, weights.SNRScore(0.5)) for p in named_posteriors(model)]
+    assert {score.device for score in scores} == {GPU}
+
+
+@structures
+@pytest.mark.parametrize("target", ["weights=0.5", "snr=1", "2:4", {"head": 0.5}])
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_single_weights_go_without_a_copy_of_their_scores(gpu, std, target, scope, monkeypatch):
+    """What decides how many go is read as few numbers, of all tensors at once: no score is NaN, all floors are met."""
+    reads = []
+
+    def reads_as(number):
+        def numbers_of(tensors):
+            assert all(tensor.numel() == 1 and tensor.device == GPU for tensor in tensors)
+            reads.append(len(tensors))
+            return [number] * len(tensors)
+
+        return numbers_of
+
+    monkeypatch.setattr(prune, "numbers_of", reads_as(0))
+    monkeypatch.setattr(floors, "numbers_of", reads_as(10**6))
+    model = on_gpu(std, "weight_sampling")
+    for _ in range(2):
+        bp.prune_weights(model, target, scope=scope)
+    masks = [p.mask for p in named_posteriors(model) if p.mask is not None]
+    assert {mask.device for mask in masks} == {GPU}
+    assert len(masks) == (4 if target != "2:4" else 3)
+    assert len(reads) <= 12, "they do not grow with the number of layers"

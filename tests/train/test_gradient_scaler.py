@@ -66,3 +66,33 @@ def test_a_single_overflowing_std_skips_the_step_of_all():
     scaler.update()
     assert attachment.step == 0
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("unscale", [False, True])
+def test_while_the_kl_warms_up_skipped_steps_do_not_count(unscale):
+    """Nobody asks for the number of steps in between, so that the weight of the KL is known on the device alone."""
+    found = []
+    for is_scaled in (True, False):
+        torch.manual_seed(0)
+        model = net()
+        optimizer = OPTIMIZERS["adamw_fused"](others_of(model).values())
+        attachment = bp.attach(optimizer, model, num_data=NUM_DATA, num_steps=8, warmup=1.0, temperature=1.0)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0, enabled=is_scaled)
+        torch.manual_seed(2)
+        for number, batch in enumerate([batches()[0], None, *batches()[1:]] if is_scaled else batches()):
+            optimizer.zero_grad()
+            state = torch.get_rng_state()
+            (loss,) = losses(model, batches()[0] if batch is None else batch, 1)
+            scaler.scale(loss * float("inf") if batch is None else loss).backward()
+            if batch is None:
+                torch.set_rng_state(state)
+            if unscale:
+                scaler.unscale_(optimizer)
+            before = attachment._steps._num_unasked
+            scaler.step(optimizer)
+            scaler.update()
+            assert not is_scaled or attachment._steps._num_unasked == before + 1, number
+        assert attachment.step == len(batches())
+        found.append([parameter.detach().clone() for parameter in model.parameters()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)

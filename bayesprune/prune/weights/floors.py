@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bayesprune.errors import InfeasibleTargetError
+from bayesprune.foundation.device import numbers_of
 
 _ROUNDING = 1e-9  # 0.1 * 30 is a little above 3
 
@@ -46,13 +47,13 @@ def keep_best(scores: Sequence[Tensor], count: int, floors: Sequence[int]) -> tu
     """
     sizes = [s.numel() for s in scores]
     _check(count, sum(sizes), floors)
-    flat = torch.cat([s.flatten().cpu() for s in scores])
+    flat = torch.cat([s.flatten().to(scores[0].device) for s in scores])
     pieces, gone = flat.split(sizes), flat == -torch.inf
     is_floored = [False] * len(sizes)
     while True:
         keep = _above(flat, count) & ~gone
-        counts = [int(piece.sum()) for piece in keep.split(sizes)]
-        short = [index for index, kept in enumerate(counts) if kept < floors[index]]
+        kept = numbers_of([piece.sum() for piece in keep.split(sizes)]) if any(floors) else floors
+        short = [index for index, number in enumerate(kept) if number < floors[index]]
         if not short:
             found = zip(keep.split(sizes), scores, strict=True)
             return [piece.view(s.shape).to(s.device) for piece, s in found], is_floored
@@ -95,13 +96,11 @@ def within_caps(counts: Sequence[int], caps: Sequence[int]) -> list[int]:
 
 def _above(flat: Tensor, count: int) -> Tensor:
     """False for the lowest `count`."""
-    keep = torch.ones(flat.numel(), dtype=torch.bool)
-    if count:
-        threshold = flat.kthvalue(count).values  # several times faster than sorting all
-        keep = flat > threshold
-        ties = (flat == threshold).nonzero().flatten()
-        keep[ties[count - int((flat < threshold).sum()) :]] = True
-    return keep
+    if not count:
+        return torch.ones_like(flat, dtype=torch.bool)
+    threshold = flat.kthvalue(count).values  # several times faster than sorting all
+    keep, ties = flat > threshold, flat == threshold
+    return keep | (ties & (ties.cumsum(0, dtype=torch.int32) > count - (flat < threshold).sum()))
 
 
 def _check(count: int, total: int, floors: Sequence[int]) -> None:

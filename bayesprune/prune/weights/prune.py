@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from bayesprune.convert import FROZEN, reasons_to_leave
+from bayesprune.foundation.device import numbers_of
 from bayesprune.foundation.kinds import EMBEDDING, kind_of
 from bayesprune.foundation.sharding import full_tensor
 from bayesprune.foundation.target import PATTERN, Target
@@ -139,16 +140,17 @@ def prune_weights(
     if scope not in ("global", "layer"):
         raise ValueError(f'scope is {scope!r}; expected "global" or "layer".')
     check_min_kept(min_kept)
-    floors = [min(floor_of(p.mean.numel(), min_kept), int((~_removed(p)).sum())) for p in posteriors]
+    floors = [min(floor_of(p.mean.numel(), min_kept), kept) for p, kept in _num_kept(posteriors).items()]
     if not isinstance(goal, Target) or (goal.kind == "weights" and scope == "layer"):
         keeps, is_floored = _keep_shares(posteriors, removed_fractions(posteriors, goal), score, floors)
     elif goal.kind == "snr":
         keeps, is_floored = _keep_above(posteriors, goal.value, floors)
     elif goal.pattern:
-        keeps = [keep_pattern(posterior, goal.pattern, score) for posterior in posteriors]
-        is_floored = [False] * len(keeps)
+        fitting = [p for p in posteriors if not whole_note(p, goal.pattern)]
+        best = {p: _best_inputs(p, goal.pattern, scores) for p, scores in _scores(fitting, score).items()}
+        keeps, is_floored = [best.get(posterior) for posterior in posteriors], [False] * len(posteriors)
     else:
-        scores = [_scores(posterior, score) for posterior in posteriors]
+        scores = list(_scores(posteriors, score).values())
         keeps, is_floored = keep_best(scores, round(goal.removed * sum(s.numel() for s in scores)), floors)
     notes = [f"held at min_kept={min_kept:g}" if floored else "" for floored in is_floored]
     if isinstance(goal, Target) and goal.pattern:
@@ -167,13 +169,13 @@ def set_masks(
     rows, holders = [], holders_of(model)
     if is_attached(model) and not has_masks(model):
         warn_of_averages(model)
-    for posterior, keep, note in zip(posteriors, keeps, notes, strict=True):
-        total = posterior.mean.numel()
+    for posterior, keep in zip(posteriors, keeps, strict=True):
         if keep is not None:
             keep = keep & ~_removed(posterior)
             for layer, name in holders[id(posterior.mean)]:
                 layer.set_mask(name, keep)
-        rows.append(WeightRow(posterior.name, total, total - int(_removed(posterior).sum()), note))
+    for (posterior, kept), note in zip(_num_kept(posteriors).items(), notes, strict=True):
+        rows.append(WeightRow(posterior.name, posterior.mean.numel(), kept, note))
     return WeightReport(tuple(rows), _untouched(model, posteriors))
 
 
@@ -184,13 +186,13 @@ def _untouched(model: nn.Module, removable: Sequence[Posterior]) -> tuple[Weight
     others |= {id(part) for posterior in posteriors.values() for part in posterior.log_std_parts}
     others |= {id(parameter) for _, module in named_auxiliaries(model) for parameter in module.parameters()}
     reasons = reasons_to_leave(model, None)
-    rows = []
+    kept, rows = _num_kept(posteriors.values()), []
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1 and id(parameter) not in others:
             layer, frozen = model.get_submodule(name.rpartition(".")[0]), posteriors.get(id(parameter))
-            removed = 0 if frozen is None else int(_removed(frozen).sum())
             reason = reasons.get(layer, "it has no posterior") if parameter.requires_grad else FROZEN
-            rows.append(WeightRow(name, parameter.numel(), parameter.numel() - removed, reason))
+            total = parameter.numel()
+            rows.append(WeightRow(name, total, total if frozen is None else kept[frozen], reason))
     return tuple(rows)
 
 
@@ -233,35 +235,39 @@ def _keep_shares(
     counts = [round(fraction * size) for fraction, size in zip(fractions, sizes, strict=True)]
     caps = [size - floor for size, floor in zip(sizes, floors, strict=True)]
     capped = within_caps(counts, caps)
-    keeps = [keep_count(posterior, count, score) for posterior, count in zip(posteriors, capped, strict=True)]
+    scores = _scores(posteriors, score).values()
+    keeps = [keep_best([own], count, [0])[0][0] for own, count in zip(scores, capped, strict=True)]
     return keeps, [count > cap for count, cap in zip(counts, caps, strict=True)]
 
 
 def keep_count(posterior: Posterior, count: int, score: Score) -> Tensor:
     """The mask of a tensor without its lowest `count` entries."""
-    return keep_best([_scores(posterior, score)], count, [0])[0][0]
+    return keep_best([_scores([posterior], score)[posterior]], count, [0])[0][0]
 
 
 def _keep_above(posteriors: list[Posterior], threshold: float, floors: list[int]) -> tuple[list[Tensor], list[bool]]:
     """What has this SNR, and the best of each tensor up to its floor."""
-    keeps, is_floored = [], []
-    for posterior, floor in zip(posteriors, floors, strict=True):
-        scores = _scores(posterior, snr)
-        keep = scores >= threshold
-        is_floored.append(int(keep.sum()) < floor)
-        if is_floored[-1]:
-            keep = keep_best([scores], scores.numel() - floor, [0])[0][0]
-        keeps.append(keep)
+    all_scores = _scores(posteriors, snr).values()
+    keeps = [scores >= threshold for scores in all_scores]
+    is_floored = [kept < floor for kept, floor in zip(numbers_of([k.sum() for k in keeps]), floors, strict=True)]
+    for index, scores in enumerate(all_scores):
+        if is_floored[index]:
+            keeps[index] = keep_best([scores], scores.numel() - floors[index], [0])[0][0]
     return keeps, is_floored
 
 
 def keep_pattern(posterior: Posterior, pattern: tuple[int, int], score: Score) -> Tensor | None:
     """The best N of every M consecutive inputs; None where the number of inputs is not a multiple of M."""
-    n, m = pattern
-    dim, num_inputs = _inputs(posterior)
-    if num_inputs % m or kind_of(posterior.layer) == EMBEDDING:
-        return None
-    scores = _scores(posterior, score).movedim(dim, -1)
+    return (
+        None
+        if whole_note(posterior, pattern)
+        else _best_inputs(posterior, pattern, _scores([posterior], score)[posterior])
+    )
+
+
+def _best_inputs(posterior: Posterior, pattern: tuple[int, int], scores: Tensor) -> Tensor:
+    (n, m), (dim, _) = pattern, _inputs(posterior)
+    scores = scores.movedim(dim, -1)
     groups = scores.reshape(-1, m)
     keep = torch.zeros_like(groups, dtype=torch.bool)
     keep.scatter_(1, groups.topk(n, dim=1).indices, True)
@@ -282,15 +288,29 @@ def _inputs(posterior: Posterior) -> tuple[int, int]:
     return kind.input_dim, posterior.mean.shape[kind.input_dim] // (kind.num_groups if kind.input_dim == 0 else 1)
 
 
-def _scores(posterior: Posterior, score: Score) -> Tensor:
-    scores = full_tensor(score(posterior))
-    if bad := int(scores.isnan().sum()):
-        raise ValueError(
-            f"the scores of {posterior.name} have {bad} of {scores.numel()} values that are NaN; expected numbers. "
-            "Check whether training diverged."
-        )
-    limits = torch.finfo(scores.dtype)
-    return scores.clamp(limits.min, limits.max).masked_fill(_removed(posterior), -torch.inf)
+def _scores(posteriors: Iterable[Posterior], score: Score) -> dict[Posterior, Tensor]:
+    """Scores of each, -inf for what is gone; whether they are numbers is asked for all at once."""
+    found = {posterior: full_tensor(score(posterior)) for posterior in posteriors}
+    for (posterior, scores), bad in zip(
+        found.items(), numbers_of([s.isnan().sum() for s in found.values()]), strict=True
+    ):
+        if bad:
+            raise ValueError(
+                f"the scores of {posterior.name} have {bad} of {scores.numel()} values that are NaN; expected numbers. "
+                "Check whether training diverged."
+            )
+        limits = torch.finfo(scores.dtype)
+        found[posterior] = scores.clamp(limits.min, limits.max).masked_fill(_removed(posterior), -torch.inf)
+    return found
+
+
+def _num_kept(posteriors: Iterable[Posterior]) -> dict[Posterior, int]:
+    """How many weights each has that were not removed."""
+    found = {posterior: posterior.mean.numel() for posterior in posteriors}
+    masks = {posterior: posterior.layer.mask(posterior.parameter, whole=True) for posterior in found}
+    masked = {posterior: mask for posterior, mask in masks.items() if mask is not None}
+    counts = numbers_of([mask.sum() for mask in masked.values()])
+    return found | dict(zip(masked, counts, strict=True))
 
 
 def _removed(posterior: Posterior) -> Tensor:
