@@ -14,7 +14,10 @@ from torch import Tensor
 from bayesprune.gates.gate import WeightGate
 
 REACHED = 0.6
-"""Share of the training after which a share of the weights is reached; the rest trains what is left."""
+"""Share of the training after which a share of the weights is reached."""
+DECIDED = 0.75
+"""Share of the training after which the gates stay as they are, and the weights that are left train on: for a gate that
+changed in the last steps the learning rate would have fallen too far to make up."""
 PATTERN_FROM = 0.1
 """Share of the training from which on a pattern holds; until then its gates learn with all weights there."""
 LARGEST_LOGIT = 8.0

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from bayesprune.errors import UnsupportedModelError
-from bayesprune.gates.density import hold
+from bayesprune.gates.density import DECIDED, hold
 from bayesprune.gates.gate import ChannelGate, Gate, GatedSide, WeightGate, named_gates, weight_gate
 from bayesprune.layers import Posterior
 from bayesprune.train.complexity import Bound, Complexity, sum_kl, total
@@ -121,9 +121,13 @@ class GatedComplexity(Complexity):
 
     def step(self, number: int, found_inf: Tensor | None = None) -> None:
         """Moves the logits, unless a gradient scaler found an overflow, and holds them to their target."""
+        progress = number / self._num_steps if self._num_steps else 0.0
+        if progress > DECIDED:
+            for gate in self._held:
+                gate.logits.grad = None
         step_scaled(self._optimizer, None, found_inf)
-        if self._held and self._num_steps is not None:
-            hold(self._held, number / self._num_steps)
+        if self._held and progress <= DECIDED:
+            hold(self._held, progress)
 
     def state_dict(self) -> dict[str, Any]:
         """Names of the gates and the optimizer's state."""

@@ -54,6 +54,7 @@ def test_corruptions_stand_in_the_report_and_its_page(compressed, capsys):
     assert [row[0] for row in tables[0]["rows"]] == ["none", *bp.robustness.CORRUPTIONS]
     assert "AUROC of foreign images" in (out / "report.html").read_text()
     code, text, _ = run(capsys, "report", str(out))
+    assert code == 0
     assert "gaussian_noise" in text
 
 

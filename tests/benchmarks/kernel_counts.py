@@ -1,8 +1,8 @@
 """How many kernels a training step launches, over the deterministic step: a number that no machine changes.
 
-    python tests/benchmarks/kernel_counts.py                # what docs/benchmarks/kernels.json has not yet, and its page
+    python tests/benchmarks/kernel_counts.py          # what docs/benchmarks/kernels.json has not yet, and its page
     python tests/benchmarks/kernel_counts.py --only mlp --names --out kernels.json   # prints which kernels a row adds
-    python tests/benchmarks/kernel_counts.py --table        # only the page
+    python tests/benchmarks/kernel_counts.py --table  # only the page
 
 One eager step of zero_grad, forward, loss, backward, the hook and AdamW (foreach, on both sides) is counted on a
 processor, but along the paths that are taken on a GPU: each operation of torch that reaches a device counts once, views
@@ -140,7 +140,13 @@ def counted(name: str, *, names: bool = False) -> dict[str, Any]:
 def page(runs: list[dict[str, Any]], settings: dict[str, Any]) -> str:
     """The results as Markdown."""
     lines = ["# Kernels of a training step", "", *(__doc__ or "").split("\n\n", 2)[2].strip().splitlines(), ""]
-    lines = ["# Kernels of a training step", "", "Written by `python tests/benchmarks/kernel_counts.py`.", "", *lines[2:]]
+    lines = [
+        "# Kernels of a training step",
+        "",
+        "Written by `python tests/benchmarks/kernel_counts.py`.",
+        "",
+        *lines[2:],
+    ]
     for run in runs:
         base = sum(run["deterministic"])
         lines += [f"## {NETWORKS[run['name']]}", "", f"| | kernels | over the deterministic | {' | '.join(PHASES)} |"]

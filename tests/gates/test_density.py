@@ -58,6 +58,18 @@ def test_the_share_of_open_gates_falls_to_the_target_and_the_right_ones_stay():
     assert kept[:, [2, 5, 7]].all()
 
 
+def test_the_gates_rest_in_the_last_quarter():
+    model, optimizer, attachment, x, y = regression("weights=0.25", num_steps=40)
+    for _ in train(model, optimizer, x, y, 30):
+        pass
+    decided, weights = model[0].weight_gate.logits.detach().clone(), model[0].weight.detach().clone()
+    for _ in train(model, optimizer, x, y, 10):
+        pass
+    assert torch.equal(model[0].weight_gate.logits, decided)
+    assert not torch.equal(model[0].weight, weights)
+    assert attachment.step == 40
+
+
 @pytest.mark.parametrize("layer", [nn.Linear(8, 3), nn.Conv2d(8, 3, 2), nn.Conv2d(8, 4, 1, groups=2)], ids=repr)
 def test_a_pattern_holds_in_every_block(layer):
     torch.manual_seed(1)
