@@ -79,7 +79,7 @@ def to_torchao_int8(model: nn.Module) -> list[str]:
         ImportError: torchao is missing, or too old.
     """
     try:
-        from torchao.quantization import IntxUnpackedToInt8Tensor
+        from torchao.quantization import IntxUnpackedToInt8Tensor  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError(f"to_torchao_int8 needs torchao >= 0.18 ({error}): pip install torchao.") from error
 
