@@ -29,16 +29,17 @@ def hold(gates: Sequence[WeightGate], progress: float) -> None:
     """Makes the gates meet their target as far as it is due.
 
     Args:
-        gates: Those with a target, of one model.
+        gates: Those of one model that have a target, which is one for all of them.
         progress: Share of the training that is done, 0 to 1.
     """
-    shared = [gate for gate in gates if gate.target is not None and gate.target.pattern is None]
-    if shared:
-        assert shared[0].target is not None, "they have one"
-        _hold_share(shared, shared[0].target.value ** min(1.0, progress / REACHED))
+    target = gates[0].target
+    assert target is not None, "they have one"
+    if target.pattern is None:
+        _hold_share(gates, target.value ** min(1.0, progress / REACHED))
+    elif progress >= PATTERN_FROM:
+        for gate in gates:
+            _hold_pattern(gate, *target.pattern)
     for gate in gates:
-        if gate.target is not None and gate.target.pattern is not None and progress >= PATTERN_FROM:
-            _hold_pattern(gate, *gate.target.pattern)
         gate.logits.clamp_(-LARGEST_LOGIT, LARGEST_LOGIT)
 
 

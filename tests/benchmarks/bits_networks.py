@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from mnist import Benchmark, _cutter, _phase
-from mnist_methods import Data, Network, lenet5, mlp, train
+from mnist_methods import Data, Network, lenet5, mlp, train, without_posterior
 from mnist_tasks import POSTERIOR, TASKS
 from mnist_units import compact
 from torch import nn
@@ -25,10 +25,7 @@ def pruned(benchmark: Benchmark, name: str, target: float, seed: int) -> Network
         for level in task.levels:
             train(net, data, _phase(task.cut, level.cut), cut=_cutter(net, task, level, POSTERIOR), cuts=24)
             compact(net)
-            done = copy.deepcopy(net)
-            done.prior = None
-            for layer in done.layers:
-                layer.estimator = "mean"
+            done = without_posterior(net)
             if level.after:
                 train(done, data, _phase(task.after, level.after))
             torch.save(done, _path(benchmark.work, name, float(level.target), seed))  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from typing import Any
 import common
 import torch
 from mnist import Benchmark, _cutter, _phase, error
-from mnist_methods import Network, mlp, network, train
+from mnist_methods import Network, mlp, network, train, without_posterior
 from mnist_tasks import POSTERIOR, TASKS
 from mnist_units import compact
 
@@ -60,10 +60,7 @@ def units_cut(benchmark: Benchmark, seed: int) -> Network:
         for level in task.levels:
             train(net, data, _phase(task.cut, level.cut), cut=_cutter(net, task, level, POSTERIOR), cuts=24)
             compact(net)
-        done = copy.deepcopy(net)
-        done.prior = None
-        for layer in done.layers:
-            layer.estimator = "mean"
+        done = without_posterior(net)
         train(done, data, _phase(task.after, task.levels[-1].after))
         torch.save(done, path)
     return torch.load(path, weights_only=False)

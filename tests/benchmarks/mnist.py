@@ -36,6 +36,7 @@ from mnist_methods import (
     num_kept,
     train,
     weight_score,
+    without_posterior,
 )
 from mnist_stops import RULES, stop
 from mnist_table import page
@@ -159,11 +160,8 @@ class Benchmark:
         for level in task.levels[: task.selected_at + 1] if validation else task.levels:
             steps += train(net, data, _phase(task.cut, level.cut), cut=_cutter(net, task, level, method), cuts=24)
             compact(net)
-            done = copy.deepcopy(net)
+            done = without_posterior(net)
             at_once = error(done, data)
-            done.prior, done.penalty, done.observes = None, None, False
-            for layer in done.layers:
-                layer.estimator = "mean"
             after = train(done, data, _phase(task.after, level.after)) if level.after else 0
             row["levels"].append(
                 {

@@ -1,5 +1,6 @@
 """Training, scores and removal for the MNIST tables: one code for networks with posteriors and for plain ones."""
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -95,6 +96,15 @@ def network(layers: nn.Sequential, *, prior: bp.priors.Prior | None, std: str = 
     model = model.to(memory_format=torch.channels_last)
     total = sum(p.mean.numel() for p in named_posteriors(model) if p.is_weight)
     return Network(model, prior, total, torch.arange(784) if isinstance(layers[0], nn.Linear) else None)
+
+
+def without_posterior(net: Network) -> Network:
+    """A copy that trains on at its means, without noise, penalty or cuts."""
+    done = copy.deepcopy(net)
+    done.prior, done.penalty, done.observes = None, None, False
+    for layer in done.layers:
+        layer.estimator = "mean"
+    return done
 
 
 def train(net: Network, data: Data, phase: Phase, *, cut: Callable[[float], None] | None = None, cuts: int = 0) -> int:
