@@ -19,6 +19,7 @@ from bayesprune import estimators
 from bayesprune.errors import UnsupportedModelError
 from bayesprune.foundation import defaults
 from bayesprune.foundation.kinds import kind_of
+from bayesprune.foundation.sharding import is_sharded
 from bayesprune.foundation.text import as_text
 from bayesprune.layers import (
     STRUCTURES,
@@ -199,7 +200,7 @@ def to_variational(
         The model itself. `conversion_table(model)` says what was converted, left, or falls back, and why.
 
     Raises:
-        UnsupportedModelError: the model is wrapped (DDP, FSDP, DataParallel), compiled or scripted.
+        UnsupportedModelError: the model is wrapped (DDP, FSDP, DataParallel), sharded, compiled or scripted.
         ValueError: no layer matched, a weight is not finite, or an option is not one of those named.
     """
     check_options(std, relative_std, estimator)
@@ -292,6 +293,11 @@ def _check_plain(model: nn.Module) -> None:
         raise UnsupportedModelError(
             f"to_variational got a model wrapped in {wrapper.__name__}; convert the model inside it "
             "(usually `.module`) before wrapping."
+        )
+    if is_sharded(model):
+        raise UnsupportedModelError(
+            "to_variational got a model that is sharded over processes, which would not gather stds that are made now; "
+            "convert it before fully_shard."
         )
 
 

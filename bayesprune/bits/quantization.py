@@ -17,6 +17,7 @@ from bayesprune.convert import to_deterministic, to_variational
 from bayesprune.errors import InfeasibleTargetError, UnsupportedModelError
 from bayesprune.foundation.batches import device_of, on_device, split
 from bayesprune.foundation.model import eval_mode
+from bayesprune.foundation.sharding import check_whole
 from bayesprune.foundation.text import first_names
 from bayesprune.laplace import KroneckerFactors, KroneckerPosterior, cross_entropy, fit_kronecker, fit_laplace
 from bayesprune.laplace.calibration import Loss
@@ -72,6 +73,7 @@ def quantize(
         InfeasibleTargetError: no step is small enough for the tolerance, or large enough for the bytes. The model is
             as it was then.
         StorageError: bytes are asked for, and `constriction` is missing.
+        UnsupportedModelError: the model is sharded over processes.
 
     Examples:
         >>> import torch, bayesprune as bp
@@ -81,6 +83,7 @@ def quantize(
         >>> [tensor.width for tensor in report.tensors]
         [4, 4, 4, 4]
     """
+    check_whole(model, "quantize")
     _check(tolerance, bits, bytes, per)
     batches = None if data is None else [on_device(batch, device_of(model)) for batch in data]
     if tolerance is not None and not batches:

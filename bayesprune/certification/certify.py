@@ -12,6 +12,7 @@ from bayesprune.certification.attack import attack
 from bayesprune.certification.bounds import chord_lines, flat_lines, interval_bounds, linear_bound, tightened
 from bayesprune.certification.network import Box, Network
 from bayesprune.certification.semidefinite import Pairs, semidefinite_bound
+from bayesprune.foundation.sharding import check_whole
 from bayesprune.foundation.text import as_text
 
 Method = Literal["interval", "linear", "sdp"]
@@ -82,7 +83,8 @@ def certify(
         num_pairs: With "sdp", pairs of an example and a class that are worked on together.
 
     Raises:
-        UnsupportedModelError: the model has a layer without a rule, or too many units for "sdp".
+        UnsupportedModelError: the model has a layer without a rule, too many units for "sdp", or is sharded over
+            processes.
         ValueError: the method is unknown, eps is negative, labels do not fit, or examples lie outside `box`.
 
     Examples:
@@ -91,6 +93,7 @@ def certify(
         >>> certify(net, x, net(x).argmax(1), 1e-6).verified
         tensor([True, True, True, True])
     """
+    check_whole(model, "certify")
     _check(x, y, eps, method, box)
     network, examples, labels = Network(model), x.detach().cpu().double(), y.detach().cpu()
     low, high = (examples + sign * eps for sign in (-1, 1))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from bayesprune.convert import to_deterministic, to_variational
 from bayesprune.elastic.differences import rounded
 from bayesprune.elastic.positions import fill_kept, kept_positions, number_entries
+from bayesprune.foundation.sharding import check_whole
 from bayesprune.foundation.target import Target
 from bayesprune.laplace import KroneckerPosterior, fit_kronecker, fit_laplace
 from bayesprune.laplace.calibration import output_metric
@@ -102,6 +103,7 @@ def levels(
         >>> small[0].out_features
         16
     """
+    check_whole(model, "levels")
     goals = [Target.parse(target, KINDS, "levels") for target in targets]
     ranking = model if any(variational_layers(model)) else to_variational(copy.deepcopy(model))
     plain = to_deterministic(copy.deepcopy(model)).eval()

@@ -3,13 +3,40 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+
+from bayesprune.errors import UnsupportedModelError
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """The tensor itself; one that is sharded over processes, gathered. Every process must call it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[attr-defined]
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether parameters of the model are sharded over processes, by FSDP 2 or otherwise.
+
+    A forward may leave those of FSDP 2 whole for a while; the model is sharded all the same.
+    """
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters()) or any(
+        kind.__name__ == "FSDPModule" for module in model.modules() for kind in type(module).__mro__
+    )
+
+
+def check_whole(model: nn.Module, caller: str) -> None:
+    """Refuses a model that is sharded over processes, and says how to gather it.
+
+    Raises:
+        UnsupportedModelError: it is.
+    """
+    if isinstance(model, nn.Module) and is_sharded(model):
+        raise UnsupportedModelError(
+            f"{caller} got a model that is sharded over processes and needs it whole: gather its values in every "
+            "process with torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
+            "options=StateDictOptions(full_state_dict=True)), load them into an unsharded copy (made before "
+            "fully_shard), and pass that."
+        )
 
 
 def whole_values(state: Any) -> Any:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesprune.foundation.batches import device_of, on_device
+from bayesprune.foundation.sharding import check_whole
 from bayesprune.laplace.kronecker import variational_layer
 from bayesprune.laplace.matrices import damped, from_matrix, is_matrix_product, removed_columns, to_matrix
 from bayesprune.laplace.regression import DAMPINGS, Moments, best_damping, ridge
@@ -62,6 +63,7 @@ def compensate(
 
     Raises:
         ValueError: there is no batch.
+        UnsupportedModelError: the model is sharded over processes.
 
     Examples:
         >>> import functools, torch, torch_pruning as tp, bayesprune as bp
@@ -76,6 +78,7 @@ def compensate(
         ...     before_cut=functools.partial(bp.laplace.compensate, model, data),
         ... )
     """
+    check_whole(model, "compensate")
     batches = [on_device(batch, device_of(model)) for batch in data]
     if not batches:
         raise ValueError("data has no batch; expected an iterable of input batches.")

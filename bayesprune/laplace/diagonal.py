@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from bayesprune.errors import UnsupportedModelError
 from bayesprune.foundation.model import eval_mode
+from bayesprune.foundation.sharding import check_whole
 from bayesprune.foundation.text import first_names
 from bayesprune.laplace.calibration import Call, Loss, record
 from bayesprune.laplace.matrices import from_matrix, input_rows, is_matrix_product, output_rows
@@ -59,7 +60,8 @@ def fit_laplace(
 
     Raises:
         ValueError: there is no batch, or no variational layer.
-        UnsupportedModelError: the prior has no precision, or layers do not take examples along the first dimension.
+        UnsupportedModelError: the prior has no precision, layers do not take examples along the first dimension, or
+            the model is sharded over processes.
 
     Examples:
         >>> import torch, bayesprune as bp
@@ -67,6 +69,7 @@ def fit_laplace(
         >>> batches = [(torch.randn(32, 4), torch.randint(3, (32,)))]
         >>> model = bp.laplace.fit_laplace(model, batches, num_data=50_000)
     """
+    check_whole(model, "fit_laplace")
     precisions = prior_precisions(model, prior)
     squares, seen = sums_of_squares(model, loader, loss=loss, num_batches=num_batches)
     scale = (seen if num_data is None else num_data) / seen

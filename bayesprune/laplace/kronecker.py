@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from bayesprune.errors import UnsupportedModelError
 from bayesprune.foundation.batches import Batch, device_of, on_device
+from bayesprune.foundation.sharding import check_whole
 from bayesprune.laplace.calibration import Call, Loss, counted_positions, record
 from bayesprune.laplace.diagonal import prior_precisions, set_precision
 from bayesprune.laplace.flow import layer_calls
@@ -143,9 +144,10 @@ def fit_kronecker(
     Raises:
         ValueError: there is no batch, no variational layer, `block_size` is below 1, or `num_positions` comes with a
             loader without a length.
-        UnsupportedModelError: the prior has no precision, no layer is a matrix product, or layers do not take examples
-            along the first dimension.
+        UnsupportedModelError: the prior has no precision, no layer is a matrix product, layers do not take examples
+            along the first dimension, or the model is sharded over processes.
     """
+    check_whole(model, "fit_kronecker")
     if block_size < 1:
         raise ValueError(f"block_size is {block_size!r}; expected 1 or more, 1024 say.")
     precisions = {posterior.name: value for posterior, value in prior_precisions(model, prior).items()}

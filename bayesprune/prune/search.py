@@ -21,6 +21,7 @@ from rich.table import Table
 from torch import nn
 
 from bayesprune.errors import InfeasibleTargetError
+from bayesprune.foundation.sharding import check_whole
 from bayesprune.foundation.target import Target
 from bayesprune.foundation.text import as_text
 from bayesprune.layers import removable_weights
@@ -119,7 +120,9 @@ def smallest_within(
 
     Raises:
         ValueError: an option is not one of those named, or out of range.
+        UnsupportedModelError: the model is sharded over processes.
     """
+    check_whole(model, "smallest_within")
     if tolerance < 0:
         raise ValueError(f"tolerance is {tolerance!r}; expected the largest accepted loss of the score, 0 or more.")
     if by not in UNITS:

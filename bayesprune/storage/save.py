@@ -22,6 +22,7 @@ from torch.nn.utils import parametrize
 
 from bayesprune.errors import StorageError, UnsupportedModelError
 from bayesprune.foundation.model import eval_mode, run_forward, tensors_in
+from bayesprune.foundation.sharding import check_whole
 from bayesprune.layers import named_auxiliaries
 from bayesprune.storage import base as bases
 from bayesprune.storage.base import BaseModel
@@ -230,6 +231,7 @@ def _tensors_to_write(model: nn.Module, spec: ModelRecord) -> dict[str, Tensor]:
 def _check_unwrapped(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"save got a {type(model).__name__}; expected a torch.nn.Module.")
+    check_whole(model, "save")
     wrapper = type(model)
     modules = ("torch.nn.parallel", "torch.distributed.fsdp", "torch._dynamo", "torch.jit", "deepspeed")
     if wrapper.__module__.startswith(modules):

@@ -70,11 +70,11 @@ def measure(what: str, name: str, ratio: float | None) -> dict[str, float]:
         ),
         "torch_pruning": lambda: prune_with_torch_pruning(model, inputs, ratio or 0.3),
     }
-    before = _memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the highest so far begins anew
+    before = memory("VmRSS")
+    reset_peak()
     start = time.process_time()
     calls[what]()
-    seconds, peak = time.process_time() - start, _memory("VmHWM") - before
+    seconds, peak = time.process_time() - start, memory("VmHWM") - before
     return {"seconds": seconds, "bytes": peak, "kept": sum(macs_by_module(model, inputs).values()) / dense}
 
 
@@ -191,7 +191,13 @@ def _table(rows: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _memory(key: str) -> int:
+def reset_peak() -> None:
+    """Makes VmHWM, the most that this process held at once, begin anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def memory(key: str) -> int:
+    """Bytes that this process holds, "VmRSS", or held at most, "VmHWM"."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 

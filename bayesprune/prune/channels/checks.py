@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from bayesprune.errors import UnsupportedModelError
+from bayesprune.foundation.sharding import check_whole
 from bayesprune.foundation.target import Target
 from bayesprune.layers import VariationalLayer, rooms_in
 from bayesprune.prune.graph.group import GRANULARITY
@@ -58,10 +59,11 @@ def check_model(model: nn.Module, importance: Any, what: str) -> None:
     """Refuses what cannot be cut or ranked.
 
     Raises:
-        UnsupportedModelError: the model is compiled or wrapped, or has no posterior while no importance is given, or
-            no gates that say what is included.
+        UnsupportedModelError: the model is compiled, wrapped or sharded, or has no posterior while no importance is
+            given, or no gates that say what is included.
         ValueError: every layer is frozen.
     """
+    check_whole(model, "prune_channels")
     if any(module._compiled_call_impl is not None for module in model.modules()):
         raise UnsupportedModelError("prune_channels got a compiled model; cut the model first, then compile it.")
     if hasattr(model, "_orig_mod") or type(model).__module__.startswith(("torch.nn.parallel", "torch.distributed")):

@@ -22,6 +22,7 @@ from bayesprune.errors import InfeasibleTargetError, UnsupportedModelError
 from bayesprune.foundation.batches import device_of, on_device
 from bayesprune.foundation.latency import seconds_in_turn
 from bayesprune.foundation.macs import macs_by_module
+from bayesprune.foundation.sharding import check_whole
 from bayesprune.foundation.target import Target
 from bayesprune.foundation.text import as_text
 from bayesprune.laplace.compensation import refit
@@ -114,6 +115,7 @@ def prune_groups(
         ValueError: the target is out of range, there is no batch, or no convolution can have groups.
         InfeasibleTargetError: groups do not save so much. Nothing was changed.
         ImportError: scipy is missing.
+        UnsupportedModelError: the model is sharded over processes.
 
     Examples:
         >>> import torch, bayesprune as bp
@@ -126,6 +128,7 @@ def prune_groups(
     """
     if find_spec("scipy") is None:
         raise ImportError("prune_groups assigns channels by scipy, which is missing: pip install 'bayesprune[groups]'.")
+    check_whole(model, "prune_groups")
     goal = _checked(target)
     batches = [on_device(batch, device_of(model)) for batch in data]
     if not batches:

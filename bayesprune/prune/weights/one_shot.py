@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from bayesprune.foundation.batches import device_of, logits_of, on_device, split
 from bayesprune.foundation.model import eval_mode
+from bayesprune.foundation.sharding import check_whole
 from bayesprune.foundation.target import PATTERN, Target
 from bayesprune.laplace.calibration import unmasked
 from bayesprune.laplace.compensation import Choose, refit
@@ -95,6 +96,7 @@ def prune_one_shot(
             layers, or none that trains.
         torch.linalg.LinAlgError: at damping=0, where the inputs of a layer without a bias or a batch norm are linearly
             dependent. Nothing was changed.
+        UnsupportedModelError: the model is sharded over processes.
 
     Examples:
         >>> import torch, bayesprune as bp
@@ -103,6 +105,7 @@ def prune_one_shot(
         >>> print(report.summary())
         12 of 24 weights kept (sparsity 50.00%)
     """
+    check_whole(model, "prune_one_shot")
     goal = checked_goal(target, ("weights", PATTERN), "prune_one_shot")
     pattern = goal.pattern if isinstance(goal, Target) else None
     posteriors = removable_weights(model)
