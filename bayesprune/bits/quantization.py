@@ -17,6 +17,7 @@ from bayesprune.convert import to_deterministic, to_variational
 from bayesprune.errors import InfeasibleTargetError, UnsupportedModelError
 from bayesprune.foundation.batches import device_of, on_device, split
 from bayesprune.foundation.model import eval_mode
+from bayesprune.foundation.progress import progress_bar
 from bayesprune.foundation.sharding import check_whole
 from bayesprune.foundation.text import first_names
 from bayesprune.laplace import KroneckerFactors, KroneckerPosterior, cross_entropy, fit_kronecker, fit_laplace
@@ -166,7 +167,7 @@ class _Work:
             tensor.copy_(_significant(before))
         self.grids = {weight.name: grid_of(weight) for weight in self.weights}
         done: set[str] = set()
-        for name, factors in self._factors.items():
+        for name, factors in progress_bar(self._factors.items(), "Round", "layer"):
             done |= self._round_layer(name, factors)
         for weight in self.weights:
             grid = self.grids[weight.name]

@@ -160,7 +160,7 @@ class _Cutter:
         kept = kept_positions(cut, shapes)
         calibration = self._calibration
         if fit and calibration is not None:
-            fitted = compensate(copy.deepcopy(self._start), calibration.batches, lost)
+            fitted = compensate(copy.deepcopy(self._start), calibration.batches, lost, progress=None)
             if tolerance is not None and calibration.has_predictions:
                 divergence = partial(calibration.divergence, batches=calibration.parts()[1])
                 fitted, moved = rounded(self._start, fitted, lost, self._posterior, divergence, tolerance)

@@ -3,11 +3,10 @@
 Nothing is trained, no `.grad` is touched, and the model runs in evaluation mode, at its means.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import ExitStack, contextmanager
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from bayesprune.errors import UnsupportedModelError
 from bayesprune.foundation.batches import Batch, logits_of, on_device, split
 from bayesprune.foundation.model import eval_mode, requires_grad
+from bayesprune.foundation.progress import progress_bar
 from bayesprune.layers import VariationalLayer, variational_layers
 from bayesprune.layers.drawn import DrawnLayer
 
@@ -139,16 +139,30 @@ def counted_positions(batch: Batch, num_positions: int) -> Tensor | None:
     return mask.bool()
 
 
-def record(
-    model: nn.Module, loader: Iterable[Any], *, loss: Loss | None = None, num_batches: int | None = None
-) -> Iterator[Recorded]:
-    """The calls of every batch, one batch at a time. Batches are moved to the model's device.
+Visit = Callable[[str, Call, Batch], None]
+"""visit(name, call, batch): takes note of one call of the layer of this name."""
+
+
+def visit_calls(
+    model: nn.Module,
+    loader: Iterable[Any],
+    visit: Visit,
+    *,
+    loss: Loss | None = None,
+    num_batches: int | None = None,
+    total: int | None = None,
+) -> Iterator[Batch]:
+    """Each batch once all calls in it were visited, the last first. Batches are moved to the model's device.
+
+    A call is visited in the backward pass, as soon as its gradients are there, and what it holds is let go after that.
 
     Args:
         model: A variational model whose layers take the examples along their first dimension.
         loader: Batches of inputs and labels, in any form that `bayesprune.foundation.batches` names.
+        visit: Called with every call whose output the loss depends on.
         loss: The loss; None is `sampled_cross_entropy`.
         num_batches: No more batches than these; None takes all.
+        total: How many there will be, for the progress bar.
 
     Raises:
         ValueError: there was no batch.
@@ -157,54 +171,79 @@ def record(
     device = next(model.parameters()).device
     loss = sampled_cross_entropy if loss is None else loss
     batch = None
-    for batch in islice(loader, num_batches):
+    for batch in progress_bar(islice(loader, num_batches), "Take gradients", "batch", total=total):
         batch = on_device(batch, device)
         inputs = split(model, batch)
-        num_examples = inputs.num_examples
         with ExitStack() as stack:
             for context in (torch.enable_grad(), eval_mode(model), requires_grad(model, True)):
                 stack.enter_context(context)
-            ran = stack.enter_context(_recording(model))
+            anchor = torch.zeros((), requires_grad=True)
+            ran = stack.enter_context(_showing(model, anchor, inputs, visit))
             value = loss(model, batch)
-            outputs = [run.output for run in ran]
-            gradients = torch.autograd.grad(value, outputs, allow_unused=True) if outputs else ()
-        calls: dict[str, list[Call]] = defaultdict(list)
-        for run, gradient in zip(ran, gradients, strict=True):
-            if gradient is not None:
-                check_examples(run.name, run.inputs, num_examples)
-                calls[run.name].append(Call(run.layer, run.inputs, num_examples * gradient, run.operation))
-        yield Recorded(calls, inputs)
+            if ran:
+                torch.autograd.grad(value, anchor, allow_unused=True)
+        yield inputs
     if batch is None:
         raise ValueError("the loader has no batch; expected an iterable of (inputs, labels).")
 
 
-class _Run(NamedTuple):
-    name: str
-    layer: VariationalLayer
-    inputs: Tensor
-    output: Tensor
-    operation: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+def record(
+    model: nn.Module, loader: Iterable[Any], *, loss: Loss | None = None, num_batches: int | None = None
+) -> Iterator[Recorded]:
+    """All calls of every batch, one batch at a time; what holds less is `visit_calls`, whose arguments these are."""
+    calls: dict[str, list[Call]] = {}
+
+    def keep(name: str, call: Call, _: Batch) -> None:
+        calls.setdefault(name, []).insert(0, call)
+
+    total = length_of(loader, num_batches)
+    for inputs in visit_calls(model, loader, keep, loss=loss, num_batches=num_batches, total=total):
+        yield Recorded(dict(reversed(calls.items())), inputs)
+        calls.clear()
+
+
+class _Shown(torch.autograd.Function):
+    """A copy of a layer's output, whose gradient is shown on its way back.
+
+    The anchor is a number that all of them depend on, so that its gradient is what backward can be asked for: of the
+    outputs' own it would keep all to the end.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, _: Tensor, show: Callable[[Tensor], None]) -> Tensor:
+        ctx.show = show
+        return output.clone()  # an activation in place would otherwise change what is differentiated
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        show, ctx.show = ctx.show, None  # with the layer's inputs
+        show(gradients[0])
+        return gradients[0], torch.zeros(()), None
 
 
 @contextmanager
-def _recording(model: nn.Module) -> Iterator[list[_Run]]:
-    """Inside, every run of a variational layer is added."""
-    ran: list[_Run] = []
+def _showing(model: nn.Module, anchor: Tensor, batch: Batch, visit: Visit) -> Iterator[list[str]]:
+    """Inside, backward visits every run of a variational layer; their names are listed."""
+    ran: list[str] = []
 
     def hook(name: str, layer: VariationalLayer) -> Callable[..., Tensor | None]:
-        def keep(_: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Tensor | None:
+        def meet(_: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Tensor | None:
             if isinstance(layer, DrawnLayer) or not isinstance(output, Tensor):
                 return None  # attention and experts, which run their products themselves
             options = dict(kwargs)
-            inputs = args[0] if args else options.pop(next(iter(options)))
+            inputs = (args[0] if args else options.pop(next(iter(options)))).detach()
 
             def operation(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
                 return layer.operation(x, weight, bias, *args[1:], **options)
 
-            ran.append(_Run(name, layer, inputs.detach(), output, operation))
-            return output.clone()  # an activation in place would otherwise change what is differentiated
+            def show(gradient: Tensor) -> None:
+                check_examples(name, inputs, batch.num_examples)
+                visit(name, Call(layer, inputs, batch.num_examples * gradient, operation), batch)
 
-        return keep
+            ran.append(name)
+            return cast("Tensor", _Shown.apply(output, anchor, show))
+
+        return meet
 
     handles = [layer.register_forward_hook(hook(n, layer), with_kwargs=True) for n, layer in variational_layers(model)]
     try:
@@ -212,6 +251,12 @@ def _recording(model: nn.Module) -> Iterator[list[_Run]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def length_of(loader: Iterable[Any], num_batches: int | None) -> int | None:
+    """How many batches there are, `num_batches` at most; None where the loader does not say."""
+    number = len(loader) if isinstance(loader, Sized) else None
+    return number if number is None or num_batches is None else min(number, num_batches)
 
 
 def check_examples(name: str, inputs: Tensor, num_examples: int) -> None:

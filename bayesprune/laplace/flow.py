@@ -6,7 +6,6 @@ a forward that halts behind a layer, so that the layer can change before the for
 """
 
 import threading
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar, copy_context
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from bayesprune.foundation.batches import split
 from bayesprune.foundation.kinds import kind_of
@@ -46,6 +46,8 @@ class LayerCall:
             elsewhere as well before that.
         gain: By what its output was multiplied on the way there, of a shape that broadcasts; None for 1.
         norm: The batch norm in evaluation mode that its output went into, and into nothing else.
+        source: A number that calls with the same input share.
+        num_uses: How many functions took its output.
     """
 
     name: str
@@ -56,22 +58,34 @@ class LayerCall:
     addend: Tensor | None = None
     gain: Tensor | None = None
     norm: nn.Module | None = None
+    source: int = 0
+    num_uses: int = 0
+
+    def lose_values(self) -> None:
+        """Keeps shapes and dtypes of its tensors alone."""
+        self.inputs, self.output = self.inputs.to("meta"), self.output.to("meta")
+        self.addend = None if self.addend is None else self.addend.to("meta")
+        self.gain, self.again = None, partial(_lost, self.name)
 
 
 @torch.no_grad()
-def layer_calls(model: nn.Module, batch: Any, layers: Mapping[str, VariationalLayer]) -> list[LayerCall]:
+def layer_calls(
+    model: nn.Module, batch: Any, layers: Mapping[str, VariationalLayer], *, with_values: bool = True
+) -> list[LayerCall]:
     """The runs of these layers in one forward of a batch in evaluation mode, as they, or the sums they met, came.
 
     Args:
         model: The model.
         batch: As `bayesprune.foundation.batches` reads them, on the model's device.
         layers: What is watched, by name.
+        with_values: False leaves tensors without values in the calls, on torch's meta device, so that the forward holds
+            no more than it does by itself.
     """
-    watch = _Watch(model)
+    watch = _Watch(model, with_values=with_values)
     with eval_mode(model), watched(layers), watch.running():
         split(model, batch).run(model)
     for call in watch.times:
-        if watch.uses[id(call.output)] != 1:
+        if call.num_uses != 1:
             call.norm = None
     return sorted(watch.times, key=watch.times.__getitem__)
 
@@ -187,21 +201,26 @@ class _Watch(TorchFunctionMode):
 
     Attributes:
         times: Where nothing halts, every run of a layer with when it was over: at its sum, or at once.
-        uses: There, how many functions took a layer's output, by its identity.
         replacement: What a layer is to give in place of its output.
         summand: What is about to be added to a stream.
     """
 
     def __init__(
-        self, model: nn.Module, at_sum: Collection[str] = (), halt: Callable[[LayerCall], None] | None = None
+        self,
+        model: nn.Module,
+        at_sum: Collection[str] = (),
+        halt: Callable[[LayerCall], None] | None = None,
+        *,
+        with_values: bool = True,
     ) -> None:
         super().__init__()
         self.times: dict[LayerCall, int] = {}
-        self.uses: Counter[int] = Counter()
         self.replacement: Tensor | None = None
         self.summand = torch.empty(0)
         self._clock = count()
-        self._at_sum, self._halt = at_sum, halt
+        self._at_sum, self._halt, self._with_values = at_sum, halt, with_values
+        self._sources: Any = WeakIdKeyDictionary()
+        self._outputs: Any = WeakIdKeyDictionary()
         self._followed: dict[int, tuple[LayerCall, Tensor]] = {}
         self._taken: set[int] = set()
         self._norms = {id(m.running_mean): m for m in model.modules() if isinstance(m, _BatchNorm)}
@@ -224,22 +243,24 @@ class _Watch(TorchFunctionMode):
             return replacement
         if self._halt is None:
             self.times[call] = next(self._clock)
-            self.uses[id(call.output)] = 0
+            call.source = self._sources.setdefault(call.inputs, len(self.times))
+            self._outputs[call.output] = call
         self._follow(call, call.output)
         return None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs a function of torch, and looks at what it takes and gives."""
         kwargs = kwargs or {}
-        keys = dict.fromkeys(map(id, (*args, *kwargs.values())))
+        keys = {id(value): value for value in (*args, *kwargs.values())}
         found = [self._followed[key] for key in keys if key in self._followed]
         name = getattr(func, "__name__", "")
         if name in _ADDS and len(args) == 2 and not kwargs:
             found = [(call, tensor) for call, tensor in found if not self._is_sum(call, tensor, args)]
         result = func(*args, **kwargs)
         if isinstance(result, Tensor) or (isinstance(result, tuple | list) and not isinstance(result, torch.Size)):
-            for key in keys.keys() & self.uses.keys():
-                self.uses[key] += 1
+            for value in (keys[key] for key in keys if isinstance(keys[key], Tensor)):
+                if value in self._outputs:
+                    self._outputs[value].num_uses += 1
             for call, tensor in found:
                 is_first = id(tensor) not in self._taken
                 self._taken.add(id(tensor))
@@ -254,8 +275,8 @@ class _Watch(TorchFunctionMode):
             return False
         if not addend.shape == call.output.shape == tensor.shape:
             return False
-        self._forget(call)
         call.addend = addend
+        self._forget(call)
         if self._halt is None:
             self.times[call] = next(self._clock)
         else:
@@ -299,6 +320,12 @@ class _Watch(TorchFunctionMode):
     def _forget(self, call: LayerCall) -> None:
         for key in [key for key, (other, _) in self._followed.items() if other is call]:
             del self._followed[key]
+        if not self._with_values:
+            call.lose_values()
+
+
+def _lost(name: str) -> Tensor:
+    raise AssertionError(f"the call of {name} kept no values")
 
 
 _WATCH: ContextVar[_Watch | None] = ContextVar("bayesprune_watch", default=None)

@@ -14,7 +14,7 @@ norm takes up a shift by its running mean, and A is the covariance of the inputs
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from bayesprune.errors import UnsupportedModelError
 from bayesprune.foundation.batches import Batch, device_of, on_device
 from bayesprune.foundation.sharding import check_whole
-from bayesprune.laplace.calibration import Call, Loss, counted_positions, record
+from bayesprune.laplace.calibration import Call, Loss, counted_positions, length_of, visit_calls
 from bayesprune.laplace.diagonal import prior_precisions, set_precision
 from bayesprune.laplace.flow import layer_calls
 from bayesprune.laplace.matrices import (
@@ -126,7 +126,8 @@ def fit_kronecker(
     Cost: a forward and a backward over the data, and C^2 + R^2 multiplications for each position that a layer of R
     outputs and C inputs (times taps) meets, where its forward has R C. Memory: 8 (C b + R b) bytes a layer, on the CPU,
     with b the smaller of `block_size` and the side; so 67 MB for 4,096 inputs and outputs. While it runs, a batch's
-    layer inputs and outputs, and one convolution's inputs once for each of its taps.
+    layer inputs and outputs, the gradients of one layer at a time, and one convolution's inputs once for each of its
+    taps.
 
     Args:
         model: A variational model that is trained.
@@ -154,25 +155,28 @@ def fit_kronecker(
     holders = _holders(model)
     batches = iter(loader)
     first = list(islice(batches, 1))
-    share = None if num_positions is None else num_positions / _length(loader, num_batches)
+    total = length_of(loader, num_batches)
+    share = None if num_positions is None else num_positions / _checked_length(loader, total)
     norms = _shifted_norms(model, holders, first)
     inputs: dict[int, list[Tensor]] = {}
     outputs: dict[int, list[Tensor]] = {}
     totals: dict[int, Tensor] = {}
     positions: dict[int, int] = defaultdict(int)
     seen = 0
-    for batch in record(model, chain(first, batches), loss=loss, num_batches=num_batches):
+
+    def add(name: str, call: Call, batch: Batch) -> None:
+        if not is_matrix_product(call.layer):
+            return
+        key = id(call.layer.weight)
+        rows, gradients = _rows(call, batch, share, with_bias=holders[key].has_bias)
+        positions[key] += rows.shape[0] * rows.shape[1]
+        if key in norms:
+            totals[key] = totals.get(key, 0) + rows.sum((0, 1), dtype=torch.double)
+        _accumulate(inputs, key, rows, block_size)
+        _accumulate(outputs, key, gradients, block_size)
+
+    for batch in visit_calls(model, chain(first, batches), add, loss=loss, num_batches=num_batches, total=total):
         seen += batch.num_examples
-        for call in (call for calls in batch.calls.values() for call in calls):
-            if not is_matrix_product(call.layer):
-                continue
-            key = id(call.layer.weight)
-            rows, gradients = _rows(call, batch.inputs, share, with_bias=holders[key].has_bias)
-            positions[key] += rows.shape[0] * rows.shape[1]
-            if key in norms:
-                totals[key] = totals.get(key, 0) + rows.sum((0, 1), dtype=torch.double)
-            _accumulate(inputs, key, rows, block_size)
-            _accumulate(outputs, key, gradients, block_size)
     if not inputs:
         raise UnsupportedModelError(
             "fit_kronecker met no linear layer or convolution with a posterior; fit_laplace takes other layers."
@@ -258,20 +262,23 @@ def _holders(model: nn.Module) -> dict[int, _Holder]:
     return found
 
 
-def _length(loader: Iterable[Any], num_batches: int | None) -> int:
-    if not isinstance(loader, Sized):
+def _checked_length(loader: Iterable[Any], total: int | None) -> int:
+    if total is None:
         raise ValueError(
             f"num_positions needs to know how many batches there are, and a {type(loader).__name__} has none; pass "
             "a list or a DataLoader."
         )
-    return max(1, len(loader) if num_batches is None else min(len(loader), num_batches))
+    return max(1, total)
 
 
 def _shifted_norms(model: nn.Module, holders: dict[int, _Holder], first: list[Any]) -> dict[int, str]:
     """The batch norm that takes the outputs of a layer without a bias, and of that layer alone, by its weight."""
     layers = {holder.name: holder.layer for holder in holders.values() if is_matrix_product(holder.layer)}
     names = {id(module): name for name, module in model.named_modules()}
-    calls = [call for batch in first for call in layer_calls(model, on_device(batch, device_of(model)), layers)]
+    device = device_of(model)
+    calls = [
+        call for batch in first for call in layer_calls(model, on_device(batch, device), layers, with_values=False)
+    ]
     runs = Counter(call.name for call in calls)
     return {
         id(call.layer.weight): names[id(call.norm)]

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from bayesprune.foundation.batches import Batch, split
 from bayesprune.foundation.kinds import kind_of
 from bayesprune.foundation.model import eval_mode
+from bayesprune.foundation.progress import progress_bar
 from bayesprune.laplace.calibration import counted_positions
 from bayesprune.laplace.flow import LayerCall, Walk, layer_calls, watched
 from bayesprune.laplace.kronecker import variational_layer
@@ -43,7 +43,7 @@ class Site:
 
     Attributes:
         name: Its name.
-        source: Identity of its input: layers with the same one are fitted together.
+        source: A number for its input: layers with the same one are fitted together.
         norm: The batch norm that takes up its shift.
         num_bytes: Of its largest input and output, for one batch.
         num_positions: At which an example meets it in a run.
@@ -124,7 +124,7 @@ def sites_of(
     names = {id(module): name for name, module in dense.named_modules()}
     num_examples = split(dense, batches[0]).num_examples
     sites: dict[str, Site] = {}
-    for call in layer_calls(dense, batches[0], layers):
+    for call in layer_calls(dense, batches[0], layers, with_values=False):
         if not sites and keeps is not None and call.name not in keeps:
             continue
         norm = None if call.norm is None else names[id(call.norm)]
@@ -134,7 +134,7 @@ def sites_of(
         positions = _num_positions(call, num_examples)
         keep = None if keeps is None else keeps.get(call.name)
         columns = torch.arange(_num_columns(call.layer)) if keep is None else keep.any(0).nonzero()[:, 0]
-        fresh = Site(call.name, id(call.inputs), norm, num_bytes, positions, num_rows, drawn, columns)
+        fresh = Site(call.name, call.source, norm, num_bytes, positions, num_rows, drawn, columns)
         site = sites.setdefault(call.name, fresh)
         site.num_calls += 1
         site.num_sums += call.addend is not None
@@ -173,9 +173,8 @@ def fit_in_sequence(
     forwards = _Forwards(model, dense, batches, sites)
     of_dense = {site.name: variational_layer(dense, site.name) for site in sites}
     of_model = {site.name: variational_layer(model, site.name) for site in sites}
-    is_hidden = None if progress is None else not progress
     with eval_mode(model), eval_mode(dense), watched(of_dense), watched(of_model), closing(forwards):
-        for step in tqdm(_steps(sites, len(batches)), desc=title, unit="layer", disable=is_hidden, leave=False):
+        for step in progress_bar(_steps(sites, len(batches)), title, "layer", progress=progress):
             for name, moments in forwards.moments(step).items():
                 forwards.change(fit(step.sites[name], moments))
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch_pruning.dependency import Group
 
 from bayesprune.foundation.model import eval_mode
+from bayesprune.foundation.progress import progress_bar
 from bayesprune.foundation.target import Target
 from bayesprune.layers import Posterior, removable_weights
 from bayesprune.prune.channels import plan
@@ -102,7 +103,7 @@ class MeasuredImportance(Criterion):
         self._names = {id(module): name for name, module in model.named_modules()}
         with eval_mode(model), torch.no_grad():
             base = _measured(loss, model)
-            for index, group in enumerate(structure.groups):
+            for index, group in enumerate(progress_bar(structure.groups, "Measure losses", "group")):
                 scored = unit_scores(importance, group)
                 if scored is None:
                     continue
@@ -151,7 +152,10 @@ def layer_shares(
     posteriors = removable_weights(model)
     with eval_mode(model):
         base = _measured(loss, model)
-        costs = [_weight_costs(model, posterior, score, loss, base, levels) for posterior in posteriors]
+        costs = [
+            _weight_costs(model, posterior, score, loss, base, levels)
+            for posterior in progress_bar(posteriors, "Measure losses", "layer")
+        ]
     flat = torch.cat(costs)
     gone = torch.zeros(len(flat), dtype=torch.bool)
     gone[flat.argsort(stable=True)[: round(goal.removed * len(flat))]] = True

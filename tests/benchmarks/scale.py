@@ -157,7 +157,8 @@ def posterior(model: nn.Module, inputs: Any, batches: list[Any], settings: Setti
     groups = stage("graph", lambda: groups_in(Observed(model, inputs)).groups)
     importance = bp.prune.UnitSNRImportance(model, fitted)
     scored = stage("unit scores", lambda: [unit_scores(importance, group) for group in groups])
-    lost = lost_inputs([(its.group, lowest_units(*its, len(its.scores) // 2)) for its in scored if its])
+    known = [its for its in scored if its is not None]
+    lost = lost_inputs([(its.group, lowest_units(its.group, its.scores, len(its.scores) // 2)) for its in known])
     stage("condition_on_channels", lambda: bp.laplace.condition_on_channels(model, fitted, lost))
     fitted.clear()
     stage("compensate", lambda: bp.laplace.compensate(model, batches, lost))

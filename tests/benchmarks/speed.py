@@ -54,7 +54,8 @@ def measured(name: str, settings: Settings, *, compiled: bool = False) -> dict[s
     is_scaling = name not in NETWORKS and name != QUICK
     ways = ways_of(task(name, compiled=compiled), name)
     seconds = settings.seconds_of_scaling if is_scaling else settings.seconds
-    found = measure(ways, seconds=seconds, shortest=settings.shortest, predictions=not is_scaling)
+    parts = {"memories": not is_scaling, "predictions": not is_scaling}
+    found = measure(ways, seconds=seconds, shortest=settings.shortest, **parts)
     for row in found["rows"]:
         print(f"  {row['name']:40} {row['step']['ratio']:6.2f}", flush=True)
     print(f"  {time.perf_counter() - start:.0f} s", flush=True)

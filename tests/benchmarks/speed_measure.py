@@ -25,6 +25,27 @@ _FAILURES = (ArithmeticError, AttributeError, LookupError, NotImplementedError, 
 _MIN_ROUNDS = 5
 
 
+class Meter:
+    """What times and memory are taken with: the clock of the processor, and torch's allocator there."""
+
+    def timed(self, run: Callable[[], Any]) -> tuple[float, tuple[float, float] | None]:
+        """Seconds, and for a training step the shares of the hook and of the optimizer in it."""
+        start = process_time()
+        marks = run()
+        total = process_time() - start
+        if not (isinstance(marks, list) and len(marks) > 2):
+            return total, None
+        hook = marks[3] - marks[2] if len(marks) == 5 else 0.0
+        return total, (hook / total, (marks[-1] - marks[1] - hook) / total)
+
+    def peak(self, run: Callable[[], Any]) -> int:
+        """The most bytes that are held at once while this runs, over those that were held before."""
+        return peak_of(run)
+
+
+PROCESSOR = Meter()
+
+
 def step(way: Way) -> list[float]:
     """One training step; the times of its start, after the backward pass, around the hook where there is one, and
     of its end."""
@@ -38,14 +59,24 @@ def step(way: Way) -> list[float]:
     return [start, backward, *way.marks, process_time()]
 
 
-def measure(ways: Sequence[Way], *, seconds: float, shortest: float, predictions: bool = True) -> dict[str, Any]:
+def measure(
+    ways: Sequence[Way],
+    *,
+    seconds: float,
+    shortest: float,
+    memories: bool = True,
+    predictions: bool = True,
+    meter: Meter = PROCESSOR,
+) -> dict[str, Any]:
     """Rows of times, memory, and for some where the time goes; ways that fail are named with the reason.
 
     Args:
         ways: The deterministic one first.
         seconds: About how long to measure, beside the first two steps of each way and its memory.
         shortest: Seconds; what the deterministic network does in less is timed several times in a row.
-        predictions: Whether to measure memory and predictions, not the step alone.
+        memories: Whether to measure memory.
+        predictions: Whether to measure predictions, and where the time goes, not the step alone.
+        meter: What times and memory are taken with.
     """
     failures: dict[str, str] = {}
     rows: dict[str, dict[str, Any]] = {}
@@ -53,13 +84,13 @@ def measure(ways: Sequence[Way], *, seconds: float, shortest: float, predictions
         if (failure := _warm_up(way)) is not None:
             failures[way.name] = failure
             continue
-        rows[way.name] = {"name": way.name} | ({"memory": memory(way)} if predictions else {})
+        rows[way.name] = {"name": way.name} | ({"memory": memory(way, meter)} if memories else {})
         way.optimizer.zero_grad()
     running = [way for way in ways if way.name in rows]
     phases = ("step", "evaluate", "draw") if predictions else ("step",)
     rounds = {}
     for phase, share in zip(phases, (0.7, 0.1, 0.2) if predictions else (1.0,), strict=True):
-        rounds[phase] = _measure_phase(running, phase, share * seconds, shortest, rows)
+        rounds[phase] = _measure_phase(running, phase, share * seconds, shortest, rows, meter)
     for way in running if predictions else ():
         if way.name in PROFILED:
             way.prepare()
@@ -89,7 +120,7 @@ def _warm_up(way: Way) -> str | None:
 
 
 def _measure_phase(
-    ways: Sequence[Way], phase: str, seconds: float, shortest: float, rows: dict[str, dict[str, Any]]
+    ways: Sequence[Way], phase: str, seconds: float, shortest: float, rows: dict[str, dict[str, Any]], meter: Meter
 ) -> int:
     """Fills in one phase of all rows; the number of rounds that fitted into the time."""
     runs = {way.name: run for way in ways if (run := _run(way, phase)) is not None}
@@ -100,7 +131,7 @@ def _measure_phase(
     for way in ways:
         way.model.train(phase == "step")
     by_name[base_name].prepare()
-    repeats = max(1, round(shortest / max(_timed(runs[base_name])[0], 1e-6)))
+    repeats = max(1, round(shortest / max(meter.timed(runs[base_name])[0], 1e-6)))
     times: dict[str, list[float]] = {name: [] for name in runs}
     shares: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     order, shuffle = list(runs), random.Random(0).shuffle
@@ -111,7 +142,7 @@ def _measure_phase(
             by_name[name].prepare()
             if repeats > 1:
                 runs[name]()  # its data back into the caches
-            taken = [_timed(runs[name]) for _ in range(repeats)]
+            taken = [meter.timed(runs[name]) for _ in range(repeats)]
             times[name].append(sum(total for total, _ in taken))
             shares[name] += [share for _, share in taken if share is not None]
             by_name[name].optimizer.zero_grad()
@@ -138,18 +169,7 @@ def _run(way: Way, phase: str) -> Callable[[], Any] | None:
     return None if predict is None else torch.no_grad()(predict)
 
 
-def _timed(run: Callable[[], Any]) -> tuple[float, tuple[float, float] | None]:
-    """Processor time, and for a training step the shares of the hook and of the optimizer in it."""
-    start = process_time()
-    marks = run()
-    total = process_time() - start
-    if not (isinstance(marks, list) and len(marks) > 2):
-        return total, None
-    hook = marks[3] - marks[2] if len(marks) == 5 else 0.0
-    return total, (hook / total, (marks[-1] - marks[1] - hook) / total)
-
-
-def memory(way: Way) -> dict[str, float]:
+def memory(way: Way, meter: Meter = PROCESSOR) -> dict[str, float]:
     """MiB that live from step to step, and the most that a training step holds on top of them."""
     way.prepare()
     way.model.train()
@@ -157,7 +177,7 @@ def memory(way: Way) -> dict[str, float]:
     gc.collect()
     held = (list(way.model.parameters()), list(way.model.buffers()), way.optimizer.state, way.optimizer.param_groups)
     static = size_of((held, way.state()))
-    return {"static_mib": round(static / 2**20, 3), "step_mib": round(peak_of(lambda: step(way)) / 2**20, 3)}
+    return {"static_mib": round(static / 2**20, 3), "step_mib": round(meter.peak(lambda: step(way)) / 2**20, 3)}
 
 
 def size_of(tensors: Any) -> int:

@@ -49,6 +49,7 @@ def _bayesian_torch(of: Task) -> Iterator[Way]:
     for kind in ("Reparameterization", "Flipout"):
         model = copy.deepcopy(of.net)
         library.dnn_to_bnn(model, prior | {"type": kind, "moped_enable": True, "moped_delta": 0.1})
+        model.to(of.x.device)
         yield _with_kl(of, f"bayesian-torch, {kind.lower()}", model, lambda model=model: library.get_kl_loss(model))
 
 
@@ -76,7 +77,7 @@ def _torchbnn_layer(library: Any, layer: nn.Module) -> nn.Module:
         found.weight_log_sigma.fill_(-4.0)
         if layer.bias is not None:
             found.bias_mu.copy_(layer.bias)
-    return found
+    return found.to(layer.weight.device)
 
 
 def _with_kl(of: Task, name: str, model: nn.Module, kl: Callable[[], Tensor]) -> Way:
@@ -114,7 +115,7 @@ def _ivon(of: Task) -> Iterator[Way]:
 def _fastbnns(of: Task) -> Iterator[Way]:
     base, losses, types = (importlib.import_module(f"fastbnns.bnn.{name}") for name in ("base", "losses", "types"))
     for kind in ("sampling", "moments"):
-        model = base.BNN(of.net, wrapper_kwargs_global={"resample_mean": False})
+        model = base.BNN(of.net, wrapper_kwargs_global={"resample_mean": False}).to(of.x.device)
         for parameter in model.parameters():
             parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
         kl = losses.KLDivergence()

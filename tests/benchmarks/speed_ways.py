@@ -1,7 +1,7 @@
 """What the speed tables measure: networks, and this library's ways to train them."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import product
@@ -26,6 +26,7 @@ SCALES = {"layers": (1, 4, 16, 64), "width": (256, 512, 1024, 2048, 4096), "batc
 QUICK = "quick"
 STRUCTURES = ("per_weight", "rank_one", "per_channel")
 ESTIMATORS = ("weight_sampling", "flipout", "local_reparameterization", "moments")
+EVERY_ROW = (("per_weight", "mean"), *product(STRUCTURES, ESTIMATORS))
 DETERMINISTIC, AGAIN, MEAN = "deterministic", "deterministic, once more", "per_weight, mean"
 OF_SCALING = (
     "per_weight, weight_sampling",
@@ -138,10 +139,10 @@ def deterministic(of: Task, name: str = DETERMINISTIC) -> Way:
     return Way(name, model, adam(model), lambda: of.loss(run(of.x)), lambda: run(of.x), None)
 
 
-def ours(of: Task) -> Iterator[Way]:
-    """Every structure with every estimator, and the hook alone: a converted network trained at its means."""
+def ours(of: Task, rows: Iterable[tuple[str, str]] = EVERY_ROW) -> Iterator[Way]:
+    """Structures with estimators; every one, and the hook alone: a converted network trained at its means."""
     shared: dict[str, tuple] = {}
-    for std, estimator in [("per_weight", "mean"), *product(STRUCTURES, ESTIMATORS)]:
+    for std, estimator in rows:
         if std not in shared or of.compiled:
             shared[std] = _attached(of, std)
         yield _our_way(of, std, estimator, *shared[std])

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from bayesprune.foundation import defaults
 from bayesprune.foundation.batches import device_of, on_device, split
 from bayesprune.foundation.model import eval_mode
+from bayesprune.foundation.progress import progress_bar
 from bayesprune.laplace.calibration import output_metric, predictions
 from bayesprune.laplace.compensation import compensate
 from bayesprune.laplace.kronecker import fit_kronecker
@@ -100,7 +100,10 @@ def unit_costs(
     """Each group's units with what they cost: the unit SNR, or `SNRImportance` where no reader is a matrix product."""
     posterior = fit_kronecker(model, calibration.batches, loss=output_metric, num_positions=_POSITIONS)
     importance = UnitSNRImportance(model, posterior)
-    return {group: unit_scores(importance, group) or unit_scores(SNRImportance(), group) for group in groups}
+    return {
+        group: unit_scores(importance, group) or unit_scores(SNRImportance(), group)
+        for group in progress_bar(groups, "Rank units", "group")
+    }
 
 
 Choose = Callable[[list[list[float]]], list[int]]
@@ -127,7 +130,7 @@ def searched_tilt(
     """
     fits, judges = calibration.parts()
     tried: dict[tuple[int, ...], float] = {}
-    bar = tqdm(desc="Divide between layers", unit="try", disable=None, leave=False)
+    bar = progress_bar(None, "Divide between layers", "try")
 
     def divergence(tilt: float) -> float:
         counts = tuple(choose(tilted(scored, saved, tilt)))

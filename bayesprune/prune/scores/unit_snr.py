@@ -26,6 +26,7 @@ from bayesprune.layers import VariationalLayer
 from bayesprune.prune.graph.group import ChannelGroup
 from bayesprune.prune.scores.channels import Criterion
 
+_DENSE = 0.8  # share of a matrix that is left, below which it is copied without the rest
 _DAMPING = 0.01  # of A, as a fraction of its mean diagonal; conditioning takes the same
 
 
@@ -117,6 +118,7 @@ class _System:
         self.inverse = torch.block_diag(inverse, torch.eye(width, dtype=inverse.dtype))
         filler = torch.arange(size, size + width)
         self.columns = torch.stack([torch.cat([own, filler[: width - len(own)]]) for own in columns if len(own)])
+        self._is_left = torch.ones(len(self.gram), dtype=torch.bool)
 
     def costs(self) -> Tensor:
         """Half the squared SNR of each unit as a vector, (U,)."""
@@ -132,17 +134,22 @@ class _System:
         is_gone = torch.isin(self.units, units)
         if not is_gone.any():
             return False
-        goes = torch.zeros(len(self.gram), dtype=torch.bool)
-        goes[self.columns[is_gone]] = True
-        goes[len(goes) - self.columns.shape[1] :] = False
-        own, across = self.inverse[goes][:, goes], self.inverse[goes][:, ~goes]
-        move = torch.cholesky_solve(across, torch.linalg.cholesky(own))
-        cross = self.gram[goes][:, ~goes].mT @ move
-        change = move.mT @ self.gram[goes][:, goes] @ move - cross - cross.mT
-        self.gram = self.gram[~goes][:, ~goes].add_(change)
-        self.inverse = self.inverse[~goes][:, ~goes].sub_(across.mT @ move)
-        self.units = self.units[~is_gone]
-        self.columns = ((~goes).cumsum(0) - 1)[self.columns[~is_gone]]
+        goes = self.columns[is_gone].unique()
+        goes = goes[goes < len(self.gram) - self.columns.shape[1]]
+        across, between = self.inverse[goes], self.gram[goes]
+        move = torch.cholesky_solve(across, torch.linalg.cholesky(across[:, goes]))
+        self.gram.addmm_(torch.cat([move, between]).mT, torch.cat([between[:, goes] @ move - between, -move]))
+        self.inverse.addmm_(across.mT, move, alpha=-1)
+        self.units, self.columns = self.units[~is_gone], self.columns[~is_gone]
+        self._is_left[goes] = False
+        for matrix in (self.gram, self.inverse):
+            matrix[goes] = 0.0
+            matrix[:, goes] = 0.0
+        if int(self._is_left.sum()) < _DENSE * len(self._is_left):
+            left = self._is_left.nonzero()[:, 0]
+            self.gram, self.inverse = (m.index_select(0, left).index_select(1, left) for m in (self.gram, self.inverse))
+            self.columns = (self._is_left.cumsum(0) - 1)[self.columns]
+            self._is_left = self._is_left[left]
         return True
 
 

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from bayesprune.foundation.batches import device_of, logits_of, on_device, split
 from bayesprune.foundation.model import eval_mode
+from bayesprune.foundation.progress import progress_bar
 from bayesprune.foundation.sharding import check_whole
 from bayesprune.foundation.target import PATTERN, Target
 from bayesprune.laplace.calibration import unmasked
@@ -187,7 +187,7 @@ def _divided(
     costs = {}
     with eval_mode(model):
         base = float(measure(model))
-        bar = tqdm(total=len(sites), desc="Divide between layers", unit="layer", disable=None, leave=False)
+        bar = progress_bar(None, "Divide between layers", "layer", total=len(sites))
         for site, moments in dense_moments(reference, batches, sites):
             found = []
             for share in levels(sparsity):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bayesprune.errors import StorageError
+from bayesprune.foundation.progress import progress_bar
 from bayesprune.storage.coding.stream import SymbolReader, SymbolWriter, require_coding
 from bayesprune.storage.coding.tensors import DTYPES, as_integers, entropy_bits, read_tensor, write_tensor
 from bayesprune.storage.parsing import deflated, inflated
@@ -55,7 +56,7 @@ def encoded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     entries = [[name, _NAMES[tensor.dtype], *tensor.shape] for name, tensor in own.items()]
     text = deflated(entries)
     writer, check = SymbolWriter(), zlib.crc32(text)
-    for tensor in own.values():
+    for tensor in progress_bar(own.values(), "Code", "tensor"):
         write_tensor(writer, tensor)
         check = _checksum(tensor, check)
     data = len(text).to_bytes(4, "little") + text + check.to_bytes(4, "little") + writer.finish()
@@ -93,7 +94,7 @@ def decoded(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     require_coding()
     try:
         reader = SymbolReader(data[rest + 4 :])
-        for name, (dtype, shape) in entries.items():
+        for name, (dtype, shape) in progress_bar(entries.items(), "Decode", "tensor"):
             found[name] = read_tensor(reader, shape, dtype)
             check = _checksum(found[name], check)
     except (ValueError, OverflowError, IndexError, ArithmeticError) as error:

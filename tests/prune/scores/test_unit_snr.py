@@ -2,12 +2,14 @@
 
 import copy
 import itertools
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torch_pruning as tp
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bayesprune as bp
 from bayesprune.laplace import KroneckerFactors, output_metric
@@ -177,3 +179,27 @@ def test_inputs_of_grouped_convolutions_are_silenced_in_their_group():
     expected[3:, 0] = 0  # the first of the second
     silence_inputs(layer, [1, 2])
     assert torch.equal(layer.weight, expected)
+
+
+class LargeTensors(TorchDispatchMode):
+    """Counts tensors of at least so many entries that operations make."""
+
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self.numel, self.count = numel, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        is_new = not (func.is_view or func._schema.is_mutable) and isinstance(result, torch.Tensor)
+        self.count += is_new and result.numel() >= self.numel
+        return result
+
+
+def test_matrices_are_copied_when_they_have_become_smaller_not_for_every_unit():
+    """From 64 columns to 32 they shrink by a fifth three times, a copy along rows and one along columns each."""
+    between, metric, mean = spd(1, 64, seed=1), spd(1, 3, seed=2), normal(1, 3, 64, seed=3)
+    systems = list(_systems(factors([between], [metric], mean), masks([[column] for column in range(64)], 64)))
+    with LargeTensors(32 * 32) as large:
+        order = list(removal_costs(systems, 64))
+    assert sorted(unit for unit, _ in order) == list(range(64))
+    assert large.count <= 3 * 2 * 2
