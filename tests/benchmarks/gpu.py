@@ -118,7 +118,7 @@ def page(runs: list[dict[str, Any]], settings: dict[str, Any]) -> str:
     if not runs:
         lines += [
             "No GPU has been measured. Where there is one, `python tests/benchmarks/gpu.py` does it in eight minutes",
-            "and writes this page; [kernels](kernels.md) counts what a step launches, on any machine. What it measures:",
+            "and writes this page; [kernels](kernels.md) counts what a step launches, on any machine. What it does:",
             "",
         ]
     lines += [*(__doc__ or "").strip().split("\n\n", 2)[2].splitlines(), ""]

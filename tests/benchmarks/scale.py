@@ -183,7 +183,7 @@ CHAINS = {"files": files, "posterior": posterior, "data": data}
 
 def import_times(rounds: int = _ROUNDS) -> dict[str, list[float]]:
     """Processor seconds of fresh processes that import torch, and that import this library, which take turns."""
-    programs = {"torch": "import torch", "bayesprune": "import bayesprune", "nothing": "pass"}
+    programs = {"torch": "import torch", "bayesprune": "import bayesprune"}
     found: dict[str, list[float]] = {name: [] for name in programs}
     ending = "; import time; print(time.process_time())"
     for _ in range(rounds):
