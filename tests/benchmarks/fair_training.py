@@ -57,7 +57,7 @@ class Phase:
     prior: Callable[[Any], Prior] | None = None
 
 
-SPARSIFYING: dict[str, Any] = {"std_lr": 0.02, "max_noise_cost": None, "warmup_steps": 200}
+SPARSIFYING: dict[str, Any] = {"std_lr": 0.02, "max_noise_cost": None, "warmup": 0.1}
 PHASES = {
     "per_channel": Phase({"std": "per_channel"}),
     "temperature 10": Phase(
@@ -134,7 +134,7 @@ def trained(task: Task, way: Way, steps: int, seed: int) -> Net:
     model, attach = copy.deepcopy(task.dense), {}
     if SCORES[way.score].phase:
         phase = PHASES[SCORES[way.score].phase]
-        attach = {"num_data": task.num_data, **phase.attach}
+        attach = {"num_data": task.num_data, "num_steps": steps, **phase.attach}
         model = bp.to_variational(bp.to_deterministic(model), **phase.convert)
         if phase.prior is not None:
             attach["prior"] = phase.prior(dependency_groups(model, task.example))
