@@ -97,7 +97,9 @@ class MeasuredImportance(Criterion):
             raise ValueError(f'per is {per!r}; expected "macs" or "channels".')
         observed = Observed(model, example_inputs)
         structure = groups_in(observed, granularity=granularity, ignored_layers=ignored_layers)
-        costs = plan.cost_model(model, structure.groups, observed.macs)
+        saved: Sequence[float] = [1.0] * len(structure.groups)
+        if per == "macs":
+            saved = plan.cost_model(model, structure.groups, observed.macs).saved("macs")
         importance = importance or SNRImportance()
         self._scores: dict[str, Tensor] = {}
         self._names = {id(module): name for name, module in model.named_modules()}
@@ -107,11 +109,7 @@ class MeasuredImportance(Criterion):
                 scored = unit_scores(importance, group)
                 if scored is None:
                     continue
-                saved = 1.0
-                if per == "macs":
-                    one = [int(number == index) for number in range(len(structure.groups))]
-                    saved = costs.cost("macs", [0] * len(one)) - costs.cost("macs", one)
-                self._scores[group.name] = _unit_costs(model, *scored, loss, base, levels) / saved
+                self._scores[group.name] = _unit_costs(model, *scored, loss, base, levels) / saved[index]
 
     def of_group(self, group: ChannelGroup) -> Tensor | None:
         """Scores (C,) of the root channels of a group, of the model or of a copy; None where it was not measured."""

@@ -9,8 +9,8 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
+from bayesprune.foundation.progress import progress_bar
 from bayesprune.foundation.target import Target
 from bayesprune.reports import Metric
 from bayesprune.train import Distillation
@@ -48,7 +48,7 @@ class LoggedProgress:
     @contextmanager
     def training(self, num_epochs: int, steps_per_epoch: int) -> Iterator[Callable[[float], None]]:
         """Shows a bar of the steps on a terminal."""
-        with tqdm(total=num_epochs * steps_per_epoch, desc="fine-tuning", disable=None) as bar:
+        with progress_bar(None, "fine-tuning", "step", total=num_epochs * steps_per_epoch) as bar:
 
             def advance(loss: float) -> None:
                 bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)

@@ -59,32 +59,68 @@ class CostModel:
 
     def saved(self, what: str) -> list[int]:
         """The cost that one unit of each group saves, while all others are there."""
-        none = [0] * len(self.groups)
-        dense = self.cost(what, none)
-        return [dense - self.cost(what, [int(other == group) for other in self.groups]) for group in self.groups]
+        running = _Running(self, what, [0] * len(self.groups))
+        found = []
+        for group in range(len(self.groups)):
+            dense = running.cost
+            found.append(dense - running.remove(group, 1))
+            running.remove(group, -1)
+        return found
 
     @cached_property
     def _sizes(self) -> dict[Axis, int]:
         return {member.axis: member.size for group in self.groups for member in group.members}
 
     @cached_property
-    def _steps(self) -> list[tuple[int, Axis, int]]:
-        """Group, axis, and how much of the axis leaves with a unit of the group."""
-        members = ((number, group, member) for number, group in enumerate(self.groups) for member in group.members)
-        return [(number, member.axis, group.positions_per_unit(member)) for number, group, member in members]
+    def _steps(self) -> list[list[tuple[Axis, int]]]:
+        """Of each group the axes, and how much of an axis leaves with a unit of it."""
+        return [[(member.axis, group.positions_per_unit(member)) for member in group.members] for group in self.groups]
 
     def parts(self, what: str, removed: Counts) -> dict[str, int]:
         """The cost by layer after these numbers of units were removed."""
-        sizes = self._sizes
-        kept = dict(sizes)
-        for group, axis, each in self._steps:
-            kept[axis] -= removed[group] * each
-        parts: dict[str, int] = defaultdict(int)
+        kept, parts = self._kept(removed), defaultdict(int)
         for term in self.terms[what]:
-            axes = [axis for axis in term.axes if axis in sizes]
-            numerator = term.dense * math.prod(kept[axis] for axis in axes)
-            parts[term.layer] += numerator // math.prod(sizes[axis] for axis in axes)
+            parts[term.layer] += self._value(term, kept)
         return dict(parts)
+
+    def _kept(self, removed: Counts) -> dict[Axis, int]:
+        kept = dict(self._sizes)
+        for count, steps in zip(removed, self._steps, strict=True):
+            for axis, each in steps:
+                kept[axis] -= count * each
+        return kept
+
+    def _value(self, term: Term, kept: Mapping[Axis, int]) -> int:
+        axes = [axis for axis in term.axes if axis in kept]
+        numerator = term.dense * math.prod(kept[axis] for axis in axes)
+        return numerator // math.prod(self._sizes[axis] for axis in axes)
+
+
+class _Running:
+    """A cost that follows the numbers of units removed, one group at a time, by the terms that the group shrinks.
+
+    Attributes:
+        cost: The cost as it is now.
+    """
+
+    def __init__(self, model: CostModel, what: str, removed: Counts) -> None:
+        self.cost = model.cost(what, removed)
+        self._model, self._kept = model, model._kept(removed)
+        by_axis: dict[Axis, dict[int, Term]] = defaultdict(dict)
+        for number, term in enumerate(model.terms[what]):
+            for axis in term.axes:
+                by_axis[axis][number] = term
+        self._by_axis = by_axis
+
+    def remove(self, group: int, units: int) -> int:
+        """The cost with so many more units of the group removed, or fewer, which it is from then on."""
+        steps = self._model._steps[group]
+        terms = {number: term for axis, _ in steps for number, term in self._by_axis.get(axis, {}).items()}.values()
+        self.cost -= sum(self._model._value(term, self._kept) for term in terms)
+        for axis, each in steps:
+            self._kept[axis] -= units * each
+        self.cost += sum(self._model._value(term, self._kept) for term in terms)
+        return self.cost
 
 
 def cost_model(
@@ -207,12 +243,14 @@ def smallest_counts(model: CostModel, order: Order, what: str, budget: float, *,
     if not gives_back or model.cost(what, counts) > budget:
         return counts
     leaving: set[int] = set()
+    running = _Running(model, what, counts)
     end = order.levels[low - 1] if low else 0
     for group, units in zip(order.groups[:end].flip(0).tolist(), order.units[:end].flip(0).tolist(), strict=True):
         if group not in leaving:
-            counts[group] -= units
-            if model.cost(what, counts) > budget:
-                counts[group] += units
+            if running.remove(group, -units) <= budget:
+                counts[group] -= units
+            else:
+                running.remove(group, units)
                 leaving.add(group)
         if len(leaving) == num_groups:
             break
