@@ -37,7 +37,7 @@ GROWTH = """## How it grows
 
 **Constant in the number of layers, for each of them**, as the docstrings say: the graph and the cut, the posterior, the
 ranking (n^2 numbers are updated some 120 times for n inputs of a block), one fit a layer in compensation (C^3 + R C^2
-multiplications for C inputs and R outputs, five times where the damping is chosen by a quarter of the examples, once in
+multiplications for C inputs and R outputs, four times where the damping is chosen by a quarter of the examples, once in
 the search over divisions).
 
 **All layers at once** are in memory: the model and, in compensation and in the search, one or two copies of it; of
@@ -51,11 +51,11 @@ through the model once; the tensors that wait take at most 4 GiB. Where they wou
 for one), layers get forwards of their own from the start, in up to 64 passes over the data, or over a quarter of it:
 that grows with the square of the number of layers up to there. Fewer examples avoid it, down to 32 positions for each
 input of a layer. `prune_one_shot(scope="global")` collects moments in one pass over the data for each GiB of them, two
-a block in the Llama, beside two forwards of up to 256 examples a layer.
+or three a block in the Llama, beside two forwards of up to 256 examples a layer.
 
 **The largest single pieces.** `prune_channels` with data tries four to seven divisions of the budget, each a
-compensation. One layer of 4,096 inputs and outputs takes `prune_one_shot` about 94 s, most of them twenty products of
-its weights with a matrix of 4,096 x 4,096. `save` builds the dense model once to compare, `load` to fill it.
+compensation. One layer of 4,096 inputs and outputs takes `prune_one_shot` [94 s](../laplace.md), above all for twenty
+products of its weights with a matrix of 4,096 x 4,096. `save` builds the dense model once to compare, `load` to fill it.
 """
 
 
