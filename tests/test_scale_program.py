@@ -49,7 +49,7 @@ def test_the_program_runs(tmp_path):
     for options in ([], ["--table"]):
         subprocess.run([*command, *options], check=True, cwd=BENCHMARKS.parents[1])
     runs = {run["chain"]: run for run in json.loads((tmp_path / "scale.json").read_text())["runs"]}
-    names = [row["name"] for chain in ("files", "posterior", "data") for row in runs[chain]["stages"]]
+    names = [row["name"] for chain in ("files", "posterior", "compensation", "data") for row in runs[chain]["stages"]]
     for stage in ("convert", "save", "load", "fit_kronecker", "unit scores", "compensate", "prune_channels, data"):
         assert stage in names
     assert runs["imports"]["seconds"]["bayesprune"][0] > runs["imports"]["seconds"]["torch"][0] / 2

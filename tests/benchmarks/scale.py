@@ -5,7 +5,7 @@
     python tests/benchmarks/scale.py --imports   # the time of `import bayesprune` over that of `import torch`
     python tests/benchmarks/scale.py --table     # only the page
 
-Every model goes through three chains of stages, each in a process of its own, on one thread. Time is that of the
+Every model goes through four chains of stages, each in a process of its own, on one thread. Time is that of the
 processor. Memory is what the process holds before a stage, and by how much it grows in it at most.
 """
 
@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -26,21 +26,21 @@ from unittest import mock
 import common
 import torch
 from overhead import in_process, memory, reset_peak
-from scale_page import page
+from scale_page import WITHOUT_DATA, page
 from torch import nn
 
 import bayesprune as bp
 from bayesprune.laplace import KroneckerPosterior
 from bayesprune.prune.channels import prune as channels
 from bayesprune.prune.graph.find import groups_in
+from bayesprune.prune.graph.group import ChannelGroup
 from bayesprune.prune.graph.observe import Observed
 from bayesprune.prune.graph.removal import lost_inputs
-from bayesprune.prune.scores.channels import lowest_units, unit_scores
+from bayesprune.prune.scores.channels import Importance, lowest_units, unit_scores
 
 OUT = Path("docs/benchmarks/scale.json")
 QUICK = "quick"
 MODELS = ("vit_base_patch16_224", "vit_large_patch16_224", "convnext_large", "llama 2", "llama 4", "llama 16")
-WITHOUT = {("llama 16", "data")}  # hours; what two and four layers take says how long
 _PARTS = {  # of prune_channels with data: the functions that it calls
     "groups_in": "graph",
     "unit_costs": "posterior and scores",
@@ -147,7 +147,7 @@ def files(model: nn.Module, inputs: Any, batches: list[Any], settings: Settings,
 
 
 def posterior(model: nn.Module, inputs: Any, batches: list[Any], settings: Settings, stage: Stage) -> None:
-    """The pieces of pruning with data, one by one: of each group half of the units go."""
+    """A posterior, ranking by it, and conditioning on half of the units of each group."""
     loss = bp.laplace.output_metric
 
     def fit() -> KroneckerPosterior:
@@ -155,13 +155,20 @@ def posterior(model: nn.Module, inputs: Any, batches: list[Any], settings: Setti
 
     fitted = stage("fit_kronecker", fit)
     groups = stage("graph", lambda: groups_in(Observed(model, inputs)).groups)
-    importance = bp.prune.UnitSNRImportance(model, fitted)
-    scored = stage("unit scores", lambda: [unit_scores(importance, group) for group in groups])
-    known = [its for its in scored if its is not None]
-    lost = lost_inputs([(its.group, lowest_units(its.group, its.scores, len(its.scores) // 2)) for its in known])
+    lost = stage("unit scores", lambda: _lost(groups, bp.prune.UnitSNRImportance(model, fitted)))
     stage("condition_on_channels", lambda: bp.laplace.condition_on_channels(model, fitted, lost))
-    fitted.clear()
+
+
+def compensation(model: nn.Module, inputs: Any, batches: list[Any], settings: Settings, stage: Stage) -> None:
+    """Making up for half of the units of each group."""
+    lost = _lost(groups_in(Observed(model, inputs)).groups, bp.SNRImportance())
     stage("compensate", lambda: bp.laplace.compensate(model, batches, lost))
+
+
+def _lost(groups: Iterable[ChannelGroup], importance: Importance) -> dict[str, list[int]]:
+    """The inputs that layers lose when the worse half of the units of each group goes."""
+    scored = [found for group in groups if (found := unit_scores(importance, group)) is not None]
+    return lost_inputs([(its.group, lowest_units(its.group, its.scores, len(its.scores) // 2)) for its in scored])
 
 
 def data(model: nn.Module, inputs: Any, batches: list[Any], settings: Settings, stage: Stage) -> None:
@@ -178,7 +185,7 @@ def _staged(stage: Callable[[Callable[[], Any]], Any], run: Callable[..., Any], 
     return stage(partial(run, *args, **kwargs))
 
 
-CHAINS = {"files": files, "posterior": posterior, "data": data}
+CHAINS = {"files": files, "posterior": posterior, "compensation": compensation, "data": data}
 
 
 def import_times(rounds: int = _ROUNDS) -> dict[str, list[float]]:
@@ -199,7 +206,7 @@ def names_of(options: Namespace) -> Iterator[tuple[str, str]]:
     for name in names:
         for chain in CHAINS:
             is_wanted = options.only is None or name in options.only
-            if is_wanted and chain in options.chains and (name, chain) not in WITHOUT:
+            if is_wanted and chain in options.chains and not (chain == "data" and name in WITHOUT_DATA):
                 yield name, chain
 
 
@@ -207,7 +214,7 @@ def main() -> None:
     """Measures what the results file does not have yet, then writes the page."""
     parser = common.parser("Pruning at scale.", str(OUT))
     parser.add_argument("--only", nargs="+", help="these models alone, such as 'llama 2'")
-    parser.add_argument("--chains", nargs="+", default=list(CHAINS), help="files, posterior, data")
+    parser.add_argument("--chains", nargs="+", default=list(CHAINS), help=", ".join(CHAINS))
     parser.add_argument("--imports", action="store_true", help="the time of imports, and nothing else")
     parser.add_argument("--quick", action="store_true", help="a network of a few weights: whether the program runs")
     options = parser.parse_args()

@@ -15,9 +15,13 @@ TITLES = {
 }
 CHAINS = {
     "files": "Without data, save and load",
-    "posterior": "Posterior, ranking and fitting, one by one",
-    "data": "With data",
+    "posterior": "A posterior, and what rests on it",
+    "compensation": "Compensation",
+    "data": "prune_channels with data",
 }
+WITHOUT_DATA = ("llama 16",)
+"""Models that are not pruned with data, which would take hours: two and four layers say how long."""
+
 _GIB = 2**30
 
 INTRODUCTION = """# Time and memory at scale
@@ -30,7 +34,7 @@ sequences of 128 tokens; what is cut is half of the MACs. Seconds are processor 
 before a stage, the model and the batches and what it imported, and **grows** by how much more it has in it at most, in
 GiB. A stage that is named after a colon is a part of the one before.
 
-A pass over more data takes as much longer; the factorisations take the same. What is not in a table was not measured.
+A pass over more data takes as much longer; the factorisations take the same.
 """
 
 GROWTH = """## How it grows
@@ -47,15 +51,16 @@ taken one layer after the other, and the look at all layers that begins a compen
 batches, and `block_size`, bring the rest down.
 
 **What repeats forwards.** Compensation lets the forwards of all batches wait behind each layer, so that each batch runs
-through the model once; the tensors that wait take at most 4 GiB. Where they would take more (ViT-L with 1,024 images,
-for one), layers get forwards of their own from the start, in up to 64 passes over the data, or over a quarter of it:
-that grows with the square of the number of layers up to there. Fewer examples avoid it, down to 32 positions for each
-input of a layer. `prune_one_shot(scope="global")` collects moments in one pass over the data for each GiB of them, two
-or three a block in the Llama, beside two forwards of up to 256 examples a layer.
+through the model once; the tensors that wait take at most 4 GiB. Where they would take more (ViT-L with 1,024 images in
+batches of 32, for one), layers get forwards of their own from the start, in up to 64 passes over the data, or over a
+quarter of it: that grows with the square of the number of layers up to there. Fewer examples avoid it, down to 32
+positions for each input of a layer. `prune_one_shot(scope="global")` collects moments in one pass over the data for
+each GiB of them, two or three a block in the Llama, beside two forwards of up to 256 examples a layer.
 
 **The largest single pieces.** `prune_channels` with data tries four to seven divisions of the budget, each a
 compensation. One layer of 4,096 inputs and outputs takes `prune_one_shot` [94 s](../laplace.md), above all for twenty
-products of its weights with a matrix of 4,096 x 4,096. `save` builds the dense model once to compare, `load` to fill it.
+products of its weights with a matrix of 4,096 x 4,096. `save` builds the dense model once to compare, `load` to fill
+it.
 """
 
 
@@ -63,7 +68,7 @@ def page(runs: list[Run], settings: dict[str, Any]) -> str:
     """The results as Markdown."""
     images, sequences = settings["images"], settings["sequences"]
     said = {"images": images[0] * images[1], "sequences": sequences[0] * sequences[1], "std": settings["std"]}
-    lines = [INTRODUCTION.format(**said)]
+    lines = [INTRODUCTION.format(**said), *_missing(runs)]
     for name in dict.fromkeys((*TITLES, *(run["name"] for run in runs))):
         found = [run for run in runs if run["name"] == name and run["chain"] in CHAINS]
         if found:
@@ -74,6 +79,16 @@ def page(runs: list[Run], settings: dict[str, Any]) -> str:
     lines += [GROWTH]
     lines += _imports(next((run for run in runs if run["chain"] == "imports"), None))
     return "\n".join([*lines, f"Settings: {', '.join(f'{key} {value}' for key, value in settings.items())}.", ""])
+
+
+def _missing(runs: list[Run]) -> list[str]:
+    """What the program would measure if it went on."""
+    done = {(run["name"], run["chain"]) for run in runs} | {(name, "data") for name in WITHOUT_DATA}
+    texts = []
+    for name, title in TITLES.items():
+        if left := [chain for chain in CHAINS if (name, chain) not in done]:
+            texts.append(f"{title.partition(' of ')[0]} ({', '.join(left)})")
+    return [f"Not measured yet, by the program's names: {'; '.join(texts)}.", ""] if texts else []
 
 
 def _table(run: Run) -> list[str]:
