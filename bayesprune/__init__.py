@@ -3,7 +3,7 @@
 from importlib import import_module as _import_module
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
-from bayesprune import errors, laplace, layers, moments, prediction, priors
+from bayesprune import bits, errors, laplace, layers, moments, prediction, priors
 from bayesprune.bits import quantize
 from bayesprune.convert import conversion_table, to_deterministic, to_variational
 from bayesprune.hosts import on_import as _on_import
@@ -47,6 +47,7 @@ def __dir__() -> list[str]:
 __all__ = [
     "SNRImportance",
     "attach",
+    "bits",
     "certification",
     "certify",
     "compress",
