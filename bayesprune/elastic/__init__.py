@@ -2,6 +2,7 @@
 
 from bayesprune.elastic.drawn import LevelDraws
 from bayesprune.elastic.nested import levels
+from bayesprune.elastic.wider import widen
 from bayesprune.storage.levels import Level
 
-__all__ = ["Level", "LevelDraws", "levels"]
+__all__ = ["Level", "LevelDraws", "levels", "widen"]
