@@ -25,7 +25,7 @@ import bayesprune as bp
 
 EXAMPLE = torch.zeros(1, 3, 32, 32)
 TARGETS = tuple(f"macs={share}" for share in (0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.4))
-WEIGHTS = tuple(f"weights={share}" for share in (0.7, 0.5, 0.4, 0.3, 0.2, 0.1))
+WEIGHTS = tuple(f"weights={share}" for share in (0.5, 0.3, 0.2, 0.1))
 BATCHES = 16
 WAYS = {"levels": {}, "levels, means as they are": {"fit": False}, SINGLE: {}}
 SEPARATE = "cut one by one"
