@@ -94,7 +94,7 @@ def test_the_page_sets_rows_against_the_best_control():
     from fair_training import Way
 
     magnitude, laplace = (Way(name, "", "measured", "none") for name in ("magnitude", "Laplace SNR"))
-    rows = [{"dense": "resnet20", "accuracy": 0.9, "images": 4}]
+    rows = [{"dense": "resnet20", "accuracy": 0.9, "images": 4, "macs": 100}]
     rows += [row(way, 0.5, level=level) for way in (magnitude, laplace) for level in (0.5, 0.4)]
     rows += [row(magnitude, 0.5, part="test", right=(1, 0, 1, 0)), row(laplace, 0.75, part="test", right=(1, 1, 1, 0))]
     page = markdown(rows)
@@ -109,14 +109,16 @@ def test_a_second_start_finds_every_row_and_the_page_has_them(monkeypatch, tmp_p
 
     numbers = itertools.count()
     net = SimpleNamespace(allocated=lambda *way: None, cut=lambda *way: next(numbers))
-    network = SimpleNamespace(name="resnet20", dense=next(numbers), steps={"none": 0, "short": 350}.get)
+    steps = {"none": 0, "short": 350, "long": 7_000}.get
+    network = SimpleNamespace(name="resnet20", dense=next(numbers), steps=steps, macs=lambda model: 100)
     monkeypatch.setattr(fair, "task", lambda name, data_dir: network)
     monkeypatch.setattr(fair, "trained", lambda *way: net)
     monkeypatch.setattr(fair, "fine_tuned", lambda *way: (next(numbers), next(numbers)))
 
     def measured(self, model, part):
         right = torch.rand(40, generator=torch.Generator().manual_seed(model)) < 0.5
-        return {"accuracy": float(right.double().mean()), "images": 40, "right": fair.packed(right)}
+        found = {"accuracy": float(right.double().mean()), "images": 40, "right": fair.packed(right)}
+        return found | {"macs": 30 if model else 100}
 
     monkeypatch.setattr(fair.Benchmark, "measured", measured)
     made = []
@@ -125,11 +127,16 @@ def test_a_second_start_finds_every_row_and_the_page_has_them(monkeypatch, tmp_p
         benchmark.without_training(["magnitude", "Laplace SNR"], [0, 1], has_grid=True)
         for is_distilled in (True, False):
             benchmark.with_training("short", ["magnitude", "README's way"], [0], is_distilled=is_distilled)
+        benchmark.with_training("long", ["magnitude"], [0], is_distilled=True)
+        benchmark.without_number(["magnitude", "group ARD"], [0, 1])
         made.append((next(numbers), len(benchmark.rows)))
     (before, rows), (after, again) = made
     assert after == before + 1, "nothing ran twice"
     assert rows == again
     ends = [row["run"] for row in benchmark.rows if row.get("run", {}).get("at") == "end"]
+    stopped = [run for run in ends if run["level"] == "SNR below one"]
+    assert [(run["score"], run["seed"]) for run in stopped] == [("group ARD", 0), ("group ARD", 1)]
+    ends = [run for run in ends if run["regime"] == "short"]
     assert sum(run["part"] == "validation" for run in ends) == 2 * 4
     assert sum(run["part"] == "test" for run in ends) == 2 * 2 * 2
     page = markdown(benchmark.rows)
@@ -138,5 +145,8 @@ def test_a_second_start_finds_every_row_and_the_page_has_them(monkeypatch, tmp_p
         "0.4 of the MACs, under equal allocation",
         "Short, distilled",
         "Short, cross-entropy alone",
+        "Long, no number given: what has an SNR below one goes",
     ):
         assert f"### {heading}" in page or f"### No training, {heading}" in page
+    assert "| **group ARD** | 0.300 |" in page
+    assert "| magnitude, cut at once to as many |" in page

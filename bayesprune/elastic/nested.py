@@ -20,8 +20,7 @@ from bayesprune.convert import to_deterministic, to_variational
 from bayesprune.elastic.differences import rounded
 from bayesprune.elastic.positions import fill_kept, kept_positions, number_entries
 from bayesprune.foundation.target import Target
-from bayesprune.laplace import KroneckerPosterior, fit_kronecker, fit_laplace
-from bayesprune.laplace.calibration import output_metric
+from bayesprune.laplace import KroneckerPosterior, fit_laplace
 from bayesprune.laplace.compensation import compensate
 from bayesprune.layers import variational_layers
 from bayesprune.prune import (
@@ -34,7 +33,7 @@ from bayesprune.prune import (
 )
 from bayesprune.prune.batch_norm import recalibrate_if_better
 from bayesprune.prune.channels import plan
-from bayesprune.prune.channels.calibrated import Calibration, searched_tilt, tilted
+from bayesprune.prune.channels.calibrated import Calibration, logit_posterior, searched_tilt, tilted
 from bayesprune.prune.graph.find import groups_in
 from bayesprune.prune.graph.group import GRANULARITY, ChannelGroup
 from bayesprune.prune.graph.observe import Observed
@@ -44,7 +43,6 @@ from bayesprune.prune.scores.weights import snr
 from bayesprune.prune.weights.prune import Score
 from bayesprune.storage.levels import KINDS, Level, gathered
 
-_POSITIONS = 128  # a layer's input or output, to fit its posterior
 _TOLERANCE = 0.005
 
 _LOGGER = logging.getLogger(__name__)
@@ -180,9 +178,7 @@ class _Cutter:
         calibration = self._calibration
         importance: Criterion = SNRImportance()
         if calibration is not None:
-            self._posterior = fit_kronecker(
-                self._start, calibration.batches, loss=output_metric, num_positions=_POSITIONS
-            )
+            self._posterior = logit_posterior(self._start, calibration)
             importance = UnitSNRImportance(self._start, self._posterior)
         found = [unit_scores(importance, group) or unit_scores(SNRImportance(), group) for group in groups]
         scored = [its for its in found if its is not None]

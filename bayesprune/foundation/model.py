@@ -162,8 +162,15 @@ def even_noise(model: nn.Module) -> Iterator[None]:
     Noise that differed between channels would make each order of them another model: the latent channels of a
     variational autoencoder, or a dropout that evaluation mode does not switch off.
     """
+    with same_random_numbers(model), _EvenNoise():
+        yield
+
+
+@contextmanager
+def same_random_numbers(model: nn.Module) -> Iterator[None]:
+    """Inside, torch's generators of the model's devices and of the CPU begin at 0; afterwards they are as before."""
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
-    with torch.random.fork_rng(devices), _EvenNoise():
+    with torch.random.fork_rng(devices):
         for generator in (torch.default_generator, *(torch.cuda.default_generators[d.index] for d in devices)):
             generator.manual_seed(0)
         yield

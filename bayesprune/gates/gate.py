@@ -271,12 +271,12 @@ class SharedDraws:
     gates: list[ChannelGate]
 
     def begin(self, *_: Any) -> None:
-        """Draws."""
+        """Draws the noise of the forward that begins."""
         for gate in self.gates:
             gate.shared = gate.noise() if gate.training else None
 
     def end(self, *_: Any) -> None:
-        """Forgets."""
+        """Drops the noise of the forward that has ended."""
         for gate in self.gates:
             gate.shared = None
 

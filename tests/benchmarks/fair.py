@@ -8,6 +8,7 @@ skipped when the program runs again; several processes may work on one results f
 
     python tests/benchmarks/fair.py --data-dir DATA --task resnet20 --regime none
     python tests/benchmarks/fair.py --data-dir DATA --task resnet20 --regime short
+    python tests/benchmarks/fair.py --data-dir DATA --task convnet --regime long [--no-number]
     python tests/benchmarks/fair.py --table
 """
 
@@ -25,6 +26,7 @@ from common import parser, read, write
 from fair_choice import (
     AT_CUT,
     AT_END,
+    NO_NUMBER,
     Row,
     chosen,
     chosen_cut,
@@ -34,6 +36,7 @@ from fair_choice import (
     further_tries,
     matching,
     packed,
+    stops,
     whens,
 )
 from fair_methods import ALLOCATIONS, COMPENSATIONS, MEASURED_IMAGES, SCORES, Net
@@ -50,6 +53,8 @@ SETTINGS = {
     "short_steps": STEPS,
     "long_epochs": EPOCHS,
 }
+STOPS_AFTER = "after three fifths"
+"""When what is told no number cuts."""
 
 
 class Benchmark:
@@ -95,11 +100,25 @@ class Benchmark:
                     assert way is not None, "it was chosen above"
                     self.measure(regime, replace(way, distilled=is_distilled), level, seed, "test", AT_END)
 
+    def without_number(self, scores: list[str], seeds: list[int]) -> None:
+        """Removes what has an SNR below one after a long training, then gives scores without one the same MACs."""
+        name = self.task.name
+        for score in (its for its in scores if SCORES[its].phase and not SCORES[its].is_control):
+            way = Way(score, "", "", "layer by layer", STOPS_AFTER, LRS[name][0], distilled=True)
+            for seed in seeds:
+                self.measure("long", way, NO_NUMBER, seed, "test", AT_END)
+                macs = next(row["macs"] for row in stops(self.rows, name, score) if row["run"]["seed"] == seed)
+                level = round(macs / self.task.macs(self.task.dense), 3)
+                for other in (other for other in scores if not SCORES[other].phase):
+                    its = chosen(self.rows, "long", name, other, min(LEVELS[name], key=lambda at: abs(at - level)))
+                    assert its is not None, "it was chosen with a number"
+                    self.measure("long", its, level, seed, "test", AT_END)
+
     def choose_cut(self, regime: str, score: str, level: float) -> None:
         """Tries options and allocations, then the other compensations with the best option."""
         regime = regime if SCORES[score].phase else "none"
         if self.has_few_tries:
-            for way in few_tries(score):
+            for way in few_tries(score, self.task.name):
                 self.measure(regime, way, level, 0, "validation", AT_CUT)
             return
         tried = cut_tries(score, self.task.name)
@@ -125,8 +144,8 @@ class Benchmark:
         for lr in LRS[name][1:]:
             self.measure(regime, replace(way, when=when, lr=lr, distilled=True), level, 0, "validation", AT_END)
 
-    def measure(self, regime: str, way: Way, level: float, seed: int, part: str, at: str) -> None:
-        """One row."""
+    def measure(self, regime: str, way: Way, level: float | str, seed: int, part: str, at: str) -> None:
+        """One row, at a fraction of the MACs or without a number."""
         run = {"task": self.task.name, "regime": regime, "level": level, "seed": seed, "part": part, "at": at}
         steps = self.task.steps(regime)
 
@@ -134,8 +153,9 @@ class Benchmark:
             before = round(WHENS[way.when].before * steps)
             net = self.net(way, before, seed)
             if at == AT_END:
-                cut, tuned = fine_tuned(net, way, level, steps - before)
+                cut, tuned = fine_tuned(net, way, level if isinstance(level, float) else None, steps - before)
                 return {"at_once": self.measured(cut, part)["accuracy"]} | self.measured(tuned, part)
+            assert isinstance(level, float), "what has no number is trained on"
             scores = net.allocated(way.score, way.option, way.allocation, way.compensation, level)
             return self.measured(net.cut(scores, way.compensation, level), part)
 
@@ -212,6 +232,7 @@ def main() -> None:
     options.add_argument(
         "--few-tries", action="store_true", help="choose between three allocations, compensated, and cut at once"
     )
+    options.add_argument("--no-number", action="store_true", help="long: remove what has an SNR below one")
     options.add_argument("--without-distillation", action="store_true", help="test with cross-entropy alone")
     args = options.parse_args()
     torch.set_num_threads(1)
@@ -221,7 +242,9 @@ def main() -> None:
     if args.data_dir is None:
         raise SystemExit("--data-dir or BAYESPRUNE_DATA is needed: the folder with cifar10, photos10 and weights.")
     benchmark = Benchmark(Path(args.data_dir), args.out, args.task, has_few_tries=args.few_tries)
-    if args.regime == "none":
+    if args.no_number:
+        benchmark.without_number(args.only, args.seeds)
+    elif args.regime == "none":
         benchmark.without_training(args.only, args.seeds, has_grid=args.grid)
     else:
         is_distilled = not args.without_distillation

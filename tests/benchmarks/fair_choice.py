@@ -17,6 +17,8 @@ Row = dict[str, Any]
 AT_CUT, AT_END = "cut", "end"
 PLAIN_WHENS = ("at once", "in 3 stages", "after two fifths")
 PHASED_WHENS = ("after two fifths", "after a fifth", "after three fifths")
+NO_NUMBER = "SNR below one"
+"""In place of the level."""
 GATHERED = "conditioned"  # the compensation under which options and allocations are tried
 
 
@@ -66,6 +68,12 @@ def matching(rows: Iterable[Row], **key: Any) -> list[Row]:
     return [row for row in rows if key.items() <= row.get("run", {}).items()]
 
 
+def stops(rows: Iterable[Row], task: str, score: str) -> list[Row]:
+    """The test rows of a score that was told no number, by seed: at the end of the long regime."""
+    its = matching(rows, task=task, regime="long", score=score, level=NO_NUMBER, part="test", at=AT_END)
+    return sorted(its, key=lambda row: row["run"]["seed"])
+
+
 def best(rows: Iterable[Row]) -> Row | None:
     """The row with the highest accuracy, the first of equals."""
     return max(rows, key=lambda row: row["accuracy"], default=None)
@@ -73,11 +81,8 @@ def best(rows: Iterable[Row]) -> Row | None:
 
 def cut_tries(score: str, task: str) -> list[Way]:
     """Options and allocations to try first, with the compensation that takes seconds."""
-    phase: dict[str, Any] = {}
-    if SCORES[score].phase:
-        phase = {"when": PHASED_WHENS[0], "lr": LRS[task][0], "distilled": True}
     return [
-        Way(score, option, allocation, GATHERED, **phase)
+        Way(score, option, allocation, GATHERED, **before_the_cut(score, task))
         for option in SCORES[score].options
         for allocation in ALLOCATIONS
         if allocation not in SEARCHED
@@ -112,10 +117,15 @@ def chosen(rows: Sequence[Row], regime: str, task: str, score: str, level: float
     return replace(way, when=when, lr=lr, distilled=True)
 
 
-def few_tries(score: str) -> list[Way]:
+def few_tries(score: str, task: str) -> list[Way]:
     """Three allocations with the first option, compensated layer by layer, for networks where a cut takes minutes."""
-    allocations = ("inside layers", *SEARCHED)
-    return [Way(score, SCORES[score].options[0], name, "layer by layer") for name in allocations]
+    phase, option = before_the_cut(score, task), SCORES[score].options[0]
+    return [Way(score, option, name, "layer by layer", **phase) for name in ("inside layers", *SEARCHED)]
+
+
+def before_the_cut(score: str, task: str) -> dict[str, Any]:
+    """How the training before the cut goes while options and allocations are tried; nothing where there is none."""
+    return {"when": PHASED_WHENS[0], "lr": LRS[task][0], "distilled": True} if SCORES[score].phase else {}
 
 
 def further_tries(way: Way) -> list[Way]:

@@ -208,6 +208,10 @@ SCORES = {
     "README's training, without its stds": Score(without_stds, REDUCTIONS, phase="per_channel"),
     "SNR at temperature 10": Score(snr, POWERS, phase="temperature 10", is_control=False),
     "temperature 10, without its stds": Score(without_stds, REDUCTIONS, phase="temperature 10"),
+    "group ARD": Score(snr, POWERS, phase="group ARD", is_control=False),
+    "group ARD, without its stds": Score(without_stds, REDUCTIONS, phase="group ARD"),
+    "group ARD at temperature 10": Score(snr, POWERS, phase="group ARD at temperature 10", is_control=False),
+    "group horseshoe": Score(snr, POWERS, phase="group horseshoe", is_control=False),
 }
 
 

@@ -17,6 +17,7 @@ from fair_choice import (
     further_tries,
     matching,
     paired,
+    stops,
     unpacked,
     whens,
 )
@@ -47,16 +48,20 @@ distillation from the dense network (logits, temperature 4, weight 0.9) to choos
   conditioned, by the accuracy right after the cut, then {further} more with the best option (no compensation; layer by
   layer with the best allocation and with the tilted ones). Where there is training, then {spending} settings of when to
   cut and the learning rate, at the smallest level, by the accuracy after it. The published weights of the CIFAR
-  networks have seen these validation images, no fine-tuning here has.
+  networks have seen these validation images, no fine-tuning here has; the convnet has not seen its own.
 - Batch norm is recalibrated right after the cut in every row alike, where that brings the outputs closer to the dense
-  network's. Training of the CIFAR networks normalises by batches, and statistics are measured anew at the end;
-  efficientnet_lite0 keeps its statistics in training (`freeze_batch_norm`), in every row alike. Channels
+  network's. Training normalises by batches, and statistics are measured anew at the end;
+  efficientnet_lite0 alone keeps its statistics in training (`freeze_batch_norm`), in every row alike. Channels
   of blocks alone can go from the CIFAR networks.
 - **Accuracy** on test images in %, mean over the seeds (how many, where it is not three). Beside it the difference to
   the best control of the column and its standard error, paired by seeds and images, both of which count as samples.
   Controls are the scores without a posterior behind them, *in italics*.
 """
-TITLES = {"resnet20": "ResNet-20, CIFAR-10", "resnet56": "ResNet-56, CIFAR-10"}
+TITLES = {
+    "resnet20": "ResNet-20, CIFAR-10",
+    "resnet56": "ResNet-56, CIFAR-10",
+    "convnet": "Six convolutions, Fashion-MNIST: no setting was ever chosen on it",
+}
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -74,6 +79,7 @@ def markdown(rows: Sequence[Row]) -> str:
             for is_distilled in (True, False):
                 title = f"{regime.capitalize()}, {'distilled' if is_distilled else 'cross-entropy alone'}"
                 lines += section(rows, regime, task, title, is_distilled=is_distilled)
+        lines += without_number(rows, task, dense["macs"])
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -97,7 +103,7 @@ def tried(rows: Sequence[Row], task: str) -> str:
     """A sentence where settings were chosen from fewer than the page says."""
     level = LEVELS[task][-1]
     numbers = {len(cut_rows(rows, "none", task, score, level)) for score in SCORES} - {0}
-    few = len(few_tries("magnitude"))
+    few = len(few_tries("magnitude", task))
     if numbers == {few}:
         return f" Settings were chosen from {few}: three allocations with a score's first option, layer by layer."
     return ""
@@ -135,6 +141,34 @@ def section(rows: Sequence[Row], regime: str, task: str, title: str, *, is_disti
             cells.append(described(its) if its else "")
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
+
+
+def without_number(rows: Sequence[Row], task: str, dense_macs: int) -> list[str]:
+    """What has an SNR below one removed, beside scores without a training before the cut at the same MACs."""
+    lines: list[str] = []
+    for score in SCORES:
+        its = stops(rows, task, score)
+        if not its:
+            continue
+        cells = [f"**{score}**", f"{mean(row['macs'] / dense_macs for row in its):.3f}", shown(its, is_best=False)]
+        lines.append(f"| {' | '.join(cells)} | {100 * mean(row['at_once'] for row in its):.1f} | |")
+        for other in (other for other in SCORES if not SCORES[other].phase):
+            same = [found for row in its if (found := at_its_macs(rows, row, other, dense_macs))]
+            if same:
+                cells = [f"{other}, cut at once to as many", "", shown(same, is_best=False)]
+                lines.append(f"| {' | '.join(cells)} | | {against(its, same)} |")
+    if not lines:
+        return []
+    heads = ["| | of the MACs | accuracy | right after the cut | ours to it |", "|---|---|---|---|---|"]
+    return ["### Long, no number given: what has an SNR below one goes", "", *heads, *lines, ""]
+
+
+def at_its_macs(rows: Sequence[Row], stopped: Row, score: str, dense_macs: int) -> Row | None:
+    """The row of a score at the MACs at which another one stopped by itself, of the same seed."""
+    run = stopped["run"]
+    level = round(stopped["macs"] / dense_macs, 3)
+    key = {name: run[name] for name in ("task", "regime", "seed", "part", "at")}
+    return next(iter(matching(rows, **key, score=score, level=level)), None)
 
 
 def chosen_rows(

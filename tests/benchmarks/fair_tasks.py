@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from cifar_resnet import Images, trained_resnet20, trained_resnet56
+from fashion import BATCH as FASHION_BATCH
+from fashion import Clothes, trained_convnet
 from mobile import EXAMPLE as PHOTOGRAPH
 from mobile import Photographs, pretrained
 from torch import Tensor, nn
@@ -19,11 +21,16 @@ from bayesprune.reports import count_macs
 Batch = tuple[Tensor, Tensor]
 CALIBRATION_IMAGES, TEST_IMAGES = 1_024, 5_000
 EPOCHS = 10  # of the long regime
-STEPS = {"resnet20": 350, "resnet56": 250, "efficientnet_lite0": 188}
+STEPS = {"resnet20": 350, "resnet56": 250, "efficientnet_lite0": 188, "convnet": 211}
 """Gradient evaluations of the short regime, each on one batch."""
-LEVELS = {"resnet20": (0.5, 0.4), "resnet56": (0.5, 0.4), "efficientnet_lite0": (0.5,)}
+LEVELS = {"resnet20": (0.5, 0.4), "resnet56": (0.5, 0.4), "efficientnet_lite0": (0.5,), "convnet": (0.5, 0.2)}
 """Fractions of the MACs that are kept."""
-LRS = {"resnet20": (0.01, 0.003), "resnet56": (0.01, 0.003), "efficientnet_lite0": (3e-5, 1e-4)}
+LRS = {
+    "resnet20": (0.01, 0.003),
+    "resnet56": (0.01, 0.003),
+    "efficientnet_lite0": (3e-5, 1e-4),
+    "convnet": (0.03, 0.01),
+}
 """Learning rates to choose from."""
 
 
@@ -70,7 +77,8 @@ class Task:
 
 def task(name: str, data_dir: Path) -> Task:
     """The task of a network by name."""
-    return _photographs(data_dir) if name == "efficientnet_lite0" else _cifar(name, data_dir)
+    makers = {"efficientnet_lite0": _photographs, "convnet": _clothes}
+    return makers[name](data_dir) if name in makers else _cifar(name, data_dir)
 
 
 def _cifar(name: str, data_dir: Path) -> Task:
@@ -104,6 +112,20 @@ def _photographs(data_dir: Path) -> Task:
         images={name: splits[name].batches() for name in ("validation", "test")},
         draw=lambda number, seed, augment: splits["train"].random(number, seed),  # flipped always
         keeps_statistics=True,
+    )
+
+
+def _clothes(data_dir: Path) -> Task:
+    splits = {name: Clothes(data_dir, name) for name in ("train", "validation", "test")}
+    return Task(
+        name="convnet",
+        dense=_converted(trained_convnet(splits["train"])),
+        example=torch.zeros(1, 1, 28, 28),
+        num_data=len(splits["train"].labels),
+        batch_size=FASHION_BATCH,
+        optimizer=partial(torch.optim.SGD, momentum=0.9),
+        images={name: splits[name].batches() for name in ("validation", "test")},
+        draw=lambda number, seed, augment: splits["train"].random(number, seed, augment=augment),
     )
 
 

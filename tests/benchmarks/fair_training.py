@@ -4,7 +4,8 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -15,7 +16,8 @@ from fair_tasks import CALIBRATION_IMAGES, Batch, Task
 from torch import Tensor, nn
 
 import bayesprune as bp
-from bayesprune.prune import freeze_batch_norm, recalibrate_batch_norm
+from bayesprune.priors import ARD, Horseshoe, Prior
+from bayesprune.prune import dependency_groups, freeze_batch_norm, recalibrate_batch_norm
 
 RECALIBRATION_BATCHES = 20
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -38,14 +40,34 @@ WHENS = {
 }
 STAGE = 0.15
 """Of the steps, between one cut and the next."""
-PHASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "per_channel": ({"std": "per_channel"}, {}),
-    "temperature 10": (
-        {"std": "rank_one", "relative_std": 0.3},
-        {"temperature": 10.0, "std_lr": 0.05, "max_noise_cost": None},
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A variational training before the cut: options of `to_variational` and of `attach`.
+
+    Attributes:
+        convert: For `to_variational`.
+        attach: For `attach`.
+        prior: Of its dependency groups; None is the default of `attach`.
+    """
+
+    convert: dict[str, Any]
+    attach: dict[str, Any] = field(default_factory=dict)
+    prior: Callable[[Any], Prior] | None = None
+
+
+SPARSIFYING: dict[str, Any] = {"std_lr": 0.02, "max_noise_cost": None, "warmup": 0.1}
+PHASES = {
+    "per_channel": Phase({"std": "per_channel"}),
+    "temperature 10": Phase(
+        {"std": "rank_one", "relative_std": 0.3}, {"temperature": 10.0, "std_lr": 0.05, "max_noise_cost": None}
     ),
+    "group ARD": Phase({}, {"temperature": 1.0, **SPARSIFYING}, ARD),
+    "group ARD at temperature 10": Phase({}, {"temperature": 10.0, **SPARSIFYING}, ARD),
+    "group horseshoe": Phase({}, {"temperature": 1.0, **SPARSIFYING}, partial(Horseshoe, global_scale="auto")),
 }
-"""Options of `to_variational` and `attach`; other phases are plain training."""
+"""Phases by name; where a score names none, the training before the cut is plain."""
 
 
 @dataclass(frozen=True)
@@ -111,17 +133,22 @@ def trained(task: Task, way: Way, steps: int, seed: int) -> Net:
     torch.manual_seed(seed)
     model, attach = copy.deepcopy(task.dense), {}
     if SCORES[way.score].phase:
-        convert, options = PHASES[SCORES[way.score].phase]
-        attach = {"num_data": task.num_data, **options}
-        model = bp.to_variational(bp.to_deterministic(model), **convert)
+        phase = PHASES[SCORES[way.score].phase]
+        attach = {"num_data": task.num_data, "num_steps": steps, **phase.attach}
+        model = bp.to_variational(bp.to_deterministic(model), **phase.convert)
+        if phase.prior is not None:
+            attach["prior"] = phase.prior(dependency_groups(model, task.example))
     train(task, model, task.draw(steps, seed, True), range(steps), steps, way, **attach)
     if not task.keeps_statistics:
         recalibrate_batch_norm(model, task.calibration(seed))
     return Net(task, model, seed)
 
 
-def fine_tuned(net: Net, way: Way, level: float, steps: int) -> tuple[nn.Module, nn.Module]:
-    """The network after its last cut, and the same after these gradient evaluations, less what score and cuts take."""
+def fine_tuned(net: Net, way: Way, level: float | None, steps: int) -> tuple[nn.Module, nn.Module]:
+    """The network after its last cut, and the same after these gradient evaluations, less what score and cuts take.
+
+    Without a level there is one cut, of what has an SNR below one.
+    """
     task, when = net.task, WHENS[way.when]
     total = steps - way.evaluations // task.batch_size
     batches = task.draw(total, net.seed + 1_000, True)
@@ -129,12 +156,21 @@ def fine_tuned(net: Net, way: Way, level: float, steps: int) -> tuple[nn.Module,
     for number in range(1, when.num_cuts + 1):
         if number > 1:
             net = Net(task, bp.to_variational(model, estimator="mean"), net.seed)
-        kept = level ** (number / when.num_cuts) * task.macs(task.dense) / task.macs(net.model)
-        scores = net.allocated(way.score, way.option, way.allocation, way.compensation, kept)
-        model = bp.to_deterministic(net.cut(scores, way.compensation, kept))
+        model = bp.to_deterministic(smaller(net, way, None if level is None else level ** (number / when.num_cuts)))
         at_once = copy.deepcopy(model)
         ends = [round(STAGE * cut * total) for cut in range(when.num_cuts)] + [total]
         train(task, model, batches, range(ends[number - 1], ends[number]), total, way)
         if not task.keeps_statistics:
             recalibrate_batch_norm(model, task.draw(RECALIBRATION_BATCHES, net.seed + 100, True))
     return at_once, model
+
+
+def smaller(net: Net, way: Way, level: float | None) -> nn.Module:
+    """A copy at this fraction of the MACs of the dense network; without a level what has an SNR below one is gone."""
+    if level is None:
+        model = copy.deepcopy(net.model)
+        bp.prune_channels(model, net.task.example, "snr=1", data=net.batches)
+        return model
+    kept = level * net.task.macs(net.task.dense) / net.task.macs(net.model)
+    scores = net.allocated(way.score, way.option, way.allocation, way.compensation, kept)
+    return net.cut(scores, way.compensation, kept)

@@ -149,10 +149,10 @@ class Task(Protocol):
 
 
 def check_finite(loss: float, lr: float) -> float:
-    """The loss.
+    """Returns the loss if it is finite.
 
     Raises:
-        FloatingPointError: it is not finite.
+        FloatingPointError: it is not.
     """
     if not abs(loss) < float("inf"):
         raise FloatingPointError(f"the training loss is {loss}; try a smaller learning rate than {lr:g}.")

@@ -91,18 +91,18 @@ class _Steps(TrainerCallback):
         self.is_pending = False
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
-        """Keeps the loss."""
+        """Keeps the loss that the Trainer logs."""
         if "loss" in event["logs"]:
             self.loss = check_finite(float(event["logs"]["loss"]), self.lr)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
-        """Waits for the log."""
+        """Marks the step as done; it is reported once its loss is logged."""
         self.is_pending = True
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any
     ) -> None:
-        """Tells of the step before."""
+        """Reports the step before this one."""
         if self.is_pending:
             self.advance(self.loss)
         self.is_pending = False

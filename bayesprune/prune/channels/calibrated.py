@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 from bayesprune.foundation import defaults
 from bayesprune.foundation.batches import device_of, on_device, split
-from bayesprune.foundation.model import eval_mode
+from bayesprune.foundation.model import eval_mode, same_random_numbers
 from bayesprune.laplace.calibration import output_metric, predictions
 from bayesprune.laplace.compensation import compensate
-from bayesprune.laplace.kronecker import fit_kronecker
+from bayesprune.laplace.kronecker import KroneckerPosterior, fit_kronecker
 from bayesprune.prune.graph.group import ChannelGroup
 from bayesprune.prune.graph.removal import lost_inputs
 from bayesprune.prune.graph.trials import silence_inputs
@@ -98,9 +98,14 @@ def unit_costs(
     model: nn.Module, groups: Sequence[ChannelGroup], calibration: Calibration
 ) -> dict[ChannelGroup, Scored | None]:
     """Each group's units with what they cost: the unit SNR, or `SNRImportance` where no reader is a matrix product."""
-    posterior = fit_kronecker(model, calibration.batches, loss=output_metric, num_positions=_POSITIONS)
-    importance = UnitSNRImportance(model, posterior)
+    importance = UnitSNRImportance(model, logit_posterior(model, calibration))
     return {group: unit_scores(importance, group) or unit_scores(SNRImportance(), group) for group in groups}
+
+
+def logit_posterior(model: nn.Module, calibration: Calibration) -> KroneckerPosterior:
+    """The posterior whose metric is that of the logits; the same for the same model and batches."""
+    with same_random_numbers(model):
+        return fit_kronecker(model, calibration.batches, loss=output_metric, num_positions=_POSITIONS)
 
 
 Choose = Callable[[list[list[float]]], list[int]]

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 from torch_pruning.pruner.function import BasePruningFunc
 
 from bayesprune.convert import to_variational
@@ -110,7 +111,7 @@ def tagging(prune: PruneParameter) -> PruneParameter:
 def _self_test() -> str | None:
     """What goes wrong when two small layers are cut, or None."""
     generator = torch.Generator().manual_seed(0)
-    for stock in (nn.Linear(3, 4), nn.Conv2d(3, 4, 1)):
+    for stock in (skip_init(nn.Linear, 3, 4), skip_init(nn.Conv2d, 3, 4, 1)):  # torch's generator stays where it is
         layer = to_variational(stock)
         assert isinstance(layer, VariationalLayer)
         for name in layer.active_names():

@@ -1,7 +1,12 @@
-"""The search for the tilt by which a budget is divided."""
+"""What calibration data say: the tilt by which a budget is divided, and the same cut whenever they are the same."""
+
+import copy
 
 import pytest
+import torch
+from torch import nn
 
+import bayesprune as bp
 from bayesprune.prune.channels.calibrated import best_tilt
 
 
@@ -24,3 +29,18 @@ def test_a_step_up_that_does_not_pay_hides_no_better_one():
 
 def test_a_tilt_that_changes_nothing_is_none():
     assert best_tilt(lambda tilt: 1.0) == 0
+
+
+def test_a_cut_does_not_depend_on_the_random_state_and_leaves_it_alone():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 5))
+    data, after = [torch.randn(16, 6)], []
+    bp.to_variational(net)
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        cut = copy.deepcopy(net)
+        bp.prune_channels(cut, data[0], "macs=0.3", data=data)
+        assert torch.equal(torch.get_rng_state(), before)
+        after.append(cut.state_dict())
+    assert all(torch.equal(after[0][name], after[1][name]) for name in after[0])

@@ -1,0 +1,210 @@
+"""Bytes against accuracy for networks that were trained elsewhere, rounded from 1,024 training examples, never trained.
+
+    python tests/benchmarks/bits_trained.py --data-dir DATA --network resnet20
+    python tests/benchmarks/bits_trained.py --table
+
+Each control has one width for all tensors, a step for each row, and GPTQ's compensation, by the same code as ours. Ours
+then has to fit the bytes of that control's coded file. Where weights were removed first, `prune_one_shot` did so with
+the same examples, in rows of both kinds. Seeds are draws of the examples. Finished rows are written at once and skipped
+when the program runs again.
+"""
+
+import copy
+import math
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import common
+import torch
+from bits import HEADER, file_size
+from bits_controls import eight_bits, k_means_huffman
+from fair_tasks import is_right, task
+from torch import nn
+
+import bayesprune as bp
+
+Row = dict[str, Any]
+WIDTHS = (8, 4, 3)
+KEPT = (1.0, 0.4)
+"""Shares of the weights, before the rounding."""
+CLUSTERS = (32, 16)
+SETTINGS = {"widths": WIDTHS, "kept": KEPT, "clusters": CLUSTERS}
+TITLES = {
+    "resnet20": "ResNet-20, CIFAR-10: accuracy in %, 5,000 test images",
+    "resnet56": "ResNet-56, CIFAR-10: accuracy in %, 5,000 test images",
+    "tinystories": "Llama of 656,000 parameters, TinyStories: perplexity of the test text",
+}
+
+
+@dataclass(frozen=True)
+class Net:
+    """A trained network, the examples of a seed, and its figure on test data."""
+
+    dense: nn.Module
+    calibration: Callable[[int], list[Any]]
+    figure: Callable[[nn.Module], float]
+
+
+def resnet(name: str, data_dir: Path) -> Net:
+    """A CIFAR-10 ResNet."""
+    of = task(name, data_dir)
+
+    def accuracy(model: nn.Module) -> float:
+        return 100 * float(is_right(model, of.images["test"]).double().mean())
+
+    return Net(bp.to_deterministic(copy.deepcopy(of.dense)), of.calibration, accuracy)
+
+
+def llama(name: str, data_dir: Path) -> Net:
+    """The language model of TinyStories, with 128 stories to calibrate."""
+    from tinystories import Benchmark, Settings
+
+    benchmark = Benchmark(data_dir, Path(), [], Settings())
+    return Net(
+        benchmark.dense().eval(), benchmark.calibration, lambda model: benchmark.perplexity(model, benchmark.test)
+    )
+
+
+NETWORKS = {"resnet20": resnet, "resnet56": resnet, "tinystories": llama}
+
+
+class Rows:
+    """The results file."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+
+    def find(self, key: Row) -> Row | None:
+        """The row with this key."""
+        return next((row for row in common.read(self.out, SETTINGS) if key.items() <= row.items()), None)
+
+    def add(self, key: Row, make: Callable[[], Row]) -> Row:
+        """The row with this key, measured where it is not there."""
+        if (found := self.find(key)) is not None:
+            return found
+        start = time.process_time()
+        row = key | make() | {"cpu_seconds": round(time.process_time() - start, 1)}
+        common.write(self.out, SETTINGS, [*common.read(self.out, SETTINGS), row])
+        print(time.strftime("%H:%M:%S"), row, flush=True)
+        return row
+
+
+def measure(rows: Rows, name: str, net: Net, seed: int) -> None:
+    """All rows of a network and a draw of the examples."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+    size = 4 * sum(parameter.numel() for parameter in net.dense.parameters())
+    key: Row = {"network": name}
+    rows.add(key | {"method": "float32"}, lambda: {"bytes": size, "figure": net.figure(net.dense)})
+    for kept in KEPT:
+        model = copy.deepcopy(net.dense)
+        batches = net.calibration(seed)
+        key = {"network": name, "kept": kept, "seed": seed}
+        if kept < 1:
+            model = bp.to_variational(model, estimator="mean").eval()
+            bp.prune_one_shot(model, batches, f"weights={kept}")
+            model = bp.to_deterministic(model)
+            rows.add(key | {"method": "float32, coded"}, lambda model=model: figures(net, model, file_size(model)))
+        for method, function, options in (
+            ("8 bit + LZMA", eight_bits, (None,)),
+            ("k-means + Huffman", k_means_huffman, CLUSTERS),
+        ):
+            for option in options:
+                rows.add(
+                    key | {"method": method, "setting": option},
+                    lambda function=function, option=option, model=model: control(net, model, function, option),
+                )
+        for width in WIDTHS:
+            one = rows.add(
+                key | {"method": "one width", "setting": width},
+                lambda width=width, model=model, batches=batches: rounded(
+                    net, model, batches, bits=width, per="channel"
+                ),
+            )
+            rows.add(
+                key | {"method": "posterior", "setting": width},
+                lambda one=one, model=model, batches=batches: rounded(net, model, batches, bytes=one["bytes"] - HEADER),
+            )
+
+
+def rounded(net: Net, model: nn.Module, batches: list[Any], **options: Any) -> Row:
+    """A copy rounded with these examples."""
+    found = copy.deepcopy(model)
+    bp.quantize(found, batches, **options)
+    return figures(net, found, file_size(found))
+
+
+def control(net: Net, model: nn.Module, function: Callable[..., int], option: int | None) -> Row:
+    """A copy made smaller by a function that returns the bytes."""
+    found = copy.deepcopy(model)
+    return figures(net, found, function(found, *(() if option is None else (option,))))
+
+
+def figures(net: Net, model: nn.Module, size: int) -> Row:
+    return {"bytes": size, "figure": net.figure(model)}
+
+
+def page(rows: list[Row]) -> str:
+    """The page of the documentation."""
+    lines = ["# Bytes of trained networks", "", *(__doc__ or "").strip().splitlines(), ""]
+    lines += [
+        "Mean over the draws with its standard error, and how many where it is not three. `posterior` was asked for",
+        "the bytes of the row above it.",
+    ]
+    for name, title in TITLES.items():
+        own = [row for row in rows if row["network"] == name]
+        if not own:
+            continue
+        dense = next(row for row in own if row["method"] == "float32")
+        lines += [
+            "",
+            f"## {title}",
+            "",
+            "| | weights kept | asked for | bytes | times | figure |",
+            "|---|" + "---|" * 5,
+        ]
+        lines.append(f"| float32 | 1 | | {dense['bytes']:,} | 1 | {dense['figure']:.2f} |")
+        keys = ("kept", "method", "setting")
+        for key in dict.fromkeys(tuple(row.get(name) for name in keys) for row in own if row is not dense):
+            found = [row for row in own if tuple(row.get(name) for name in keys) == key]
+            size = sum(row["bytes"] for row in found) / len(found)
+            asked = "" if key[2] is None else f"{key[2]} {'means' if 'means' in str(key[1]) else 'bits'}"
+            shown = f"**{key[1]}**" if key[1] == "posterior" else key[1]
+            lines.append(
+                f"| {shown} | {key[0]:g} | {asked} | {size:,.0f} | {dense['bytes'] / size:.1f} | {spread(found)} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def spread(rows: list[Row]) -> str:
+    """Mean figure, standard error where there are several, and how many where it is not three."""
+    values = [row["figure"] for row in rows]
+    mean = sum(values) / len(values)
+    if len(values) == 1:
+        return f"{mean:.2f} (1)"
+    error = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
+    return f"{mean:.2f} ± {error:.2f}" + ("" if len(values) == 3 else f" ({len(values)})")
+
+
+def main() -> None:
+    """Runs what the results file does not have, or writes the page."""
+    options = common.parser("Bytes of trained networks.", "docs/benchmarks/bits_trained.json")
+    options.add_argument("--network", choices=NETWORKS, default="resnet20")
+    args = options.parse_args()
+    if args.table:
+        args.out.with_suffix(".md").write_text(page(common.read(args.out, SETTINGS)), encoding="utf-8")
+        return
+    if args.data_dir is None:
+        raise SystemExit("--data-dir or BAYESPRUNE_DATA is needed: the folder with cifar10, text and weights.")
+    torch.set_num_threads(1)
+    net = NETWORKS[args.network](args.network, Path(args.data_dir))
+    for seed in args.seeds:
+        measure(Rows(args.out), args.network, net, seed)
+
+
+if __name__ == "__main__":
+    main()
