@@ -34,7 +34,7 @@ TRAINED = """## Trained at a level drawn each step
 `python tests/benchmarks/elastic_trained.py`, with the results in elastic_trained.json: MNIST's 784-300-100-10 with
 levels of single weights. Every way starts from the same dense network of its seed and trains for {epochs} epochs with
 Adam, from a learning rate of {rate:g} down to zero, which was not chosen; **one by one** trains so long for each level.
-Error in percent on the 10,000 test images, mean of {seeds}.
+Error in percent on the 10,000 test images, {seeds}.
 
 - **levels, not trained**: `bp.elastic.levels`, from 1,024 training images.
 - **levels, one drawn each step**: the same levels, trained together by `bp.elastic.LevelDraws`.
@@ -81,7 +81,7 @@ def _trained(found: dict[str, Any]) -> str:
             cells.append(f"{_mean(errors):.2f}" if errors else "")
         lines.append(f"| {'the model itself' if target == '1' else target} | " + " | ".join(cells) + " |")
     number = len({row["seed"] for row in rows})
-    seeds = "one seed" if number == 1 else f"{number} seeds"
+    seeds = "one seed" if number == 1 else f"the mean of {number} seeds"
     return TRAINED.format(epochs=settings["epochs"], rate=settings["rate"], seeds=seeds, table="\n".join(lines))
 
 
