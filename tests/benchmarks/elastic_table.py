@@ -20,13 +20,16 @@ training images, no labels, nothing trained. Accuracy in percent on the first 50
 - **levels, means as they are**: the same with `fit=False`: a level has its own statistics of batch norm, nothing else.
 - **cut one by one**: `prune_channels(model, x, target, data=...)` for each size, with a division between layers of its
   own and weights that nothing rounds: ten files.
-- **levels of single weights**: `bp.elastic.levels(model, None, ["weights=0.5", ...], data=...)` with the labels of the
-  same images: stds by `fit_laplace`, ranked by `SNRScore`.
-
+{single}
 ![Accuracy against bytes of every level](elastic.png)
 
-In the picture and in the table of single weights the bytes of a level are those of its tensors, entropy-coded, in a
-file of their own; the levels of one directory share most of them.
+The bytes of a level are here those of its tensors, entropy-coded, in a file of their own; the levels of one directory
+share most of them.
+"""
+
+OF_SINGLE = """\
+- **levels of single weights**: `bp.elastic.levels(model, None, ["weights=0.5", ...], data=...)` with the labels of the
+  same images: stds by `fit_laplace`, ranked by `SNRScore`.
 """
 
 TRAINED = """## Trained at a level drawn each step
@@ -53,7 +56,9 @@ def page(rows: list[dict[str, Any]], directory: Path = Path("docs/benchmarks")) 
         directory: Where the results of `elastic_trained.py` are.
     """
     by_units = [row for row in rows if row["way"] != SINGLE]
-    parts = [TEXT, _accuracies(by_units), _single(rows), _files(rows)]
+    single = _single(rows)
+    text = TEXT.format(single=OF_SINGLE if single else "")
+    parts = [text, _accuracies(by_units), single, _files(rows)]
     if (trained := directory / "elastic_trained.json").exists():
         parts.append(_trained(json.loads(trained.read_text(encoding="utf-8"))))
     return "\n".join(part for part in parts if part)
