@@ -3,7 +3,7 @@
 from importlib import import_module as _import_module
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
-from bayesprune import errors, laplace, layers, moments, prediction, priors
+from bayesprune import bits, errors, laplace, layers, moments, prediction, priors
 from bayesprune.bits import quantize
 from bayesprune.convert import conversion_table, to_deterministic, to_variational
 from bayesprune.hosts import on_import as _on_import
@@ -16,6 +16,7 @@ if _TYPE_CHECKING:
     from bayesprune import certification, elastic, evi, gates, prune, reports, robustness
     from bayesprune.app.pipeline import compress
     from bayesprune.certification import certify
+    from bayesprune.elastic import widen
     from bayesprune.prune import SNRImportance, prune_channels, prune_one_shot, prune_weights, signal_to_noise
     from bayesprune.reports import report
 
@@ -25,7 +26,7 @@ _on_import.register()  # timm's and transformers' own functions will know us, on
 _LATER: dict[str, str] = dict.fromkeys(
     ("certification", "elastic", "evi", "gates", "prune", "reports", "robustness"), ""
 )
-_LATER |= {"certify": "certification", "compress": "app.pipeline", "report": "reports"}
+_LATER |= {"certify": "certification", "compress": "app.pipeline", "report": "reports", "widen": "elastic"}
 _LATER |= dict.fromkeys(
     ("SNRImportance", "prune_channels", "prune_one_shot", "prune_weights", "signal_to_noise"), "prune"
 )
@@ -47,6 +48,7 @@ def __dir__() -> list[str]:
 __all__ = [
     "SNRImportance",
     "attach",
+    "bits",
     "certification",
     "certify",
     "compress",
@@ -78,4 +80,5 @@ __all__ = [
     "signal_to_noise",
     "to_deterministic",
     "to_variational",
+    "widen",
 ]

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from bayesprune.bits.report import Quantization, QuantizedTensor
+from bayesprune.bits.rest import ordinary_names, ordinary_tensors, significant, without_posterior
 from bayesprune.bits.rounding import Sweep, round_alone, round_columns, sweeps
 from bayesprune.bits.steps import Grid, posterior_grid, width_grid, width_of
-from bayesprune.convert import to_deterministic, to_variational
+from bayesprune.convert import to_variational
 from bayesprune.errors import InfeasibleTargetError, UnsupportedModelError
 from bayesprune.foundation.batches import device_of, on_device, split
 from bayesprune.foundation.model import eval_mode
@@ -28,7 +29,6 @@ from bayesprune.storage.coding import CODED, encoded, entropy_bits
 from bayesprune.train import kl_divergence
 
 _DAMPING = 0.01
-_REST_BITS = 11  # significant ones of what has no posterior, as in float16
 _POSITIONS = 128  # a column, for the Kronecker factors
 _FACTOR, _STEPS = 8.0, 6  # of bisection: three percent of kappa, a percent and a half of the steps
 _SMALLEST, _LARGEST = 1e-12, 1e12
@@ -53,8 +53,8 @@ def quantize(
     that are zero stay zero. With data the weights of a row make up for each other's rounding (see
     `bayesprune.bits.rounding`). What has no posterior, such as norms and
     their running statistics, keeps 11 significant bits, as many as float16 has. Biases of converted layers are rounded
-    like weights. The values remain ordinary tensors of the same dtype: nothing is attached to the model, and training
-    on makes it an ordinary one again.
+    like weights. The values remain ordinary tensors of the same dtype: nothing is attached to the model. Training on
+    makes it an ordinary one again, unless `bits.StraightThrough` holds it to its grids.
 
     Args:
         model: A variational model, whose own stds are used, or a stock one; that is given a diagonal Laplace posterior
@@ -122,6 +122,7 @@ def quantize(
         coded_bytes=work.coded_bytes() if find_spec("constriction") else None,
         float_bytes=sum(tensor.nbytes for tensor in work.saved().values()),
         kl_nats=kl_nats,
+        grids={name: grid for name, grid in work.grids.items() if grid is not None},
     )
 
 
@@ -156,15 +157,14 @@ class _Work:
         self.grids: dict[str, Grid | None] = {}
         self._batches, self._loss, self._factors = batches, loss, factors or {}
         self._plans: dict[str, list[tuple[int, slice, list[Sweep]]]] = {}
-        self._names = to_deterministic(copy.deepcopy(model)).state_dict().keys()
-        own = {weight.target.data_ptr() for weight in weights}
-        rest = [t for t in self.saved().values() if t.is_floating_point() and t.data_ptr() not in own]
+        self._names = ordinary_names(model)
+        rest = without_posterior(self.saved(), [weight.target for weight in weights])
         self._rest = [(tensor, tensor.clone()) for tensor in rest]
 
     def round(self, grid_of: Callable[[_Weight], Grid | None]) -> None:
         """Rounds what has a grid, from what it was before; the rest to fewer significant bits."""
         for tensor, before in self._rest:
-            tensor.copy_(_significant(before))
+            tensor.copy_(significant(before))
         self.grids = {weight.name: grid_of(weight) for weight in self.weights}
         done: set[str] = set()
         for name, factors in progress_bar(self._factors.items(), "Round", "layer"):
@@ -181,8 +181,7 @@ class _Work:
 
     def saved(self) -> dict[str, Tensor]:
         """The tensors of the model as an ordinary one, each once."""
-        found = {name: tensor for name, tensor in self.model.state_dict().items() if name in self._names}
-        return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
+        return ordinary_tensors(self.model, self._names)
 
     def coded_bytes(self) -> int:
         """How long they are, coded."""
@@ -253,7 +252,7 @@ class _Work:
             return
         shift = (moved * factors.centre[:, None]).sum(2).flatten()
         buffer = self.model.get_submodule(factors.norm).get_buffer("running_mean")
-        buffer.copy_(_significant(buffer + shift.to(buffer)))
+        buffer.copy_(significant(buffer + shift.to(buffer)))
 
 
 def _search(work: _Work, fits: Callable[[], bool], what: str, *, larger_fits: bool = False) -> float:
@@ -345,12 +344,6 @@ def _row(weight: _Weight, grid: Grid | None) -> QuantizedTensor:
         entropy_bits=entropy_bits((value.double() / step).round() if grid is not None else value),
         predicted_nats=0.5 * float(moved.sum()),
     )
-
-
-def _significant(tensor: Tensor) -> Tensor:
-    """The values with 11 significant bits."""
-    mantissas, exponents = torch.frexp(tensor)
-    return torch.ldexp((mantissas * 2**_REST_BITS).round() / 2**_REST_BITS, exponents)
 
 
 def _joined(layer: str, parameter: str) -> str:

@@ -1,10 +1,12 @@
 """What `quantize` says it did: bits by tensor, three lengths, and the loss."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from rich.table import Table
 
+from bayesprune.bits.steps import Grid
 from bayesprune.foundation.text import as_text
 
 
@@ -42,6 +44,7 @@ class Quantization:
         coded_bytes: Of all tensors of the model, entropy-coded, without the file's header; None without `constriction`.
         float_bytes: Of all tensors of the model as they lie in memory.
         kl_nats: KL divergence of the posterior from the prior before rounding; None for a model without posterior.
+        grids: Where the weights of each rounded tensor stand, by name, for `bits.StraightThrough`.
     """
 
     tensors: tuple[QuantizedTensor, ...]
@@ -51,6 +54,7 @@ class Quantization:
     coded_bytes: int | None
     float_bytes: int
     kl_nats: float | None
+    grids: Mapping[str, Grid] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def entropy_bytes(self) -> float:
@@ -63,8 +67,10 @@ class Quantization:
         return None if self.kl_nats is None else self.kl_nats / (8 * 0.6931471805599453)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as JSON values, for `save(report=...)`."""
-        return asdict(self) | {"entropy_bytes": self.entropy_bytes, "kl_bytes": self.kl_bytes}
+        """All of it but the grids as JSON values, for `save(report=...)`."""
+        found = asdict(replace(self, grids={}))
+        del found["grids"]
+        return found | {"entropy_bytes": self.entropy_bytes, "kl_bytes": self.kl_bytes}
 
     def __str__(self) -> str:
         """The table as plain text, and the lengths and losses below it."""

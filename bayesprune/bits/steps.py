@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bayesprune.storage.coding import as_integers
+
 MAX_INTEGER = 2047
 """Of the integers that stand for weights, so that there are fewer than 4,096."""
 
@@ -74,6 +76,20 @@ def width_grid(mean: Tensor, precision: Tensor, kept: Tensor, width: int, dims: 
             best, errors = torch.where(error < errors, step, best), torch.minimum(error, errors)
     assert best is not None, "there are clips to try"
     return Grid(best, limit)
+
+
+def finer_grid(grid: Grid, extra: int) -> Grid:
+    """The grid with so many bits more: steps halved as often, over the same range."""
+    return Grid(grid.step / 2**extra, grid.limit * 2**extra)
+
+
+def grid_of(values: Tensor) -> Grid | None:
+    """The grid on which the values of a tensor on the CPU stand, as many places as its width in bits has."""
+    parts = as_integers(values)
+    if parts is None:
+        return None
+    width = (2 * int(parts[0].abs().max())).bit_length()
+    return Grid(parts[1], 2 ** (width - 1) - 1)
 
 
 def width_of(name: str, bits: int | Mapping[str, int]) -> int | None:

@@ -36,6 +36,7 @@ from bayesprune.train.optimizers import (
     put_back,
     step_scaled,
     take_out,
+    with_gradients,
 )
 from bayesprune.train.removal import Removal
 from bayesprune.train.statistics import MeanStatistics
@@ -198,26 +199,7 @@ class Attachment:
         self._draws.load(state.get("ahead", {}))
 
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if closure is None:
-            self._update(optimizer)
-            return None
-
-        was_called = False
-
-        def closure_and_update() -> Any:  # Lightning computes the gradients inside the step
-            nonlocal was_called
-            if was_called:
-                raise RuntimeError(
-                    f"{type(optimizer).__name__} called its closure a second time in one step, whose gradients would "
-                    "get the KL again; attach to the optimizer inside it, or to one that calls its closure once."
-                )
-            was_called = True
-            loss = closure()
-            self._update(optimizer)
-            return loss
-
-        return args[:1], {**kwargs, "closure": closure_and_update}
+        return with_gradients(optimizer, args, kwargs, lambda: self._update(optimizer))
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         self._masks.apply()

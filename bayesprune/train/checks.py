@@ -1,4 +1,4 @@
-"""What `attach` refuses, and what it warns of."""
+"""What `attach` and other hooks on an optimizer refuse, and what they warn of."""
 
 import warnings
 from collections.abc import Collection, Iterable, Iterator
@@ -73,8 +73,8 @@ def check_length(num_steps: int | None, warmup: float, prune: Any) -> None:
         raise ValueError(f"num_steps is {num_steps!r}; expected the optimizer steps of the whole training, 1 or more.")
 
 
-def check_types(optimizer: Any, model: Any) -> None:
-    """Refuses what is no optimizer or no model, and what cuts means and stds apart.
+def check_types(optimizer: Any, model: Any, caller: str = "attach") -> None:
+    """Refuses what is no optimizer or no model, and what cuts means and stds apart; `caller` is named in messages.
 
     Raises:
         TypeError: the arguments are swapped, or something else.
@@ -82,31 +82,31 @@ def check_types(optimizer: Any, model: Any) -> None:
     """
     if isinstance(optimizer, nn.Module) or isinstance(model, Optimizer):
         raise TypeError(
-            f"attach got a {type(optimizer).__name__} and a {type(model).__name__}; expected the optimizer first: "
-            "attach(optimizer, model, num_data=...)."
+            f"{caller} got a {type(optimizer).__name__} and a {type(model).__name__}; expected the optimizer first: "
+            f"{caller}(optimizer, model, ...)."
         )
     if not isinstance(model, nn.Module):
-        raise TypeError(f"attach got a {type(model).__name__} as model; expected a torch module.")
+        raise TypeError(f"{caller} got a {type(model).__name__} as model; expected a torch module.")
     for kind in (type(optimizer), type(unwrapped(optimizer)), type(model)):
         if kind.__module__.startswith("deepspeed") or kind.__name__ in _CUTS_APART:
             raise UnsupportedModelError(
-                f"attach got {kind.__name__}, which copies, flattens or cuts parameters so that means and stds no "
+                f"{caller} got {kind.__name__}, which copies, flattens or cuts parameters so that means and stds no "
                 "longer fit; expected the model itself, or DDP or FSDP 2 where training is distributed."
             )
         if kind.__name__ in _STEPS_OTHERWISE:
             raise UnsupportedModelError(
-                f"attach got {kind.__name__}, which moves weights during backward, between steps or several times in "
+                f"{caller} got {kind.__name__}, which moves weights during backward, between steps or several times in "
                 "one; expected a first-order optimizer that moves them once, in its step()."
             )
     if not isinstance(unwrapped(optimizer), Optimizer):
         raise TypeError(
-            f"attach got a {type(optimizer).__name__} as optimizer; expected a torch.optim.Optimizer. Where several "
+            f"{caller} got a {type(optimizer).__name__} as optimizer; expected a torch.optim.Optimizer. Where several "
             "share the model, attach to each of them."
         )
 
 
-def check_hooks(optimizer: Optimizer) -> None:
-    """Refuses an optimizer whose steps run no hooks.
+def check_hooks(optimizer: Optimizer, caller: str = "attach") -> None:
+    """Refuses an optimizer whose steps run no hooks; `caller` is named in messages.
 
     Raises:
         UnsupportedModelError: it was not made as torch's optimizers are, or is stepped by other functions.
@@ -114,12 +114,12 @@ def check_hooks(optimizer: Optimizer) -> None:
     name = type(optimizer).__name__
     if not getattr(type(optimizer).step, "hooked", False) or not hasattr(optimizer, "_optimizer_step_pre_hooks"):
         raise UnsupportedModelError(
-            f"attach got {name}, whose step() runs no hooks, because its __init__ does not call that of "
+            f"{caller} got {name}, whose step() runs no hooks, because its __init__ does not call that of "
             "torch.optim.Optimizer; attach to the optimizer inside it."
         )
     if hasattr(optimizer, "second_step"):
         raise UnsupportedModelError(
-            f"attach got {name}, which is stepped by first_step() and second_step() and has no base_optimizer, whose "
+            f"{caller} got {name}, which is stepped by first_step() and second_step() and has no base_optimizer, whose "
             "step() could be hooked; expected one that has, or an ordinary optimizer."
         )
 

@@ -1,6 +1,7 @@
-"""What an attachment does to, and has to know of, the user's optimizer."""
+"""What hooks on the user's optimizer do to it, and have to know of it."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
@@ -22,6 +23,40 @@ def unwrapped(optimizer: Optimizer) -> Optimizer:
 def held_by(optimizer: Optimizer) -> set[int]:
     """Ids of the parameters that it moves."""
     return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+
+
+def with_gradients(
+    optimizer: Optimizer, args: tuple, kwargs: dict[str, Any], update: Callable[[], None]
+) -> tuple[tuple, dict[str, Any]] | None:
+    """For a hook ahead of a step: calls `update` when the gradients are there, which a closure may compute in the step.
+
+    Args:
+        optimizer: Whose step it is.
+        args, kwargs: What the hook was given.
+        update: Called once.
+
+    Returns:
+        What the step is to be given instead; None for the same.
+    """
+    closure = args[1] if len(args) > 1 else kwargs.get("closure")
+    if closure is None:
+        update()
+        return None
+    was_called = False
+
+    def closure_and_update() -> Any:  # Lightning computes the gradients inside the step
+        nonlocal was_called
+        if was_called:
+            raise RuntimeError(
+                f"{type(optimizer).__name__} called its closure a second time in one step, whose gradients would "
+                "be changed again; attach to the optimizer inside it, or to one that calls its closure once."
+            )
+        was_called = True
+        loss = closure()
+        update()
+        return loss
+
+    return args[:1], {**kwargs, "closure": closure_and_update}
 
 
 Place = tuple[list[nn.Parameter], int, nn.Parameter]

@@ -1,4 +1,4 @@
-"""One file, ten sizes: a trained CIFAR-10 ResNet-20 with levels of MACs, beside nets that were cut one by one.
+"""One file, ten sizes: a trained CIFAR-10 ResNet-20 with levels of MACs and of single weights, and nets cut one by one.
 
     python tests/benchmarks/elastic.py --data-dir DATA --work WORK
     python tests/benchmarks/elastic.py --table
@@ -8,6 +8,7 @@ DATA holds cifar10 and weights (see `cifar_resnet.py`). Nothing is trained. Ever
 """
 
 import copy
+import json
 import statistics
 import time
 from pathlib import Path
@@ -16,17 +17,24 @@ from typing import Any
 import common
 import torch
 from cifar_resnet import Images, ResNet20, trained_resnet20
-from elastic_table import page
+from elastic_picture import draw
+from elastic_table import SINGLE, page
 from torch import nn
 
 import bayesprune as bp
 
 EXAMPLE = torch.zeros(1, 3, 32, 32)
 TARGETS = tuple(f"macs={share}" for share in (0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.4))
+WEIGHTS = tuple(f"weights={share}" for share in (0.5, 0.3, 0.2, 0.1))
 BATCHES = 16
-WAYS = {"levels": {}, "levels, means as they are": {"fit": False}}
+WAYS = {"levels": {}, "levels, means as they are": {"fit": False}, SINGLE: {}}
 SEPARATE = "cut one by one"
-SETTINGS = {"targets": list(TARGETS), "calibration": 64 * BATCHES, "test": "the first 500 test images of each class"}
+SETTINGS = {
+    "targets": list(TARGETS),
+    "weights": list(WEIGHTS),
+    "calibration": 64 * BATCHES,
+    "test": "the first 500 test images of each class",
+}
 
 
 @torch.no_grad()
@@ -39,6 +47,12 @@ def accuracy(model: nn.Module, test: Images) -> float:
 def sizes(directory: Path) -> dict[str, int]:
     """Bytes of each file."""
     return {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
+
+
+def level_bytes(directory: Path, target: str | None) -> int:
+    """What the tensors of a level take in a file of their own, coded as the directory is."""
+    found = json.loads((directory / "bayesprune.json").read_text(encoding="utf-8"))["levels"]
+    return found["bytes"] if target is None else found["levels"][target]
 
 
 def load(directory: Path, target: str | None) -> tuple[nn.Module, float]:
@@ -78,7 +92,8 @@ class Bench:
         directory = self.work / f"{way.replace(', ', '-').replace(' ', '-')}-{seed}"
         if not directory.exists():
             start = time.process_time()
-            made = bp.elastic.levels(self.dense, EXAMPLE, TARGETS, data=batches, **WAYS[way])
+            targets = WEIGHTS if way == SINGLE else TARGETS
+            made = bp.elastic.levels(self.dense, EXAMPLE, targets, data=batches, **WAYS[way])
             seconds = round(time.process_time() - start)
             for coding in (None, "entropy"):
                 place = directory.with_name(f"{directory.name}-{coding}")
@@ -95,7 +110,7 @@ class Bench:
         if not self.has(seed=seed, way="dense"):
             self.add({"seed": seed, "way": "dense", "target": "macs=1", "accuracy": accuracy(self.dense, self.test)})
         for way in (next(iter(WAYS)), SEPARATE, *list(WAYS)[1:]):
-            for target in TARGETS:
+            for target in WEIGHTS if way == SINGLE else TARGETS:
                 if not self.has(seed=seed, way=way, target=target):
                     self.add({"seed": seed, "way": way, "target": target} | self.measured(way, target, seed, batches))
 
@@ -108,8 +123,9 @@ class Bench:
             model = bp.to_deterministic(model).eval()
             took = {"cpu_seconds": round(time.process_time() - start)}
         else:
-            model, seconds = load(self.saved(way, seed, batches), target)
-            took = {"load_cpu_seconds": seconds}
+            directory = self.saved(way, seed, batches)
+            model, seconds = load(directory, target)
+            took = {"load_cpu_seconds": seconds, "bytes": level_bytes(directory, target)}
         return {"accuracy": accuracy(model, self.test), "params": sum(p.numel() for p in model.parameters())} | took
 
 
@@ -119,7 +135,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("work-elastic"), help="folder for saved directories")
     options = parser.parse_args()
     if options.table:
-        options.out.with_suffix(".md").write_text(page(common.read(options.out, SETTINGS)), encoding="utf-8")
+        rows = common.read(options.out, SETTINGS)
+        options.out.with_suffix(".md").write_text(page(rows), encoding="utf-8")
+        draw(rows, options.out.with_suffix(".png"))
         return
     if options.data_dir is None:
         parser.error("no data: give --data-dir or set BAYESPRUNE_DATA to the folder that holds cifar10 and weights")
