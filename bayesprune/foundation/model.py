@@ -136,6 +136,27 @@ def load_values(model: nn.Module, values: Mapping[str, Any], *, strict: bool = T
     model.load_state_dict(state, strict=strict)
 
 
+def restore_values(model: nn.Module, before: nn.Module, *names: str) -> None:
+    """Gives these modules, or all, the values of their own that they have in a copy of the same structure."""
+    modules, others = dict(model.named_modules()), dict(before.named_modules())
+    for name in names or modules:
+        for key, parameter in modules[name]._parameters.items():
+            if parameter is not None:
+                parameter.data.copy_(others[name].get_parameter(key))
+        for key, buffer in others[name]._buffers.items():
+            modules[name]._buffers[key] = None if buffer is None else buffer.clone()
+
+
+@contextmanager
+def restored_on_error(model: nn.Module, before: nn.Module) -> Iterator[None]:
+    """Inside, an error leaves the model with the values that it has in a copy of the same structure."""
+    try:
+        yield
+    except BaseException:
+        restore_values(model, before)
+        raise
+
+
 # Operations of torch whose result is noise alone.
 _NOISE = frozenset(
     ("rand", "randn", "rand_like", "randn_like", "normal_", "uniform_", "exponential_", "log_normal_", "cauchy_")

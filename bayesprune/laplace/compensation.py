@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesprune.foundation.batches import device_of, on_device
+from bayesprune.foundation.model import restored_on_error
 from bayesprune.foundation.sharding import check_whole
 from bayesprune.laplace.kronecker import variational_layer
 from bayesprune.laplace.matrices import damped, from_matrix, is_matrix_product, removed_columns, to_matrix
@@ -56,7 +57,8 @@ def compensate(
         data: Batches in any form that `bayesprune.foundation.batches` names; labels are not read. All are kept in
             memory. Positions that an `attention_mask` excludes do not count.
         removed: Input channels (features) that go, by the layer that loses them.
-        dense: The model whose outputs are fitted, of the same structure; None is the model as it is now.
+        dense: The model whose outputs are fitted, of the same structure; None is the model as it is now, and an error
+            then leaves its values as they were.
         damping: How far each fit is held at the dense weights, as a fraction of the mean diagonal of E[x~ x~^T]; None
             chooses for each layer by a quarter of the examples.
         progress: Show a progress bar; None shows it on a terminal.
@@ -82,7 +84,10 @@ def compensate(
     batches = [on_device(batch, device_of(model)) for batch in data]
     if not batches:
         raise ValueError("data has no batch; expected an iterable of input batches.")
-    dense = copy.deepcopy(model) if dense is None else dense
+    if dense is None:
+        dense = copy.deepcopy(model)
+        with restored_on_error(model, dense):
+            return compensate(model, batches, removed, dense=dense, damping=damping, progress=progress)
     keeps = {name: _silence(model.get_submodule(name), lost) for name, lost in removed.items() if lost}
     layers = fittable_layers(dense)
     sites = sites_of(dense, batches, layers, rows_per_column=_ROWS_PER_COLUMN, keeps=keeps)

@@ -15,6 +15,7 @@ from torch import nn
 import bayesprune as bp
 from bayesprune.foundation.model import eval_mode
 from bayesprune.laplace import compensate
+from bayesprune.laplace.compensation import refit
 from bayesprune.laplace.flow import Walk, layer_calls, watched
 from bayesprune.layers import variational_layers
 
@@ -270,6 +271,23 @@ def test_grouped_convolutions_are_fitted_by_group():
 def test_without_a_batch_it_says_so():
     with pytest.raises(ValueError, match="no batch"):
         compensate(mlp(5, 4, 3), [], {"2": [0]})
+
+
+def test_an_error_on_the_way_leaves_the_model_as_it_was(monkeypatch):
+    model, calls = mlp(5, 8, 6, 3), []
+    before = copy.deepcopy(model.state_dict())
+
+    def fails_later(*args, **options):
+        calls.append(args)
+        if len(calls) > 1:
+            raise MemoryError
+        return refit(*args, **options)
+
+    monkeypatch.setattr("bayesprune.laplace.compensation.refit", fails_later)
+    with pytest.raises(MemoryError):
+        compensate(model, [normal(64, 5)], {"2": [0]})
+    assert len(calls) == 2
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_a_layer_whose_rows_differ_from_the_dense_ones_is_left():

@@ -22,6 +22,7 @@ from bayesprune.errors import InfeasibleTargetError, UnsupportedModelError
 from bayesprune.foundation.batches import device_of, on_device
 from bayesprune.foundation.latency import seconds_in_turn
 from bayesprune.foundation.macs import macs_by_module
+from bayesprune.foundation.model import restored_on_error
 from bayesprune.foundation.sharding import check_whole
 from bayesprune.foundation.target import Target
 from bayesprune.foundation.text import as_text
@@ -153,7 +154,8 @@ def prune_groups(
         return refit(model, dense, site, moments, choose=choose, damping=damping)
 
     first = next(index for index, site in enumerate(sites) if groups.get(site.name, 1) > 1)
-    fit_in_sequence(model, dense, batches, sites[first:], fit, progress=progress, title="Group")
+    with restored_on_error(model, dense):
+        fit_in_sequence(model, dense, batches, sites[first:], fit, progress=progress, title="Group")
     for name, (rows, columns) in orders.items():
         _replace(model, name, groups[name], rows, columns)
     _fold(model, _between(dense, example_inputs, orders))

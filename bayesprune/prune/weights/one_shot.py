@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bayesprune.foundation.batches import device_of, logits_of, on_device, split
-from bayesprune.foundation.model import eval_mode
+from bayesprune.foundation.model import eval_mode, restore_values, restored_on_error
 from bayesprune.foundation.progress import progress_bar
 from bayesprune.foundation.sharding import check_whole
 from bayesprune.foundation.target import PATTERN, Target
@@ -124,7 +124,7 @@ def prune_one_shot(
     reference, keeps = copy.deepcopy(model), dict[str, Tensor]()
     layers = fittable_layers(reference)
     sites = sites_of(reference, batches, {name: layers[name] for name in cut}, rows_per_column=_ROWS_PER_COLUMN)
-    try:
+    with restored_on_error(model, reference):
         if isinstance(goal, Target) and not pattern and scope == "global" and 0 < goal.value < 1:
             cut = _divided(model, reference, cut, sites, batches, goal.removed, loss, damping)
 
@@ -136,9 +136,6 @@ def prune_one_shot(
             return shift
 
         fit_in_sequence(model, reference, batches, sites, fit, progress=None, title="Prune in one shot")
-    except BaseException:
-        _restore(model, reference)
-        raise
     ran = {site.name for site in sites}
     notes |= {
         name: notes[name] or (_MISFIT if layer in ran else _DID_NOT_RUN)
@@ -194,7 +191,7 @@ def _divided(
                 choose = _choice(replace(rules[site.name], share=share), {})
                 refit(model, reference, site, moments, choose=choose, damping=damping)
                 found.append(float(measure(model)) - base)
-            _restore(model, reference, *(name for name in (site.name, site.norm) if name is not None))
+            restore_values(model, reference, *(name for name in (site.name, site.norm) if name is not None))
             costs[site.name] = (found[0], found[1])
             bar.update()
         bar.close()
@@ -214,17 +211,6 @@ def _judges(model: nn.Module, batches: Sequence[Any]) -> list[Any]:
             found.append(batch)
             number += split(model, batch).num_examples
     return found
-
-
-def _restore(model: nn.Module, reference: nn.Module, *names: str) -> None:
-    """Gives these modules, or all, the values of their own that they have in the reference."""
-    modules, before = dict(model.named_modules()), dict(reference.named_modules())
-    for name in names or modules:
-        for key, parameter in modules[name]._parameters.items():
-            if parameter is not None:
-                parameter.copy_(before[name].get_parameter(key))
-        for key, buffer in before[name]._buffers.items():
-            modules[name]._buffers[key] = None if buffer is None else buffer.clone()
 
 
 def _measure_norms(model: nn.Module, reference: nn.Module, batches: Sequence[Any]) -> None:
