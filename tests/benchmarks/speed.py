@@ -2,6 +2,7 @@
 
     python tests/benchmarks/speed.py                  # what docs/benchmarks/speed.json has not yet; about 10 minutes
     python tests/benchmarks/speed.py --compile        # compiled networks as well: more, most of it compiling
+    python tests/benchmarks/speed.py --profile        # where the time goes anew, on a quiet machine; a minute
     python tests/benchmarks/speed.py --table          # only the page and the plot
 
 All ways of a network run in turn, once a round, in an order drawn anew; a cost is the median over rounds of the
@@ -12,13 +13,15 @@ backward, the hook, and Adam (fused, on both sides). Peers are measured where th
 import time
 from argparse import Namespace
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import common
 import torch
-from speed_measure import measure
+from speed_measure import measure, step
 from speed_peers import installed, peers
+from speed_profile import where_time_goes
 from speed_table import page, plot, with_overview
 from speed_ways import AGAIN, NETWORKS, OF_SCALING, PROFILED, QUICK, SCALES, Task, Way, deterministic, ours, task
 
@@ -57,9 +60,23 @@ def measured(name: str, settings: Settings, *, compiled: bool = False) -> dict[s
     parts = {"memories": not is_scaling, "predictions": not is_scaling}
     found = measure(ways, seconds=seconds, shortest=settings.shortest, **parts)
     for row in found["rows"]:
+        if compiled:
+            row.pop("profile", None)  # fused kernels have none of torch's names
         print(f"  {row['name']:40} {row['step']['ratio']:6.2f}", flush=True)
     print(f"  {time.perf_counter() - start:.0f} s", flush=True)
     return {"name": name, "compiled": compiled, "peers": {} if is_scaling or compiled else installed()} | found
+
+
+def profile_anew(runs: list[dict[str, Any]]) -> None:
+    """Takes the profiles of finished runs again: they count wall time, which other programs change."""
+    for run in (run for run in runs if run["name"] in NETWORKS and not run["compiled"]):
+        rows = {row["name"]: row for row in run["rows"] if "profile" in row}
+        for way in (way for way in ways_of(task(run["name"]), run["name"]) if way.name in rows):
+            way.prepare()
+            way.model.train()
+            step(way)
+            step(way)
+            rows[way.name]["profile"] = where_time_goes(partial(step, way))
 
 
 def names_of(options: Namespace) -> list[tuple[str, bool]]:
@@ -81,13 +98,17 @@ def main() -> None:
     )
     parser.add_argument("--compile", action="store_true", help="measure compiled networks as well")
     parser.add_argument("--quick", action="store_true", help="a network of a few weights: whether the program runs")
+    parser.add_argument("--profile", action="store_true", help="only where the time goes, of what is measured")
     options = parser.parse_args()
     settings = Settings(seconds=0, shortest=0.0) if options.quick else Settings()
     torch.set_num_threads(settings.num_threads)
     torch._dynamo.config.recompile_limit = 100
     runs = common.read(options.out, asdict(settings))
     done = {(run["name"], run["compiled"]) for run in runs}
-    for name, compiled in [] if options.table else names_of(options):
+    if options.profile:
+        profile_anew(runs)
+        common.write(options.out, asdict(settings), runs)
+    for name, compiled in [] if options.table or options.profile else names_of(options):
         if (name, compiled) not in done:
             runs.append(measured(name, settings, compiled=compiled))
             torch._dynamo.reset()
