@@ -155,7 +155,7 @@ def without_number(rows: Sequence[Row], task: str, dense_macs: int) -> list[str]
         for other in (other for other in SCORES if not SCORES[other].phase):
             same = [found for row in its if (found := at_its_macs(rows, row, other, dense_macs))]
             if same:
-                cells = [f"{other}, cut at once to as many", "", shown(same, is_best=False)]
+                cells = [f"{other}, in its own way to as many", "", shown(same, is_best=False)]
                 lines.append(f"| {' | '.join(cells)} | | {against(its, same)} |")
     if not lines:
         return []
