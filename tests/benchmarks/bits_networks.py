@@ -1,8 +1,10 @@
 """Networks that `bits.py` makes smaller: the pruned ones of `mnist.py`, kept in the work directory."""
 
 import copy
+from argparse import Namespace
 from pathlib import Path
 
+import common
 import torch
 from mnist import Benchmark, _cutter, _phase
 from mnist_methods import Data, Network, lenet5, mlp, train, without_posterior
@@ -12,6 +14,16 @@ from torch import nn
 
 TASK_OF = {"MNIST 784-300-100-10": "MNIST weights", "LeNet-5": "LeNet-5 weights"}
 NUM_INPUTS = 784
+
+
+def options_of(description: str, out: str) -> Namespace:
+    """The options of a program that works on these networks: those of `common`, and `--work`; data must be given."""
+    parser = common.parser(description, out)
+    parser.add_argument("--work", type=Path, default=Path("work-bits"), help="folder for networks, that of bits.py")
+    options = parser.parse_args()
+    if options.data_dir is None:
+        parser.error("no data: give --data-dir or set BAYESPRUNE_DATA to the folder that holds MNIST/raw/*.gz")
+    return options
 
 
 def pruned(benchmark: Benchmark, name: str, target: float, seed: int) -> Network:

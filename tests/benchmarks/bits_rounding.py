@@ -99,11 +99,7 @@ def judged(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]
 
 def main() -> None:
     """Runs what the results file does not have yet."""
-    parser = common.parser("Two ways to round, on validation images.", "docs/benchmarks/bits_rounding.json")
-    parser.add_argument("--work", type=Path, default=Path("work-bits"), help="folder for networks, that of bits.py")
-    options = parser.parse_args()
-    if options.data_dir is None:
-        parser.error("no data: give --data-dir or set BAYESPRUNE_DATA to the folder that holds MNIST/raw/*.gz")
+    options = networks.options_of("Two ways to round, on validation images.", "docs/benchmarks/bits_rounding.json")
     torch.set_num_threads(1)
     rows = common.read(options.out, SETTINGS)
     benchmark = Benchmark(options.work / "none.json", options.work, Path(options.data_dir))

@@ -130,11 +130,7 @@ class Bench:
 
 def main() -> None:
     """Runs what the results file does not have yet."""
-    parser = common.parser("Training after rounding.", "docs/benchmarks/bits_training.json")
-    parser.add_argument("--work", type=Path, default=Path("work-bits"), help="folder for networks, that of bits.py")
-    options = parser.parse_args()
-    if options.data_dir is None:
-        parser.error("no data: give --data-dir or set BAYESPRUNE_DATA to the folder that holds MNIST/raw/*.gz")
+    options = networks.options_of("Training after rounding.", "docs/benchmarks/bits_training.json")
     torch.set_num_threads(1)
     bench = Bench(options)
     for asked in ASKED:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import bits_networks as networks
 import common
 import torch
 import torch.nn.functional as F
@@ -174,11 +175,7 @@ class Bench:
 
 def main() -> None:
     """Runs what the results file does not have yet."""
-    parser = common.parser("Levels trained together, and controls.", "docs/benchmarks/elastic_trained.json")
-    parser.add_argument("--work", type=Path, default=Path("work-bits"), help="folder for networks, that of bits.py")
-    options = parser.parse_args()
-    if options.data_dir is None:
-        parser.error("no data: give --data-dir or set BAYESPRUNE_DATA to the folder that holds MNIST/raw/*.gz")
+    options = networks.options_of("Levels trained together, and controls.", "docs/benchmarks/elastic_trained.json")
     torch.set_num_threads(1)
     bench = Bench(options)
     for seed in options.seeds:

@@ -34,6 +34,7 @@ from fair_choice import (
     cut_tries,
     few_tries,
     further_tries,
+    level_of,
     matching,
     packed,
     stops,
@@ -107,8 +108,8 @@ class Benchmark:
             way = Way(score, "", "", "layer by layer", STOPS_AFTER, LRS[name][0], distilled=True)
             for seed in seeds:
                 self.measure("long", way, NO_NUMBER, seed, "test", AT_END)
-                macs = next(row["macs"] for row in stops(self.rows, name, score) if row["run"]["seed"] == seed)
-                level = round(macs / self.task.macs(self.task.dense), 3)
+                stopped = next(row for row in stops(self.rows, name, score) if row["run"]["seed"] == seed)
+                level = level_of(stopped, self.task.macs(self.task.dense))
                 for other in (other for other in scores if not SCORES[other].phase):
                     its = chosen(self.rows, "long", name, other, min(LEVELS[name], key=lambda at: abs(at - level)))
                     assert its is not None, "it was chosen with a number"

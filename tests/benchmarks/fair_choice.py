@@ -74,6 +74,11 @@ def stops(rows: Iterable[Row], task: str, score: str) -> list[Row]:
     return sorted(its, key=lambda row: row["run"]["seed"])
 
 
+def level_of(stopped: Row, dense_macs: int) -> float:
+    """The level at which others are set beside a row that stopped by itself."""
+    return round(stopped["macs"] / dense_macs, 3)
+
+
 def best(rows: Iterable[Row]) -> Row | None:
     """The row with the highest accuracy, the first of equals."""
     return max(rows, key=lambda row: row["accuracy"], default=None)

@@ -15,6 +15,7 @@ from fair_choice import (
     cut_tries,
     few_tries,
     further_tries,
+    level_of,
     matching,
     paired,
     stops,
@@ -166,9 +167,8 @@ def without_number(rows: Sequence[Row], task: str, dense_macs: int) -> list[str]
 def at_its_macs(rows: Sequence[Row], stopped: Row, score: str, dense_macs: int) -> Row | None:
     """The row of a score at the MACs at which another one stopped by itself, of the same seed."""
     run = stopped["run"]
-    level = round(stopped["macs"] / dense_macs, 3)
     key = {name: run[name] for name in ("task", "regime", "seed", "part", "at")}
-    return next(iter(matching(rows, **key, score=score, level=level)), None)
+    return next(iter(matching(rows, **key, score=score, level=level_of(stopped, dense_macs))), None)
 
 
 def chosen_rows(

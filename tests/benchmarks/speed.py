@@ -59,24 +59,24 @@ def measured(name: str, settings: Settings, *, compiled: bool = False) -> dict[s
     seconds = settings.seconds_of_scaling if is_scaling else settings.seconds
     parts = {"memories": not is_scaling, "predictions": not is_scaling}
     found = measure(ways, seconds=seconds, shortest=settings.shortest, **parts)
+    if not (is_scaling or compiled):  # fused kernels have none of torch's names
+        add_profiles(found["rows"], ways)
     for row in found["rows"]:
-        if compiled:
-            row.pop("profile", None)  # fused kernels have none of torch's names
         print(f"  {row['name']:40} {row['step']['ratio']:6.2f}", flush=True)
     print(f"  {time.perf_counter() - start:.0f} s", flush=True)
     return {"name": name, "compiled": compiled, "peers": {} if is_scaling or compiled else installed()} | found
 
 
-def profile_anew(runs: list[dict[str, Any]]) -> None:
-    """Takes the profiles of finished runs again: they count wall time, which other programs change."""
-    for run in (run for run in runs if run["name"] in NETWORKS and not run["compiled"]):
-        rows = {row["name"]: row for row in run["rows"] if "profile" in row}
-        for way in (way for way in ways_of(task(run["name"]), run["name"]) if way.name in rows):
-            way.prepare()
-            way.model.train()
+def add_profiles(rows: list[dict[str, Any]], ways: list[Way]) -> None:
+    """Adds where the time of a step goes, of some ways; it counts wall time, which other programs change."""
+    by_name = {row["name"]: row for row in rows if row["name"] in PROFILED}
+    for way in (way for way in ways if way.name in by_name):
+        way.prepare()
+        way.model.train()
+        for _ in range(2):
             step(way)
-            step(way)
-            rows[way.name]["profile"] = where_time_goes(partial(step, way))
+        by_name[way.name]["profile"] = where_time_goes(partial(step, way))
+        way.optimizer.zero_grad()
 
 
 def names_of(options: Namespace) -> list[tuple[str, bool]]:
@@ -106,7 +106,8 @@ def main() -> None:
     runs = common.read(options.out, asdict(settings))
     done = {(run["name"], run["compiled"]) for run in runs}
     if options.profile:
-        profile_anew(runs)
+        for run in (run for run in runs if run["name"] in NETWORKS and not run["compiled"]):
+            add_profiles(run["rows"], ways_of(task(run["name"]), run["name"]))
         common.write(options.out, asdict(settings), runs)
     for name, compiled in [] if options.table or options.profile else names_of(options):
         if (name, compiled) not in done:

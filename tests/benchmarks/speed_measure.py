@@ -8,15 +8,13 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from time import process_time
 from typing import Any
 
 import torch
-from speed_profile import where_time_goes
-from speed_ways import DETERMINISTIC, PROFILED, Way
+from speed_ways import DETERMINISTIC, Way
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
@@ -75,7 +73,7 @@ def measure(
         seconds: About how long to measure, beside the first two steps of each way and its memory.
         shortest: Seconds; what the deterministic network does in less is timed several times in a row.
         memories: Whether to measure memory.
-        predictions: Whether to measure predictions, and where the time goes, not the step alone.
+        predictions: Whether to measure predictions, not the step alone.
         meter: What times and memory are taken with.
     """
     failures: dict[str, str] = {}
@@ -91,12 +89,6 @@ def measure(
     rounds = {}
     for phase, share in zip(phases, (0.7, 0.1, 0.2) if predictions else (1.0,), strict=True):
         rounds[phase] = _measure_phase(running, phase, share * seconds, shortest, rows, meter)
-    for way in running if predictions else ():
-        if way.name in PROFILED:
-            way.prepare()
-            way.model.train()
-            rows[way.name]["profile"] = where_time_goes(partial(step, way))
-            way.optimizer.zero_grad()
     return {"rows": list(rows.values()), "failures": failures, "rounds": rounds}
 
 
