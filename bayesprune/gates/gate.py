@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from bayesprune.estimators import Gaussian, Posterior, as_gaussian
 from bayesprune.foundation import noise
 from bayesprune.foundation.target import Target
+from bayesprune.gates.patterns import inclusion_in_blocks, patterns
 from bayesprune.layers.auxiliary import Auxiliary
 from bayesprune.layers.structures import not_narrowed
 
@@ -125,12 +126,16 @@ class WeightGate(Gate):
 
     Gates with a target make in training the decision of evaluation, with the relaxation's gradient: where next to all
     weights are gone, draws leave too little of the network to learn from. How many are open is held to the target while
-    training goes on, so they have no prior.
+    training goes on, so they have no prior. With an N:M target the gates of a block are one choice among its patterns:
+    their probabilities, and the relaxation, are those of the block (`patterns`).
 
     Attributes:
         target: What the gates are held to; None where they have a prior.
         input_dim: The dimension of the parameter along which an N:M pattern counts.
+        masks: The patterns (P, M) of a block; None where there is no pattern, or too many.
     """
+
+    masks: Tensor | None
 
     def __init__(
         self,
@@ -142,6 +147,13 @@ class WeightGate(Gate):
     ) -> None:
         super().__init__(shape, options, device)
         self.target, self.input_dim = target, input_dim
+        masks = None if target is None or target.pattern is None else patterns(*target.pattern)
+        self.register_buffer("masks", None if masks is None else masks.to(device), persistent=False)
+
+    @property
+    def probabilities(self) -> Tensor:
+        """Inclusion probabilities, in the graph."""
+        return self._inclusion(self.logits)
 
     @property
     def has_prior(self) -> bool:
@@ -157,8 +169,16 @@ class WeightGate(Gate):
         """0 or 1 for each gate: drawn in training mode where they have a prior; else by `is_open`."""
         if self.target is None or not self.training:
             return super().draw(logistic)
-        soft = torch.sigmoid(self.logits / self.temperature)
+        soft = self._inclusion(self.logits / self.temperature)
         return self.is_open.to(soft.dtype) + (soft - soft.detach())
+
+    def _inclusion(self, logits: Tensor) -> Tensor:
+        """Probability that each gate is open, by itself or as one of its block."""
+        if self.masks is None:
+            return logits.sigmoid()
+        moved = logits.movedim(self.input_dim, -1)
+        found = inclusion_in_blocks(moved.reshape(-1, self.masks.shape[1]), self.masks)
+        return found.view(moved.shape).movedim(-1, self.input_dim)
 
     def forward(self, posterior: Gaussian) -> Gaussian:
         """The posterior of the weights given one draw of the gates."""

@@ -27,15 +27,17 @@ def add_weight_gates(
     """Gives every weight of the variational layers, biases apart, a gate; in place.
 
     Until training the output in evaluation mode is what it was. `attach` finds the gates, adds their KL and moves them;
-    `close` turns those with an inclusion probability up to 1/2 into removed weights.
+    `close` turns those with an inclusion probability up to 1/2, or outside the likeliest pattern, into removed weights.
 
     Args:
         model: A variational model; one with gates of channels is fine.
         target: What the gates are held to while they learn: "weights=0.0015", that share of the gated weights is open,
             which is reached after three fifths of the training; or "2:4", the best two of every four consecutive
-            inputs, from a tenth of the training on. `attach` then needs `num_steps`. The gates have no prior then and
-            are not drawn: which of them are open is decided by their logits in training, too. None leaves the density
-            to the prior and the data.
+            inputs, from a tenth of the training on. The gates of a block are then one choice among its six patterns,
+            more generally among all N of M where those are at most 100 (4:8 has 70); with more each gate learns by
+            itself, and the best N of a block are open all the same. `attach` then needs `num_steps`. The gates have no
+            prior then and are not drawn: which of them are open is decided by their logits in training, too. None
+            leaves the density to the prior and the data.
         prior_inclusion: Prior probability that a weight is there. Every open gate costs -ln of it in nats, beside the
             KL of the weight itself.
         initial_inclusion: Posterior probability at the start.
@@ -76,12 +78,12 @@ def inclusion_probabilities(model: nn.Module) -> dict[str, Tensor]:
     """Posterior probabilities that gates are open, by name.
 
     Those of channels are (U,), for U units, by the name of the group's first layer; those of weights have the weight's
-    shape, by the name of the parameter.
+    shape, by the name of the parameter. Under a pattern they are sums over the patterns of the block, N for each.
 
     Raises:
         ValueError: the model has no gates.
     """
-    found = {name: gate.logits.detach().sigmoid() for name, gate in named_gates(model)}
+    found = {name: gate.probabilities.detach() for name, gate in named_gates(model)}
     if not found:
         raise ValueError("the model has no gates; call gates.add_channel_gates or gates.add_weight_gates first.")
     return found
