@@ -48,7 +48,7 @@ class MeanStatistics:
         if self._layers and self._norms:
             self._handles = [
                 model.register_forward_pre_hook(self._look, with_kwargs=True),
-                model.register_forward_hook(self._undo, always_call=True),
+                model.register_forward_hook(self._look_back, always_call=True),
             ]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -80,7 +80,7 @@ class MeanStatistics:
             handle.remove()
         self._handles, self._batch, self._before = [], None, {}
 
-    def _undo(self, *_: Any) -> None:
+    def _undo(self) -> None:
         """Puts the statistics back; past autograd, which looks at their versions in the backward to come."""
         if self._before and not torch.compiler.is_compiling():
             now = [buffer.data for buffer in _running(self._before)]
@@ -94,8 +94,19 @@ class MeanStatistics:
             foreach("copy_", copies, now)
         return {norm: (copies[2 * i], copies[2 * i + 1]) for i, norm in enumerate(norms)}
 
-    def _look(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _concerns(self, model: nn.Module) -> bool:
+        """Whether a forward trains with noise: what others measure, or train at the means, is theirs."""
         if not self._norms or torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
+            return False
+        # A layer that was made deterministic has no override.
+        return not all(getattr(layer, "estimator_override", None) in ("mean", "moments") for layer in self._layers)
+
+    def _look_back(self, model: nn.Module, *_: Any) -> None:
+        if self._concerns(model):
+            self._undo()
+
+    def _look(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not self._concerns(model):
             return
         if not isinstance(self._layers[0], VariationalLayer):  # made deterministic
             self.end()

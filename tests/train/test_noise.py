@@ -273,6 +273,31 @@ def test_a_plain_loop_afterwards_gathers_as_ever(is_detached):
     assert not model._forward_pre_hooks
 
 
+def test_a_training_at_the_means_afterwards_gathers_as_ever():
+    """The attachment is still there, and its optimizer takes no more steps."""
+    model, attachment, steps = conv_with_norm()
+    steps(3)
+    expected = copy.deepcopy(model)
+    attachment.detach()
+    bp.attach(torch.optim.SGD(model.parameters(), lr=0.0), model, num_data=100)
+    x = torch.randn(8, 2, 4, 4)
+    for net in (model, expected):
+        with bp.sampling(net.train(), "mean"):
+            for _ in range(9):
+                net(x).sum().backward()
+    assert torch.equal(model[1].running_var, expected[1].running_var)
+
+
+def test_what_is_measured_between_a_forward_and_its_step_stays_until_then():
+    model, _, _ = conv_with_norm()
+    x = torch.randn(16, 2, 4, 4)
+    model.train()(x).sum().backward()
+    expected = recalibrate_batch_norm(copy.deepcopy(model), [3 * x])
+    recalibrate_batch_norm(model, [3 * x])
+    model.eval()(x)
+    assert torch.equal(model[1].running_var, expected[1].running_var)
+
+
 def test_a_frozen_norm_stays():
     model, _, steps = conv_with_norm()
     model.train()
