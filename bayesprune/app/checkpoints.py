@@ -193,6 +193,7 @@ class ResumableTask(Task):
         self.task, self.checkpoints = task, checkpoints
         self.description, self.metric, self.generators = task.description, task.metric, task.generators
         self.example_inputs, self.calibration, self.is_main = task.example_inputs, task.calibration, task.is_main
+        self.is_sharded = task.is_sharded
         self._num_trainings = self._num_scores = 0
 
     metric: Metric

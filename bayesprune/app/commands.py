@@ -95,8 +95,12 @@ def compress(
         bool, Option("--gates", help="With weights: gates that learn choose them, for targets of a few per cent.")
     ] = False,
     bits: Annotated[
-        int | None, Option(min=2, max=12, help="At the end, round the weights to so many bits by their posterior.")
+        int | None,
+        Option(min=2, max=12, help="After the fine-tuning, round the weights to so many bits by their posterior."),
     ] = None,
+    train_rounded: Annotated[
+        bool, Option(help="With --bits: train rounded weights on for --epochs, held to their grids.")
+    ] = True,
     coding: Annotated[
         str | None, Option(help="entropy: the smallest file of the result, without loss; needs constriction.")
     ] = None,
@@ -160,6 +164,7 @@ def compress(
         distill=distill,
         by=by,
         bits=bits,
+        train_rounded=train_rounded,
         coding="entropy" if coding else None,
         levels=tuple(levels.split(",")) if levels else (),
         corruptions=corruptions,

@@ -31,7 +31,7 @@ from bayesprune.layers import named_posteriors
 from bayesprune.prediction.predict import sampling
 from bayesprune.prune import freeze_batch_norm, prune_channels, signal_to_noise, smallest_within
 from bayesprune.prune.graph.group import GRANULARITY
-from bayesprune.reports import ACCURACY, HistoryPoint, Metric, Report, count_parameters, report
+from bayesprune.reports import ACCURACY, ExtraTable, HistoryPoint, Metric, Report, count_parameters, report
 from bayesprune.storage import save
 from bayesprune.storage.base import describe
 from bayesprune.train import Distillation, distillation
@@ -77,10 +77,11 @@ def compress(
         lr: Its highest learning rate, of AdamW and one cycle.
         metric: `reports.ACCURACY`, or `reports.PERPLEXITY` of a causal language model.
         **options: Further fields of the recipe: `granularity`, `uniform`, `distill`, `std`, `estimator`,
-            `relative_std`, `by`; `gates=True` lets gates choose single weights; `bits` rounds the weights at the end
-            (`quantize`), `coding="entropy"` saves them in fewer bytes, `levels=("macs=0.7",)` saves smaller versions
-            beside them, as fractions of the result, and `corruptions=True` adds to the report what was lost on
-            corrupted test images.
+            `relative_std`, `by`; `gates=True` lets gates choose single weights; `bits` rounds the fine-tuned weights
+            (`quantize`) and trains them on for as long again, held to their grids (`bits.StraightThrough`), which
+            `train_rounded=False` leaves out; `coding="entropy"` saves them in fewer bytes, `levels=("macs=0.7",)`
+            saves smaller versions beside them, as fractions of the result, and `corruptions=True` adds to the report
+            what was lost on corrupted test images.
 
     Raises:
         ValueError: an option is out of range, a split is missing, or both target and tolerance are given.
@@ -143,6 +144,11 @@ def run(
         progress.say(f"validation {task.metric.shown(value)} with {num_parameters:,} non-zero parameters")
         return value
 
+    if recipe.bits is not None and recipe.train_rounded and task.is_sharded:
+        raise ValueError(
+            "training cuts the weights over processes (FSDP), where they cannot be held to grids; leave training after "
+            "rounding out (train_rounded=False, --no-train-rounded), or launch with DDP or one process."
+        )
     _check_feasible(model, task, recipe)
     progress.stage("Use the trained model" if is_trained else "Train the dense model")
     if not is_trained:
@@ -186,17 +192,18 @@ def run(
         validate(model, "removed")
 
     progress.stage("Fine-tune the smaller model")
-    if not recipe.removes_weights:
-        to_deterministic(model)
-        with frozen:
+    tables: tuple[ExtraTable, ...] = ()
+    with frozen:
+        if not recipe.removes_weights:
+            to_deterministic(model)
             task.train(model, progress, Training(recipe.num_epochs, recipe.lr, distill=distill))
-    else:
-        _fine_tune(model, task, recipe.num_epochs, recipe.lr, progress, distill)  # its masks keep the zeros
-        to_deterministic(model)
-    validate(model, "fine-tuned")
-    if recipe.bits is not None:
-        progress.say(str(quantize(model, itertools.islice(task.calibration, _BATCHES), bits=recipe.bits)))
-        validate(model, f"{recipe.bits} bits")
+        else:
+            _fine_tune(model, task, recipe.num_epochs, recipe.lr, progress, distill)  # its masks keep the zeros
+            to_deterministic(model)
+        tuned = validate(model, "fine-tuned")
+        if recipe.bits is not None:
+            progress.stage(f"Round the weights to {recipe.bits} bits")
+            tables = (_rounded(model, task, recipe, progress, tuned, validate, distill),)
 
     if not task.is_main:
         return Compressed(model, None)
@@ -222,10 +229,41 @@ def run(
         )
     if recipe.corruptions:
         progress.say("corrupting the test images")
-        result = replace(result, tables=what_was_lost(dense, model, task, num_batches=_BATCHES))
+        tables += what_was_lost(dense, model, task, num_batches=_BATCHES)
+    result = replace(result, tables=tables)
     result.save(out)
     task.save_preparation(out)
     return Compressed(model, result)
+
+
+def _rounded(
+    model: nn.Module,
+    task: Task,
+    recipe: Recipe,
+    progress: Progress,
+    tuned: float,
+    validate: Callable[[nn.Module, str], float],
+    distill: Distillation | None,
+) -> ExtraTable:
+    """Rounds the weights in place, trains them on where asked, and says what each cost; what was no better goes."""
+    rounded = quantize(model, itertools.islice(task.calibration, _BATCHES), bits=recipe.bits)
+    progress.say(str(rounded))
+    label = f"{recipe.bits} bits"
+    scores = {"fine-tuned": tuned, label: validate(model, label)}
+    remark = f"On validation data. The weights stand on grids of {label}"
+    if recipe.train_rounded:
+        progress.say("training goes on with the weights held to their grids")
+        before = copy.deepcopy(model.state_dict())
+        task.train(model, progress, Training(recipe.num_epochs, recipe.lr, distill=distill, rounded=rounded))
+        trained = f"{label}, trained on"
+        scores[trained] = validate(model, trained)
+        remark += ", and were held to them while training went on for as many epochs again (straight-through)"
+        if (scores[trained] - scores[label]) * (-1 if task.metric.is_lower_better else 1) < 0:
+            model.load_state_dict(before)
+            progress.say("that was worse: the rounded weights stay as they were")
+            remark += ". That was worse, and the result has the weights of before"
+    rows = tuple((name, task.metric.shown(score)) for name, score in scores.items())
+    return ExtraTable("Rounded weights", f"{remark}.", ("weights", task.metric.name), rows)
 
 
 def _levels(model: nn.Module, task: Task, recipe: Recipe, progress: Progress) -> list[Level]:

@@ -31,7 +31,9 @@ class Recipe:
         uniform: Whether the same fraction of every group goes, so that a config can say the sizes.
         relative_std: Initial std as a fraction of the root mean square of the layer's weights.
         distill: Whether the smaller model learns from the dense one, too, in each training after a removal.
-        bits: Width to which the weights are rounded at the end; None leaves them as they are.
+        bits: Width to which the weights are rounded after the fine-tuning; None leaves them as they are.
+        train_rounded: Whether rounded weights are trained on for as long again, held to their grids; where that is
+            worse on validation data it is undone.
         coding: "entropy" saves the result in as few bytes as it has entropy.
         corruptions: Whether the report says what was lost on corrupted test images.
         levels: Targets of smaller versions that are saved beside the result, as fractions of it.
@@ -52,6 +54,7 @@ class Recipe:
     distill: bool = True
     by: Literal["macs", "weights"] = "macs"
     bits: int | None = None
+    train_rounded: bool = True
     coding: Literal["entropy"] | None = None
     levels: tuple[str, ...] = ()
     gates: bool = False
@@ -99,7 +102,7 @@ class Recipe:
     @property
     def num_stages(self) -> int:
         """Number of stages that `run` announces."""
-        return 4 + self.learns_stds
+        return 4 + self.learns_stds + (self.bits is not None)
 
     @property
     def removal(self) -> str:

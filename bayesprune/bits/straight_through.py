@@ -182,21 +182,27 @@ class StraightThrough:
             "limits": {name: tensor.grid.limit for name, tensor in self._rounded.items()},
         }
 
-    def _continue(self, state: Mapping[str, Any]) -> None:
-        """Takes step and values from the state of another run.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a `state_dict()`, once the states of model and optimizer have been loaded.
 
         Raises:
             ValueError: the optimizer does not hold the tensors that it held there.
         """
-        if missing := [name for name in state["values"] if name not in self._rounded]:
+        self._continue(state)
+        self._round()
+
+    def _continue(self, state: Mapping[str, Any]) -> None:
+        """Takes step, grids and values from the state of another run."""
+        if others := state["values"].keys() ^ self._rounded.keys():
             raise ValueError(
-                f"the state has values of {first_names(missing)}, which this optimizer does not hold; expected the "
-                "optimizer of the run that was saved."
+                f"the state and this optimizer differ in {first_names(sorted(others))}, which one of them does not "
+                "hold; expected the optimizer of the run that was saved."
             )
         self._steps.value = state["step"]
         for name, tensor in self._rounded.items():
             tensor.values.copy_(state["values"][name])
             tensor.kept.copy_(state["kept"][name])
+            tensor.grid = Grid(state["steps"][name].to(tensor.values.device), state["limits"][name])
 
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         return with_gradients(optimizer, args, kwargs, self._hand_over)

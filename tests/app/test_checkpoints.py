@@ -69,7 +69,7 @@ class Until:
         yield advance
 
 
-def job(folder, progress, *, target, tolerance=None, every=3):
+def job(folder, progress, *, target, tolerance=None, bits=None, every=3):
     from bayesprune.app.tasks.loop import LoaderTask
 
     torch.manual_seed(0)
@@ -86,9 +86,10 @@ def job(folder, progress, *, target, tolerance=None, every=3):
         estimator="auto",
         granularity=("mlp", "width"),
         by="weights" if target else "macs",
+        bits=bits,
     )
     task = LoaderTask(data(), accelerate.Accelerator(cpu=True))
-    request = {"target": str(target), "tolerance": tolerance}
+    request = {"target": str(target), "tolerance": tolerance, "bits": bits}
     checkpoints = Checkpoints(folder / "checkpoints", request, CheckpointEvery(steps=every), generators=task.generators)
     resumable = ResumableTask(task, checkpoints)
     run(model, resumable, recipe, folder / "out", progress, name="small", is_trained=False)
@@ -98,15 +99,19 @@ def job(folder, progress, *, target, tolerance=None, every=3):
     return load_file(folder / "out" / "model.safetensors")
 
 
-@pytest.mark.parametrize(("target", "tolerance"), [("weights=0.4", None), (None, 0.6)], ids=["weights", "channels"])
-def test_a_killed_job_goes_on_to_the_last_bit(target, tolerance, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "options",
+    [{"target": "weights=0.4"}, {"target": None, "tolerance": 0.6}, {"target": "weights=0.4", "bits": 3}],
+    ids=["weights", "channels", "bits"],
+)
+def test_a_killed_job_goes_on_to_the_last_bit(options, tmp_path, monkeypatch):
     monkeypatch.setattr(latency, "SECONDS_PER_REPEAT", 0.0)
-    expected = job(tmp_path / "whole", Until(10**6), target=target, tolerance=tolerance)
+    expected = job(tmp_path / "whole", Until(10**6), **options)
     survived, kills = None, 0
     while survived is None:
         progress = Until(11)
         try:
-            survived = job(tmp_path / "killed", progress, target=target, tolerance=tolerance)
+            survived = job(tmp_path / "killed", progress, **options)
         except Killed:
             kills += 1
             assert kills < 40, "every run makes eleven steps, of which at most two are lost"

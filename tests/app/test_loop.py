@@ -71,8 +71,19 @@ def run(rank: int, folder: str, port: int, kind: str) -> None:
     state["resumed"] = trained(half, estimator=noiseless, checkpoints=path)[1].state_dict()
     other, normed = trained(half, estimator="weight_sampling", with_norm=True)
     state |= {"normed": normed.state_dict(), "score": other.score(normed, "validation")}
+    if kind == "MULTI":
+        state["rounded"] = rounded(half).state_dict()
     torch.save(state, Path(folder) / f"{rank}.pt")
     found.close()
+
+
+def rounded(batch_size):
+    """A net that was rounded to two bits and trained on."""
+    torch.manual_seed(0)
+    model, whole = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)), task(batch_size)
+    report = bp.quantize(model, whole.calibration, bits=2)
+    whole.train(model, Until(10**6), Training(3, 0.05, rounded=report))
+    return model
 
 
 @contextmanager
@@ -101,7 +112,9 @@ def test_two_processes_train_the_model_of_one(kind, tmp_path):
         multiprocessing.spawn(run, (str(tmp_path), port, kind), nprocs=NUM_PROCESSES)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(NUM_PROCESSES))
     assert (first.pop("is_main"), second.pop("is_main")) == (True, False)
-    for part in ("model", "normed", "resumed"):
+    if kind == "MULTI":
+        assert all(len(first["rounded"][name].unique()) <= 3 for name in ("0.weight", "2.weight", "2.bias"))
+    for part in first.keys() & {"model", "normed", "resumed", "rounded"}:
         assert all(torch.equal(first[part][name], second[part][name]) for name in first[part])
     assert first["score"] == second["score"]
     for name, value in expected.state_dict().items():
@@ -139,3 +152,18 @@ def test_the_teacher_is_in_the_loss_and_stays_as_it_was(tmp_path):
     resumed = student(10**6, tmp_path / "parts.pt")
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in model.state_dict().items())
     assert all(torch.equal(value, state[name]) for name, value in distill.teacher.state_dict().items())
+
+
+@pytest.mark.usefixtures("plain_accelerate")
+@pytest.mark.parametrize("training", [Training(2, 0.05, learn_stds=True), REMOVAL], ids=["stds", "removal"])
+def test_a_training_leaves_no_hooks_and_the_next_one_moves_statistics(training):
+    torch.manual_seed(0)
+    model = bp.to_variational(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)))
+    whole = task(8)
+    whole.train(model, Until(10**6), training)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    before, mask = model[1].running_mean.clone(), copy.deepcopy(model[0].mask("weight"))
+    with bp.sampling(model, "mean"):
+        whole.train(model, Until(10**6), Training(1, 0.05))
+    assert not torch.allclose(model[1].running_mean, before, rtol=0.1)
+    assert mask is None or not model[0].weight[~mask].any()

@@ -36,7 +36,7 @@ class BySize:
 
     description = "nothing"
     calibration = ((torch.linspace(-1, 1, 64).view(8, 8), torch.arange(8) % 4),)
-    is_main = True
+    is_main, is_sharded = True, False
 
     def __init__(self, metric, score):
         self.metric, self.of_size, self.example_inputs, self.trained = metric, score, torch.randn(1, 8), []
@@ -155,18 +155,70 @@ def test_compress_does_the_job_from_python(target, by_gates, tmp_path, monkeypat
     assert any("Learn how certain" in message for message in said) == (target == "weights=0.5" and not by_gates)
 
 
-def test_compress_rounds_and_codes(tmp_path):
+@pytest.mark.parametrize("train_rounded", [True, False])
+def test_compress_rounds_and_codes(train_rounded, tmp_path):
     pytest.importorskip("constriction")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 400), nn.ReLU(), nn.Linear(400, 3))
     options = {"out": tmp_path, "num_epochs": 1, "lr": 0.02, "bits": 4, "coding": "entropy"}
-    small, report = bp.compress(model, batches(), "weights=0.5", **options)
+    small, report = bp.compress(model, batches(), "weights=0.5", **options, train_rounded=train_rounded)
     assert all(len(parameter.unique()) <= 15 for parameter in small.parameters())
-    assert [point.label for point in report.history][-2:] == ["fine-tuned", "4 bits"]
+    assert int(small[0].weight.count_nonzero() + small[2].weight.count_nonzero()) <= 2200
+    labels = ["fine-tuned", "4 bits", "4 bits, trained on"][: 2 + train_rounded]
+    assert [point.label for point in report.history][-len(labels) :] == labels
+    (table,) = Report.from_json((tmp_path / "report.json").read_text()).tables
+    assert [row[0] for row in table.rows] == labels
+    assert ("held to them while training went on" in table.remark) == train_rounded
+    assert "Rounded weights" in str(report)
     size = (tmp_path / "model.safetensors").stat().st_size
     assert size < sum(parameter.nbytes for parameter in small.parameters()) / 6
     loaded = bp.load(tmp_path, model=nn.Sequential(nn.Linear(8, 400), nn.ReLU(), nn.Linear(400, 3)))
     assert all(torch.equal(value, small.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
+def test_training_goes_on_with_rounded_weights(tmp_path):
+    """At three bits the loss falls well below that of rounding alone."""
+    losses = {}
+    for train_rounded in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 40), nn.ReLU(), nn.Linear(40, 3))
+        options = {"out": tmp_path / str(train_rounded), "num_epochs": 8, "lr": 0.02, "bits": 3, "distill": False}
+        small, _ = bp.compress(model, batches(), "macs=0.5", **options, train_rounded=train_rounded)
+        assert all(len(parameter.unique()) <= 7 for parameter in small.parameters())
+        x, y = batches()["train"].dataset.tensors
+        losses[train_rounded] = float(nn.functional.cross_entropy(small(x), y).detach())
+    assert losses[True] < 0.75 * losses[False]
+
+
+class Spoils(BySize):
+    """Training with rounded weights leaves the first layer without any."""
+
+    def train(self, model, progress, training, *, checkpoint=None):
+        super().train(model, progress, training, checkpoint=checkpoint)
+        if training.rounded is not None:
+            model[0].weight.data.zero_()
+
+
+@pytest.mark.parametrize(("metric", "sign"), [(ACCURACY, 1), (PERPLEXITY, -1)], ids=["accuracy", "perplexity"])
+def test_training_that_makes_rounded_weights_worse_is_undone(metric, sign, tmp_path, monkeypatch):
+    monkeypatch.setattr(latency, "SECONDS_PER_REPEAT", 0.0)
+    model = nn.Sequential(nn.Linear(8, 40), nn.ReLU(), nn.Linear(40, 4))
+    task, progress = Spoils(metric, lambda kept: 10 + sign * kept), Silent()
+    recipe = Recipe("macs=0.5", None, 2, 0.1, 0.1, None, "auto", ("width",), bits=4)
+    report = run(model, task, recipe, tmp_path, progress, name="two layers", is_trained=True).report
+    assert model[0].weight.any()
+    assert "that was worse: the rounded weights stay as they were" in progress.said
+    assert "the result has the weights of before" in report.tables[0].remark
+    assert report.after.accuracy == task.score(model, "test")
+
+
+def test_sharded_weights_are_not_held_to_grids(tmp_path):
+    task = BySize(ACCURACY, lambda kept: kept)
+    task.is_sharded = True
+    recipe = Recipe("macs=0.5", None, 1, 0.1, 0.1, None, "auto", ("width",), bits=4)
+    with pytest.raises(ValueError, match=r"\(FSDP\), where they cannot be held to grids; .* --no-train-rounded"):
+        run(nn.Linear(8, 4), task, recipe, tmp_path, Silent(), name="one layer", is_trained=True)
+    assert not task.trained
 
 
 def test_compress_saves_smaller_versions(tmp_path):

@@ -75,16 +75,21 @@ def compress(capsys, folders, model, out, *options):
 
 def test_text_classification_with_a_new_head(folders, tmp_path, capsys):
     data = ["--task", "text-classification", "--data", str(folders / "labelled.tsv")]
-    text, report = compress(capsys, folders, "bert", tmp_path, *data, "--target", "macs=0.7", "--seed", "1")
+    text, report = compress(
+        capsys, folders, "bert", tmp_path, *data, "--target", "macs=0.7", "--bits", "3", "--seed", "1"
+    )
     assert "the model is trained first: its classes are LABEL_0, LABEL_1, LABEL_2, those of the data bad, good" in text
     assert "epoch 1/1: loss" in text
-    assert "[4/4]" in text
+    assert "[4/5] Round the weights to 3 bits" in text
+    assert text.index("[4/5]") < text.rindex("epoch 1/1: loss") < text.index("[5/5]")
+    assert [row[0] for row in report["tables"][0]["rows"]] == ["fine-tuned", "3 bits", "3 bits, trained on"]
     assert report["after"]["macs"] <= 0.7 * report["before"]["macs"]
     assert report["metric"] == {"name": "accuracy", "is_lower_better": False}
     load = text[text.index("load the model: ") :].removeprefix("load the model: ").splitlines()[0]
     assert load.startswith("import bayesprune; from transformers import AutoModelForSequenceClassification; model = ")
     exec(load, named := {})
     assert named["model"].config.id2label == {0: "bad", 1: "good"}
+    assert all(len(p.unique()) <= 7 for name, p in named["model"].named_parameters() if "query" in name)
     inputs = AutoTokenizer.from_pretrained(tmp_path)("w1 w2 w3", return_tensors="pt")
     assert named["model"](**inputs).logits.shape == (1, 2)
 

@@ -193,7 +193,8 @@ def test_widths_fall_to_those_asked_for(batch):
     assert len(model[4].weight.unique()) == 3
 
 
-def test_a_run_that_stopped_goes_on_to_the_last_bit(batch):
+@pytest.mark.parametrize("from_state", [True, False])
+def test_a_run_that_stopped_goes_on_to_the_last_bit(from_state, batch):
     schedule = WidthSchedule(extra=2, end=0.8)
 
     def start() -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -210,7 +211,12 @@ def test_a_run_that_stopped_goes_on_to_the_last_bit(batch):
     resumed, its_optimizer = start()
     resumed.load_state_dict(saved[0])
     its_optimizer.load_state_dict(saved[1])
-    again = StraightThrough(its_optimizer, resumed, saved[2], schedule=schedule, num_steps=12)
+    if from_state:
+        again = StraightThrough(its_optimizer, resumed, saved[2], schedule=schedule, num_steps=12)
+    else:
+        other = bp.quantize(pruned(), [batch], bits=2)
+        again = StraightThrough(its_optimizer, resumed, other, schedule=schedule, num_steps=12)
+        again.load_state_dict(saved[2])
     assert (again.step, again.extra) == (5, 1)
     train(resumed, its_optimizer, batch, 7)
     for name, value in model.state_dict().items():
@@ -269,6 +275,10 @@ def test_what_does_not_fit_is_refused(batch):
     report = bp.quantize(model, [batch], bits=3)
     with pytest.raises(ValueError, match="num_steps is None"):
         StraightThrough(optimizer, model, report, schedule=WidthSchedule())
+    state = StraightThrough(optimizer, model, report).state_dict()
+    first = StraightThrough(torch.optim.SGD([model[0].weight], 0.1), model, report)
+    with pytest.raises(ValueError, match=r"differ in 4\.bias, 4\.weight, which one of them does not hold"):
+        first.load_state_dict(state)
     with pytest.raises(ValueError, match="Adam holds none of the 3 tensors"):
         StraightThrough(torch.optim.Adam(net().parameters()), model, report)
     other = nn.Sequential(nn.Flatten(), nn.Linear(64, 5))

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from bayesprune.app.data import Loaders
 from bayesprune.app.tasks.task import Checkpoint, Progress, Split, Task, Training, check_finite
+from bayesprune.bits import StraightThrough
 from bayesprune.foundation import defaults
 from bayesprune.foundation.batches import device_of, logits_of, on_device, split
 from bayesprune.foundation.model import load_values
@@ -48,21 +49,26 @@ class LoaderTask(Task):
         self.example_inputs = next(iter(data.validation))[0][:1] if example_inputs is None else example_inputs
         self.generators = [data.train.generator] if isinstance(data.train.generator, torch.Generator) else []
         self.is_main: bool = accelerator.is_main_process
-        self._is_sharded = accelerator.distributed_type == DistributedType.FSDP
+        self.is_sharded: bool = accelerator.distributed_type == DistributedType.FSDP
 
     def train(
         self, model: nn.Module, progress: Progress, training: Training, *, checkpoint: Checkpoint | None = None
     ) -> None:
-        """Minimises the cross-entropy; removes weights by the default schedule."""
+        """Minimises the cross-entropy; removes weights by the default schedule.
+
+        Raises:
+            UnsupportedModelError: weights are to be held to grids, and are cut over processes.
+        """
         device, loader = device_of(model), self._training_loader()
-        trained = copy.deepcopy(model) if self._is_sharded else model
+        trained = copy.deepcopy(model) if self.is_sharded else model
         optimizer = torch.optim.AdamW(trained.parameters(), lr=training.lr, weight_decay=0.0)
         num_steps = training.num_epochs * len(loader)
         wrapped, stepper = self.accelerator.prepare(trained, optimizer)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, training.lr, total_steps=num_steps)
         parts: dict[str, Any] = {"model": trained, "optimizer": optimizer, "schedule": schedule}
+        attachment = rounding = None
         if training.learn_stds:
-            parts["attachment"] = attach(
+            attachment = parts["attachment"] = attach(
                 optimizer,
                 trained,
                 num_data=self.data.num_data,
@@ -70,6 +76,8 @@ class LoaderTask(Task):
                 warmup=defaults.WARMUP,
                 prune=None if training.target is None else PruneSchedule(training.target),
             )
+        if training.rounded is not None:
+            rounding = parts["rounding"] = StraightThrough(optimizer, trained, training.rounded)
         if self.accelerator.scaler is not None:
             parts["scaler"] = self.accelerator.scaler
         batches = _Batches(loader, training.num_epochs, parts, checkpoint)
@@ -91,8 +99,12 @@ class LoaderTask(Task):
                 advance(number)
                 if checkpoint is not None and self._is_agreed(checkpoint.is_due(step)):
                     checkpoint.keep(step, batches.state())
+        if rounding is not None:
+            rounding.finish()
+        if attachment is not None:
+            attachment.detach()
         self.accelerator.free_memory()
-        if self._is_sharded:
+        if self.is_sharded:
             load_values(model, {name: full_tensor(value) for name, value in trained.state_dict().items()})
         if self.accelerator.num_processes > 1:  # each has batch-norm statistics of its own images
             with torch.no_grad():
@@ -134,7 +146,7 @@ class LoaderTask(Task):
 
     def _is_agreed(self, decision: bool) -> bool:
         """The main process's decision where all have to take part: sharded tensors are gathered."""
-        return bool(self._of_main(float(decision))) if self._is_sharded else decision
+        return bool(self._of_main(float(decision))) if self.is_sharded else decision
 
     def _of_main(self, number: float) -> float:
         found = torch.tensor([number], dtype=torch.float64, device=self.accelerator.device)

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import nn
 
+from bayesprune.bits import Quantization
 from bayesprune.foundation.progress import progress_bar
 from bayesprune.foundation.target import Target
 from bayesprune.reports import Metric
@@ -86,6 +87,7 @@ class Training:
         target: "weights=...", the fraction of single weights that is kept: the others are removed on the way,
             gradually, leaving time to recover; with `learn_stds` alone.
         distill: What the model learns from beside the labels.
+        rounded: What `quantize` said of the model, whose weights are held to their grids; of a stock model.
     """
 
     num_epochs: int
@@ -93,6 +95,7 @@ class Training:
     learn_stds: bool = False
     target: Target | None = None
     distill: Distillation | None = None
+    rounded: Quantization | None = None
 
 
 class Task(Protocol):
@@ -105,6 +108,7 @@ class Task(Protocol):
         calibration: Batches of training inputs, each time from the start.
         generators: Random generators of the task's own, which a checkpoint keeps beside the global ones.
         is_main: Whether this process writes files and speaks; one of several does.
+        is_sharded: Whether weights are cut over processes while they train (FSDP).
     """
 
     description: str
@@ -113,6 +117,7 @@ class Task(Protocol):
     calibration: Iterable[Any]
     generators: Sequence[torch.Generator]
     is_main: bool
+    is_sharded: bool
 
     def train(
         self, model: nn.Module, progress: Progress, training: Training, *, checkpoint: Checkpoint | None = None

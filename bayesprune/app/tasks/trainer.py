@@ -22,6 +22,7 @@ from transformers import (
 
 from bayesprune.app.pretrained import AUTO_CLASSES
 from bayesprune.app.tasks.task import Checkpoint, Progress, Split, Training, check_finite
+from bayesprune.bits import Quantization, StraightThrough
 from bayesprune.hosts.transformers.callback import BayesPruneCallback
 from bayesprune.hosts.transformers.distillation import DistillationCallback
 from bayesprune.prune.weights.schedule import PruneSchedule
@@ -72,6 +73,8 @@ def train(model: PreTrainedModel, data: TrainingData, progress: Progress, traini
             callbacks.append(BayesPruneCallback(prune=prune))
         if training.distill is not None:
             callbacks.append(DistillationCallback(training.distill))
+        if training.rounded is not None:
+            callbacks.append(_Grids(training.rounded))
         with progress.training(training.num_epochs, steps_per_epoch) as advance:
             callbacks.append(_Steps(advance, training.lr))
             trainer = Trainer(
@@ -108,6 +111,25 @@ class _Steps(TrainerCallback):
         self.is_pending = False
 
     on_train_end = on_step_begin
+
+
+class _Grids(TrainerCallback):
+    """Holds rounded weights to their grids."""
+
+    def __init__(self, rounded: Quantization) -> None:
+        self.rounded = rounded
+        self.rounding: StraightThrough | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any
+    ) -> None:
+        """Hooks the optimizer that the Trainer made."""
+        self.rounding = StraightThrough(event["optimizer"], event["model"], self.rounded)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
+        """Leaves the weights on their grids."""
+        assert self.rounding is not None, "the training began"
+        self.rounding.finish()
 
 
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
@@ -161,7 +183,7 @@ class TrainerTask:
         self.metric: Metric = PERPLEXITY if kind == "causal-lm" else ACCURACY
         loader = self._loader("train")
         self.calibration: Iterable[dict[str, Any]] = loader
-        self.generators, self.is_main = [loader.generator], True
+        self.generators, self.is_main, self.is_sharded = [loader.generator], True, False
         example = next(iter(self._loader("validation", [_middle(splits["validation"])])))
         self.example_inputs = {name: value for name, value in example.items() if name != "labels"}
 
