@@ -8,6 +8,7 @@ images with seed 0, among as many settings for each. Finished rows are skipped w
     python tests/benchmarks/extreme.py --data-dir DATA --work WORK --only "MNIST LeNet-300-100" --levels 0.15
     python tests/benchmarks/extreme.py --table
 
+The page and its picture, which needs matplotlib, are written from the results file at the end, and by --table.
 DATA holds MNIST/raw/*.gz and FashionMNIST/raw/*.gz; WORK keeps the dense networks.
 """
 
@@ -228,8 +229,12 @@ class Benchmark:
         make = {"gates": by_gates, "L1 mask": by_l1_mask}.get(way.method, by_score)
         model = make(way, copy.deepcopy(start), data, task, level)
         found = {"error": error(model, data, task), **kept(model), "seconds": round(time.perf_counter() - begin)}
+        if TASKS[name][1] == "LeNet-300-100" and not validation:
+            found["readers"] = readers(model.state_dict())
+            found["dense_magnitude"] = magnitude(start)
         write(self.out, SETTINGS, [*read(self.out, SETTINGS), key | found])
-        print(time.strftime("%H:%M:%S"), key | found, flush=True)
+        shown = {name: value for name, value in found.items() if not isinstance(value, list)}
+        print(time.strftime("%H:%M:%S"), key | shown, flush=True)
         return key | found
 
     def run(self, name: str, level: float, methods: list[str], seeds: list[int]) -> None:
@@ -252,7 +257,48 @@ def kept(model: nn.Module) -> Row:
     return found
 
 
-def page(rows: list[Row]) -> str:
+def readers(state: dict[str, Tensor]) -> list[int]:
+    """How many weights that are left read each pixel."""
+    return next(value for value in state.values() if value.shape[1:] == (784,)).ne(0).sum(0).tolist()
+
+
+def magnitude(state: dict[str, Tensor]) -> list[float]:
+    """Mean |weight| of each pixel."""
+    weight = next(value for value in state.values() if value.shape[1:] == (784,))
+    return [round(float(value), 4) for value in weight.abs().mean(0)]
+
+
+def picture(rows: list[Row], out: Path) -> bool:
+    """Draws how many weights read each pixel, of the gates' smallest network, at the seed of median error."""
+    found = [row for row in rows if row["method"] == "gates" and "readers" in row]
+    if not found:
+        return False
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
+
+    task, level = min(((row["task"], row["level"]) for row in found), key=lambda key: (key[1], key[0][0] != "M"))
+    same = sorted((row for row in found if (row["task"], row["level"]) == (task, level)), key=lambda row: row["error"])
+    row = same[len(same) // 2]
+    counts, dense = (torch.tensor(row[name]).view(28, 28) for name in ("readers", "dense_magnitude"))
+    figure, axes = pyplot.subplots(1, 2, figsize=(7.2, 3.7), layout="constrained")
+    said = f"{int(counts.sum())} weights read {int((counts > 0).sum())} of 784 pixels"
+    said += f"\n({row['kept']} of 266,200 weights left, {row['error']:.1f} % wrong)"
+    titles = {said: counts, "the dense network:\nmean |weight| of each pixel": dense}
+    for axis, (title, values) in zip(axes, titles.items(), strict=True):
+        image = axis.imshow(values, cmap="Blues", vmin=0)
+        axis.set_title(title, loc="left", fontsize=10)
+        axis.set_xticks([])
+        axis.set_yticks([])
+        figure.colorbar(image, ax=axis, shrink=0.85, ticks=MaxNLocator(5, integer=values is counts))
+    figure.savefig(out, dpi=150)
+    pyplot.close(figure)
+    return True
+
+
+def page(rows: list[Row], *, has_picture: bool = False) -> str:
     """The page of the documentation."""
     lines = ["# Extreme sparsity", "", *(__doc__ or "").strip().splitlines(), ""]
     lines.append("Error in percent on the 10,000 test images, mean over the seeds (how many, where it is not three).")
@@ -267,6 +313,9 @@ def page(rows: list[Row]) -> str:
             cells = [cell([row for row in of_task if (row["method"], row["level"]) == (method, lv)]) for lv in levels]
             if any(cells):
                 lines.append(f"| {'**gates**' if method == 'gates' else method} | " + " | ".join(cells) + " |")
+    if has_picture:
+        lines += ["", "How many of the weights that are left read each pixel, gates at the smallest level:", ""]
+        lines.append("![Pixels read by the weights that are left, beside the dense network](extreme_pixels.png)")
     return "\n".join(lines) + "\n"
 
 
@@ -293,7 +342,9 @@ def main() -> None:
         for name in args.only:
             for level in args.levels:
                 benchmark.run(name, level, args.methods, args.seeds)
-    args.out.with_suffix(".md").write_text(page(read(args.out, SETTINGS)), encoding="utf-8")
+    rows = read(args.out, SETTINGS)
+    has_picture = picture(rows, args.out.with_name("extreme_pixels.png"))
+    args.out.with_suffix(".md").write_text(page(rows, has_picture=has_picture), encoding="utf-8")
 
 
 if __name__ == "__main__":
