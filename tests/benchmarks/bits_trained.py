@@ -1,12 +1,13 @@
 """Bytes against accuracy for networks that were trained elsewhere, rounded from 1,024 training examples, never trained.
 
-    python tests/benchmarks/bits_trained.py --data-dir DATA --network resnet20
+    python tests/benchmarks/bits_trained.py --data-dir DATA --network resnet20 [--nncodec NNC/bin/python]
     python tests/benchmarks/bits_trained.py --table
 
 Each control has one width for all tensors, a step for each row, and GPTQ's compensation, by the same code as ours. Ours
 then has to fit the bytes of that control's coded file. Where weights were removed first, `prune_one_shot` did so with
-the same examples, in rows of both kinds. Seeds are draws of the examples. Finished rows are written at once and skipped
-when the program runs again.
+the same examples, in rows of both kinds. ISO NNC is that of nncodec, whose environment is made by hand
+(`nncodec_peer.py`). Files that have no header are counted without one. Seeds are draws of the examples. Finished rows
+are written at once and skipped when the program runs again.
 """
 
 import copy
@@ -15,13 +16,14 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import common
 import torch
 from bits import HEADER, file_size
-from bits_controls import eight_bits, k_means_huffman
+from bits_controls import eight_bits, k_means_huffman, nnc
 from fair_tasks import is_right, task
 from torch import nn
 
@@ -32,9 +34,13 @@ WIDTHS = (8, 4, 3)
 KEPT = (1.0, 0.4)
 """Shares of the weights, before the rounding."""
 CLUSTERS = (32, 16)
+QPS = (-34, -30, -26, -22, -18)
+"""Quantization parameters of ISO NNC, from fine to coarse: four more double the step."""
 TIMES = 20
 """What is asked of the posterior beside the controls' bytes: a file so many times smaller than float32."""
 SETTINGS = {"widths": WIDTHS, "kept": KEPT, "clusters": CLUSTERS, "times": TIMES}
+UNITS = {"k-means + Huffman": "means", "ISO NNC": "qp"}
+"""Of what a control is asked for, where it is not bits."""
 TITLES = {
     "resnet20": "ResNet-20, CIFAR-10: accuracy in %, 5,000 test images",
     "resnet56": "ResNet-56, CIFAR-10: accuracy in %, 5,000 test images",
@@ -95,8 +101,8 @@ class Rows:
         return row
 
 
-def measure(rows: Rows, name: str, net: Net, seed: int) -> None:
-    """All rows of a network and a draw of the examples."""
+def measure(rows: Rows, name: str, net: Net, seed: int, nncodec: str | None = None) -> None:
+    """All rows of a network and a draw of the examples; those of ISO NNC by this interpreter, where there is one."""
     random.seed(seed)
     torch.manual_seed(seed)
     size = 4 * sum(parameter.numel() for parameter in net.dense.parameters())
@@ -114,6 +120,7 @@ def measure(rows: Rows, name: str, net: Net, seed: int) -> None:
         for method, function, options in (
             ("8 bit + LZMA", eight_bits, (None,)),
             ("k-means + Huffman", k_means_huffman, CLUSTERS),
+            ("ISO NNC", partial(nnc, interpreter=nncodec or ""), QPS if nncodec else ()),
         ):
             for option in options:
                 rows.add(
@@ -178,7 +185,7 @@ def page(rows: list[Row]) -> str:
         for key in dict.fromkeys(tuple(row.get(name) for name in keys) for row in own if row is not dense):
             found = [row for row in own if tuple(row.get(name) for name in keys) == key]
             size = sum(row["bytes"] for row in found) / len(found)
-            asked = "" if key[2] is None else f"{key[2]} {'means' if 'means' in str(key[1]) else 'bits'}"
+            asked = "" if key[2] is None else f"{key[2]} {UNITS.get(str(key[1]), 'bits')}"
             shown = f"**{key[1]}**" if str(key[1]).startswith("posterior") else key[1]
             lines.append(
                 f"| {shown} | {key[0]:g} | {asked} | {size:,.0f} | {dense['bytes'] / size:.1f} | {spread(found)} |"
@@ -200,6 +207,7 @@ def main() -> None:
     """Runs what the results file does not have, or writes the page."""
     options = common.parser("Bytes of trained networks.", "docs/benchmarks/bits_trained.json")
     options.add_argument("--network", choices=NETWORKS, default="resnet20")
+    options.add_argument("--nncodec", metavar="PYTHON", help="interpreter of an environment with nncodec")
     args = options.parse_args()
     if args.table:
         args.out.with_suffix(".md").write_text(page(common.read(args.out, SETTINGS)), encoding="utf-8")
@@ -209,7 +217,7 @@ def main() -> None:
     torch.set_num_threads(1)
     net = NETWORKS[args.network](args.network, Path(args.data_dir))
     for seed in args.seeds:
-        measure(Rows(args.out), args.network, net, seed)
+        measure(Rows(args.out), args.network, net, seed, args.nncodec)
 
 
 if __name__ == "__main__":
