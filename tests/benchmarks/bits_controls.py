@@ -62,7 +62,8 @@ def nnc(model: nn.Module, qp: int, interpreter: str) -> int:
     """
     with TemporaryDirectory() as directory:
         source, out = Path(directory) / "in.npz", Path(directory) / "out.npz"
-        np.savez(source, **{name: parameter.numpy() for name, parameter in model.named_parameters()})
+        arrays = {name: parameter.numpy() for name, parameter in model.named_parameters()}
+        np.savez(source, allow_pickle=False, **arrays)
         program = Path(__file__).with_name("nncodec_peer.py")
         command = [interpreter, str(program), str(source), str(out), str(qp)]
         answer = subprocess.run(command, check=True, capture_output=True, text=True)
