@@ -38,8 +38,8 @@ stages, or trains first. Every score has the same allocations between layers, th
 distillation from the dense network (logits, temperature 4, weight 0.9) to choose from.
 
 - **Regimes**: none has {images:,} training images for scores and statistics and trains nothing; short is {short};
-  medium is {medium} epochs, long {epochs}. What a score or a compensation takes gradients of, {images:,} images each and
-  at each cut, is taken off its training. Forward passes are not counted: a measured allocation takes some hundred
+  medium is {medium} epochs, long {epochs}. What a score or a compensation takes gradients of, {images:,} images each
+  and at each cut, is taken off its training. Forward passes are not counted: a measured allocation takes some hundred
   batches of them.
 - **Allocation**: the scores' own scale over the whole network; the same share inside layers; the same share of every
   isomorphic class, that is of groups with equal layers and sizes; measured (`MeasuredImportance`); tilted, scores for
