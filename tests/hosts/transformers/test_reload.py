@@ -69,6 +69,7 @@ from transformers import BertModel
 assert "bayesprune.hosts.transformers.reload" in sys.modules
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 assert "bayesprune" in AUTO_QUANTIZER_MAPPING
+assert "torch_pruning" not in sys.modules, "loading needs none of it"
 assert not any(type(finder).__module__.startswith("bayesprune") for finder in sys.meta_path)
 """
 
