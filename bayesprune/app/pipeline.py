@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -238,17 +237,16 @@ def _levels(model: nn.Module, task: Task, recipe: Recipe, progress: Progress) ->
 
 def _check_feasible(model: nn.Module, task: Task, recipe: Recipe) -> None:
     """A target out of reach is told now, not after the training."""
-    with torch.random.fork_rng(devices=[]):  # torch-pruning draws random numbers
-        trial = to_variational(copy.deepcopy(model))
-        if recipe.removes_weights:
-            return
-        cut = prune_channels(
-            trial,
-            _example(model, task),
-            target=recipe.target or SMALL_CUT,
-            granularity=recipe.granularity,
-            uniform=recipe.uniform,
-        )
+    trial = to_variational(copy.deepcopy(model))
+    if recipe.removes_weights:
+        return
+    cut = prune_channels(
+        trial,
+        _example(model, task),
+        target=recipe.target or SMALL_CUT,
+        granularity=recipe.granularity,
+        uniform=recipe.uniform,
+    )
     if recipe.uniform and cut.config is None and hasattr(model, "config"):
         raise ValueError(
             f"uniform was asked for, but the config of {type(model).__name__} cannot say the sizes it would have "

@@ -22,6 +22,7 @@ from bayesprune.bits.rounding import round_alone
 from bayesprune.bits.steps import Grid, finer_grid, grid_of
 from bayesprune.convert import to_variational
 from bayesprune.errors import UnsupportedModelError
+from bayesprune.foundation.model import bare_model
 from bayesprune.foundation.text import first_names
 from bayesprune.layers import Posterior, VariationalLayer, named_posteriors
 from bayesprune.train.checks import check_hooks, check_types
@@ -132,8 +133,7 @@ class StraightThrough:
                 f"num_steps is {num_steps!r}; expected the optimizer steps of the whole training, 1 or more, because "
                 "the schedule goes by shares of it."
             )
-        model = getattr(model, "_orig_mod", model)
-        self._model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        self._model = bare_model(model)
         self._schedule, self._num_steps, self._steps = schedule, num_steps, StepCount()
         posteriors = {posterior.name: posterior for posterior in named_posteriors(_with_posteriors(self._model))}
         self._without_rest = list(posteriors)

@@ -30,7 +30,6 @@ from bayesprune.prune import (
     UnitSNRImportance,
     prune_channels,
     prune_weights,
-    recalibrate_batch_norm,
 )
 from bayesprune.prune.batch_norm import recalibrate_if_better
 from bayesprune.prune.channels import plan
@@ -165,10 +164,8 @@ class _Cutter:
         values = to_deterministic(copy.deepcopy(fitted)).state_dict()
         fill_kept(cut, kept, values)
         if calibration is not None:
-            if calibration.has_predictions:
-                recalibrate_if_better(cut, calibration.batches, calibration.divergence)
-            else:
-                recalibrate_batch_norm(cut, calibration.batches)
+            distance = calibration.divergence if calibration.has_predictions else None
+            recalibrate_if_better(cut, calibration.batches, distance)
         moved = {name: gathered(value, kept.get(name, ())) for name, value in moved.items()}
         _LOGGER.info("level %s: %d tensors cut, %d moved by rounded differences", goal, len(kept), len(moved))
         return Level(str(goal), cut, kept, moved)

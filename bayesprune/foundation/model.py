@@ -17,6 +17,12 @@ from bayesprune.foundation.batches import given
 Number = TypeVar("Number", int, float)
 
 
+def bare_model(model: nn.Module) -> nn.Module:
+    """The model inside `torch.compile` and DistributedDataParallel."""
+    model = getattr(model, "_orig_mod", model)
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
 def run_forward(model: nn.Module, inputs: Any) -> Any:
     """The model's output for a tensor, a tuple of positional arguments, or a mapping of keyword arguments."""
     return given(model, inputs).run(model)

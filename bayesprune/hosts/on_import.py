@@ -35,7 +35,14 @@ class AfterImport(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The spec that the other finders give, whose loader also imports the host."""
+        """The spec that the other finders give, whose loader also imports the host.
+
+        Where bayesprune was imported in the middle of that module, the next import of anything brings the host along.
+        """
+        if self.host.is_due():
+            sys.meta_path.remove(self)
+            importlib.import_module(self.host.module)
+            return None
         if fullname != self.host.after:
             return None
         sys.meta_path.remove(self)
@@ -79,13 +86,23 @@ class Host:
         """
         if find_spec(self.library) is None:
             return
-        register_adapter(LibraryAdapter(self.library, _describe, self._build, self._files))  # until ours replaces it
+        # Ours replaces it.
+        register_adapter(LibraryAdapter(self.library, self._describe, self._build, self._files))
         if not self._is_recent():
             _LOGGER.warning("%s", self._too_old())
-        elif self.after in sys.modules:
+        elif self.is_due():
             importlib.import_module(self.module)
         elif not any(isinstance(finder, AfterImport) and finder.host == self for finder in sys.meta_path):
             sys.meta_path.insert(0, AfterImport(self))
+
+    def is_due(self) -> bool:
+        """Whether the module that ours waits for is imported to its end."""
+        spec = getattr(sys.modules.get(self.after), "__spec__", None)
+        return self.after in sys.modules and not getattr(spec, "_initializing", False)
+
+    def _describe(self, model: nn.Module, model_args: dict[str, Any] | None) -> BaseModel | None:
+        """The base of the model, which is one of the library's only if the library is imported by now."""
+        return self._adapter().describe(model, model_args) if self.is_due() and self._is_recent() else None
 
     def _build(self, base: BaseModel) -> nn.Module:
         return self._adapter().build(base)
@@ -119,10 +136,6 @@ def register() -> None:
     """Registers all hosts."""
     for host in HOSTS:
         host.register()
-
-
-def _describe(model: nn.Module, model_args: dict[str, Any] | None) -> BaseModel | None:
-    return None  # without the library no model is one of its
 
 
 def _numbers(of: str) -> tuple[int, ...]:

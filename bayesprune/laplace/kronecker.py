@@ -184,8 +184,8 @@ def fit_kronecker(
     return {
         holder.name: KroneckerFactors(
             mean=layer_matrix(holder.layer, with_bias=holder.has_bias).clone(),
-            inputs=_blocks_of_inputs(inputs[key], totals.get(key), positions[key]),
-            outputs=tuple((block / seen).cpu() for block in outputs[key]),
+            inputs=_blocks_of_inputs(inputs.pop(key), totals.get(key), positions[key]),
+            outputs=tuple(block.div_(seen).cpu() for block in outputs.pop(key)),
             num_data=float(seen if num_data is None else num_data),
             prior_precision=precisions[holder.weight],
             norm=norms.get(key),
@@ -296,8 +296,8 @@ def about(second_moment: Tensor, mean: Tensor) -> Tensor:
 
 
 def _blocks_of_inputs(blocks: list[Tensor], total: Tensor | None, number: int) -> tuple[Tensor, ...]:
-    """Means of the products of inputs, about their mean where the sums of the inputs, (G, C), are given."""
-    products = [block / number for block in blocks]
+    """Means of the products of inputs, about their mean where the sums of the inputs, (G, C), are given; in place."""
+    products = [block.div_(number) for block in blocks]
     if total is not None:
         means = (total / number).split([block.shape[-1] for block in blocks], dim=1)
         products = [about(product, mean) for product, mean in zip(products, means, strict=True)]
@@ -331,8 +331,11 @@ def _rows(call: Call, batch: Batch, share: float | None, *, with_bias: bool) -> 
 def _accumulate(sums: dict[int, list[Tensor]], key: int, rows: Tensor, block_size: int) -> None:
     """Adds the products of rows (N, T, G, C) with themselves, summed over N and T, block by block."""
     blocks = [block.flatten(0, 1).transpose(0, 1) for block in rows.split(block_size, dim=3)]
-    products = [torch.bmm(block.transpose(1, 2), block).double() for block in blocks]
-    sums[key] = [old + new for old, new in zip(sums[key], products, strict=True)] if key in sums else products
+    if key not in sums:
+        sums[key] = [torch.bmm(block.mT, block).double() for block in blocks]
+        return
+    for total, block in zip(sums[key], blocks, strict=True):
+        total += torch.bmm(block.mT, block)
 
 
 def _precision(blocks: Iterable[Tensor], num_data: float, damping: float) -> list[Tensor]:

@@ -55,17 +55,22 @@ def recalibrate_batch_norm(model: nn.Module, data: Iterable[Any], *, max_batches
     return model
 
 
-def recalibrate_if_better(model: nn.Module, batches: Sequence[Any], distance: Callable[[nn.Module], float]) -> bool:
+def recalibrate_if_better(
+    model: nn.Module, batches: Sequence[Any], distance: Callable[[nn.Module], float] | None
+) -> bool:
     """Measures batch norm anew unless the distance is smaller without; whether it did.
 
     Args:
         model: Without any batch norm it is left as it is.
         batches: As for `recalibrate_batch_norm`.
-        distance: Of a model's outputs from those wanted.
+        distance: Of a model's outputs from those wanted; with None it is measured anew in any case.
     """
     norms = measured_norms(model)
     if not norms:
         return False
+    if distance is None:
+        recalibrate_batch_norm(model, batches)
+        return True
     before = distance(model)
     buffers = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
     recalibrate_batch_norm(model, batches)

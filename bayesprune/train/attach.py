@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from bayesprune.foundation import defaults
+from bayesprune.foundation.model import bare_model
 from bayesprune.layers import Posterior, make_masks, named_posteriors
 from bayesprune.priors import Gaussian, Prior
 from bayesprune.train.attachment import ATTACHMENTS, Attachment
@@ -85,8 +86,7 @@ def attach(
     check_length(num_steps, warmup, prune)
     optimizer = unwrapped(optimizer)
     check_hooks(optimizer)
-    model = getattr(model, "_orig_mod", model)
-    model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    model = bare_model(model)
     complexity = complexity_of(model)
     complexity.plan(num_steps)
     bound = bind_prior(model, Gaussian() if prior is None else prior, complexity)

@@ -2,12 +2,15 @@
 
 Hinton, Vinyals and Dean, 2015, arXiv:1503.02531. Two things differ. What an output stands for may be independent labels
 or values as well as classes. And the teacher may be a posterior: then the student learns from the predictive
-distribution, as in Bayesian dark knowledge (Balan et al., 2015, arXiv:1506.04416).
+distribution, as in Bayesian dark knowledge (Balan et al., 2015, arXiv:1506.04416). Features that are compared, as the
+hints of Romero et al., 2015, arXiv:1412.6550, are outputs of whole blocks, whose width no cut inside them changes.
 """
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,6 +19,8 @@ from torch import Tensor, nn
 
 from bayesprune.foundation import defaults
 from bayesprune.foundation.batches import Batch, logits_of, on_device, split
+from bayesprune.foundation.model import bare_model, tensors_in
+from bayesprune.foundation.text import first_names
 from bayesprune.prediction.predict import Classification, Prediction
 
 Likelihood = Literal["categorical", "bernoulli", "gaussian"]
@@ -29,6 +34,7 @@ def distillation(
     temperature: float = defaults.DISTILLATION_TEMPERATURE,
     weight: float = defaults.DISTILLATION_WEIGHT,
     likelihood: Likelihood = "categorical",
+    features: float | Mapping[str, float] = 0.0,
 ) -> "Distillation":
     """A loss that makes one model learn from another: `loss = distill(model(x), x, task_loss)`.
 
@@ -46,10 +52,15 @@ def distillation(
         likelihood: What an output stands for. "categorical": classes, along the second dimension of maps (N, C, H, W)
             and the last of everything else. "bernoulli": labels that are independent of each other, by sigmoids.
             "gaussian": values, as of a regression; its term is the mean squared error, which no temperature changes.
+        features: Weight, at least 0, of the error in the outputs of the blocks that student and teacher share, relative
+            to their squared norm and a mean over the blocks whose outputs have the same shape in both. Blocks are the
+            numbered ones that hold other modules, such as `layers.0`; a dictionary names others, each with its weight.
+            The training then runs inside `with distill.watch(model):`.
 
     Raises:
-        TypeError: the teacher cannot be called.
-        ValueError: a number is out of range, or the likelihood is none of those named.
+        TypeError: the teacher cannot be called, or a function is to give features.
+        ValueError: a number is out of range, the likelihood is none of those named, or the teacher has none of the
+            blocks.
     """
     if not callable(teacher):
         kind = type(teacher).__name__
@@ -61,11 +72,9 @@ def distillation(
     if likelihood not in _DIVERGENCES:
         raise ValueError(f"likelihood is {likelihood!r}; expected one of {', '.join(_DIVERGENCES)}.")
     if isinstance(teacher, nn.Module):
-        model: nn.Module = getattr(teacher, "_orig_mod", teacher)
-        model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-        teacher = copy.deepcopy(model).eval().requires_grad_(False)
+        teacher = copy.deepcopy(bare_model(teacher)).eval().requires_grad_(False)
         teacher.zero_grad(set_to_none=True)
-    return Distillation(teacher, temperature, weight, likelihood)
+    return Distillation(teacher, temperature, weight, likelihood, _block_weights(teacher, features))
 
 
 @dataclass(frozen=True)
@@ -76,9 +85,54 @@ class Distillation:
     temperature: float
     weight: float
     likelihood: Likelihood
+    features: Mapping[str, float] = field(default_factory=dict)
+    _of_teacher: "_Outputs" = field(default_factory=lambda: _Outputs(), repr=False, compare=False)
+    _of_student: "_Outputs" = field(default_factory=lambda: _Outputs(), repr=False, compare=False)
+
+    def watch(self, student: nn.Module) -> ExitStack:
+        """Keeps the outputs of the student's blocks for `features`, until the context ends or is closed.
+
+        Where no features are compared, nothing happens.
+
+        Examples:
+            >>> import torch
+            >>> from torch import nn
+            >>> import bayesprune as bp
+            >>> block = lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+            >>> model, images = nn.Sequential(block(), block(), nn.Linear(8, 3)), torch.randn(4, 8)
+            >>> distill = bp.distillation(model, weight=1.0, features=0.1)
+            >>> with distill.watch(model):
+            ...     loss = distill(model(images), images)
+            >>> abs(loss.item()) < 1e-5  # the two are equal
+            True
+
+        Args:
+            student: The model that learns, wrapped or not. It is compiled after this call, or not at all.
+
+        Raises:
+            ValueError: it has none of the blocks.
+        """
+        hooks = ExitStack()
+        if self.features:
+            assert isinstance(self.teacher, nn.Module), "another teacher has no features"
+            modules = dict(bare_model(student).named_modules())
+            shared = [name for name in self.features if name in modules]
+            if not shared:
+                raise ValueError(
+                    f"{type(student).__name__} has none of the blocks whose outputs are compared "
+                    f"({first_names(list(self.features))}); expected the model that was cut from the teacher."
+                )
+            for name in shared:
+                for module, kept in (
+                    (modules[name], self._of_student),
+                    (self.teacher.get_submodule(name), self._of_teacher),
+                ):
+                    hooks.callback(module.register_forward_hook(partial(kept.keep, name)).remove)
+            hooks.callback(self._of_student.clear)
+        return hooks
 
     def __call__(self, outputs: Any, batch: Any, task_loss: Tensor | None = None) -> Tensor:
-        """weight * T^2 * KL(teacher || student) + (1 - weight) * task loss, a scalar in nats.
+        """weight * (T^2 * KL(teacher || student) + features' error) + (1 - weight) * task loss, a scalar in nats.
 
         The divergence is a mean over positions: over examples, over tokens, over pixels. Positions that the batch
         labels with -100 or masks by `attention_mask` do not count. Where the outputs are those of a causal language
@@ -91,8 +145,8 @@ class Distillation:
             task_loss: The loss on the labels, a mean; not needed where the weight is 1.
 
         Raises:
-            ValueError: student and teacher give outputs of different shapes, the outputs have a single class, or the
-                task's loss is missing.
+            ValueError: student and teacher give outputs of different shapes, the outputs have a single class, the
+                task's loss is missing, or features are to be compared and there are none.
         """
         if task_loss is None and self.weight < 1:
             raise ValueError(f"the teacher has {self.weight:g} of the loss; expected task_loss for the rest of it.")
@@ -104,7 +158,9 @@ class Distillation:
         return term if task_loss is None or self.weight == 1 else term + (1 - self.weight) * task_loss
 
     def divergences(self, outputs: Any, batch: Any) -> Tensor:
-        """T^2 * KL(teacher || student) at the P positions that count, (P,), with the student's gradient alone.
+        """T^2 * KL(teacher || student) + features' error at the P positions that count, (P,).
+
+        The gradient is that of the student alone. The features' error is the same number at each position.
 
         Raises:
             ValueError: as for the loss.
@@ -130,7 +186,32 @@ class Distillation:
         counted = _counted(outputs, inputs, logits.shape[:-1])
         if counted is not None:
             logits, target = logits[counted], target[counted]
-        return _DIVERGENCES[self.likelihood](logits, target, self.temperature).flatten()
+        found = _DIVERGENCES[self.likelihood](logits, target, self.temperature).flatten()
+        return found + self._feature_error(inputs) if self.features else found
+
+    def _feature_error(self, batch: Batch) -> Tensor:
+        """Mean over blocks of weight * |student - teacher|^2 / |teacher|^2, without the tokens that are masked."""
+        errors = []
+        for name, ours in self._of_student.items():
+            if name in self._of_teacher and ours.shape == self._of_teacher[name].shape:
+                ours, theirs = ours.float(), self._of_teacher[name].float()
+                side = "decoder_attention_mask" if "decoder" in name.split(".") else "attention_mask"
+                attended = batch.kwargs.get(side, batch.kwargs.get("attention_mask"))
+                if isinstance(attended, Tensor) and attended.shape == ours.shape[:-1]:
+                    ours, theirs = ours[attended != 0], theirs[attended != 0]
+                error = (ours - theirs).square().sum() / theirs.square().sum().clamp_min(
+                    torch.finfo(torch.float32).tiny
+                )
+                errors.append(self.features[name] * error)
+        self._of_student.clear()
+        self._of_teacher.clear()
+        if not errors:
+            raise ValueError(
+                f"features are to be compared ({first_names(list(self.features))}), and student and teacher gave no "
+                "outputs of equal shape there; expected the student's forward inside `with distill.watch(student):`, "
+                "which stands before torch.compile, and blocks that kept their width."
+            )
+        return torch.stack(errors).mean()
 
     def _logits(self, answer: Any, dim: int) -> Tensor:
         """The teacher's answer as logits, classes last."""
@@ -142,6 +223,40 @@ class Distillation:
             return self.temperature * draws.classify(temperature=self.temperature).probabilities.log()
         logits = answer.mean if isinstance(answer, Prediction) else logits_of(answer)
         return logits.movedim(dim, -1).to(torch.promote_types(logits.dtype, torch.float32))
+
+
+class _Outputs(dict[str, Tensor]):
+    """The outputs that modules gave in the last forward, by name; a copy of a model that is watched has its own."""
+
+    def keep(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        """The hook of a module."""
+        found = next(tensors_in(output), None)
+        if found is not None:
+            self[name] = found
+
+    def __deepcopy__(self, memo: Any) -> "_Outputs":
+        return _Outputs()
+
+
+def _block_weights(teacher: Any, features: float | Mapping[str, float]) -> dict[str, float]:
+    """The weight of each block whose outputs are compared, by name."""
+    given: dict[str, float] = dict(features) if isinstance(features, Mapping) else {"": features}
+    if not all(weight >= 0 for weight in given.values()):
+        raise ValueError(f"features is {features!r}; expected weights of the error in blocks' outputs, at least 0.")
+    if not any(given.values()):
+        return {}
+    if not isinstance(teacher, nn.Module):
+        raise TypeError("features are compared with those of a model; got a function as teacher.")
+    modules = dict(teacher.named_modules())
+    if not isinstance(features, Mapping):
+        blocks = [name for name in modules if name.rpartition(".")[2].isdigit() and any(modules[name].children())]
+        given = dict.fromkeys(blocks, features)
+    if not given or not given.keys() <= modules.keys():
+        raise ValueError(
+            f"features is {features!r}; expected names of modules of {type(teacher).__name__}, and a number only where "
+            "it has numbered blocks that hold other modules, such as `layers.0`."
+        )
+    return given
 
 
 def _counted(outputs: Any, batch: Batch, positions: torch.Size) -> Tensor | None:

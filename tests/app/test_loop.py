@@ -117,7 +117,7 @@ def test_the_teacher_is_in_the_loss_and_stays_as_it_was(tmp_path):
     teacher = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
     whole = task(8)
     whole.train(teacher, Until(10**6), Training(9, 0.05))
-    distill = bp.distillation(teacher, weight=0.9)
+    distill = bp.distillation(teacher, weight=0.9, features={"1": 0.1})
     state = copy.deepcopy(distill.teacher.state_dict())
 
     def student(num_steps, checkpoints):

@@ -1,10 +1,14 @@
-"""The usual ways to make a pruned network's file small: HAC's recipe (k-means, Huffman), and 8 bits with LZMA."""
+"""The usual ways to make a network's file small: HAC's recipe (k-means, Huffman), 8 bits with LZMA, and ISO NNC."""
 
 import heapq
 import lzma
+import subprocess
 from collections import Counter
 from itertools import count
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -48,6 +52,25 @@ def eight_bits(model: nn.Module) -> int:
         data += scale.reshape(1).numpy().tobytes() + integers.contiguous().view(-1).numpy().tobytes()
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
     return len(lzma.compress(bytes(data), format=lzma.FORMAT_RAW, filters=filters))
+
+
+@torch.no_grad()
+def nnc(model: nn.Module, qp: int, interpreter: str) -> int:
+    """ISO/IEC 15938-17 by nncodec: DeepCABAC and trellis-coded quantization of all parameters; bytes of its stream.
+
+    The model is changed in place. `interpreter` is that of an environment with nncodec, see `nncodec_peer.py`.
+    """
+    with TemporaryDirectory() as directory:
+        source, out = Path(directory) / "in.npz", Path(directory) / "out.npz"
+        arrays = {name: parameter.numpy() for name, parameter in model.named_parameters()}
+        np.savez(source, allow_pickle=False, **arrays)
+        program = Path(__file__).with_name("nncodec_peer.py")
+        command = [interpreter, str(program), str(source), str(out), str(qp)]
+        answer = subprocess.run(command, check=True, capture_output=True, text=True)
+        with np.load(out) as arrays:
+            for name, parameter in model.named_parameters():
+                parameter.copy_(torch.from_numpy(arrays[name]))
+    return int(answer.stdout.split()[-1])
 
 
 def _k_means(values: Tensor, number: int, sweeps: int = 50) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,16 @@
-"""Bytes against accuracy for networks that were trained elsewhere, rounded from 1,024 training examples, never trained.
+"""Bytes against accuracy for networks that were trained elsewhere, rounded from 1,024 training examples.
 
-    python tests/benchmarks/bits_trained.py --data-dir DATA --network resnet20
+    python tests/benchmarks/bits_trained.py --data-dir DATA --network resnet20 [--nncodec NNC/bin/python]
+    python tests/benchmarks/bits_trained.py --data-dir DATA --network resnet20 --train
     python tests/benchmarks/bits_trained.py --table
 
 Each control has one width for all tensors, a step for each row, and GPTQ's compensation, by the same code as ours. Ours
 then has to fit the bytes of that control's coded file. Where weights were removed first, `prune_one_shot` did so with
-the same examples, in rows of both kinds. Seeds are draws of the examples. Finished rows are written at once and skipped
-when the program runs again.
+the same examples, in rows of both kinds. ISO NNC is that of nncodec, whose environment is made by hand
+(`nncodec_peer.py`). Rows that are "trained on" are held to their grids (`bits.StraightThrough`) for about half an
+epoch, taught by the dense network (temperature 4, weight 0.9); their learning rates were chosen on validation images
+with seed 0. All others train nothing. Files that have no header are counted without one. Seeds are draws of the
+examples. Finished rows are written at once and skipped when the program runs again.
 """
 
 import copy
@@ -15,14 +19,16 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import common
 import torch
 from bits import HEADER, file_size
-from bits_controls import eight_bits, k_means_huffman
-from fair_tasks import is_right, task
+from bits_controls import eight_bits, k_means_huffman, nnc
+from fair_tasks import LRS, Task, is_right, task
+from fair_training import RECALIBRATION_BATCHES, distillation
 from torch import nn
 
 import bayesprune as bp
@@ -32,9 +38,17 @@ WIDTHS = (8, 4, 3)
 KEPT = (1.0, 0.4)
 """Shares of the weights, before the rounding."""
 CLUSTERS = (32, 16)
+QPS = (-34, -30, -26, -22, -18)
+"""Quantization parameters of ISO NNC, from fine to coarse: four more double the step."""
 TIMES = 20
 """What is asked of the posterior beside the controls' bytes: a file so many times smaller than float32."""
+TRAINED_WIDTH = 2
+"""Of the control that is trained on; ours has to fit its bytes."""
 SETTINGS = {"widths": WIDTHS, "kept": KEPT, "clusters": CLUSTERS, "times": TIMES}
+ONE_TRAINED, OURS_TRAINED = "one width, trained on", "posterior, trained on"
+SMALL_TRAINED = f"posterior, {TIMES} times smaller, trained on"
+UNITS = {"k-means + Huffman": "means", "ISO NNC": "qp"}
+"""Of what a control is asked for, where it is not bits."""
 TITLES = {
     "resnet20": "ResNet-20, CIFAR-10: accuracy in %, 5,000 test images",
     "resnet56": "ResNet-56, CIFAR-10: accuracy in %, 5,000 test images",
@@ -80,9 +94,13 @@ class Rows:
     def __init__(self, out: Path) -> None:
         self.out = out
 
+    def all(self) -> list[Row]:
+        """Those that are finished."""
+        return common.read(self.out, SETTINGS)
+
     def find(self, key: Row) -> Row | None:
         """The row with this key."""
-        return next((row for row in common.read(self.out, SETTINGS) if key.items() <= row.items()), None)
+        return next((row for row in self.all() if key.items() <= row.items()), None)
 
     def add(self, key: Row, make: Callable[[], Row]) -> Row:
         """The row with this key, measured where it is not there."""
@@ -90,13 +108,13 @@ class Rows:
             return found
         start = time.process_time()
         row = key | make() | {"cpu_seconds": round(time.process_time() - start, 1)}
-        common.write(self.out, SETTINGS, [*common.read(self.out, SETTINGS), row])
+        common.write(self.out, SETTINGS, [*self.all(), row])
         print(time.strftime("%H:%M:%S"), row, flush=True)
         return row
 
 
-def measure(rows: Rows, name: str, net: Net, seed: int) -> None:
-    """All rows of a network and a draw of the examples."""
+def measure(rows: Rows, name: str, net: Net, seed: int, nncodec: str | None = None) -> None:
+    """All rows of a network and a draw of the examples; those of ISO NNC by this interpreter, where there is one."""
     random.seed(seed)
     torch.manual_seed(seed)
     size = 4 * sum(parameter.numel() for parameter in net.dense.parameters())
@@ -114,6 +132,7 @@ def measure(rows: Rows, name: str, net: Net, seed: int) -> None:
         for method, function, options in (
             ("8 bit + LZMA", eight_bits, (None,)),
             ("k-means + Huffman", k_means_huffman, CLUSTERS),
+            ("ISO NNC", partial(nnc, interpreter=nncodec or ""), QPS if nncodec else ()),
         ):
             for option in options:
                 rows.add(
@@ -135,6 +154,53 @@ def measure(rows: Rows, name: str, net: Net, seed: int) -> None:
                 key | {"method": "posterior", "setting": width},
                 lambda one=one, model=model, batches=batches: rounded(net, model, batches, bytes=one["bytes"] - HEADER),
             )
+
+
+def measure_training(rows: Rows, of: Task, net: Net, seed: int) -> None:
+    """The rows that are trained on, of a network and a draw of the examples."""
+    batches = net.calibration(seed)
+    size = next(row["bytes"] for row in rows.all() if row["network"] == of.name and row["method"] == "float32")
+    one: Row = {}
+    for method, setting in ((ONE_TRAINED, TRAINED_WIDTH), (OURS_TRAINED, TRAINED_WIDTH), (SMALL_TRAINED, None)):
+        key: Row = {"network": of.name, "kept": 1.0, "method": method, "setting": setting}
+        rates = LRS[of.name] if seed == 0 else [best_rate([row for row in rows.all() if key.items() <= row.items()])]
+        for lr in rates:
+            asked: Row = {"bits": TRAINED_WIDTH, "per": "channel"}
+            if method != ONE_TRAINED:
+                asked = {"bytes": (size // TIMES if method == SMALL_TRAINED else one["bytes"]) - HEADER}
+            row = rows.add(
+                key | {"seed": seed, "lr": lr},
+                lambda asked=asked, lr=lr: trained_on(net, of, batches, asked, lr, seed),
+            )
+            one = row if method == ONE_TRAINED else one
+
+
+def trained_on(net: Net, of: Task, batches: list[Any], asked: Row, lr: float, seed: int) -> Row:
+    """Rounded, then trained on, held to the grids."""
+    model = copy.deepcopy(net.dense)
+    report = bp.quantize(model, batches, **asked)
+    torch.manual_seed(seed)
+    num_steps = of.steps("short")
+    optimizer = of.optimizer(list(model.parameters()), lr=lr)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / num_steps)
+    )
+    held, loss = bp.bits.StraightThrough(optimizer, model, report), distillation(of.dense)
+    model.train()
+    for images, labels in of.draw(num_steps, seed + 1_000, True):
+        optimizer.zero_grad()
+        loss(model, images, labels).backward()
+        optimizer.step()
+        schedule.step()
+    bp.prune.recalibrate_batch_norm(model.eval(), of.draw(RECALIBRATION_BATCHES, seed + 100, True))
+    held.finish()
+    validation = 100 * float(is_right(model, of.images["validation"]).double().mean())
+    return figures(net, model, file_size(model)) | {"validation": validation}
+
+
+def best_rate(rows: list[Row]) -> float:
+    """The learning rate that was best on validation images with seed 0."""
+    return max((row for row in rows if row["seed"] == 0), key=lambda row: row["validation"])["lr"]
 
 
 def rounded(net: Net, model: nn.Module, batches: list[Any], **options: Any) -> Row:
@@ -177,8 +243,11 @@ def page(rows: list[Row]) -> str:
         keys = ("kept", "method", "setting")
         for key in dict.fromkeys(tuple(row.get(name) for name in keys) for row in own if row is not dense):
             found = [row for row in own if tuple(row.get(name) for name in keys) == key]
+            if "lr" in found[0]:
+                rate = best_rate(found)
+                found = [row for row in found if row["lr"] == rate]
             size = sum(row["bytes"] for row in found) / len(found)
-            asked = "" if key[2] is None else f"{key[2]} {'means' if 'means' in str(key[1]) else 'bits'}"
+            asked = "" if key[2] is None else f"{key[2]} {UNITS.get(str(key[1]), 'bits')}"
             shown = f"**{key[1]}**" if str(key[1]).startswith("posterior") else key[1]
             lines.append(
                 f"| {shown} | {key[0]:g} | {asked} | {size:,.0f} | {dense['bytes'] / size:.1f} | {spread(found)} |"
@@ -200,6 +269,8 @@ def main() -> None:
     """Runs what the results file does not have, or writes the page."""
     options = common.parser("Bytes of trained networks.", "docs/benchmarks/bits_trained.json")
     options.add_argument("--network", choices=NETWORKS, default="resnet20")
+    options.add_argument("--nncodec", metavar="PYTHON", help="interpreter of an environment with nncodec")
+    options.add_argument("--train", action="store_true", help="the rows that are trained on; of the ResNets")
     args = options.parse_args()
     if args.table:
         args.out.with_suffix(".md").write_text(page(common.read(args.out, SETTINGS)), encoding="utf-8")
@@ -209,7 +280,10 @@ def main() -> None:
     torch.set_num_threads(1)
     net = NETWORKS[args.network](args.network, Path(args.data_dir))
     for seed in args.seeds:
-        measure(Rows(args.out), args.network, net, seed)
+        if args.train:
+            measure_training(Rows(args.out), task(args.network, Path(args.data_dir)), net, seed)
+        else:
+            measure(Rows(args.out), args.network, net, seed, args.nncodec)
 
 
 if __name__ == "__main__":

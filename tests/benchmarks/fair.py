@@ -86,7 +86,9 @@ class Benchmark:
                         for other in every_cut(way) if is_grid else [way]:
                             self.measure("none", other, level, seed, "test", AT_CUT)
 
-    def with_training(self, regime: str, scores: list[str], seeds: list[int], *, is_distilled: bool) -> None:
+    def with_training(
+        self, regime: str, scores: list[str], seeds: list[int], *, is_distilled: bool, features: float
+    ) -> None:
         """Chooses the moment of the cut and the learning rate, and tests."""
         name = self.task.name
         for score in scores:
@@ -99,7 +101,8 @@ class Benchmark:
                 for level in LEVELS[name]:
                     way = chosen(self.rows, regime, name, score, level)
                     assert way is not None, "it was chosen above"
-                    self.measure(regime, replace(way, distilled=is_distilled), level, seed, "test", AT_END)
+                    way = replace(way, distilled=is_distilled, features=features)
+                    self.measure(regime, way, level, seed, "test", AT_END)
 
     def without_number(self, scores: list[str], seeds: list[int]) -> None:
         """Removes what has an SNR below one after a long training, then gives scores without one the same MACs."""
@@ -235,6 +238,9 @@ def main() -> None:
     )
     options.add_argument("--no-number", action="store_true", help="long: remove what has an SNR below one")
     options.add_argument("--without-distillation", action="store_true", help="test with cross-entropy alone")
+    options.add_argument(
+        "--features", type=float, default=0.0, metavar="WEIGHT", help="test with the outputs of blocks compared, too"
+    )
     args = options.parse_args()
     torch.set_num_threads(1)
     if args.table:
@@ -249,7 +255,7 @@ def main() -> None:
         benchmark.without_training(args.only, args.seeds, has_grid=args.grid)
     else:
         is_distilled = not args.without_distillation
-        benchmark.with_training(args.regime, args.only, args.seeds, is_distilled=is_distilled)
+        benchmark.with_training(args.regime, args.only, args.seeds, is_distilled=is_distilled, features=args.features)
 
 
 if __name__ == "__main__":

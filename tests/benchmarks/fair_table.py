@@ -77,9 +77,12 @@ def markdown(rows: Sequence[Row]) -> str:
         lines += section(rows, "none", task, "No training", is_distilled=False)
         lines += grids(rows, task)
         for regime in ("short", "long"):
-            for is_distilled in (True, False):
-                title = f"{regime.capitalize()}, {'distilled' if is_distilled else 'cross-entropy alone'}"
-                lines += section(rows, regime, task, title, is_distilled=is_distilled)
+            lines += section(rows, regime, task, f"{regime.capitalize()}, distilled", is_distilled=True)
+            weights = {row["run"]["features"] for row in matching(rows, task=task, regime=regime)}
+            for features in sorted(weights - {0.0}):
+                title = f"{regime.capitalize()}, distilled, outputs of blocks compared with the weight {features:g}"
+                lines += section(rows, regime, task, title, is_distilled=True, features=features)
+            lines += section(rows, regime, task, f"{regime.capitalize()}, cross-entropy alone", is_distilled=False)
         lines += without_number(rows, task, dense["macs"])
     return "\n".join(lines).rstrip() + "\n"
 
@@ -110,11 +113,13 @@ def tried(rows: Sequence[Row], task: str) -> str:
     return ""
 
 
-def section(rows: Sequence[Row], regime: str, task: str, title: str, *, is_distilled: bool) -> list[str]:
+def section(
+    rows: Sequence[Row], regime: str, task: str, title: str, *, is_distilled: bool, features: float = 0.0
+) -> list[str]:
     """Every score in its chosen way."""
     levels = LEVELS[task]
     found = {
-        (score, level): chosen_rows(rows, regime, task, score, level, is_distilled=is_distilled)
+        (score, level): chosen_rows(rows, regime, task, score, level, is_distilled=is_distilled, features=features)
         for score in SCORES
         for level in levels
     }
@@ -172,13 +177,13 @@ def at_its_macs(rows: Sequence[Row], stopped: Row, score: str, dense_macs: int) 
 
 
 def chosen_rows(
-    rows: Sequence[Row], regime: str, task: str, score: str, level: float, *, is_distilled: bool
+    rows: Sequence[Row], regime: str, task: str, score: str, level: float, *, is_distilled: bool, features: float
 ) -> list[Row]:
     """The test rows of a score's chosen way, by seed."""
     way = chosen(rows, regime, task, score, level)
     if way is None or (regime == "none" and SCORES[score].phase):
         return []
-    way = way if regime == "none" else replace(way, distilled=is_distilled)
+    way = way if regime == "none" else replace(way, distilled=is_distilled, features=features)
     at = AT_CUT if regime == "none" else AT_END
     its = matching(rows, task=task, regime=regime, level=level, part="test", at=at, **asdict(way))
     return sorted(its, key=lambda row: row["run"]["seed"])

@@ -81,6 +81,7 @@ class Way:
     when: str = "at once"
     lr: float = 0.0
     distilled: bool = False
+    features: float = 0.0
 
     @property
     def evaluations(self) -> int:
@@ -93,13 +94,14 @@ def cross_entropy(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(model(images), labels)
 
 
-def distillation(teacher: nn.Module) -> Loss:
+def distillation(teacher: nn.Module, features: float = 0.0) -> Loss:
     """Cross-entropy beside `bp.distillation`, temperature 4 and weight 0.9."""
-    distill = bp.distillation(teacher, temperature=4.0, weight=0.9)
+    distill = bp.distillation(teacher, temperature=4.0, weight=0.9, features=features)
 
     def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        logits = model(images)
-        return distill(logits, images, F.cross_entropy(logits, labels))
+        with distill.watch(model):
+            logits = model(images)
+            return distill(logits, images, F.cross_entropy(logits, labels))
 
     return loss
 
@@ -108,7 +110,7 @@ def train(
     task: Task, model: nn.Module, batches: Iterator[Batch], steps: range, total: int, way: Way, **attach: Any
 ) -> None:
     """These of `total` steps, learning rate by cosine to 0; with noise and KL where there are options of `attach`."""
-    loss = distillation(task.dense) if way.distilled else cross_entropy
+    loss = distillation(task.dense, way.features) if way.distilled else cross_entropy
     means = [parameter for name, parameter in model.named_parameters() if not name.endswith("log_std")]
     optimizer = task.optimizer(means, lr=way.lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bayesprune as bp
 from bayesprune.laplace import calibration, kronecker
@@ -84,3 +85,26 @@ def test_a_posterior_takes_gradients_one_layer_after_the_other(monkeypatch):
     posterior = bp.laplace.fit_kronecker(net(), [torch.randn(16, 8)], loss=calibration.output_metric)
     assert len(posterior) == len(alive.shown) == NUM_LAYERS
     assert alive.most <= 3
+
+
+class Factors(TorchDispatchMode):
+    """Shows every float64 matrix that is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = Alive()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        is_new = not any(found is argument for argument in args)
+        if isinstance(found, torch.Tensor) and found.dtype == torch.double and found.dim() == 3 and is_new:
+            self.alive.show(found)
+        return found
+
+
+def test_a_posterior_holds_its_factors_once():
+    with Factors() as factors:
+        posterior = bp.laplace.fit_kronecker(net(), [torch.randn(16, 8) for _ in range(3)])
+    kept = sum(len(its.inputs) + len(its.outputs) for its in posterior.values())
+    assert kept == 2 * NUM_LAYERS
+    assert kept <= factors.alive.most <= kept + 3

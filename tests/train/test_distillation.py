@@ -230,6 +230,9 @@ def test_low_precision_is_compared_in_float32():
         ({"weight": 0.0}, "weight is 0.0"),
         ({"weight": 1.1}, "weight is 1.1"),
         ({"likelihood": "poisson"}, "likelihood is 'poisson'"),
+        ({"features": -0.1}, "features is -0.1"),
+        ({"features": 0.1}, "numbered blocks"),
+        ({"features": {"nowhere": 0.1}}, "names of modules of Sequential"),
     ],
 )
 def test_options_out_of_range_are_told(options, message):
@@ -246,3 +249,106 @@ def test_what_cannot_be_compared_is_told():
         bp.distillation(model, weight=1.0)(model(x), x)
     with pytest.raises(ValueError, match=r"shape \(2, 2\) and the teacher \(2, 1\)"):
         bp.distillation(model, weight=1.0)(torch.zeros(2, 2), x)
+
+
+class Blocks(nn.Module):
+    """Two blocks of inner width 6 around 4 features, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4)) for _ in range(2))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x, attention_mask=None):
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
+def blocks() -> tuple[Blocks, Blocks, torch.Tensor]:
+    torch.manual_seed(0)
+    dense, small = Blocks(), Blocks()
+    bp.prune_channels(bp.to_variational(small), torch.randn(1, 4), "macs=0.5")
+    return dense, bp.to_deterministic(small), torch.randn(5, 4)
+
+
+def block_outputs(model: Blocks, x: torch.Tensor) -> list[torch.Tensor]:
+    """Of each block its output, by hand."""
+    found = []
+    for block in model.blocks:
+        found.append(block(x))
+        x = x + found[-1]
+    return found
+
+
+def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    return (ours - theirs).square().sum() / theirs.square().sum()
+
+
+def test_features_are_outputs_of_blocks_that_kept_their_width():
+    dense, small, x = blocks()
+    errors = [relative_error(a, b) for a, b in zip(block_outputs(small, x), block_outputs(dense, x), strict=True)]
+    distill = bp.distillation(dense, weight=0.5, features=0.3)
+    with distill.watch(small):
+        loss = distill(small(x), x, torch.tensor(2.0))
+    divergence = by_hand(small(x), dense(x)).mean()
+    torch.testing.assert_close(loss, 0.5 * (divergence + 0.3 * sum(errors) / 2) + 0.5 * 2.0)
+    gradients = torch.autograd.grad(loss, list(small.parameters()))
+    expected = torch.autograd.grad(0.5 * (divergence + 0.3 * sum(errors) / 2), list(small.parameters()))
+    torch.testing.assert_close(gradients, expected)
+    assert all(parameter.grad is None for parameter in dense.parameters())
+
+
+def test_named_features_have_weights_of_their_own_and_other_shapes_are_left_out():
+    dense, small, x = blocks()
+    errors = [relative_error(a, b) for a, b in zip(block_outputs(small, x), block_outputs(dense, x), strict=True)]
+    weights = {"blocks.0": 0.2, "blocks.1": 0.7, "blocks.1.0": 9.0}
+    distill = bp.distillation(dense, weight=1.0, features=weights)
+    with distill.watch(nn.parallel.DataParallel(small).module):
+        loss = distill(small(x), x)
+    expected = by_hand(small(x), dense(x)).mean() + (0.2 * errors[0] + 0.7 * errors[1]) / 2
+    torch.testing.assert_close(loss, expected)
+
+
+def test_features_of_masked_tokens_do_not_count():
+    dense, small, _ = blocks()
+    x, mask = torch.randn(2, 3, 4), torch.tensor([[1, 1, 0], [1, 0, 0]])
+    distill = bp.distillation(dense, weight=1.0, features=0.3)
+    with distill.watch(small):
+        loss = distill(small(x), {"x": x, "attention_mask": mask})
+        x[mask == 0] += 5.0
+        torch.testing.assert_close(distill(small(x), {"x": x, "attention_mask": mask}), loss)
+        whole = distill(small(x), {"x": x, "attention_mask": torch.ones(2, 3)})
+        assert abs(whole - loss) > 0.01 * loss
+
+
+def test_watching_leaves_no_trace_and_a_copy_in_between_is_a_model_of_its_own():
+    dense, small, x = blocks()
+    distill = bp.distillation(dense, weight=1.0, features=0.3)
+    with distill.watch(small):
+        outputs = small(x)
+        other = copy.deepcopy(small)
+        with torch.no_grad():
+            other(x + 1)
+        assert distill(outputs, x) > 0
+    assert not any(module._forward_hooks for module in small.modules())
+    assert not any(module._forward_hooks for module in distill.teacher.modules())
+    with pytest.raises(ValueError, match=r"with distill\.watch\(student\)"):
+        distill(small(x), x)
+
+
+def test_without_features_nothing_is_watched():
+    dense, small, _ = blocks()
+    with bp.distillation(dense, weight=1.0).watch(small):
+        assert not any(module._forward_hooks for module in small.modules())
+
+
+def test_features_that_are_not_there_are_told():
+    dense, small, x = blocks()
+    distill = bp.distillation(dense, weight=1.0, features=0.3)
+    with pytest.raises(ValueError, match=r"Linear has none of the blocks .*\(blocks\.0, blocks\.1\)"):
+        distill.watch(nn.Linear(4, 3))
+    with distill.watch(small), pytest.raises(ValueError, match="no outputs of equal shape"):
+        distill(small(x)[:2], x[:2])
+    with pytest.raises(TypeError, match="got a function as teacher"):
+        bp.distillation(lambda x: x, features=0.1)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,8 @@ class LoaderTask(Task):
             parts["scaler"] = self.accelerator.scaler
         batches = _Batches(loader, training.num_epochs, parts, checkpoint)
         trained.train()
-        with progress.training(training.num_epochs, len(loader)) as advance:
+        watched = nullcontext() if training.distill is None else training.distill.watch(trained)
+        with watched, progress.training(training.num_epochs, len(loader)) as advance:
             for _ in range(batches.num_done):
                 advance(float("nan"))
             for step, batch in batches:

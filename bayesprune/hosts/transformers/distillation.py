@@ -8,6 +8,7 @@ beginning of a training to its end, and works in training mode alone, so that ev
 
 import math
 from collections.abc import MutableMapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ class DistillationCallback(TrainerCallback):
             distill: What `bayesprune.distillation` made.
         """
         self.distill = distill
-        self._handle: Any = None
+        self._hooks = ExitStack()
         self._probe: LossScaleProbe | None = None
         self._is_used: bool | None = None
         self._sums: list[Any] = _NOTHING
@@ -73,7 +74,9 @@ class DistillationCallback(TrainerCallback):
             )
         stand_before_loggers(self)
         model = event["model"]
-        self._handle = model.register_forward_hook(torch.compiler.disable(self._after), with_kwargs=True)
+        self._hooks = self.distill.watch(model)
+        hook = model.register_forward_hook(torch.compiler.disable(self._after), with_kwargs=True)
+        self._hooks.callback(hook.remove)
         self._probe = probe_of(model, args, event["train_dataloader"])
 
     def on_step_begin(
@@ -118,11 +121,10 @@ class DistillationCallback(TrainerCallback):
         self._end()
 
     def _end(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
+        self._hooks.close()
         if self._probe is not None:
             self._probe.end()
-        self._handle = self._probe = self._is_used = None
+        self._probe = self._is_used = None
         self._sums = _NOTHING
 
     def _after(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:

@@ -34,7 +34,7 @@ from bayesprune.laplace.matrices import from_matrix, is_matrix_product, to_matri
 from bayesprune.laplace.regression import Moments, best_support
 from bayesprune.laplace.sequence import MAX_COLUMNS, Site, dense_moments, fit_in_sequence, fittable_layers, sites_of
 from bayesprune.layers import Posterior, holders_of, removable_weights
-from bayesprune.prune.batch_norm import measured_norms, recalibrate_batch_norm, recalibrate_if_better
+from bayesprune.prune.batch_norm import measured_norms, recalibrate_if_better
 from bayesprune.prune.weights.prune import (
     WeightReport,
     checked_goal,
@@ -220,9 +220,8 @@ def _measure_norms(model: nn.Module, reference: nn.Module, batches: Sequence[Any
     try:
         distance = divergence(reference, batches)
     except (TypeError, ValueError):  # no logits
-        recalibrate_batch_norm(model, batches)
-    else:
-        recalibrate_if_better(model, batches, distance)
+        distance = None
+    recalibrate_if_better(model, batches, distance)
 
 
 def _mask(rule: _Rule) -> Tensor | None:

@@ -57,10 +57,13 @@ def run_by_hand(model: nn.Module, distill: Distillation, recorder: Recorder, acc
     return nlls
 
 
-@pytest.mark.parametrize(("name", "accumulation"), [("bert", 1), ("bert", 2), ("llama", 1), ("llama", 2)])
-def test_steps_are_those_of_the_loop_by_hand(name, accumulation, tmp_path):
-    """Also where the label tokens of the accumulated batches differ in number."""
-    model, distill = BUILD[name](), distilled(name)
+@pytest.mark.parametrize(
+    ("name", "accumulation", "features"),
+    [("bert", 1, 0.0), ("bert", 2, 0.3), ("llama", 1, 0.3), ("llama", 2, 0.0)],
+)
+def test_steps_are_those_of_the_loop_by_hand(name, accumulation, features, tmp_path):
+    """Also where the label tokens of the accumulated batches differ in number, and where features are compared."""
+    model, distill = BUILD[name](), distilled(name, features=features)
     start, recorder = copy.deepcopy(model), Recorder(model)
     made = tiny.trainer(
         model,
@@ -71,7 +74,8 @@ def test_steps_are_those_of_the_loop_by_hand(name, accumulation, tmp_path):
         gradient_accumulation_steps=accumulation,
     )
     made.train()
-    nlls = run_by_hand(start, distill, recorder, accumulation)
+    with distill.watch(start):
+        nlls = run_by_hand(start, distill, recorder, accumulation)
     for (key, value), expected in zip(model.state_dict().items(), start.state_dict().values(), strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5, msg=key)
     logs = [entry for entry in made.state.log_history if "nll" in entry]

@@ -20,6 +20,7 @@ def library(tmp_path, monkeypatch):
     (tmp_path / "slow").mkdir()
     (tmp_path / "slow" / "__init__.py").write_text("")
     (tmp_path / "slow" / "models.py").write_text("READY = True\n")
+    (tmp_path / "slow" / "later.py").write_text("")
     (tmp_path / "slow_host.py").write_text("from slow.models import READY\nassert READY\nHOST = 'told'\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(on_import, "HOSTS", [on_import.Host("slow", "slow_host", "slow.models", "5")])
@@ -27,7 +28,7 @@ def library(tmp_path, monkeypatch):
     monkeypatch.setattr(bases, "_HOSTS", {})
     monkeypatch.setattr(sys, "meta_path", [f for f in sys.meta_path if not isinstance(f, on_import.AfterImport)])
     yield
-    for name in ("slow", "slow.models", "slow_host"):
+    for name in ("slow", "slow.models", "slow.later", "slow_host"):
         sys.modules.pop(name, None)
 
 
@@ -49,6 +50,27 @@ def test_library_that_is_there_already():
     importlib.import_module("slow.models")
     on_import.register()
     assert "slow_host" in sys.modules
+
+
+@pytest.mark.usefixtures("library")
+def test_registered_in_the_middle_of_the_library(tmp_path):
+    importing = "from bayesprune.hosts import on_import\non_import.register()\nREADY = True\n"
+    (tmp_path / "slow" / "models.py").write_text(importing)
+    importlib.import_module("slow.models")
+    assert "slow_host" not in sys.modules
+    importlib.import_module("slow.later")
+    assert "slow_host" in sys.modules
+    assert not any(isinstance(finder, on_import.AfterImport) for finder in sys.meta_path)
+
+
+@pytest.mark.usefixtures("library")
+def test_saving_asks_a_host_that_missed_its_library(tmp_path, monkeypatch):
+    importing = "from bayesprune.hosts import on_import\non_import.register()\nREADY = True\n"
+    (tmp_path / "slow" / "models.py").write_text(importing)
+    importlib.import_module("slow.models")
+    host = types.SimpleNamespace(describe=lambda model, model_args: BaseModel("slow", model))
+    monkeypatch.setitem(sys.modules, "slow_host", types.SimpleNamespace(HOST=host))
+    assert bases.describe("net", None) == BaseModel("slow", "net")
 
 
 @pytest.mark.usefixtures("library")
