@@ -3,12 +3,13 @@
 Of each score its option, its allocation between layers and its compensation are chosen on validation images right after
 the cut, with seed 0 and as many tries for each score; where there is training, then the moment of the cut and the
 learning rate, by the accuracy after it. Regimes: "none", 1,024 calibration images and no training; "short", about half
-an epoch; "long", ten epochs. Batch norm is recalibrated in every row alike. Finished rows are written at once and
-skipped when the program runs again; several processes may work on one results file.
+an epoch; "medium", two epochs; "long", ten. Batch norm is recalibrated in every row alike. Finished rows are written
+at once and skipped when the program runs again; several processes may work on one results file.
 
     python tests/benchmarks/fair.py --data-dir DATA --task resnet20 --regime none
     python tests/benchmarks/fair.py --data-dir DATA --task resnet20 --regime short
     python tests/benchmarks/fair.py --data-dir DATA --task convnet --regime long [--no-number]
+    python tests/benchmarks/fair.py --data-dir DATA --regime medium --no-number --only "channel gates" magnitude
     python tests/benchmarks/fair.py --table
 """
 
@@ -54,6 +55,7 @@ SETTINGS = {
     "short_steps": STEPS,
     "long_epochs": EPOCHS,
 }
+GATES = "channel gates"  # which rank nothing: they are open or closed
 STOPS_AFTER = "after three fifths"
 """When what is told no number cuts."""
 
@@ -104,19 +106,19 @@ class Benchmark:
                     way = replace(way, distilled=is_distilled, features=features)
                     self.measure(regime, way, level, seed, "test", AT_END)
 
-    def without_number(self, scores: list[str], seeds: list[int]) -> None:
-        """Removes what has an SNR below one after a long training, then gives scores without one the same MACs."""
+    def without_number(self, regime: str, scores: list[str], seeds: list[int]) -> None:
+        """Removes what the posterior says after a training, then gives scores without one the same MACs."""
         name = self.task.name
         for score in (its for its in scores if SCORES[its].phase and not SCORES[its].is_control):
             way = Way(score, "", "", "layer by layer", STOPS_AFTER, LRS[name][0], distilled=True)
             for seed in seeds:
-                self.measure("long", way, NO_NUMBER, seed, "test", AT_END)
-                stopped = next(row for row in stops(self.rows, name, score) if row["run"]["seed"] == seed)
+                self.measure(regime, way, NO_NUMBER, seed, "test", AT_END)
+                stopped = next(row for row in stops(self.rows, regime, name, score) if row["run"]["seed"] == seed)
                 level = level_of(stopped, self.task.macs(self.task.dense))
                 for other in (other for other in scores if not SCORES[other].phase):
-                    its = chosen(self.rows, "long", name, other, min(LEVELS[name], key=lambda at: abs(at - level)))
+                    its = chosen(self.rows, regime, name, other, min(LEVELS[name], key=lambda at: abs(at - level)))
                     assert its is not None, "it was chosen with a number"
-                    self.measure("long", its, level, seed, "test", AT_END)
+                    self.measure(regime, its, level, seed, "test", AT_END)
 
     def choose_cut(self, regime: str, score: str, level: float) -> None:
         """Tries options and allocations, then the other compensations with the best option."""
@@ -230,18 +232,20 @@ def main() -> None:
     """Runs what is missing of one task and regime, or writes the page."""
     options = parser(__doc__ or "", "docs/benchmarks/fair.json")
     options.add_argument("--task", choices=LEVELS, default="resnet20")
-    options.add_argument("--regime", choices=("none", "short", "long"), default="none")
+    options.add_argument("--regime", choices=("none", "short", "medium", "long"), default="none")
     options.add_argument("--only", choices=SCORES, nargs="+", default=list(SCORES), help="these scores")
     options.add_argument("--grid", action="store_true", help="every allocation and compensation, without training")
     options.add_argument(
         "--few-tries", action="store_true", help="choose between three allocations, compensated, and cut at once"
     )
-    options.add_argument("--no-number", action="store_true", help="long: remove what has an SNR below one")
+    options.add_argument("--no-number", action="store_true", help="remove what the posterior says, no more, no less")
     options.add_argument("--without-distillation", action="store_true", help="test with cross-entropy alone")
     options.add_argument(
         "--features", type=float, default=0.0, metavar="WEIGHT", help="test with the outputs of blocks compared, too"
     )
     args = options.parse_args()
+    if not args.no_number:
+        args.only = [score for score in args.only if score != GATES]
     torch.set_num_threads(1)
     if args.table:
         args.out.with_suffix(".md").write_text(markdown(read(args.out, SETTINGS)), encoding="utf-8")
@@ -250,7 +254,7 @@ def main() -> None:
         raise SystemExit("--data-dir or BAYESPRUNE_DATA is needed: the folder with cifar10, photos10 and weights.")
     benchmark = Benchmark(Path(args.data_dir), args.out, args.task, has_few_tries=args.few_tries)
     if args.no_number:
-        benchmark.without_number(args.only, args.seeds)
+        benchmark.without_number(args.regime, args.only, args.seeds)
     elif args.regime == "none":
         benchmark.without_training(args.only, args.seeds, has_grid=args.grid)
     else:

@@ -68,9 +68,9 @@ def matching(rows: Iterable[Row], **key: Any) -> list[Row]:
     return [row for row in rows if key.items() <= row.get("run", {}).items()]
 
 
-def stops(rows: Iterable[Row], task: str, score: str) -> list[Row]:
-    """The test rows of a score that was told no number, by seed: at the end of the long regime."""
-    its = matching(rows, task=task, regime="long", score=score, level=NO_NUMBER, part="test", at=AT_END)
+def stops(rows: Iterable[Row], regime: str, task: str, score: str) -> list[Row]:
+    """The test rows of a score that was told no number, by seed: at the end of the regime."""
+    its = matching(rows, task=task, regime=regime, score=score, level=NO_NUMBER, part="test", at=AT_END)
     return sorted(its, key=lambda row: row["run"]["seed"])
 
 

@@ -23,7 +23,7 @@ from fair_choice import (
     whens,
 )
 from fair_methods import ALLOCATIONS, COMPENSATIONS, SCORES
-from fair_tasks import CALIBRATION_IMAGES, EPOCHS, LEVELS, LRS, STEPS
+from fair_tasks import CALIBRATION_IMAGES, EPOCHS, LEVELS, LRS, MEDIUM_EPOCHS, STEPS
 from fair_training import Way
 
 INTRODUCTION = """# Channels, fairly
@@ -37,9 +37,10 @@ evaluations and spends them in the way that suits it best**: it cuts at once and
 stages, or trains first. Every score has the same allocations between layers, the same compensation and the same
 distillation from the dense network (logits, temperature 4, weight 0.9) to choose from.
 
-- **Regimes**: none has {images:,} training images for scores and statistics and trains nothing; short is {short}; long
-  is {epochs} epochs. What a score or a compensation takes gradients of, {images:,} images each and at each cut, is
-  taken off its training. Forward passes are not counted: a measured allocation takes some hundred batches of them.
+- **Regimes**: none has {images:,} training images for scores and statistics and trains nothing; short is {short};
+  medium is {medium} epochs, long {epochs}. What a score or a compensation takes gradients of, {images:,} images each
+  and at each cut, is taken off its training. Forward passes are not counted: a measured allocation takes some hundred
+  batches of them.
 - **Allocation**: the scores' own scale over the whole network; the same share inside layers; the same share of every
   isomorphic class, that is of groups with equal layers and sizes; measured (`MeasuredImportance`); tilted, scores for
   each MAC times exp(t depth), with the t by which the whole cut and compensated network has the lowest loss; the same
@@ -76,14 +77,14 @@ def markdown(rows: Sequence[Row]) -> str:
         lines += [f"Dense: {dense['accuracy']:.1%} of {dense['images']:,} test images.{tried(rows, task)}", ""]
         lines += section(rows, "none", task, "No training", is_distilled=False)
         lines += grids(rows, task)
-        for regime in ("short", "long"):
+        for regime in ("short", "medium", "long"):
             lines += section(rows, regime, task, f"{regime.capitalize()}, distilled", is_distilled=True)
             weights = {row["run"]["features"] for row in matching(rows, task=task, regime=regime)}
             for features in sorted(weights - {0.0}):
                 title = f"{regime.capitalize()}, distilled, outputs of blocks compared with the weight {features:g}"
                 lines += section(rows, regime, task, title, is_distilled=True, features=features)
             lines += section(rows, regime, task, f"{regime.capitalize()}, cross-entropy alone", is_distilled=False)
-        lines += without_number(rows, task, dense["macs"])
+            lines += without_number(rows, regime, task, dense["macs"])
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -97,6 +98,7 @@ def introduction() -> str:
         images=CALIBRATION_IMAGES,
         short=short,
         epochs=EPOCHS,
+        medium=MEDIUM_EPOCHS,
         cut=len(tries),
         further=len(further_tries(tries[0])),
         spending=spending,
@@ -149,11 +151,11 @@ def section(
     return [*lines, ""]
 
 
-def without_number(rows: Sequence[Row], task: str, dense_macs: int) -> list[str]:
-    """What has an SNR below one removed, beside scores without a training before the cut at the same MACs."""
+def without_number(rows: Sequence[Row], regime: str, task: str, dense_macs: int) -> list[str]:
+    """What the posterior says removed, beside scores without a training before the cut at the same MACs."""
     lines: list[str] = []
     for score in SCORES:
-        its = stops(rows, task, score)
+        its = stops(rows, regime, task, score)
         if not its:
             continue
         cells = [f"**{score}**", f"{mean(row['macs'] / dense_macs for row in its):.3f}", shown(its, is_best=False)]
@@ -166,7 +168,10 @@ def without_number(rows: Sequence[Row], task: str, dense_macs: int) -> list[str]
     if not lines:
         return []
     heads = ["| | of the MACs | accuracy | right after the cut | ours to it |", "|---|---|---|---|---|"]
-    return ["### Long, no number given: what has an SNR below one goes", "", *heads, *lines, ""]
+    title = (
+        f"### {regime.capitalize()}, no number given: what has an SNR below one, or a gate rather closed, is removed"
+    )
+    return [title, "", *heads, *lines, ""]
 
 
 def at_its_macs(rows: Sequence[Row], stopped: Row, score: str, dense_macs: int) -> Row | None:

@@ -20,7 +20,7 @@ from bayesprune.reports import count_macs
 
 Batch = tuple[Tensor, Tensor]
 CALIBRATION_IMAGES, TEST_IMAGES = 1_024, 5_000
-EPOCHS = 10  # of the long regime
+EPOCHS, MEDIUM_EPOCHS = 10, 2  # of the long and the medium regime
 STEPS = {"resnet20": 350, "resnet56": 250, "efficientnet_lite0": 188, "convnet": 211}
 """Gradient evaluations of the short regime, each on one batch."""
 LEVELS = {"resnet20": (0.5, 0.4), "resnet56": (0.5, 0.4), "efficientnet_lite0": (0.5,), "convnet": (0.5, 0.2)}
@@ -63,8 +63,8 @@ class Task:
 
     def steps(self, regime: str) -> int:
         """Gradient evaluations of a regime."""
-        long = EPOCHS * self.num_data // self.batch_size
-        return {"none": 0, "short": STEPS[self.name], "long": long}[regime]
+        medium, long = (epochs * self.num_data // self.batch_size for epochs in (MEDIUM_EPOCHS, EPOCHS))
+        return {"none": 0, "short": STEPS[self.name], "medium": medium, "long": long}[regime]
 
     def calibration(self, seed: int) -> list[Batch]:
         """The calibration images of a seed, in batches."""

@@ -16,6 +16,7 @@ from fair_tasks import CALIBRATION_IMAGES, Batch, Task
 from torch import Tensor, nn
 
 import bayesprune as bp
+from bayesprune import gates
 from bayesprune.priors import ARD, Horseshoe, Prior
 from bayesprune.prune import dependency_groups, freeze_batch_norm, recalibrate_batch_norm
 
@@ -50,11 +51,13 @@ class Phase:
         convert: For `to_variational`.
         attach: For `attach`.
         prior: Of its dependency groups; None is the default of `attach`.
+        gates: Learning rate of gates of the channels; None is no gates.
     """
 
     convert: dict[str, Any]
     attach: dict[str, Any] = field(default_factory=dict)
     prior: Callable[[Any], Prior] | None = None
+    gates: float | None = None
 
 
 SPARSIFYING: dict[str, Any] = {"std_lr": 0.02, "max_noise_cost": None, "warmup": 0.1}
@@ -66,6 +69,7 @@ PHASES = {
     "group ARD": Phase({}, {"temperature": 1.0, **SPARSIFYING}, ARD),
     "group ARD at temperature 10": Phase({}, {"temperature": 10.0, **SPARSIFYING}, ARD),
     "group horseshoe": Phase({}, {"temperature": 1.0, **SPARSIFYING}, partial(Horseshoe, global_scale="auto")),
+    "channel gates": Phase({}, {"temperature": 1.0, **SPARSIFYING}, gates=0.1),
 }
 """Phases by name; where a score names none, the training before the cut is plain."""
 
@@ -138,6 +142,8 @@ def trained(task: Task, way: Way, steps: int, seed: int) -> Net:
         phase = PHASES[SCORES[way.score].phase]
         attach = {"num_data": task.num_data, "num_steps": steps, **phase.attach}
         model = bp.to_variational(bp.to_deterministic(model), **phase.convert)
+        if phase.gates is not None:
+            gates.add_channel_gates(model, task.example, lr=phase.gates)
         if phase.prior is not None:
             attach["prior"] = phase.prior(dependency_groups(model, task.example))
     train(task, model, task.draw(steps, seed, True), range(steps), steps, way, **attach)
@@ -149,7 +155,7 @@ def trained(task: Task, way: Way, steps: int, seed: int) -> Net:
 def fine_tuned(net: Net, way: Way, level: float | None, steps: int) -> tuple[nn.Module, nn.Module]:
     """The network after its last cut, and the same after these gradient evaluations, less what score and cuts take.
 
-    Without a level there is one cut, of what has an SNR below one.
+    Without a level there is one cut, of what has an SNR below one or a gate that is rather closed.
     """
     task, when = net.task, WHENS[way.when]
     total = steps - way.evaluations // task.batch_size
@@ -168,10 +174,11 @@ def fine_tuned(net: Net, way: Way, level: float | None, steps: int) -> tuple[nn.
 
 
 def smaller(net: Net, way: Way, level: float | None) -> nn.Module:
-    """A copy at this fraction of the MACs of the dense network; without a level what has an SNR below one is gone."""
+    """A copy at this fraction of the MACs of the dense network; without a level by what the posterior says of each."""
     if level is None:
         model = copy.deepcopy(net.model)
-        bp.prune_channels(model, net.task.example, "snr=1", data=net.batches)
+        has_gates = PHASES[SCORES[way.score].phase].gates is not None
+        bp.prune_channels(model, net.task.example, "inclusion=0.5" if has_gates else "snr=1", data=net.batches)
         return model
     kept = level * net.task.macs(net.task.dense) / net.task.macs(net.model)
     scores = net.allocated(way.score, way.option, way.allocation, way.compensation, kept)
