@@ -1,13 +1,22 @@
+import gc
 import os
 import tempfile
 
 import pytest
 import torch
 
+from bayesprune.foundation import latency
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 _CACHE = tempfile.TemporaryDirectory(prefix="datasets-")
 os.environ.setdefault("HF_DATASETS_CACHE", _CACHE.name)
 torch.set_num_threads(1)
+latency.SECONDS_PER_REPEAT = 0.0  # a repeat is one forward: how exact times are is for tests/reports/test_measure.py
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays to the end, and is none of what trainers have the garbage collector look for."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import bayesprune
@@ -66,15 +67,17 @@ ALLOWED = {
 }
 
 
-def imported_modules(file: str) -> Iterator[str]:
+@cache
+def imported_modules(file: str) -> list[str]:
     """Dotted names that a file imports anywhere in it; `from a import b` gives a.b."""
-    package = ["bayesprune", *Path(file).parent.parts]
+    package, found = ["bayesprune", *Path(file).parent.parts], []
     for node in ast.walk(ast.parse((PACKAGE / file).read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             parents = package[: len(package) - node.level + 1] if node.level else []
-            yield from (".".join([*parents, *filter(None, [node.module]), alias.name]) for alias in node.names)
+            found += [".".join([*parents, *filter(None, [node.module]), alias.name]) for alias in node.names]
+    return found
 
 
 def room_of(path: str) -> str:

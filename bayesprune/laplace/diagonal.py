@@ -112,7 +112,7 @@ def per_example_gradients(call: Call, parameter: str, num_examples: int) -> Tens
     if parameter == "bias":
         return outer.sum(1).flatten(1)
     products = torch.einsum("ntgr,ntgc->ngrc", outer, input_rows(layer, _wide(inputs), num_examples))
-    return torch.stack([from_matrix(layer, product) for product in products])
+    return torch.vmap(lambda product: from_matrix(layer, product))(products)
 
 
 def _sum_of_squares(calls: list[tuple[Call, str]], num_examples: int) -> Tensor:
@@ -122,11 +122,11 @@ def _sum_of_squares(calls: list[tuple[Call, str]], num_examples: int) -> Tensor:
     total: Tensor | float = 0.0
     for start in range(0, num_examples, size):
         count = min(size, num_examples - start)
-        gradients = [
+        first, *others = (
             per_example_gradients(_examples(call, start, count, num_examples), parameter, count)
             for call, parameter in calls
-        ]
-        total = total + torch.stack(gradients).sum(0).square().sum(0)
+        )
+        total = total + sum(others, start=first).square_().sum(0)
     assert isinstance(total, Tensor), "a batch has examples"
     return total
 

@@ -10,7 +10,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import bayesprune as bp
 from bayesprune.app.pipeline import Recipe, run
-from bayesprune.foundation import latency
 from bayesprune.reports import ACCURACY, PERPLEXITY, Report
 
 pytest.importorskip("matplotlib")
@@ -58,8 +57,7 @@ class BySize:
         return "load"
 
 
-def smallest(metric, score, tolerance, out, monkeypatch, by="macs", **options):
-    monkeypatch.setattr(latency, "SECONDS_PER_REPEAT", 0.0)
+def smallest(metric, score, tolerance, out, by="macs", **options):
     model = nn.Sequential(nn.Linear(8, 40), nn.ReLU(), nn.Linear(40, 4))
     recipe = Recipe(
         target=None,
@@ -78,8 +76,8 @@ def smallest(metric, score, tolerance, out, monkeypatch, by="macs", **options):
     return report, task, progress.said
 
 
-def test_perplexity_may_rise_by_the_tolerance_as_a_part_of_itself(tmp_path, monkeypatch):
-    report, task, said = smallest(PERPLEXITY, lambda kept: 20 / kept, 1.0, tmp_path, monkeypatch)
+def test_perplexity_may_rise_by_the_tolerance_as_a_part_of_itself(tmp_path):
+    report, task, said = smallest(PERPLEXITY, lambda kept: 20 / kept, 1.0, tmp_path)
     assert report.before.accuracy == 20
     assert 35 < report.after.accuracy <= 40
     assert all(trained == (1, False, None) for trained in task.trained[1:-1])
@@ -91,15 +89,15 @@ def test_perplexity_may_rise_by_the_tolerance_as_a_part_of_itself(tmp_path, monk
     assert (tmp_path / "beside.txt").is_file()
 
 
-def test_accuracy_may_fall_by_the_tolerance_in_its_own_unit(tmp_path, monkeypatch):
-    report, _, said = smallest(ACCURACY, lambda kept: 0.4 + kept / 2, 0.1, tmp_path, monkeypatch)
+def test_accuracy_may_fall_by_the_tolerance_in_its_own_unit(tmp_path):
+    report, _, said = smallest(ACCURACY, lambda kept: 0.4 + kept / 2, 0.1, tmp_path)
     assert report.before.accuracy == 0.9
     assert 0.8 <= report.after.accuracy < 0.84
     assert "validation accuracy 90.00% with 524 non-zero parameters" in said
 
 
-def test_single_weights_go_where_the_search_is_for_them(tmp_path, monkeypatch):
-    report, task, said = smallest(ACCURACY, lambda kept: 0.4 + kept / 2, 0.1, tmp_path, monkeypatch, by="weights")
+def test_single_weights_go_where_the_search_is_for_them(tmp_path):
+    report, task, said = smallest(ACCURACY, lambda kept: 0.4 + kept / 2, 0.1, tmp_path, by="weights")
     assert 0.8 <= report.after.accuracy < 0.82
     assert report.after.parameters == report.before.parameters == 524
     assert report.after.nonzero_parameters < 450
@@ -110,9 +108,9 @@ def test_single_weights_go_where_the_search_is_for_them(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("by", ["macs", "weights"])
-def test_the_dense_model_teaches_in_each_training_after_a_removal(by, tmp_path, monkeypatch):
+def test_the_dense_model_teaches_in_each_training_after_a_removal(by, tmp_path):
     options = {"by": by, "relative_std": 0.1}
-    _, task, _ = smallest(ACCURACY, lambda kept: 0.4 + kept / 2, 0.1, tmp_path / "taught", monkeypatch, **options)
+    _, task, _ = smallest(ACCURACY, lambda kept: 0.4 + kept / 2, 0.1, tmp_path / "taught", **options)
     others = task.teachers
     if by == "weights":
         first, *others = others
@@ -120,9 +118,7 @@ def test_the_dense_model_teaches_in_each_training_after_a_removal(by, tmp_path, 
     assert len(others) > 2
     assert all(teacher is others[0] for teacher in others)
     assert others[0][0].weight.shape == (40, 8)
-    _, task, _ = smallest(
-        ACCURACY, lambda kept: 0.4 + kept / 2, 0.1, tmp_path / "alone", monkeypatch, distill=False, **options
-    )
+    _, task, _ = smallest(ACCURACY, lambda kept: 0.4 + kept / 2, 0.1, tmp_path / "alone", distill=False, **options)
     assert task.teachers == [None] * len(task.teachers)
 
 
@@ -134,8 +130,7 @@ def batches(rows: int = 96) -> dict[str, DataLoader]:
 
 
 @pytest.mark.parametrize(("target", "by_gates"), [("macs=0.5", False), ("weights=0.5", False), ("weights=0.5", True)])
-def test_compress_does_the_job_from_python(target, by_gates, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(latency, "SECONDS_PER_REPEAT", 0.0)
+def test_compress_does_the_job_from_python(target, by_gates, tmp_path, caplog):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 40), nn.ReLU(), nn.Linear(40, 3))
     data = batches()
@@ -200,8 +195,7 @@ class Spoils(BySize):
 
 
 @pytest.mark.parametrize(("metric", "sign"), [(ACCURACY, 1), (PERPLEXITY, -1)], ids=["accuracy", "perplexity"])
-def test_training_that_makes_rounded_weights_worse_is_undone(metric, sign, tmp_path, monkeypatch):
-    monkeypatch.setattr(latency, "SECONDS_PER_REPEAT", 0.0)
+def test_training_that_makes_rounded_weights_worse_is_undone(metric, sign, tmp_path):
     model = nn.Sequential(nn.Linear(8, 40), nn.ReLU(), nn.Linear(40, 4))
     task, progress = Spoils(metric, lambda kept: 10 + sign * kept), Silent()
     recipe = Recipe("macs=0.5", None, 2, 0.1, 0.1, None, "auto", ("width",), bits=4)

@@ -22,17 +22,11 @@ from transformers import (
 )
 
 from bayesprune.app.pretrained import class_order, longest_input
-from bayesprune.foundation import latency
 from tests.commands import run
 from tests.hosts.transformers.tiny import VOCABULARY, bert, llama
 
 WORDS = [f"w{number}" for number in range(VOCABULARY - 3)]
 FAST = ["--epochs", "1", "--batch-size", "16", "--lr", "1e-3", "--train-lr", "1e-2"]
-
-
-@pytest.fixture(autouse=True)
-def _short_timing(monkeypatch):
-    monkeypatch.setattr(latency, "SECONDS_PER_REPEAT", 0.0)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

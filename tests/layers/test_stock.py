@@ -7,10 +7,10 @@ from torch import nn
 import bayesprune as bp
 from bayesprune.foundation.kinds import kind_of
 from bayesprune.layers import registered_types
-from tests.cases import LAYERS, LayerCase, layers, structures
+from tests.cases import LAYERS, STRUCTURES, LayerCase, layers
 from tests.oracles import assert_covariance, linear_map, output_covariance
 
-NUM_DRAWS = 2000
+NUM_DRAWS, COPIES = 2000, 100
 RANDOM = ("weight_sampling", "flipout", "local_reparameterization")
 
 
@@ -46,18 +46,27 @@ def visible(covariance: torch.Tensor, output: torch.Tensor, estimator: str, feat
     return covariance * (examples[:, None] == examples) * (units[:, None] == units)
 
 
+def own_structure(case: LayerCase) -> str:
+    return STRUCTURES[LAYERS.index(case) % 3]
+
+
 @pytest.mark.parametrize("estimator", RANDOM)
 @layers
 def test_moments_of_the_output(case, estimator):
-    std = ("per_weight", "rank_one", "per_channel")[LAYERS.index(case) % 3]
-    assert_moments(case, estimator, std)
+    assert_moments(case, estimator, own_structure(case))
 
 
-@structures
+IN_EVERY_STRUCTURE = [case for case in LAYERS if case.name in ("linear", "conv2d_groups", "transposed2d_groups")]
+
+
 @pytest.mark.parametrize("estimator", RANDOM)
-@pytest.mark.parametrize("name", ["linear", "conv2d_groups", "transposed2d_groups"])
-def test_moments_with_every_structure(name, estimator, std):
-    assert_moments(next(case for case in LAYERS if case.name == name), estimator, std)
+@pytest.mark.parametrize(
+    ("case", "std"),
+    [(case, std) for case in IN_EVERY_STRUCTURE for std in STRUCTURES if std != own_structure(case)],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_moments_with_the_other_structures(case, estimator, std):
+    assert_moments(case, estimator, std)
 
 
 @pytest.mark.parametrize("estimator", RANDOM)
@@ -70,9 +79,13 @@ def test_moments_with_timms_same_padding(estimator):
 def assert_moments(case: LayerCase, estimator: str, std: str) -> None:
     layer, x = variational(case, std), case.input()
     posteriors, feature_dim = layer.posteriors(), kind_of(layer).feature_dim
+    # Local noise is independent from example to example, so that copies of the input are as good as calls.
+    copies = COPIES if estimator == "local_reparameterization" and x.dim() + feature_dim > 0 else 1
+    many = x if copies == 1 else x.repeat(copies, *[1] * (x.dim() - 1))
     with torch.no_grad(), bp.sampling(layer, estimator):
         output = layer(x, **case.kwargs)
-        samples = torch.stack([layer(x, **case.kwargs).flatten() for _ in range(NUM_DRAWS)])
+        calls = [layer(many, **case.kwargs).reshape(copies, -1) for _ in range(NUM_DRAWS // copies)]
+    samples = torch.cat(calls)
     function, means = stock_function(layer, x, case.kwargs)
     covariance = output_covariance(function, means, [posteriors[name].std for name in posteriors])
     expected = visible(covariance, output, estimator, feature_dim)

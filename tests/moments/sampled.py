@@ -42,15 +42,14 @@ def draws(x: Moments, num_samples: int = NUM_SAMPLES) -> Tensor:
     """Gaussian draws (S, *shape) in float64 with this mean, this variance and this covariance between positions."""
     mean, variance, shared = (None if part is None else part.detach().double() for part in parts(x))
     assert mean is not None
-    values = mean.expand(num_samples, *mean.shape)
     if variance is None:
-        return values
+        return mean.expand(num_samples, *mean.shape)
     alone = variance if shared is None else variance - shared
     assert (alone >= 0).all(), "the shared part is larger than the variance"
-    values = values + alone.sqrt() * torch.randn(num_samples, *mean.shape, dtype=torch.float64)
+    values = torch.randn(num_samples, *mean.shape, dtype=torch.float64).mul_(alone.sqrt()).add_(mean)
     if shared is not None:
         aligned = shared.reshape((1,) * (mean.dim() - shared.dim()) + tuple(shared.shape))
-        values = values + aligned.sqrt() * torch.randn(num_samples, *aligned.shape, dtype=torch.float64)
+        values += torch.randn(num_samples, *aligned.shape, dtype=torch.float64).mul_(aligned.sqrt())
     return values
 
 
@@ -60,8 +59,10 @@ def sampled(function: Callable[..., Any], *inputs: Any, num_samples: int = NUM_S
     values = [draws(x, num_samples) if isinstance(x, Moments) else x for x in inputs]
     dims = tuple(0 if isinstance(x, Moments) else None for x in inputs)
     outputs = torch.vmap(function, in_dims=dims, randomness="different")(*values).double()
-    mean, variance = outputs.mean(0), outputs.var(0)
-    fourth = (outputs - mean).pow(4).mean(0)
+    mean = outputs.mean(0)
+    squares = (outputs - mean).square_()
+    variance = squares.sum(0) / (num_samples - 1)
+    fourth = squares.square_().mean(0)
     return Sampled(
         outputs,
         mean,

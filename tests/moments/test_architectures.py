@@ -16,7 +16,7 @@ VIT = {"img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 2}
 TIMM: dict[str, dict[str, Any]] = {
     "resnet18": RESNET,
     "resnet26d": RESNET,
-    "resnext26ts": {"zero_init_last": False, "stem_type": "", "stem_pool": "maxpool"},
+    "resnext26ts": {"zero_init_last": False, "stem_type": "", "stem_pool": "maxpool", "width_factor": 0.5},
     "mobilenetv3_small_100": {},
     "efficientnet_b0": {},
     "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32), "ls_init_value": 0.5},
@@ -37,7 +37,7 @@ TIMM: dict[str, dict[str, Any]] = {
         "embed_dim": 12,
         "num_heads": (1, 2),
     },
-    "mixer_s32_224": {"img_size": 64},
+    "mixer_s32_224": {"img_size": 64, "mlp_ratio": (0.5, 0.25)},
     "regnety_002": {"zero_init_last": False},
     "densenet121": {"growth_rate": 4, "block_config": (2, 2, 2, 2)},
     "vgg11_bn": {"mlp_ratio": 0.01},

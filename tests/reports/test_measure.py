@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bayesprune import reports
+from bayesprune.foundation import latency
 from bayesprune.foundation.batches import given
 from bayesprune.reports.measure import tensor_bytes, uncounted_layers
 
@@ -183,7 +184,8 @@ class Sleeper(nn.Module):
         return x
 
 
-def test_latencies_are_taken_in_turns():
+def test_latencies_are_taken_in_turns(monkeypatch):
+    monkeypatch.setattr(latency, "SECONDS_PER_REPEAT", 0.05)
     calls = []
     slow, fast = reports.latencies(
         [Sleeper("a", 0.02, calls), Sleeper("b", 0.012, calls)], torch.zeros(3, 1), num_repeats=4

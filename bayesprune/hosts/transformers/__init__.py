@@ -3,12 +3,12 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from bayesprune.hosts.transformers.hub import model_card, push_to_hub, save_with_card
 from bayesprune.hosts.transformers.reload import follow_saves
 
 if TYPE_CHECKING:
     from bayesprune.hosts.transformers.callback import BayesPruneCallback
     from bayesprune.hosts.transformers.distillation import DistillationCallback
+    from bayesprune.hosts.transformers.hub import model_card, push_to_hub, save_with_card
     from bayesprune.hosts.transformers.tolerance import Tolerance
     from bayesprune.prune.weights.schedule import PruneSchedule
 
@@ -23,12 +23,13 @@ __all__ = [
     "save_with_card",
 ]
 
-# The Trainer takes seconds to import; what needs it is imported when it is asked for.
+# The Trainer, and torch-pruning behind the reports, take long to import: they are when they are asked for.
 _LAZY = {
     "BayesPruneCallback": "bayesprune.hosts.transformers.callback",
     "DistillationCallback": "bayesprune.hosts.transformers.distillation",
     "PruneSchedule": "bayesprune.prune.weights.schedule",
     "Tolerance": "bayesprune.hosts.transformers.tolerance",
+    **dict.fromkeys(("model_card", "push_to_hub", "save_with_card"), "bayesprune.hosts.transformers.hub"),
 }
 
 
