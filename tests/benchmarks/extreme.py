@@ -310,13 +310,23 @@ def page(rows: list[Row], *, has_picture: bool = False) -> str:
         lines += ["", f"## {name}", "", "| | " + " | ".join(f"{level:g} % kept" for level in levels) + " |"]
         lines.append("|---" * (len(levels) + 1) + "|")
         for method in METHODS:
-            cells = [cell([row for row in of_task if (row["method"], row["level"]) == (method, lv)]) for lv in levels]
+            cells = [cell(chosen(rows, name, method, level)) for level in levels]
             if any(cells):
                 lines.append(f"| {'**gates**' if method == 'gates' else method} | " + " | ".join(cells) + " |")
     if has_picture:
         lines += ["", "How many of the weights that are left read each pixel, gates at the smallest level:", ""]
         lines.append("![Pixels read by the weights that are left, beside the dense network](extreme_pixels.png)")
     return "\n".join(lines) + "\n"
+
+
+def chosen(rows: list[Row], name: str, method: str, level: float) -> list[Row]:
+    """The test rows of a method, as it was best on validation images."""
+    its = [row for row in rows if (row["task"], row["method"], row["level"]) == (name, method, level)]
+    best = min((row for row in its if row["validation"]), key=lambda row: row["error"], default=None)
+    if best is None:
+        return []
+    way = (best["lr"], best["strength"])
+    return [row for row in its if not row["validation"] and (row["lr"], row["strength"]) == way]
 
 
 def cell(rows: list[Row]) -> str:
