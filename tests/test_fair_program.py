@@ -128,7 +128,8 @@ def test_a_second_start_finds_every_row_and_the_page_has_them(monkeypatch, tmp_p
         for is_distilled in (True, False):
             benchmark.with_training("short", ["magnitude", "README's way"], [0], is_distilled=is_distilled)
         benchmark.with_training("long", ["magnitude"], [0], is_distilled=True)
-        benchmark.without_number(["magnitude", "group ARD"], [0, 1])
+        benchmark.with_training("short", ["magnitude"], [0], is_distilled=True, features=1.0)
+        benchmark.without_number("long", ["magnitude", "group ARD"], [0, 1])
         made.append((next(numbers), len(benchmark.rows)))
     (before, rows), (after, again) = made
     assert after == before + 1, "nothing ran twice"
@@ -138,12 +139,14 @@ def test_a_second_start_finds_every_row_and_the_page_has_them(monkeypatch, tmp_p
     assert [(run["score"], run["seed"]) for run in stopped] == [("group ARD", 0), ("group ARD", 1)]
     ends = [run for run in ends if run["regime"] == "short"]
     assert sum(run["part"] == "validation" for run in ends) == 2 * 4
-    assert sum(run["part"] == "test" for run in ends) == 2 * 2 * 2
+    assert sum(run["part"] == "test" and not run["features"] for run in ends) == 2 * 2 * 2
+    assert sum(run["features"] == 1.0 for run in ends) == 2
     page = markdown(benchmark.rows)
     for heading in (
         "No training\n",
         "0.4 of the MACs, under equal allocation",
-        "Short, distilled",
+        "Short, distilled\n",
+        "Short, distilled, outputs of blocks compared with the weight 1\n",
         "Short, cross-entropy alone",
         "Long, no number given: what has an SNR below one goes",
     ):

@@ -89,7 +89,7 @@ class Benchmark:
                             self.measure("none", other, level, seed, "test", AT_CUT)
 
     def with_training(
-        self, regime: str, scores: list[str], seeds: list[int], *, is_distilled: bool, features: float
+        self, regime: str, scores: list[str], seeds: list[int], *, is_distilled: bool, features: float = 0.0
     ) -> None:
         """Chooses the moment of the cut and the learning rate, and tests."""
         name = self.task.name

@@ -212,7 +212,7 @@ SCORES = {
     "group ARD, without its stds": Score(without_stds, REDUCTIONS, phase="group ARD"),
     "group ARD at temperature 10": Score(snr, POWERS, phase="group ARD at temperature 10", is_control=False),
     "group horseshoe": Score(snr, POWERS, phase="group horseshoe", is_control=False),
-    "channel gates": Score(snr, phase="channel gates", is_control=False),
+    "channel gates": Score(snr, POWERS, phase="channel gates", is_control=False),
 }
 
 
