@@ -148,7 +148,7 @@ def test_a_second_start_finds_every_row_and_the_page_has_them(monkeypatch, tmp_p
         "Short, distilled\n",
         "Short, distilled, outputs of blocks compared with the weight 1\n",
         "Short, cross-entropy alone",
-        "Long, no number given: what has an SNR below one goes",
+        "Long, no number given: an SNR below one, or a closed gate, is removed",
     ):
         assert f"### {heading}" in page or f"### No training, {heading}" in page
     assert "| **group ARD** | 0.300 |" in page

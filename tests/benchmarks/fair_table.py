@@ -168,9 +168,7 @@ def without_number(rows: Sequence[Row], regime: str, task: str, dense_macs: int)
     if not lines:
         return []
     heads = ["| | of the MACs | accuracy | right after the cut | ours to it |", "|---|---|---|---|---|"]
-    title = (
-        f"### {regime.capitalize()}, no number given: what has an SNR below one, or a gate rather closed, is removed"
-    )
+    title = f"### {regime.capitalize()}, no number given: an SNR below one, or a closed gate, is removed"
     return [title, "", *heads, *lines, ""]
 
 
