@@ -192,11 +192,12 @@ class Distillation:
     def _feature_error(self, batch: Batch) -> Tensor:
         """Mean over blocks of weight * |student - teacher|^2 / |teacher|^2, without the tokens that are masked."""
         errors = []
+        has_encoder = any("encoder" in name.split(".") for name in self.features)
         for name, ours in self._of_student.items():
             if name in self._of_teacher and ours.shape == self._of_teacher[name].shape:
                 ours, theirs = ours.float(), self._of_teacher[name].float()
-                side = "decoder_attention_mask" if "decoder" in name.split(".") else "attention_mask"
-                attended = batch.kwargs.get(side, batch.kwargs.get("attention_mask"))
+                is_decoder = has_encoder and "decoder" in name.split(".")
+                attended = batch.kwargs.get("decoder_attention_mask" if is_decoder else "attention_mask")
                 if isinstance(attended, Tensor) and attended.shape == ours.shape[:-1]:
                     ours, theirs = ours[attended != 0], theirs[attended != 0]
                 error = (ours - theirs).square().sum() / theirs.square().sum().clamp_min(

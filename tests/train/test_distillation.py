@@ -322,6 +322,26 @@ def test_features_of_masked_tokens_do_not_count():
         assert abs(whole - loss) > 0.01 * loss
 
 
+def test_the_mask_of_an_encoder_says_nothing_of_the_features_of_the_decoder():
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.decoder = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x, attention_mask=None):
+            return self.decoder(self.encoder(x))
+
+    torch.manual_seed(0)
+    dense, small, x = Both(), Both(), torch.randn(2, 3, 4)
+    ours, theirs = small(x), dense(x)
+    distill = bp.distillation(dense, weight=1.0, features={"encoder": 0.0, "decoder": 0.5})
+    with distill.watch(small):
+        loss = distill(small(x), {"x": x, "attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0]])})
+    counted = torch.tensor([[True, True, False], [True, False, False]])
+    expected = by_hand(ours, theirs)[counted].mean() + 0.5 * relative_error(ours, theirs) / 2
+    torch.testing.assert_close(loss, expected)
+
+
 def test_watching_leaves_no_trace_and_a_copy_in_between_is_a_model_of_its_own():
     dense, small, x = blocks()
     distill = bp.distillation(dense, weight=1.0, features=0.3)
