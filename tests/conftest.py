@@ -1,6 +1,9 @@
 import gc
 import os
 import tempfile
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
@@ -22,3 +25,23 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def fails_on_second_call(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], list[Any]]:
+    """`fails_on_second_call(module, name)`: the function there has no memory the second time; gives its calls."""
+
+    def replace(module: str, name: str) -> list[Any]:
+        calls: list[Any] = []
+        function = getattr(import_module(module), name)
+
+        def fails(*args: Any, **options: Any) -> Any:
+            calls.append(args)
+            if len(calls) > 1:
+                raise MemoryError
+            return function(*args, **options)
+
+        monkeypatch.setattr(f"{module}.{name}", fails)
+        return calls
+
+    return replace

@@ -28,7 +28,7 @@ import torch
 from bits import HEADER, file_size
 from bits_controls import eight_bits, k_means_huffman, nnc
 from fair_tasks import LRS, Task, is_right, task
-from fair_training import RECALIBRATION_BATCHES, distillation
+from fair_training import RECALIBRATION_BATCHES, Way, train
 from torch import nn
 
 import bayesprune as bp
@@ -180,20 +180,18 @@ def trained_on(net: Net, of: Task, batches: list[Any], asked: Row, lr: float, se
     model = copy.deepcopy(net.dense)
     report = bp.quantize(model, batches, **asked)
     torch.manual_seed(seed)
-    num_steps = of.steps("short")
-    optimizer = of.optimizer(list(model.parameters()), lr=lr)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / num_steps)
+    num_steps, held = of.steps("short"), list[bp.bits.StraightThrough]()
+    train(
+        of,
+        model,
+        of.draw(num_steps, seed + 1_000, True),
+        range(num_steps),
+        num_steps,
+        Way("posterior", "", "", "", lr=lr, distilled=True),
+        before=lambda optimizer: held.append(bp.bits.StraightThrough(optimizer, model, report)),
     )
-    held, loss = bp.bits.StraightThrough(optimizer, model, report), distillation(of.dense)
-    model.train()
-    for images, labels in of.draw(num_steps, seed + 1_000, True):
-        optimizer.zero_grad()
-        loss(model, images, labels).backward()
-        optimizer.step()
-        schedule.step()
-    bp.prune.recalibrate_batch_norm(model.eval(), of.draw(RECALIBRATION_BATCHES, seed + 100, True))
-    held.finish()
+    bp.prune.recalibrate_batch_norm(model, of.draw(RECALIBRATION_BATCHES, seed + 100, True))
+    held[0].finish()
     validation = 100 * float(is_right(model, of.images["validation"]).double().mean())
     return figures(net, model, file_size(model)) | {"validation": validation}
 

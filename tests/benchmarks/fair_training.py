@@ -111,17 +111,24 @@ def distillation(teacher: nn.Module, features: float = 0.0) -> Loss:
 
 
 def train(
-    task: Task, model: nn.Module, batches: Iterator[Batch], steps: range, total: int, way: Way, **attach: Any
+    task: Task,
+    model: nn.Module,
+    batches: Iterator[Batch],
+    steps: range,
+    total: int,
+    way: Way,
+    *,
+    before: Callable[[torch.optim.Optimizer], object] | None = None,
 ) -> None:
-    """These of `total` steps, learning rate by cosine to 0; with noise and KL where there are options of `attach`."""
+    """These of `total` steps, learning rate by cosine to 0; `before` gets the optimizer ahead of the first."""
     loss = distillation(task.dense, way.features) if way.distilled else cross_entropy
     means = [parameter for name, parameter in model.named_parameters() if not name.endswith("log_std")]
     optimizer = task.optimizer(means, lr=way.lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * (steps.start + step) / total)
     )
-    if attach:
-        bp.attach(optimizer, model, **attach)
+    if before is not None:
+        before(optimizer)
     model.train()
     with freeze_batch_norm(model) if task.keeps_statistics else nullcontext():
         for images, labels in islice(batches, len(steps)):
@@ -137,7 +144,7 @@ def trained(task: Task, way: Way, steps: int, seed: int) -> Net:
     if not steps:
         return Net(task, task.dense, seed)
     torch.manual_seed(seed)
-    model, attach = copy.deepcopy(task.dense), {}
+    model, before = copy.deepcopy(task.dense), None
     if SCORES[way.score].phase:
         phase = PHASES[SCORES[way.score].phase]
         attach = {"num_data": task.num_data, "num_steps": steps, **phase.attach}
@@ -146,7 +153,8 @@ def trained(task: Task, way: Way, steps: int, seed: int) -> Net:
             gates.add_channel_gates(model, task.example, lr=phase.gates)
         if phase.prior is not None:
             attach["prior"] = phase.prior(dependency_groups(model, task.example))
-    train(task, model, task.draw(steps, seed, True), range(steps), steps, way, **attach)
+        before = partial(bp.attach, model=model, **attach)
+    train(task, model, task.draw(steps, seed, True), range(steps), steps, way, before=before)
     if not task.keeps_statistics:
         recalibrate_batch_norm(model, task.calibration(seed))
     return Net(task, model, seed)

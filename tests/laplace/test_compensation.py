@@ -15,7 +15,6 @@ from torch import nn
 import bayesprune as bp
 from bayesprune.foundation.model import eval_mode
 from bayesprune.laplace import compensate
-from bayesprune.laplace.compensation import refit
 from bayesprune.laplace.flow import Walk, layer_calls, watched
 from bayesprune.layers import variational_layers
 
@@ -273,17 +272,10 @@ def test_without_a_batch_it_says_so():
         compensate(mlp(5, 4, 3), [], {"2": [0]})
 
 
-def test_an_error_on_the_way_leaves_the_model_as_it_was(monkeypatch):
-    model, calls = mlp(5, 8, 6, 3), []
+def test_an_error_on_the_way_leaves_the_model_as_it_was(fails_on_second_call):
+    model = mlp(5, 8, 6, 3)
     before = copy.deepcopy(model.state_dict())
-
-    def fails_later(*args, **options):
-        calls.append(args)
-        if len(calls) > 1:
-            raise MemoryError
-        return refit(*args, **options)
-
-    monkeypatch.setattr("bayesprune.laplace.compensation.refit", fails_later)
+    calls = fails_on_second_call("bayesprune.laplace.compensation", "refit")
     with pytest.raises(MemoryError):
         compensate(model, [normal(64, 5)], {"2": [0]})
     assert len(calls) == 2
