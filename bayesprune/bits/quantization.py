@@ -10,8 +10,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from bayesprune.bits.others import (
+    embedding_precisions,
+    named_embeddings,
+    ordinary_names,
+    ordinary_tensors,
+    posterior_scale,
+    rest_of,
+    significant,
+)
 from bayesprune.bits.report import Quantization, QuantizedTensor
-from bayesprune.bits.rest import ordinary_names, ordinary_tensors, significant, without_posterior
 from bayesprune.bits.rounding import Sweep, round_alone, round_columns, sweeps
 from bayesprune.bits.steps import Grid, posterior_grid, width_grid, width_of
 from bayesprune.convert import to_variational
@@ -51,9 +59,9 @@ def quantize(
     A weight that the posterior knows to within sigma needs no finer grid: one constant sets the steps of the whole
     model (see `bayesprune.bits.steps`), and is searched for the largest tolerated loss, or the largest file. Weights
     that are zero stay zero. With data the weights of a row make up for each other's rounding (see
-    `bayesprune.bits.rounding`). What has no posterior, such as norms and
-    their running statistics, keeps 11 significant bits, as many as float16 has. Biases of converted layers are rounded
-    like weights. The values remain ordinary tensors of the same dtype: nothing is attached to the model. Training on
+    `bayesprune.bits.rounding`). Biases of converted layers are rounded like weights, and so are embeddings where there
+    are data. What else has no posterior, such as norms and their running statistics, keeps 11 significant bits, as many
+    as float16 has. The values remain ordinary tensors of the same dtype: nothing is attached to the model. Training on
     makes it an ordinary one again, unless `bits.StraightThrough` holds it to its grids.
 
     Args:
@@ -62,7 +70,7 @@ def quantize(
         data: Batches in any form that `bayesprune.foundation.batches` names; all are kept in memory. Training data.
         tolerance: By how many nats the mean loss on the data may rise. Needs data.
         bits: Instead, a fixed width: 2^bits - 1 places about zero for each tensor, or channel; 2 to 12. A mapping gives
-            the widths by the longest prefix of a tensor's name; others stay as they are.
+            the widths by the longest prefix of a tensor's name; weights and biases of other names stay as they are.
         bytes: Instead, the largest size of all tensors of the state dict, coded; the header of the file comes on top,
             some 300 bytes.
         per: Whether a tensor has one step, or each of its output channels.
@@ -91,14 +99,16 @@ def quantize(
         raise ValueError("tolerance needs data to measure the loss on; pass batches, or ask for bits or bytes.")
     source = _with_posterior(model, batches)
     kl_nats = float(kl_divergence(model)) if source is model else None
-    weights = _weights(source, model, per)
+    weights = [*_weights(source, model, per), *_embeddings(source, model, per, batches)]
     if isinstance(bits, Mapping) and (
         unknown := [name for name in bits if not any(width_of(weight.name, {name: 2}) for weight in weights)]
     ):
         raise ValueError(
-            f"bits names {first_names(unknown)}; expected prefixes of names of tensors with a posterior, such as "
+            f"bits names {first_names(unknown)}; expected prefixes of names of tensors that are rounded, such as "
             f"{first_names(weight.name for weight in weights)}."
         )
+    if bits is not None:
+        weights = [weight for weight in weights if weight.posterior or width_of(weight.name, bits)]
     factors = _factors(source, batches) if batches and compensate else None
     work = _Work(model, weights, factors, batches, cross_entropy if loss is None else loss)
     before = work.loss() if work.can_measure() else None
@@ -128,18 +138,15 @@ def quantize(
 
 @dataclass
 class _Weight:
-    """One tensor to round, as it was and how exactly it is known; everything on the CPU."""
+    """One tensor to round, as it was and how exactly it is known; on the CPU. Embeddings have no posterior."""
 
-    posterior: Posterior
+    name: str
+    posterior: Posterior | None
     target: Tensor
     mean: Tensor
     precision: Tensor
     kept: Tensor
     dims: tuple[int, ...]
-
-    @property
-    def name(self) -> str:
-        return self.posterior.name
 
 
 class _Work:
@@ -158,7 +165,7 @@ class _Work:
         self._batches, self._loss, self._factors = batches, loss, factors or {}
         self._plans: dict[str, list[tuple[int, slice, list[Sweep]]]] = {}
         self._names = ordinary_names(model)
-        rest = without_posterior(self.saved(), [weight.target for weight in weights])
+        rest = rest_of(self.saved(), [weight.target for weight in weights])
         self._rest = [(tensor, tensor.clone()) for tensor in rest]
 
     def round(self, grid_of: Callable[[_Weight], Grid | None]) -> None:
@@ -209,7 +216,7 @@ class _Work:
         """Rounds the matrix of a layer column by column; the names of what it rounded."""
         own = {weight.name: weight for weight in self.weights}
         weight, bias = own.get(_joined(name, "weight")), own.get(_joined(name, "bias"))
-        if weight is None or (grid := self.grids[weight.name]) is None:
+        if weight is None or weight.posterior is None or (grid := self.grids[weight.name]) is None:
             return set()
         layer = weight.posterior.layer
         num_columns = to_matrix(layer, weight.mean).shape[2]
@@ -239,7 +246,7 @@ class _Work:
     def _matrices(layer: VariationalLayer, weight: _Weight, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, what is kept, and steps as (G, R, C)."""
         tensors = (weight.mean.double(), weight.kept, grid.step.expand(weight.mean.shape))
-        if weight.posterior.is_weight:
+        if weight.posterior is not None and weight.posterior.is_weight:
             first, kept, step = (to_matrix(layer, tensor) for tensor in tensors)
         else:
             groups = to_matrix(layer, layer.get_parameter("weight")).shape[0]
@@ -321,8 +328,22 @@ def _weights(source: nn.Module, model: nn.Module, per: str) -> list[_Weight]:
         precision = (-2 * posterior.log_std.detach().cpu().double()).exp().expand(mean.shape)
         dims = posterior.unit_dims if per == "channel" else ()
         target = model.get_parameter(posterior.name)
-        found.append(_Weight(posterior, target, mean, precision, kept, dims))
+        found.append(_Weight(posterior.name, posterior, target, mean, precision, kept, dims))
     return found
+
+
+def _embeddings(source: nn.Module, model: nn.Module, per: str, batches: list[Any] | None) -> Iterator[_Weight]:
+    """The embeddings of `model`, as exactly known as gradients say; none without data."""
+    if not batches or not named_embeddings(source):
+        return
+    scale = 1.0 if source is not model else posterior_scale(source, batches)
+    if scale is None:
+        return
+    for name, precision in embedding_precisions(source, batches, scale).items():
+        target = model.get_parameter(name)
+        mean = target.detach().cpu().clone()
+        everywhere = torch.full((), precision, dtype=torch.double).expand(mean.shape)
+        yield _Weight(name, None, target, mean, everywhere, mean != 0, (0,) if per == "channel" else ())
 
 
 def _fixed(weight: _Weight, bits: int | Mapping[str, int]) -> Grid | None:

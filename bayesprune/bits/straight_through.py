@@ -8,7 +8,7 @@ layer and every estimator of its noise see the same; only during a step does it 
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from bayesprune.bits.others import named_embeddings, ordinary_names, ordinary_tensors, rest_of, significant
 from bayesprune.bits.report import Quantization
-from bayesprune.bits.rest import ordinary_names, ordinary_tensors, significant, without_posterior
 from bayesprune.bits.rounding import round_alone
 from bayesprune.bits.steps import Grid, finer_grid, grid_of
 from bayesprune.convert import to_variational
 from bayesprune.errors import UnsupportedModelError
 from bayesprune.foundation.model import bare_model
 from bayesprune.foundation.text import first_names
-from bayesprune.layers import Posterior, VariationalLayer, named_posteriors
+from bayesprune.layers import VariationalLayer, named_posteriors
 from bayesprune.train.checks import check_hooks, check_types
 from bayesprune.train.optimizers import StepCount, grad_scaler_tensors, held_by, unwrapped, with_gradients
 
@@ -135,15 +135,18 @@ class StraightThrough:
             )
         self._model = bare_model(model)
         self._schedule, self._num_steps, self._steps = schedule, num_steps, StepCount()
-        posteriors = {posterior.name: posterior for posterior in named_posteriors(_with_posteriors(self._model))}
-        self._without_rest = list(posteriors)
+        source = _with_posteriors(self._model)
+        posteriors = {posterior.name: posterior for posterior in named_posteriors(source)}
+        masks = dict.fromkeys(named_embeddings(source)) | {name: each.mask for name, each in posteriors.items()}
         if isinstance(report, Quantization):
             grids = report.grids
         elif report is None:
-            grids = _found(self._model, posteriors)
+            biases = [posterior.name for posterior in posteriors.values() if not posterior.is_weight]
+            grids = _found(self._model, masks, biases)
         else:
             grids = {name: Grid(step, report["limits"][name]) for name, step in report["steps"].items()}
-        self._rounded = {tensor.name: tensor for tensor in _held(optimizer, self._model, posteriors, grids)}
+        self._without_rest = posteriors.keys() | grids.keys()
+        self._rounded = {tensor.name: tensor for tensor in _held(optimizer, self._model, masks, grids)}
         if isinstance(report, Mapping):
             self._continue(report)
         self.extra = 0
@@ -169,7 +172,7 @@ class StraightThrough:
         self._round(extra=0)
         tensors = ordinary_tensors(self._model, ordinary_names(self._model))
         own = [self._model.get_parameter(name) for name in self._without_rest]
-        for tensor in without_posterior(tensors, own):
+        for tensor in rest_of(tensors, own):
             tensor.copy_(significant(tensor))
 
     def state_dict(self) -> dict[str, Any]:
@@ -253,14 +256,14 @@ def _with_posteriors(model: nn.Module) -> nn.Module:
     return to_variational(copy.deepcopy(model))
 
 
-def _found(model: nn.Module, posteriors: Mapping[str, Posterior]) -> dict[str, Grid]:
-    """The grids on which the weights stand.
+def _found(model: nn.Module, names: Iterable[str], biases: Collection[str]) -> dict[str, Grid]:
+    """The grids on which the tensors of these names stand, some of which are biases.
 
     Raises:
         ValueError: they stand on none.
     """
-    found = {name: grid_of(model.get_parameter(name).detach().cpu()) for name in posteriors}
-    if not any(found[name] is not None for name, posterior in posteriors.items() if posterior.is_weight):
+    found = {name: grid_of(model.get_parameter(name).detach().cpu()) for name in names}
+    if not any(grid is not None and name not in biases for name, grid in found.items()):
         raise ValueError(
             f"no weight of this {type(model).__name__} stands on a grid, and no report says on which it is to stand. "
             "Call bp.quantize(model, ...) first, or pass the report of a rounded copy."
@@ -269,7 +272,7 @@ def _found(model: nn.Module, posteriors: Mapping[str, Posterior]) -> dict[str, G
 
 
 def _held(
-    optimizer: Optimizer, model: nn.Module, posteriors: Mapping[str, Posterior], grids: Mapping[str, Grid]
+    optimizer: Optimizer, model: nn.Module, masks: Mapping[str, Tensor | None], grids: Mapping[str, Grid]
 ) -> Iterator[_Rounded]:
     """The tensors with a grid that the optimizer holds.
 
@@ -277,7 +280,7 @@ def _held(
         ValueError: there are none, or the grids are of other tensors.
         UnsupportedModelError: one is cut over processes.
     """
-    if unknown := [name for name in grids if name not in posteriors]:
+    if unknown := [name for name in grids if name not in masks]:
         raise ValueError(
             f"the steps given are of {first_names(unknown)}, which this {type(model).__name__} does not have; "
             "expected the report or state of this very model, or of a copy."
@@ -297,7 +300,7 @@ def _held(
                 f"the steps given are of shape {tuple(grid.step.shape)} for {name} of shape {tuple(values.shape)}; "
                 "expected the report or state of this very model, or of a copy."
             )
-        mask = posteriors[name].mask
+        mask = masks[name]
         kept = (values != 0) if mask is None else (values != 0) & mask
         number += 1
         yield _Rounded(name, parameter, values, kept, Grid(grid.step.to(values.device), grid.limit))

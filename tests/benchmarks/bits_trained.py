@@ -1,16 +1,16 @@
 """Bytes against accuracy for networks that were trained elsewhere, rounded from 1,024 training examples.
 
     python tests/benchmarks/bits_trained.py --data-dir DATA --network resnet20 [--nncodec NNC/bin/python]
-    python tests/benchmarks/bits_trained.py --data-dir DATA --network resnet20 --train
+    python tests/benchmarks/bits_trained.py --data-dir DATA --network resnet20 --train [medium]
     python tests/benchmarks/bits_trained.py --table
 
 Each control has one width for all tensors, a step for each row, and GPTQ's compensation, by the same code as ours. Ours
 then has to fit the bytes of that control's coded file. Where weights were removed first, `prune_one_shot` did so with
 the same examples, in rows of both kinds. ISO NNC is that of nncodec, whose environment is made by hand
 (`nncodec_peer.py`). Rows that are "trained on" are held to their grids (`bits.StraightThrough`) for about half an
-epoch, taught by the dense network (temperature 4, weight 0.9); their learning rates were chosen on validation images
-with seed 0. All others train nothing. Files that have no header are counted without one. Seeds are draws of the
-examples. Finished rows are written at once and skipped when the program runs again.
+epoch, or for two where they say so, taught by the dense network (temperature 4, weight 0.9); their learning rates were
+chosen on validation images with seed 0. All others train nothing. Files that have no header are counted without one.
+Seeds are draws of the examples. Finished rows are written at once and skipped when the program runs again.
 """
 
 import copy
@@ -32,6 +32,7 @@ from fair_training import RECALIBRATION_BATCHES, Way, train
 from torch import nn
 
 import bayesprune as bp
+from bayesprune.reports import accuracy
 
 Row = dict[str, Any]
 WIDTHS = (8, 4, 3)
@@ -45,13 +46,15 @@ TIMES = 20
 TRAINED_WIDTH = 2
 """Of the control that is trained on; ours has to fit its bytes."""
 SETTINGS = {"widths": WIDTHS, "kept": KEPT, "clusters": CLUSTERS, "times": TIMES}
-ONE_TRAINED, OURS_TRAINED = "one width, trained on", "posterior, trained on"
-SMALL_TRAINED = f"posterior, {TIMES} times smaller, trained on"
+ONE, OURS, SMALL = "one width", "posterior", f"posterior, {TIMES} times smaller"
+TRAINED = {"short": "trained on", "medium": "trained on for two epochs"}
+"""What rows of each regime say behind the method."""
 UNITS = {"k-means + Huffman": "means", "ISO NNC": "qp"}
 """Of what a control is asked for, where it is not bits."""
 TITLES = {
     "resnet20": "ResNet-20, CIFAR-10: accuracy in %, 5,000 test images",
     "resnet56": "ResNet-56, CIFAR-10: accuracy in %, 5,000 test images",
+    "minilm": "MiniLM, SST-2: accuracy in %, 872 sentences",
     "tinystories": "Llama of 656,000 parameters, TinyStories: perplexity of the test text",
 }
 
@@ -85,7 +88,20 @@ def llama(name: str, data_dir: Path) -> Net:
     )
 
 
-NETWORKS = {"resnet20": resnet, "resnet56": resnet, "tinystories": llama}
+def minilm(name: str, data_dir: Path) -> Net:
+    """The sentence classifier of SST-2, kept in the folder of `sst2.py`; embeddings are weights like all others."""
+    from sst2 import Benchmark, Settings
+    from sst2_at_once import calibration, dense
+
+    benchmark = Benchmark(data_dir, Path("build/sst2"), Path(), [], Settings())
+    return Net(
+        dense(benchmark),
+        partial(calibration, benchmark, is_labelled=True),
+        lambda model: 100 * accuracy(model, benchmark.batches("dev")),
+    )
+
+
+NETWORKS = {"resnet20": resnet, "resnet56": resnet, "tinystories": llama, "minilm": minilm}
 
 
 class Rows:
@@ -140,47 +156,48 @@ def measure(rows: Rows, name: str, net: Net, seed: int, nncodec: str | None = No
                     lambda function=function, option=option, model=model: control(net, model, function, option),
                 )
         rows.add(
-            key | {"method": f"posterior, {TIMES} times smaller"},
+            key | {"method": SMALL},
             lambda model=model, batches=batches: rounded(net, model, batches, bytes=size // TIMES - HEADER),
         )
         for width in WIDTHS:
             one = rows.add(
-                key | {"method": "one width", "setting": width},
+                key | {"method": ONE, "setting": width},
                 lambda width=width, model=model, batches=batches: rounded(
                     net, model, batches, bits=width, per="channel"
                 ),
             )
             rows.add(
-                key | {"method": "posterior", "setting": width},
+                key | {"method": OURS, "setting": width},
                 lambda one=one, model=model, batches=batches: rounded(net, model, batches, bytes=one["bytes"] - HEADER),
             )
 
 
-def measure_training(rows: Rows, of: Task, net: Net, seed: int) -> None:
+def measure_training(rows: Rows, of: Task, net: Net, seed: int, regime: str) -> None:
     """The rows that are trained on, of a network and a draw of the examples."""
     batches = net.calibration(seed)
     size = next(row["bytes"] for row in rows.all() if row["network"] == of.name and row["method"] == "float32")
     one: Row = {}
-    for method, setting in ((ONE_TRAINED, TRAINED_WIDTH), (OURS_TRAINED, TRAINED_WIDTH), (SMALL_TRAINED, None)):
-        key: Row = {"network": of.name, "kept": 1.0, "method": method, "setting": setting}
+    for method, setting in ((ONE, TRAINED_WIDTH), (OURS, TRAINED_WIDTH), (SMALL, None)):
+        said = f"{method}, {TRAINED[regime]}"
+        key: Row = {"network": of.name, "kept": 1.0, "method": said, "setting": setting}
         rates = LRS[of.name] if seed == 0 else [best_rate([row for row in rows.all() if key.items() <= row.items()])]
         for lr in rates:
             asked: Row = {"bits": TRAINED_WIDTH, "per": "channel"}
-            if method != ONE_TRAINED:
-                asked = {"bytes": (size // TIMES if method == SMALL_TRAINED else one["bytes"]) - HEADER}
+            if method != ONE:
+                asked = {"bytes": (size // TIMES if method == SMALL else one["bytes"]) - HEADER}
             row = rows.add(
                 key | {"seed": seed, "lr": lr},
-                lambda asked=asked, lr=lr: trained_on(net, of, batches, asked, lr, seed),
+                lambda asked=asked, lr=lr: trained_on(net, of, batches, asked, lr, seed, regime),
             )
-            one = row if method == ONE_TRAINED else one
+            one = row if method == ONE else one
 
 
-def trained_on(net: Net, of: Task, batches: list[Any], asked: Row, lr: float, seed: int) -> Row:
+def trained_on(net: Net, of: Task, batches: list[Any], asked: Row, lr: float, seed: int, regime: str) -> Row:
     """Rounded, then trained on, held to the grids."""
     model = copy.deepcopy(net.dense)
     report = bp.quantize(model, batches, **asked)
     torch.manual_seed(seed)
-    num_steps, held = of.steps("short"), list[bp.bits.StraightThrough]()
+    num_steps, held = of.steps(regime), list[bp.bits.StraightThrough]()
     train(
         of,
         model,
@@ -268,7 +285,9 @@ def main() -> None:
     options = common.parser("Bytes of trained networks.", "docs/benchmarks/bits_trained.json")
     options.add_argument("--network", choices=NETWORKS, default="resnet20")
     options.add_argument("--nncodec", metavar="PYTHON", help="interpreter of an environment with nncodec")
-    options.add_argument("--train", action="store_true", help="the rows that are trained on; of the ResNets")
+    options.add_argument(
+        "--train", nargs="?", choices=TRAINED, const="short", help="the rows that are trained on; of the ResNets"
+    )
     args = options.parse_args()
     if args.table:
         args.out.with_suffix(".md").write_text(page(common.read(args.out, SETTINGS)), encoding="utf-8")
@@ -279,7 +298,7 @@ def main() -> None:
     net = NETWORKS[args.network](args.network, Path(args.data_dir))
     for seed in args.seeds:
         if args.train:
-            measure_training(Rows(args.out), task(args.network, Path(args.data_dir)), net, seed)
+            measure_training(Rows(args.out), task(args.network, Path(args.data_dir)), net, seed, args.train)
         else:
             measure(Rows(args.out), args.network, net, seed, args.nncodec)
 

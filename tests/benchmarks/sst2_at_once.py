@@ -67,7 +67,7 @@ class Divided(tp.importance.Importance):
 
 def run(benchmark: "Benchmark", seeds: list[int]) -> None:
     """Cuts at each level, and training after the first, at each learning rate."""
-    benchmark.measure({"section": "dense, float32", "seed": 0}, lambda: (_dense(benchmark), {}))
+    benchmark.measure({"section": "dense, float32", "seed": 0}, lambda: (dense(benchmark), {}))
 
     def cut(kept: float) -> None:
         for seed in seeds:
@@ -90,7 +90,8 @@ def run(benchmark: "Benchmark", seeds: list[int]) -> None:
                 benchmark.measure({"section": "weights at once"} | key, lambda key=key: _weights(benchmark, **key))
 
 
-def _dense(benchmark: "Benchmark") -> Any:
+def dense(benchmark: "Benchmark") -> Any:
+    """The model of seed 0, fine-tuned in float32; made at the first call."""
     folder, settings = benchmark.work / "float32-dense-0", benchmark.settings
     if not folder.exists():
         torch.manual_seed(0)
@@ -109,12 +110,13 @@ def _train(
     train(model, data, collate, added, batch=benchmark.settings.batch, lr=lr, seed=seed)
 
 
-def _calibration(benchmark: "Benchmark", seed: int) -> list[dict[str, Tensor]]:
-    """Batches of sentences of like length, in random order, without labels."""
+def calibration(benchmark: "Benchmark", seed: int, *, is_labelled: bool = False) -> list[dict[str, Tensor]]:
+    """Batches of sentences of like length, in random order."""
     chance, size = random.Random(seed + 1000), benchmark.settings.batch
     drawn = sorted(chance.sample(benchmark.train, NUM_SENTENCES), key=lambda example: len(example["input_ids"]))
     starts = chance.sample(range(0, NUM_SENTENCES, size), NUM_SENTENCES // size)
-    return [benchmark.padded(drawn[start : start + size])[0] for start in starts]
+    batches = [benchmark.padded(drawn[start : start + size]) for start in starts]
+    return [inputs | {"labels": labels} if is_labelled else inputs for inputs, labels in batches]
 
 
 def _cut(benchmark: "Benchmark", score: str, kept: float, seed: int) -> tuple[nn.Module, dict[str, Any]]:
@@ -122,14 +124,14 @@ def _cut(benchmark: "Benchmark", score: str, kept: float, seed: int) -> tuple[nn
     if path.exists():
         model, _, row = torch.load(path, weights_only=False)
         return model, row
-    model, inputs = _dense(benchmark), benchmark.padded(benchmark.train[:1])[0]
+    model, inputs = dense(benchmark), benchmark.padded(benchmark.train[:1])[0]
     macs = macs_by_module(model, inputs)
     inside = sum(count for name, count in macs.items() if ".encoder." in name)
     importance = None
     if score == "magnitude":
         _, report, _ = torch.load(_file(benchmark, "default", kept, seed), weights_only=False)
         importance = Divided(tp.importance.MagnitudeImportance(), report)
-    data = _calibration(benchmark, seed)
+    data = calibration(benchmark, seed)
     torch.manual_seed(seed)
     start, cpu = time.perf_counter(), time.process_time()
     bp.to_variational(model)
@@ -156,7 +158,7 @@ def _cut(benchmark: "Benchmark", score: str, kept: float, seed: int) -> tuple[nn
 
 def _weights(benchmark: "Benchmark", score: str, kept: float, seed: int) -> tuple[nn.Module, dict[str, Any]]:
     """Single weights cut at once by `prune_one_shot`, or by it with the largest weights of each layer as masks."""
-    model, data = _dense(benchmark), _calibration(benchmark, seed)
+    model, data = dense(benchmark), calibration(benchmark, seed)
     bp.to_variational(model, filter_fn=lambda _, name: ".encoder." in name, estimator="mean")
     start = time.process_time()
     with nullcontext() if score == "one shot" else largest_weights():
@@ -171,16 +173,17 @@ def _file(benchmark: "Benchmark", score: str, kept: float, seed: int) -> Path:
 
 def _tuned(benchmark: "Benchmark", score: str, kept: float, lr: float, seed: int) -> tuple[nn.Module, dict[str, Any]]:
     model, _ = _cut(benchmark, score, kept, seed)
-    model, dense = copy.deepcopy(model), _dense(benchmark)
-    callback = DistillationCallback(bp.distillation(dense))
+    model, teacher = copy.deepcopy(model), dense(benchmark)
+    callback = DistillationCallback(bp.distillation(teacher))
     _train(benchmark, model, benchmark.settings.steps_after_removal, lr, seed + 200, callback)
-    return model, {"agreement": _agreement(model.eval(), dense, benchmark)}
+    return model, {"agreement": _agreement(model.eval(), teacher, benchmark)}
 
 
 @torch.no_grad()
-def _agreement(model: Any, dense: Any, benchmark: "Benchmark") -> float:
+def _agreement(model: Any, teacher: Any, benchmark: "Benchmark") -> float:
     """On how many dev sentences both say the same."""
     same = [
-        (model(**inputs).logits.argmax(1) == dense(**inputs).logits.argmax(1)) for inputs, _ in benchmark.batches("dev")
+        (model(**inputs).logits.argmax(1) == teacher(**inputs).logits.argmax(1))
+        for inputs, _ in benchmark.batches("dev")
     ]
     return float(torch.cat(same).float().mean())

@@ -212,7 +212,7 @@ def test_the_gradient_graph_and_the_dtype_stay(trained, data):
         ({}, "expected one of the three"),
         ({"bits": 4, "bytes": 100}, "expected one of the three"),
         ({"bits": 1}, "whole numbers from 2 to 12"),
-        ({"bits": {"9": 4}}, "bits names 9; expected prefixes of names of tensors with a posterior"),
+        ({"bits": {"9": 4}}, "bits names 9; expected prefixes of names of tensors that are rounded"),
         ({"tolerance": 0.0}, "above 0"),
         ({"bytes": 0}, "above 0"),
         ({"bits": 4, "per": "row"}, 'expected "tensor" or "channel"'),
