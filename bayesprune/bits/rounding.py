@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bayesprune.bits.steps import Grid
 
+_BLOCK = 32  # columns whose errors move those behind the block together, in one product
 _SHARED_COST = 20  # row by row only while it costs no more than so many products of all rows with the precision
 
 
@@ -82,11 +83,14 @@ def round_columns(mean: Tensor, kept: Tensor, step: Tensor, plan: Sequence[Sweep
     for sweep in plan:
         rows, upper = sweep.rows, sweep.upper
         values, own_step, own_kept = (part[rows][:, sweep.columns] for part in (mean, step, kept))
-        rounded = torch.zeros_like(values)
-        for place, column in enumerate(sweep.columns.tolist()):
-            integers = nearest(values[:, place], own_step[:, place], limits[column])
-            rounded[:, place] = torch.where(own_kept[:, place], integers, 0.0) * own_step[:, place]
-            error = (values[:, place] - rounded[:, place]) / upper[place, place]
-            values[:, place + 1 :] -= error[:, None] * upper[place, place + 1 :]
+        rounded, errors = torch.zeros_like(values), torch.zeros_like(values)
+        for start in range(0, len(sweep.columns), _BLOCK):
+            end = min(start + _BLOCK, len(sweep.columns))
+            for place in range(start, end):
+                integers = nearest(values[:, place], own_step[:, place], limits[int(sweep.columns[place])])
+                rounded[:, place] = torch.where(own_kept[:, place], integers, 0.0) * own_step[:, place]
+                errors[:, place] = (values[:, place] - rounded[:, place]) / upper[place, place]
+                values[:, place + 1 : end] -= errors[:, place, None] * upper[place, place + 1 : end]
+            values[:, end:] -= errors[:, start:end] @ upper[start:end, end:]
         found[rows[:, None], sweep.columns] = rounded
     return found

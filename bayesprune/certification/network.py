@@ -85,9 +85,6 @@ _RELUS = {F.relu, torch.relu, F.relu_, "relu", "relu_"}
 class Network:
     """A copy of a model in float64 on the CPU, in evaluation mode, at the posterior means.
 
-    Attributes:
-        num_relus: How many ReLUs a forward passes, in its order.
-
     Raises:
         UnsupportedModelError: its forward cannot be traced, takes several inputs, or has a step without a rule.
     """
@@ -110,11 +107,6 @@ class Network:
         self._relus = {node: number for number, node in enumerate(filter(self._is_relu, self.graph.nodes))}
         for node in self.graph.nodes:
             self._check(node)
-
-    @property
-    def num_relus(self) -> int:
-        """How many ReLUs a forward passes."""
-        return len(self._relus)
 
     def run(self, value: Any, relu: Activation, *, until: int | None = None) -> Any:
         """The output for a tensor or a box, with this function for each ReLU; or the input of ReLU number `until`."""

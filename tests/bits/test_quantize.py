@@ -121,6 +121,26 @@ def test_columns_to_come_make_up(share, left):
     assert error(found) < left * error(nearest(mean, step, 100) * step)
 
 
+def test_blocks_of_columns_are_rounded_as_one_column_after_another():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 75, generator=generator).double() @ torch.randn(75, 75, generator=generator).double()
+    mean = torch.randn(7, 75, generator=generator).double()
+    kept, step = torch.rand(mean.shape, generator=generator) < 0.7, torch.full_like(mean, 0.4)
+    plan = sweeps(kept, x.T @ x / 300 + 0.1 * torch.eye(75))
+    expected = torch.zeros_like(mean)
+    for sweep in plan:
+        for row in sweep.rows:
+            values = mean[row, sweep.columns].clone()
+            for place, column in enumerate(sweep.columns):
+                if kept[row, column]:
+                    expected[row, column] = (values[place] / 0.4).round().clamp(-3, 3) * 0.4
+                error = (values[place] - expected[row, column]) / sweep.upper[place, place]
+                values -= error * sweep.upper[place]
+    found = round_columns(mean, kept, step, plan, [3] * 75)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-12)
+    assert len(found.unique()) > 5
+
+
 def test_independent_columns_are_rounded_to_the_nearest():
     mean = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)).double()
     kept, step = torch.ones(5, 7, dtype=torch.bool), torch.full((5, 7), 0.3).double()
