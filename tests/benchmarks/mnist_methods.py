@@ -111,7 +111,7 @@ def train(net: Network, data: Data, phase: Phase, *, cut: Callable[[float], None
     """Trains in place; `cut` is called with the share of the phase that is done, `cuts` times. Returns the steps."""
     per_epoch = len(data.labels) // BATCH
     num_steps = round(phase.epochs * per_epoch)
-    means = [parameter for name, parameter in net.model.named_parameters() if not name.endswith("log_std")]
+    means = [p for name, p in net.model.named_parameters() if not name.endswith(("log_std", "gate.logits"))]
     optimizer = torch.optim.Adam(means, lr=phase.lr, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - (1 - phase.end) * step / num_steps)
     if net.prior is not None:
