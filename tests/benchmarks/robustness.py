@@ -1,6 +1,6 @@
-"""What ResNet-20 loses on corrupted CIFAR-10 images when single weights go in one shot, by three criteria.
+"""What ResNets lose on corrupted CIFAR-10 images when single weights go in one shot, by three criteria.
 
-    python tests/benchmarks/robustness.py --data-dir DATA
+    python tests/benchmarks/robustness.py --data-dir DATA --network resnet20
     python tests/benchmarks/robustness.py --table
 
 No training: all methods have the same 1,024 calibration images and recalibrated batch norms. Levels that
@@ -10,6 +10,7 @@ docs/benchmarks/robustness.json has are not repeated.
 import copy
 import gzip
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,15 @@ from typing import Any
 import common
 import torch
 import torch.nn.functional as F
-from cifar_resnet import Images, _normalised, trained_resnet20
+from cifar_resnet import Images, _normalised, trained_resnet20, trained_resnet56
 from torch import Tensor, nn
 
 import bayesprune as bp
 from bayesprune.prune.scores.weights import magnitude
 from bayesprune.robustness import CORRUPTIONS, excess_error, prune_potential, robustness
 
+NETWORKS = {"resnet20": trained_resnet20, "resnet56": trained_resnet56}
+TITLES = {"resnet20": "ResNet-20", "resnet56": "ResNet-56"}
 METHODS = ("ours", "magnitude", "random")
 LEVELS = (0.5, 0.7, 0.8)
 DELTA = 0.02
@@ -36,12 +39,12 @@ SETTINGS = {
     "corruptions": CORRUPTIONS,
 }
 
-TEXT = """# What ResNet-20 loses beside accuracy
+TEXT = """# What ResNets lose beside accuracy
 
 Written by `python tests/benchmarks/robustness.py --table` from robustness.json, the results of the same program; run it
-with `--data-dir` to make the rows again.
+with `--data-dir` and `--network` to make the rows again.
 
-ResNet-20 at published weights, single weights removed in one shot without any training. **Ours** is `prune_one_shot`;
+Networks at published weights, single weights removed in one shot without any training. **Ours** is `prune_one_shot`;
 magnitude and random rank all weights together. All have the same {calibration_images:,} calibration images and batch
 norms that were recalibrated on them. {num_images} test images, the same for all; a difference of one point is two
 images. Eight corruptions in five severities with the constants of CIFAR-10-C (rotations and shifts have none there).
@@ -53,9 +56,9 @@ unpruned; above 0 the pruned network lost more than its test accuracy says.
 
 **Read it with these in mind.** A network near chance has little left to lose, so that its excess error is below 0 and
 says nothing: look at random. What two or three images decide is no finding. AUROC is not a measure of health either:
-the network cut by magnitude errs twice as often and tells clothes better than the unpruned one. One pass over a Laplace
-posterior makes the unpruned network worse calibrated here, and those cut by ours and by magnitude better: fitted to
-1,024 images that it predicts almost without error, the posterior is too wide for the unpruned one.
+the ResNet-20 cut by magnitude errs twice as often and tells clothes better than the unpruned one. One pass over a
+Laplace posterior makes the unpruned ResNet-20 worse calibrated, and those cut by ours and by magnitude better: fitted
+to 1,024 images that it predicts almost without error, the posterior is too wide for the unpruned one.
 """
 
 
@@ -87,17 +90,25 @@ def foreign(data_dir: Path, count: int) -> list[Tensor]:
 
 
 def page(settings: dict[str, Any], runs: list[dict[str, Any]]) -> str:
-    """The tables."""
+    """The tables of all networks."""
+    levels = ", ".join(f"{level:.0%}" for level in settings["levels"])
+    num_images = 10 * settings["per_class"]
+    parts = [TEXT.format(**{**settings, "levels": levels}, num_images=num_images, delta=DELTA)]
+    for network, title in TITLES.items():
+        own = [run for run in runs if run["network"] == network]
+        if own:
+            parts += tables(title, settings["corruptions"], own)
+    return "\n".join(parts)
+
+
+def tables(title: str, corruptions: Sequence[str], runs: list[dict[str, Any]]) -> list[str]:
+    """The lines about one network."""
     by = {(run["method"], run["share"]): run for run in runs if run["kind"] == "corruptions"}
     found = sorted({share for method, share in by if method != "dense"})
-    levels = ", ".join(f"{level:.0%}" for level in found)
-    num_images = 10 * settings["per_class"]
-    text = TEXT.format(**{**settings, "levels": levels}, num_images=num_images, delta=DELTA)
-    if ("dense", 0.0) not in by:
-        return text
-    names = ["none", *settings["corruptions"]]
+    names = ["none", *corruptions]
     methods = [method for method in METHODS if any(key[0] == method for key in by)]
-    parts = [text, "## Prune potential", "", "| corruption | unpruned error, % | " + " | ".join(methods) + " |"]
+    parts = [f"## {title}", "", "### Prune potential", ""]
+    parts.append("| corruption | unpruned error, % | " + " | ".join(methods) + " |")
     parts.append("|---|---|" + "---|" * len(methods))
     for name in names:
         reference = _error(by["dense", 0.0], name)
@@ -109,7 +120,7 @@ def page(settings: dict[str, Any], runs: list[dict[str, Any]]) -> str:
         parts.append(f"| {name} | {100 * reference:.1f} | " + " | ".join(cells) + " |")
     for share in found:
         there = [method for method in methods if (method, share) in by]
-        parts += ["", f"## {share:.0%} of the weights removed", ""]
+        parts += ["", f"### {share:.0%} of the weights removed", ""]
         heads = [*(f"{method}, error, %" for method in there), *(f"{method}, excess, points" for method in there)]
         parts += ["| corruption | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
         for name in names:
@@ -117,7 +128,7 @@ def page(settings: dict[str, Any], runs: list[dict[str, Any]]) -> str:
             excess = [f"{100 * _excess(by, method, share, name):+.1f}" if name != "none" else "" for method in there]
             parts.append(f"| {name} | " + " | ".join([*errors, *excess]) + " |")
     uncertain = [run for run in runs if run["kind"] == "uncertainty"]
-    parts += ["", "## Does it know that it does not know", "", UNCERTAINTY, ""]
+    parts += ["", "### Does it know that it does not know", "", UNCERTAINTY, ""]
     parts += [
         "| network | ECE | NLL, nats | AUROC, Fashion-MNIST |",
         "|---|---|---|---|",
@@ -127,14 +138,7 @@ def page(settings: dict[str, Any], runs: list[dict[str, Any]]) -> str:
         name = "unpruned" if run["method"] == "dense" else f"{run['method']}, {run['share']:.0%} removed"
         parts.append(f"| {name}, {run['predicts']} | " + " | ".join(f"{number:.3f}" for number in numbers) + " |")
     seconds = sum(run["seconds"] for run in runs)
-    return "\n".join(
-        [
-            *parts,
-            "",
-            f"The rows took {seconds / 60:.0f} minutes by the clock on a core shared with other work.",
-            "",
-        ]
-    )
+    return [*parts, "", f"The rows took {seconds / 60:.0f} minutes by the clock on a core shared with other work.", ""]
 
 
 UNCERTAINTY = """Expected calibration error and negative log-likelihood on the test images as they are, and the chance
@@ -155,26 +159,27 @@ def _excess(by: dict[tuple[str, float], Any], method: str, share: float, name: s
 
 def main() -> None:
     """Runs what the results file does not have yet, then writes the page."""
-    parser = common.parser("What ResNet-20 loses beside accuracy.", "docs/benchmarks/robustness.json")
+    parser = common.parser("What ResNets lose beside accuracy.", "docs/benchmarks/robustness.json")
+    parser.add_argument("--network", choices=NETWORKS, default="resnet20")
     options = parser.parse_args()
     runs = common.read(options.out, SETTINGS)
     if not options.table:
         torch.set_num_threads(1)
-        dense = trained_resnet20(options.data_dir).eval()
+        dense = NETWORKS[options.network](options.data_dir).eval()
         images = options.data_dir / "cifar10"
         test = list(Images(images, "test", slice(SETTINGS["per_class"])).batches(100))
         batches = list(Images(images, "train", slice(200)).random(16, 0, augment=False))
         clothes = foreign(options.data_dir, 10 * SETTINGS["per_class"])
         for method, share in [("dense", 0.0), *((method, share) for share in LEVELS for method in METHODS)]:
             is_uncertain = method == "dense" or share == UNCERTAIN
-            if any((run["method"], run["share"]) == (method, share) for run in runs):
+            key = {"network": options.network, "method": method, "share": share}
+            if any(key.items() <= run.items() for run in runs):
                 continue
             started = time.monotonic()
             model = (
                 bp.to_variational(copy.deepcopy(dense)) if method == "dense" else pruned(method, share, dense, batches)
             )
             plain = bp.to_deterministic(copy.deepcopy(model)).eval()
-            key = {"method": method, "share": share}
             found: list[dict[str, Any]] = [key | {"kind": "corruptions"} | measured(plain, test)]
             for predicts, one in (("weights", plain), ("moments", model)) if is_uncertain else ():
                 if predicts == "moments":
