@@ -91,3 +91,20 @@ def test_readme_commands_are_complete():
         assert all(step.startswith(f"{environment}/bin/") for step in steps[1:])
         for extra in re.search(r'"\.\[(.*)\]"', command)[1].split(","):
             assert re.search(rf"^{extra} = \[", project, re.MULTILINE), extra
+
+
+def test_counts_of_models_are_those_of_the_tables():
+    """What README and guides say of how many models work, beside the stages of both tables."""
+
+    def numbers(page: str, pattern: str) -> list[int]:
+        found = re.search(pattern, " ".join((ROOT / page).read_text(encoding="utf-8").split()))
+        assert found is not None, f"{page} says nothing like {pattern}"
+        return [int(number) for number in found.groups()]
+
+    families = "docs/benchmarks/families.md"
+    cut, moments = (numbers(families, rf"\| {stage} \| (\d+) \| (\d+) \(") for stage in ("cut loaded", "moments"))
+    zoo = numbers("docs/benchmarks/zoo.md", r"\| of (\d+) \|(?: \d+ \|){5} (\d+) \|")[::-1]
+    models = r"(\d+) of (\d+) timm models and (\d+) of (\d+) families of transformers are cut and load again"
+    assert numbers("README.md", models) == zoo + cut
+    assert numbers("docs/huggingface.md", r"of (\d+), (\d+) lose channels or heads and load again") == cut[::-1]
+    assert numbers("docs/moments.md", r"Of (\d+) \[families of transformers\]\(\S+\) (\d+) run") == moments[::-1]
