@@ -2,8 +2,8 @@
 
 Every row of a seed starts from the same dense network and has as many gradients of as many images. Gates train with the
 network for half of them; what is rather closed than open leaves, and what is left trains on. The controls keep as many
-units of each layer, at once, and train for all of them. Nothing is chosen: temperature 1, a Gaussian slab. Finished
-rows are skipped when the program runs again.
+units of each layer, at once, and train for all of them. Nothing is chosen: a Gaussian slab, temperature 1, which is the
+posterior, and 10, which asks for a smaller network. Finished rows are skipped when the program runs again.
 
     python tests/benchmarks/gates_stop.py --data-dir DATA
     python tests/benchmarks/gates_stop.py --table
@@ -14,7 +14,9 @@ DATA holds MNIST/raw/*.gz.
 import copy
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ LR = 3e-3
 GATES_LR = 0.02
 SETTINGS = {"epochs": EPOCHS, "lr": LR, "gates_lr": GATES_LR}
 CONTROLS = ("magnitude", "random")
+TEMPERATURES = (1.0, 10.0)
 EXAMPLE = torch.zeros(1, 1, 28, 28)
 
 
@@ -43,12 +46,12 @@ def layers_of(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
 
 
-def by_gates(dense: nn.Module, data: Data) -> tuple[nn.Module, list[Tensor]]:
+def by_gates(dense: nn.Module, data: Data, temperature: float) -> tuple[nn.Module, list[Tensor]]:
     """The network after the training with gates, and which units are rather open."""
     model = bp.to_variational(copy.deepcopy(dense)).to(memory_format=torch.channels_last)
     assert isinstance(model, nn.Sequential), "in place"
     gates.add_channel_gates(model, EXAMPLE, lr=GATES_LR)
-    train(Network(model, bp.priors.Gaussian(), 0, None), data, GATED)
+    train(Network(model, bp.priors.Gaussian(), 0, None), data, replace(GATED, temperature=temperature))
     kept = [(probability > 0.5).nonzero()[:, 0] for probability in gates.inclusion_probabilities(model).values()]
     return bp.to_deterministic(model), kept
 
@@ -101,13 +104,16 @@ class Benchmark:
         net = network(lenet5(), prior=None)
         train(net, self.data, DENSE)
         dense = bp.to_deterministic(net.model)
-        found = self.row("gates", seed, lambda: self.stopped(dense))
-        for method in CONTROLS:
-            self.row(method, seed, lambda method=method: self.control(dense, method, found["widths"]))
+        for temperature in TEMPERATURES:
+            key = {"temperature": temperature, "seed": seed}
+            found = self.row(key | {"method": "gates"}, lambda at=temperature: self.stopped(dense, at))
+            for method in CONTROLS:
+                make = partial(self.control, dense, method, found["widths"])
+                self.row(key | {"method": method}, make)
 
-    def stopped(self, dense: nn.Module) -> Row:
+    def stopped(self, dense: nn.Module, temperature: float) -> Row:
         """Gates, the cut, and the training after it."""
-        model, kept = by_gates(dense, self.data)
+        model, kept = by_gates(dense, self.data, temperature)
         before, small = error(model, self.data), cut(model, kept)
         return {"gated": before} | self.trained(small, EPOCHS / 2)
 
@@ -123,14 +129,14 @@ class Benchmark:
         weights = sum(layer.weight.numel() for layer in layers_of(done))
         return {"widths": widths, "weights": weights, "at_once": at_once, "error": error(done, self.data)}
 
-    def row(self, method: str, seed: int, make: Any) -> Row:
+    def row(self, key: Row, make: Callable[[], Row]) -> Row:
         """One row, made where it is not there."""
-        rows, key = read(self.out, SETTINGS), {"method": method, "seed": seed}
+        rows = read(self.out, SETTINGS)
         for row in rows:
             if key.items() <= row.items():
                 return row
         start = time.perf_counter()
-        torch.manual_seed(seed + 100)
+        torch.manual_seed(key["seed"] + 100)
         row = key | make() | {"seconds": round(time.perf_counter() - start)}
         write(self.out, SETTINGS, [*rows, row])
         print(time.strftime("%H:%M:%S"), row, flush=True)
@@ -144,18 +150,19 @@ def page(rows: list[Row]) -> str:
         "Error in percent on the 10,000 test images: the mean with its standard error, and each seed. Units are the",
         "filters of the two convolutions and the units of the dense layer, of 20, 50 and 500 at the start; weights are",
         "those that are left of 430,500.",
-        "",
-        "| | units | weights | error right after the cut | error |",
-        "|---|---|---|---|---|",
     ]
-    for method in ("gates", *CONTROLS):
-        found = sorted((row for row in rows if row["method"] == method), key=lambda row: row["seed"])
-        if not found:
-            continue
-        units = ", ".join("-".join(map(str, row["widths"])) for row in found)
-        weights = ", ".join(f"{row['weights']:,}" for row in found)
-        said = f"**{method}**" if method == "gates" else method
-        lines.append(f"| {said} | {units} | {weights} | {spread(found, 'at_once')} | {spread(found, 'error')} |")
+    for temperature in TEMPERATURES:
+        own = [row for row in rows if row["temperature"] == temperature]
+        lines += ["", f"## Temperature {temperature:g}", ""]
+        lines += ["| | units | weights | error right after the cut | error |", "|---|---|---|---|---|"]
+        for method in ("gates", *CONTROLS):
+            found = sorted((row for row in own if row["method"] == method), key=lambda row: row["seed"])
+            if not found:
+                continue
+            units = ", ".join("-".join(map(str, row["widths"])) for row in found)
+            weights = ", ".join(f"{row['weights']:,}" for row in found)
+            said = f"**{method}**" if method == "gates" else method
+            lines.append(f"| {said} | {units} | {weights} | {spread(found, 'at_once')} | {spread(found, 'error')} |")
     return "\n".join(lines) + "\n"
 
 
