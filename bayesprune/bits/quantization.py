@@ -29,8 +29,8 @@ from bayesprune.foundation.model import eval_mode
 from bayesprune.foundation.progress import progress_bar
 from bayesprune.foundation.sharding import check_whole
 from bayesprune.foundation.text import first_names
-from bayesprune.laplace import KroneckerFactors, KroneckerPosterior, cross_entropy, fit_kronecker, fit_laplace
-from bayesprune.laplace.calibration import Loss
+from bayesprune.laplace import KroneckerFactors, KroneckerPosterior, fit_kronecker, fit_laplace
+from bayesprune.laplace.calibration import Loss, own_loss
 from bayesprune.laplace.matrices import damped, from_matrix, to_matrix
 from bayesprune.layers import Posterior, VariationalLayer, named_posteriors
 from bayesprune.storage.coding import CODED, encoded, entropy_bits
@@ -75,7 +75,8 @@ def quantize(
             some 300 bytes.
         per: Whether a tensor has one step, or each of its output channels.
         compensate: False rounds each weight by itself even where there are data.
-        loss: loss(model, batch), a mean over examples in nats. None is `laplace.cross_entropy`, of the data's labels.
+        loss: loss(model, batch), a mean over examples in nats. None is the model's own, where its forward takes
+            `labels` as those of transformers do, else `laplace.cross_entropy`, of the data's labels.
 
     Raises:
         ValueError: not exactly one of tolerance, bits and bytes is given, or one is out of range; data are missing.
@@ -110,7 +111,7 @@ def quantize(
     if bits is not None:
         weights = [weight for weight in weights if weight.posterior or width_of(weight.name, bits)]
     factors = _factors(source, batches) if batches and compensate else None
-    work = _Work(model, weights, factors, batches, cross_entropy if loss is None else loss)
+    work = _Work(model, weights, factors, batches, own_loss if loss is None else loss)
     before = work.loss() if work.can_measure() else None
     kappa = None
     try:
@@ -199,7 +200,7 @@ class _Work:
         """Whether there are data, with what the loss needs."""
         if not self._batches:
             return False
-        return self._loss is not cross_entropy or isinstance(split(self.model, self._batches[0]).labels, Tensor)
+        return self._loss is not own_loss or isinstance(split(self.model, self._batches[0]).labels, Tensor)
 
     def loss(self) -> float:
         """The mean loss on the data."""

@@ -82,6 +82,11 @@ def split(model: Callable[..., Any], batch: Any) -> Batch:
     return Batch(takes.arguments(batch[0], labels), {}, labels)
 
 
+def takes_labels(model: Callable[..., Any]) -> bool:
+    """Whether the forward has an argument `labels`, as those of transformers that give a loss."""
+    return "labels" in _Forward(model).names
+
+
 def given(model: nn.Module, inputs: Any) -> Batch:
     """Example inputs, which have no labels, as the forward takes them.
 
@@ -150,6 +155,7 @@ class _Forward:
     Attributes:
         least: Positional arguments that it cannot do without.
         most: Positional arguments that it has room for.
+        names: Of the arguments that can be given by name.
     """
 
     def __init__(self, model: Callable[..., Any]) -> None:
@@ -165,8 +171,8 @@ class _Forward:
         self.least = sum(parameter.default is parameter.empty for parameter in positional)
         takes_any = not parameters or inspect.Parameter.VAR_POSITIONAL in kinds
         self.most: float = math.inf if takes_any else len(positional)
-        self._names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        self._needed = {p.name for p in parameters if p.name in self._names and p.default is p.empty}
+        self.names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        self._needed = {p.name for p in parameters if p.name in self.names and p.default is p.empty}
         self._first = positional[0].annotation if positional else None
 
     def arguments(self, inputs: Any, labels: Any) -> tuple[Any, ...]:
@@ -184,19 +190,19 @@ class _Forward:
         text = self._first if isinstance(self._first, str) else getattr(self._first, "__name__", str(self._first))
         if re.match(r"(typing\.|collections\.abc\.)?(list|sequence)\b", text, re.IGNORECASE):
             return True
-        return inputs[0].dim() == _IMAGE_DIM and self._names[:2] == ["images", "targets"]  # as torchvision calls them
+        return inputs[0].dim() == _IMAGE_DIM and self.names[:2] == ["images", "targets"]  # as torchvision calls them
 
     def by_key(self, batch: Mapping[str, Any], labels: Any) -> Batch:
         """What it takes of a mapping."""
         label_keys = [key for key in LABELS if key in batch]
         labels = next((batch[key] for key in label_keys), None) if labels is None else labels
         # T5 and its like make the inputs of the decoder from the labels.
-        decodes = "decoder_input_ids" in self._names and "decoder_input_ids" not in batch
-        kept = set(self._names if decodes else self._needed)
+        decodes = "decoder_input_ids" in self.names and "decoder_input_ids" not in batch
+        kept = set(self.names if decodes else self._needed)
         kwargs = {
             key: value
             for key, value in batch.items()
-            if (key in self._names or (self.takes_any_key and any(_tensors_in(value))))
+            if (key in self.names or (self.takes_any_key and any(_tensors_in(value))))
             and (key not in label_keys or key in kept)
         }
         if kwargs and self._needed <= kwargs.keys():
@@ -206,7 +212,7 @@ class _Forward:
             return Batch((inputs[0] if len(inputs) == 1 else batch,), {}, labels)
         raise ValueError(
             f"a batch has {', '.join(map(repr, batch))}, and the forward of {type(self.model).__name__} takes "
-            f"{', '.join(self._names) or 'nothing by name'}; expected a mapping of its arguments, or a tuple of inputs "
+            f"{', '.join(self.names) or 'nothing by name'}; expected a mapping of its arguments, or a tuple of inputs "
             "and a target."
         )
 

@@ -146,3 +146,32 @@ def test_training_holds_them_to_their_grid(data):
         rounding.finish()
         assert len(trained.table.weight.unique()) <= 7
         assert not torch.equal(trained.table.weight, before)
+
+
+class Speaker(nn.Module):
+    """Predicts each next word, and gives the loss where it is told the labels, as causal models of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(WORDS, WIDTH), nn.Linear(WIDTH, WORDS)
+
+    def forward(self, words: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        logits = self.head(self.table(words).tanh())
+        if labels is None:
+            return {"logits": logits}
+        return {
+            "logits": logits,
+            "loss": nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()),
+        }
+
+
+def test_the_loss_of_a_model_that_has_its_own_is_measured():
+    torch.manual_seed(0)
+    model, words = Speaker().eval(), torch.randint(WORDS, (16, 6))
+    with torch.no_grad():
+        before = float(model(words, words)["loss"])
+        report = bp.quantize(model, [{"words": words, "labels": words}], tolerance=0.01)
+        after = float(model(words, words)["loss"])
+    assert (report.loss_before, report.loss_after) == pytest.approx((before, after))
+    assert after <= before + 0.01
+    assert after != before
