@@ -62,9 +62,10 @@ def run_family(model_type: str, folder: Path) -> dict[str, Any]:
 
     import bayesprune as bp
 
-    kind, auto = model_class(model_type)
-    row: dict[str, Any] = {"model": kind.__name__, "auto": auto}
+    row: dict[str, Any] = {}
     try:
+        kind, row["auto"] = model_class(model_type)
+        row["model"] = kind.__name__
         model = build(model_type, most_parameters=MOST_PARAMETERS)
         inputs = find_inputs(model)
     except Exception as error:  # noqa: BLE001 (why it is not tried)
