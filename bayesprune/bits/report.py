@@ -38,7 +38,7 @@ class Quantization:
     """What became of a model; prints as a table.
 
     Attributes:
-        tensors: Those that were rounded by the posterior.
+        tensors: Those with a posterior and, where there are data, embeddings.
         kappa: The constant that set all steps; None where the widths were given.
         loss_before, loss_after: Mean loss in nats on the data; None without data.
         coded_bytes: Of all tensors of the model, entropy-coded, without the file's header; None without `constriction`.
