@@ -39,13 +39,13 @@ def embedding_precisions(model: nn.Module, batches: Iterable[Any], scale: float)
     of a batch's gradient is in expectation the sum of its examples' squares.
 
     Args:
-        model: The model.
+        model: One that has embeddings.
         batches: On its device.
         scale: What to multiply by, see `posterior_scale`.
     """
     embeddings = named_embeddings(model)
     sums = dict.fromkeys(embeddings, 0.0)
-    for batch in batches if embeddings else ():
+    for batch in batches:
         with torch.enable_grad(), eval_mode(model), requires_grad(model, True):
             total = sampled_cross_entropy(model, batch) * split(model, batch).num_examples
             gradients = torch.autograd.grad(total, list(embeddings.values()), allow_unused=True)

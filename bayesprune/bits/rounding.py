@@ -81,13 +81,13 @@ def round_columns(mean: Tensor, kept: Tensor, step: Tensor, plan: Sequence[Sweep
     """
     found = torch.zeros_like(mean)
     for sweep in plan:
-        rows, upper = sweep.rows, sweep.upper
+        rows, upper, own_limits = sweep.rows, sweep.upper, [limits[column] for column in sweep.columns.tolist()]
         values, own_step, own_kept = (part[rows][:, sweep.columns] for part in (mean, step, kept))
         rounded, errors = torch.zeros_like(values), torch.zeros_like(values)
-        for start in range(0, len(sweep.columns), _BLOCK):
-            end = min(start + _BLOCK, len(sweep.columns))
+        for start in range(0, len(own_limits), _BLOCK):
+            end = min(start + _BLOCK, len(own_limits))
             for place in range(start, end):
-                integers = nearest(values[:, place], own_step[:, place], limits[int(sweep.columns[place])])
+                integers = nearest(values[:, place], own_step[:, place], own_limits[place])
                 rounded[:, place] = torch.where(own_kept[:, place], integers, 0.0) * own_step[:, place]
                 errors[:, place] = (values[:, place] - rounded[:, place]) / upper[place, place]
                 values[:, place + 1 : end] -= errors[:, place, None] * upper[place, place + 1 : end]

@@ -143,10 +143,15 @@ def logits_of(output: Any) -> Tensor:
     if isinstance(output, Tensor):
         return output
     for name in ("logits", "out"):
-        found = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
-        if isinstance(found, Tensor):
+        if (found := named_tensor(output, name)) is not None:
             return found
     raise TypeError(f"the model returned {type(output).__name__}; expected a tensor or an output with `.logits`.")
+
+
+def named_tensor(output: Any, name: str) -> Tensor | None:
+    """What stands in a model's output by this name, as a key or an attribute; None where that is no tensor."""
+    found = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+    return found if isinstance(found, Tensor) else None
 
 
 class _Forward:

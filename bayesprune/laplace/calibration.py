@@ -3,7 +3,7 @@
 Nothing is trained, no `.grad` is touched, and the model runs in evaluation mode, at its means.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import Any, NamedTuple, cast
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bayesprune.errors import UnsupportedModelError
-from bayesprune.foundation.batches import Batch, logits_of, on_device, split, takes_labels
+from bayesprune.foundation.batches import Batch, logits_of, named_tensor, on_device, split, takes_labels
 from bayesprune.foundation.model import eval_mode, requires_grad
 from bayesprune.foundation.progress import progress_bar
 from bayesprune.layers import VariationalLayer, variational_layers
@@ -78,8 +78,7 @@ def own_loss(model: nn.Module, batch: Any) -> Tensor:
     found = split(model, batch)
     if isinstance(found.labels, Tensor) and takes_labels(model):
         output = model(*found.args, **{**found.kwargs, "labels": found.labels})
-        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-        if isinstance(loss, Tensor):
+        if (loss := named_tensor(output, "loss")) is not None:
             return loss.mean()
     return cross_entropy(model, batch)
 

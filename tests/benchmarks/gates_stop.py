@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bits import error
 from common import parser, read, write
 from mnist import load
 from mnist_methods import Data, Network, Phase, lenet5, network, train
@@ -75,21 +76,14 @@ def cut(model: nn.Module, kept: Sequence[Tensor]) -> nn.Sequential:
     for index, old in enumerate(small):
         if not isinstance(old, nn.Linear | nn.Conv2d):
             continue
-        units, block = next(units_of), old.weight.shape[1] // size  # 16 inputs for each filter behind the flattening
+        values, units = old.state_dict(), next(units_of)
+        block = old.weight.shape[1] // size  # 16 inputs for each filter behind the flattening
         columns = (read[:, None] * block + torch.arange(block)).flatten()
         shape = len(columns), len(units)
         new = nn.Conv2d(*shape, 5) if isinstance(old, nn.Conv2d) else nn.Linear(*shape)
-        new.weight.copy_(old.weight[units][:, columns])
-        new.bias.copy_(old.bias[units])  # type: ignore[union-attr]
+        new.load_state_dict({"weight": values["weight"][units][:, columns], "bias": values["bias"][units]})
         small[index], read, size = new, units, len(old.weight)
     return small
-
-
-@torch.no_grad()
-def error(model: nn.Module, data: Data) -> float:
-    """Percent of the test images that are given another label."""
-    outputs = [model.eval()(images.unsqueeze(1)) for images in data.test_images.split(1000)]
-    return round(100 * float((torch.cat(outputs).argmax(1) != data.test_labels).double().mean()), 3)
 
 
 class Benchmark:
