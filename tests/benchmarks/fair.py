@@ -43,7 +43,7 @@ from fair_choice import (
 )
 from fair_methods import ALLOCATIONS, COMPENSATIONS, MEASURED_IMAGES, SCORES, Net
 from fair_table import markdown
-from fair_tasks import CALIBRATION_IMAGES, EPOCHS, LEVELS, LRS, STEPS, is_right, task
+from fair_tasks import CALIBRATION_IMAGES, EPOCHS, LEVELS, LRS, STEPS, is_right, task, tested_levels
 from fair_training import WHENS, Way, fine_tuned, trained
 from torch import nn
 
@@ -91,16 +91,17 @@ class Benchmark:
     def with_training(
         self, regime: str, scores: list[str], seeds: list[int], *, is_distilled: bool, features: float = 0.0
     ) -> None:
-        """Chooses the moment of the cut and the learning rate, and tests."""
+        """Chooses the moment of the cut and the learning rate, which few tries leave out in long runs, and tests."""
         name = self.task.name
         for score in scores:
             for level in LEVELS[name]:
                 self.choose_cut(regime, score, level)
         for score in scores:
-            self.choose_spending(regime, score)
+            if not (self.has_few_tries and regime == "long"):
+                self.choose_spending(regime, score)
         for seed in seeds:
             for score in scores:
-                for level in LEVELS[name]:
+                for level in tested_levels(name, regime):
                     way = chosen(self.rows, regime, name, score, level)
                     assert way is not None, "it was chosen above"
                     way = replace(way, distilled=is_distilled, features=features)
@@ -116,7 +117,7 @@ class Benchmark:
                 stopped = next(row for row in stops(self.rows, regime, name, score) if row["run"]["seed"] == seed)
                 level = level_of(stopped, self.task.macs(self.task.dense))
                 for other in (other for other in scores if not SCORES[other].phase):
-                    its = chosen(self.rows, regime, name, other, min(LEVELS[name], key=lambda at: abs(at - level)))
+                    its = chosen(self.rows, regime, name, other, level)
                     assert its is not None, "it was chosen with a number"
                     self.measure(regime, its, level, seed, "test", AT_END)
 

@@ -112,8 +112,11 @@ def whens(score: str) -> tuple[str, ...]:
 
 
 def chosen(rows: Sequence[Row], regime: str, task: str, score: str, level: float) -> Way | None:
-    """The way of a score that is shown; the moment and learning rate are those that were best at the last level."""
-    way = chosen_cut(rows, regime, task, score, level)
+    """The way of a score that is shown: of the nearest level at which settings were chosen.
+
+    The moment and the learning rate are those that were best at the last level, the first ones where none was tried.
+    """
+    way = chosen_cut(rows, regime, task, score, min(LEVELS[task], key=lambda at: abs(at - level)))
     if way is None or regime == "none":
         return way
     last = LEVELS[task][-1]

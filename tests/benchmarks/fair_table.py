@@ -23,7 +23,7 @@ from fair_choice import (
     whens,
 )
 from fair_methods import ALLOCATIONS, COMPENSATIONS, SCORES
-from fair_tasks import CALIBRATION_IMAGES, EPOCHS, LEVELS, LRS, MEDIUM_EPOCHS, STEPS
+from fair_tasks import CALIBRATION_IMAGES, EPOCHS, LEVELS, LRS, MEDIUM_EPOCHS, STEPS, tested_levels
 from fair_training import Way
 
 INTRODUCTION = """# Channels, fairly
@@ -111,7 +111,9 @@ def tried(rows: Sequence[Row], task: str) -> str:
     numbers = {len(cut_rows(rows, "none", task, score, level)) for score in SCORES} - {0}
     few = len(few_tries("magnitude", task))
     if numbers == {few}:
-        return f" Settings were chosen from {few}: three allocations with a score's first option, layer by layer."
+        said = f" Settings were chosen from {few}: three allocations with a score's first option, layer by layer."
+        is_long = bool(matching(rows, task=task, regime="long"))
+        return said + (f" The long regime cuts at once and has the learning rate {LRS[task][0]:g}." if is_long else "")
     return ""
 
 
@@ -119,7 +121,7 @@ def section(
     rows: Sequence[Row], regime: str, task: str, title: str, *, is_distilled: bool, features: float = 0.0
 ) -> list[str]:
     """Every score in its chosen way."""
-    levels = LEVELS[task]
+    levels = tested_levels(task, regime)
     found = {
         (score, level): chosen_rows(rows, regime, task, score, level, is_distilled=is_distilled, features=features)
         for score in SCORES
