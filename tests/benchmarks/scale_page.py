@@ -58,9 +58,9 @@ positions for each input of a layer. `prune_one_shot(scope="global")` collects m
 each GiB of them, two or three a block in the Llama, beside two forwards of up to 256 examples a layer.
 
 **The largest single pieces.** `prune_channels` with data tries four to seven divisions of the budget, each a
-compensation. One layer of 4,096 inputs and outputs takes `prune_one_shot` [94 s](../laplace.md), above all for twenty
-products of its weights with a matrix of 4,096 x 4,096. `save` builds the dense model once to compare, `load` to fill
-it.
+compensation. One layer of 4,096 inputs and outputs takes `prune_one_shot` [66 s](../laplace.md), above all for some
+sixty products of its weights with a matrix of 4,096 x 4,096. `save` builds the dense model once to compare, `load` to
+fill it.
 """
 
 
