@@ -14,7 +14,6 @@ Seeds are draws of the examples. Finished rows are written at once and skipped w
 """
 
 import copy
-import math
 import random
 import time
 from collections.abc import Callable
@@ -265,19 +264,15 @@ def page(rows: list[Row]) -> str:
             asked = "" if key[2] is None else f"{key[2]} {UNITS.get(str(key[1]), 'bits')}"
             shown = f"**{key[1]}**" if str(key[1]).startswith("posterior") else key[1]
             lines.append(
-                f"| {shown} | {key[0]:g} | {asked} | {size:,.0f} | {dense['bytes'] / size:.1f} | {spread(found)} |"
+                f"| {shown} | {key[0]:g} | {asked} | {size:,.0f} | {dense['bytes'] / size:.1f} | {cell(found)} |"
             )
     return "\n".join(lines) + "\n"
 
 
-def spread(rows: list[Row]) -> str:
+def cell(rows: list[Row]) -> str:
     """Mean figure, standard error where there are several, and how many where it is not three."""
-    values = [row["figure"] for row in rows]
-    mean = sum(values) / len(values)
-    if len(values) == 1:
-        return f"{mean:.2f} (1)"
-    error = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
-    return f"{mean:.2f} ± {error:.2f}" + ("" if len(values) == 3 else f" ({len(values)})")
+    figure = common.spread([row["figure"] for row in rows], 2, of_mean=True)
+    return figure + ("" if len(rows) == 3 else f" ({len(rows)})")
 
 
 def main() -> None:

@@ -1,8 +1,10 @@
 """The results of the CIFAR-10 benchmark as Markdown."""
 
 from collections import defaultdict
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
+
+from common import spread
 
 INTRODUCTION = """# CIFAR-10, ResNet-20 at half its MACs
 
@@ -147,4 +149,4 @@ def _mean(rows: list[dict[str, Any]], value: str) -> float:
 
 def _spread(rows: list[dict[str, Any]], value: str) -> str:
     values = [100 * row[value] for row in rows]
-    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+    return spread(values, 2)

@@ -3,8 +3,16 @@
 import json
 import os
 from argparse import ArgumentParser
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
+
+
+def spread(values: Sequence[float], digits: int = 1, *, of_mean: bool = False) -> str:
+    """Mean ± standard deviation of several values, or ± the standard error of their mean; one value alone."""
+    deviation = stdev(values) / (len(values) ** 0.5 if of_mean else 1) if len(values) > 1 else None
+    return f"{mean(values):,.{digits}f}" + ("" if deviation is None else f" ± {deviation:,.{digits}f}")
 
 
 def parser(description: str, out: str) -> ArgumentParser:

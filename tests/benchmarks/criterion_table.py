@@ -2,8 +2,10 @@
 
 from collections import defaultdict
 from collections.abc import Callable
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
+
+from common import spread
 
 INTRODUCTION = """# CIFAR-10, the criterion beside its controls
 
@@ -95,7 +97,7 @@ def _table(rows: list[dict[str, Any]], level_format: str, columns: dict[str, str
 def _cell(values: list[float], best: float) -> str:
     if not values:
         return ""
-    shown = f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else " (one seed)")
+    shown = spread(values) + (" (one seed)" if len(values) == 1 else "")
     return f"**{shown}**" if mean(values) == best else shown
 
 

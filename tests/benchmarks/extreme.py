@@ -14,7 +14,6 @@ DATA holds MNIST/raw/*.gz and FashionMNIST/raw/*.gz; WORK keeps the dense networ
 """
 
 import copy
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from attentive import attentive_score
-from common import parser, read, write
+from common import parser, read, spread, write
 from mnist import load
 from mnist_methods import (
     BATCH,
@@ -343,9 +342,7 @@ def cell(rows: list[Row]) -> str:
     """Mean error, its standard error, and the seeds where they are not three."""
     if not rows:
         return ""
-    errors = [row["error"] for row in rows]
-    spread = f" ± {statistics.stdev(errors) / len(errors) ** 0.5:.2f}" if len(errors) > 1 else ""
-    return f"{statistics.mean(errors):.2f}{spread}" + ("" if len(rows) == 3 else f" ({len(rows)})")
+    return spread([row["error"] for row in rows], 2, of_mean=True) + ("" if len(rows) == 3 else f" ({len(rows)})")
 
 
 def main() -> None:

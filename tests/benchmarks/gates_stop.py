@@ -12,7 +12,6 @@ DATA holds MNIST/raw/*.gz.
 """
 
 import copy
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,7 +21,7 @@ from typing import Any
 
 import torch
 from bits import error
-from common import parser, read, write
+from common import parser, read, spread, write
 from mnist import load
 from mnist_methods import Data, Network, Phase, lenet5, network, train
 from torch import Tensor, nn
@@ -156,15 +155,14 @@ def page(rows: list[Row]) -> str:
             units = ", ".join("-".join(map(str, row["widths"])) for row in found)
             weights = ", ".join(f"{row['weights']:,}" for row in found)
             said = f"**{method}**" if method == "gates" else method
-            lines.append(f"| {said} | {units} | {weights} | {spread(found, 'at_once')} | {spread(found, 'error')} |")
+            lines.append(f"| {said} | {units} | {weights} | {cell(found, 'at_once')} | {cell(found, 'error')} |")
     return "\n".join(lines) + "\n"
 
 
-def spread(rows: list[Row], key: str) -> str:
+def cell(rows: list[Row], key: str) -> str:
     """Mean, its standard error, and each seed."""
     values = [row[key] for row in rows]
-    margin = f" ± {statistics.stdev(values) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{margin} ({', '.join(f'{value:.2f}' for value in values)})"
+    return f"{spread(values, 2, of_mean=True)} ({', '.join(f'{value:.2f}' for value in values)})"
 
 
 def main() -> None:

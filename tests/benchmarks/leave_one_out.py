@@ -9,13 +9,13 @@ layers.
 
 from itertools import product
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from cifar_resnet import Images, trained_resnet20
-from common import parser, read, write
+from common import parser, read, spread, write
 from criterion import CHANNEL_METHODS, CHANNELS, WARM, chosen
 from criterion_methods import EXAMPLE, Method, channel_importance, prepare_channels
 from scipy.stats import spearmanr
@@ -220,7 +220,7 @@ def main() -> None:
         by_method.items(), key=lambda item: -mean(row.get("all_divergence", -1) for row in item[1])
     ):
         columns = [[row[key] for row in found if key in row] for key in COLUMNS]
-        shown = [f"{mean(v):.2f}" + (f" ± {stdev(v):.2f}" if v[1:] else "") if v else "" for v in columns]
+        shown = [spread(values, 2) if values else "" for values in columns]
         lines.append(f"| {name} | {' | '.join(shown)} |\n")
     args.out.with_suffix(".md").write_text("".join(lines), encoding="utf-8")
 

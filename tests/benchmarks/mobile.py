@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import torch_pruning as tp
-from common import parser, read, write
+from common import parser, read, spread, write
 from PIL import Image
 from torch import Tensor, nn
 
@@ -261,9 +261,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def _percent(values: list[float]) -> str:
-    if not values:
-        return ""
-    return f"{100 * mean(values):.1f}" + (f" ± {100 * stdev(values):.1f}" if len(values) > 1 else "")
+    return spread([100 * value for value in values]) if values else ""
 
 
 def main() -> None:

@@ -14,14 +14,14 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import torch_pruning as tp
 from cifar_resnet import Images, trained_resnet20
-from common import parser, read, write
+from common import parser, read, spread, write
 from torch import Tensor, nn
 
 import bayesprune as bp
@@ -249,7 +249,7 @@ def table(rows: list[dict[str, Any]], targets: tuple[str, ...], options: dict[st
         cells = []
         for target in targets:
             values = found[score, option, condition][target]
-            text = f"{mean(values):.1f} ± {stdev(values) if len(values) > 1 else 0:.1f}"
+            text = spread(values)
             cells.append(f"**{text}**" if mean(values) == best[target] else text)
         is_other = option != chosen(rows, chosen_at, score, options[score])
         name = f"{option} (not chosen)" if is_other else option

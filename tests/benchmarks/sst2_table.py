@@ -1,8 +1,9 @@
 """The results of the SST-2 benchmark as Markdown, and the choices that its selection makes."""
 
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
+from common import spread
 from sst2_methods import Method
 
 INTRODUCTION = """# SST-2, a MiniLM encoder
@@ -88,10 +89,10 @@ def markdown(runs: list[dict[str, Any]], settings: dict[str, Any]) -> str:
     ]
     lines += ["## Weights", "", WEIGHTS.format(seeds=len(dense))]
     lines += ["| weights removed | " + " | ".join(f"{level:.0%}" for level in levels) + " |", "|---" * 4 + "|"]
-    lines.append(f"| none (dense) | {' | '.join([spread(dense, 'dev', len(dense))] * 3)} |")
+    lines.append(f"| none (dense) | {' | '.join([cell(dense, 'dev', len(dense))] * 3)} |")
     for kind in ("ours", "magnitude", "movement", "random"):
         rows = [row for row in finals if row["method"]["kind"] == kind]
-        cells = [spread([row for row in rows if row["sparsity"] == level], "dev", len(dense)) for level in levels]
+        cells = [cell([row for row in rows if row["sparsity"] == level], "dev", len(dense)) for level in levels]
         lines.append(f"| {name(rows[0]['method'], structure=False) if rows else kind} | {' | '.join(cells)} |")
     lines += [
         "",
@@ -123,12 +124,12 @@ def _structure(removed: list[dict[str, Any]], dense: list[dict[str, Any]], setti
         text,
         "| removed by | dev after removal | dev after fine-tuning | faster, batch 1 | faster, batch 32 | difference |",
         "|---|---|---|---|---|---|",
-        f"| none (dense) | | {spread(dense, 'dev', len(dense))} | x1 | x1 | |",
+        f"| none (dense) | | {cell(dense, 'dev', len(dense))} | x1 | x1 | |",
     ]
     for kind in ("ours", "magnitude", "random"):
         if rows := [row for row in removed if row["method"]["kind"] == kind]:
             ratios = [f"x{mean(row[f'batch {size}: ratio'] for row in rows):.2f}" for size in (1, 32)]
-            cells = [spread(rows, "after_removal", len(dense)), spread(rows, "dev", len(dense)), *ratios]
+            cells = [cell(rows, "after_removal", len(dense)), cell(rows, "dev", len(dense)), *ratios]
             difference = max(row["difference"] for row in rows)
             lines.append(f"| {name(rows[0]['method'], structure=True)} | {' | '.join(cells)} | {difference} |")
     return [*lines, ""]
@@ -145,7 +146,7 @@ def _at_once(runs: list[dict[str, Any]], settings: dict[str, Any]) -> list[str]:
     rates = rates if len(tried) > 1 else f"at the learning rate {tried[0]:g}" if tried else "which were not run"
     columns = [f"{kept:.0%} of the MACs" for kept in levels]
     columns += [f"{levels[0]:.0%}, after {settings['steps_after_removal']} steps", f"CPU seconds to {levels[0]:.0%}"]
-    dense = spread([row for row in runs if row["section"] == "dense, float32"], "dev", 1)
+    dense = cell([row for row in runs if row["section"] == "dense, float32"], "dev", 1)
     lines = [
         "## Heads and neurons at once",
         "",
@@ -156,9 +157,9 @@ def _at_once(runs: list[dict[str, Any]], settings: dict[str, Any]) -> list[str]:
     ]
     for score, words in (("default", "the default, unit SNR"), ("magnitude", "magnitude")):
         rows = [row for row in cuts if row["score"] == score]
-        cells = [spread([row for row in rows if row["kept"] == kept], "dev", number) for kept in levels]
+        cells = [cell([row for row in rows if row["kept"] == kept], "dev", number) for kept in levels]
         after = [row for row in tuned if row["score"] == score]
-        cells.append(spread([row for row in after if row["lr"] == best_rate(runs, score)], "dev", number))
+        cells.append(cell([row for row in after if row["lr"] == best_rate(runs, score)], "dev", number))
         seconds = [row["cpu_seconds"] for row in rows if row["kept"] == levels[0]]
         cells.append(f"{min(seconds):.0f} to {max(seconds):.0f}" if seconds else "not run")
         lines.append(f"| {words} | {' | '.join(cells)} |")
@@ -172,7 +173,7 @@ def _weights_at_once(runs: list[dict[str, Any]]) -> list[str]:
     if not rows:
         return []
     levels, number = sorted({row["kept"] for row in rows}, reverse=True), len({row["seed"] for row in rows})
-    dense = spread([row for row in runs if row["section"] == "dense, float32"], "dev", 1)
+    dense = cell([row for row in runs if row["section"] == "dense, float32"], "dev", 1)
     columns = [*(f"{1 - kept:.0%} gone" for kept in levels), "CPU seconds"]
     lines = [
         "## Single weights at once",
@@ -186,7 +187,7 @@ def _weights_at_once(runs: list[dict[str, Any]]) -> list[str]:
     ]
     for score in dict.fromkeys(row["score"] for row in rows):
         of = [row for row in rows if row["score"] == score]
-        cells = [spread([row for row in of if row["kept"] == kept], "dev", number) for kept in levels]
+        cells = [cell([row for row in of if row["kept"] == kept], "dev", number) for kept in levels]
         seconds = [row["cpu_seconds"] for row in of]
         lines.append(f"| {score} | {' | '.join(cells)} | {min(seconds):.0f} to {max(seconds):.0f} |")
     return [*lines, ""]
@@ -234,10 +235,9 @@ def name(values: dict[str, Any], *, structure: bool) -> str:
     return f"{method.kind} ({', '.join(parts)})" if parts else method.kind
 
 
-def spread(rows: list[dict[str, Any]], value: str, expected: int) -> str:
+def cell(rows: list[dict[str, Any]], value: str, expected: int) -> str:
     """Mean and standard deviation over the rows in %."""
     values = [100 * row[value] for row in rows]
     if not values:
         return "not run"
-    deviation = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{mean(values):.1f}{deviation}" + (f" ({len(values)})" if len(values) != expected else "")
+    return spread(values) + (f" ({len(values)})" if len(values) != expected else "")

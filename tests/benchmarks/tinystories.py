@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import common
@@ -398,12 +398,12 @@ def markdown(runs: list[dict[str, Any]], settings: dict[str, Any]) -> str:
     ]
     lines += [WEIGHTS.format(**settings, seeds=seeds)]
     lines += ["| | " + " | ".join(f"{level:.0%} removed" for level in levels) + " |", "|---" * (1 + len(levels)) + "|"]
-    lines += [f"| dense, as it came | {' | '.join([spread(of['dense'])] * 3)} |"]
-    lines += [f"| dense, fine-tuned | {' | '.join([spread(of['dense, fine-tuned'])] * 3)} |"]
+    lines += [f"| dense, as it came | {' | '.join([cell(of['dense'])] * 3)} |"]
+    lines += [f"| dense, fine-tuned | {' | '.join([cell(of['dense, fine-tuned'])] * 3)} |"]
     for section in ("one shot", "learned, then cut", "gradual"):
         for kind in ("ours", "magnitude", "random"):
             rows = [row for row in of.get(section, ()) if row.get("method", {"kind": "magnitude"})["kind"] == kind]
-            cells = [spread([row for row in rows if row["sparsity"] == level]) for level in levels]
+            cells = [cell([row for row in rows if row["sparsity"] == level]) for level in levels]
             options = name(rows[0]["method"]) if rows and "method" in rows[0] else f"{kind}, no training"
             lines += [f"| {section}: {options} | {' | '.join(cells)} |"] if rows else []
     lines += cut_table(runs, of, settings) if "cut, no training" in of else []
@@ -415,7 +415,7 @@ def markdown(runs: list[dict[str, Any]], settings: dict[str, Any]) -> str:
         lines += ["| removed by | perplexity after removal | after fine-tuning |", "|---|---|---|"]
         for kind in ("ours", "magnitude", "random"):
             if rows := [row for row in removed if row["method"]["kind"] == kind]:
-                lines += [f"| {name(rows[0]['method'])} | {spread(rows, 'after removal')} | {spread(rows)} |"]
+                lines += [f"| {name(rows[0]['method'])} | {cell(rows, 'after removal')} | {cell(rows)} |"]
     generated = [row for row in runs if "equal in a fresh process" in row]
     equal = sum(row["equal in a fresh process"] for row in generated)
     lines += ["", "## Generation", "", GENERATION.format(equal=equal, number=len(generated))]
@@ -456,7 +456,7 @@ def cut_table(runs: list[dict[str, Any]], of: dict[str, list[dict[str, Any]]], s
                 if section == "cut, then trained" and rows:
                     rows = [row for row in rows if row["lr"] == rate(runs, how)]
                 some = f" ({len(rows)})" if 0 < len(rows) < 3 else ""
-                cells.append(spread(rows) + some if rows else "")
+                cells.append(cell(rows) + some if rows else "")
         lines += [f"| {', '.join(words(how))} | {' | '.join(cells)} |"] if any(cells) else []
     return lines
 
@@ -475,13 +475,10 @@ def name(values: dict[str, Any]) -> str:
     return ", ".join([values["kind"], *changed])
 
 
-def spread(rows: list[dict[str, Any]], value: str = "test") -> str:
+def cell(rows: list[dict[str, Any]], value: str = "test") -> str:
     """Mean and standard deviation over the rows."""
     values = [row[value] for row in rows]
-    if not values:
-        return "not run"
-    digits = 2 if mean(values) < 100 else 0
-    return f"{mean(values):,.{digits}f}" + (f" ± {stdev(values):,.{digits}f}" if len(values) > 1 else "")
+    return common.spread(values, 2 if mean(values) < 100 else 0) if values else "not run"
 
 
 def main() -> None:

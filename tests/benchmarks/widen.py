@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from bits import file_size
-from common import parser, read, write
+from common import parser, read, spread, write
 from mnist import load
 from mnist_methods import BATCH, Data, Phase, _batches, _shifted, network, train
 from torch import nn
@@ -186,11 +186,10 @@ def page(rows: list[Row]) -> str:
             if not found:
                 continue
             errors = [row["error"] for row in found]
-            spread = f" ± {statistics.stdev(errors) / len(errors) ** 0.5:.2f}" if len(errors) > 1 else ""
             units = ", ".join("-".join(map(str, row["units"])) for row in found)
             size = statistics.mean(row["bytes"] for row in found)
-            mean = statistics.mean(errors)
-            lines.append(f"| {bits} | {way} | {mean:.2f}{spread} | {size:,.0f} | {units} | {len(found)} |")
+            error = spread(errors, 2, of_mean=True)
+            lines.append(f"| {bits} | {way} | {error} | {size:,.0f} | {units} | {len(found)} |")
     dense_errors = {row["seed"]: row["dense_error"] for row in rows if not row["validation"]}
     if dense_errors:
         lines += ["", f"Before rounding: {statistics.mean(dense_errors.values()):.2f} %."]
