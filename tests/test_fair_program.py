@@ -153,3 +153,32 @@ def test_a_second_start_finds_every_row_and_the_page_has_them(monkeypatch, tmp_p
         assert f"### {heading}" in page or f"### No training, {heading}" in page
     assert "| **group ARD** | 0.300 |" in page
     assert "| magnitude, in its own way to as many |" in page
+
+
+def test_attention_goes_to_the_fewest_inputs_that_explain_enough():
+    """Contributions 6, 3, 1 and -5, and 4 of the stream: 6 and 4 are 10 of 14, and with 3 they are 13."""
+    from attentive import through
+
+    weight, x = torch.tensor([[3.0, 1.0, 1.0, -5.0]]), torch.tensor([[2.0, 3.0, 1.0, 1.0]])
+    stream, attention = torch.tensor([[4.0]]), torch.tensor([[2.0]])
+    below, beside = through(attention, weight, x, stream=stream, share=0.7)
+    torch.testing.assert_close(below, torch.tensor([[1.2, 0, 0, 0]]))
+    torch.testing.assert_close(beside, torch.tensor([[0.8]]))
+    below, beside = through(attention, weight, x, stream=stream, share=0.75)
+    torch.testing.assert_close(below * 13 / 2, torch.tensor([[6.0, 3, 0, 0]]))
+    below, _ = through(attention, weight, x, signs=torch.tensor([[-1.0]]), stream=stream)
+    torch.testing.assert_close(below, torch.tensor([[0.0, 0, 0, 2]]))
+
+
+def test_attention_comes_down_a_resnet_whole():
+    """What a block passes down, and what passes through its inner channels, is no more than the class has, one."""
+    from attentive import resnet_channels
+    from cifar_resnet import ResNet
+
+    torch.manual_seed(0)
+    model = ResNet(1).eval()
+    found = resnet_channels(model, torch.randn(2, 3, 32, 32), 1.0).scores
+    assert list(found) == [f"layer{stage}.0.conv1" for stage in (1, 2, 3)]
+    for scores in found.values():
+        assert (scores >= 0).all()
+        assert 0.1 < float(scores.sum()) <= 2 + 1e-4

@@ -41,7 +41,7 @@ from fair_choice import (
     stops,
     whens,
 )
-from fair_methods import ALLOCATIONS, COMPENSATIONS, MEASURED_IMAGES, SCORES, Net
+from fair_methods import ALLOCATIONS, ATTENTIVE, COMPENSATIONS, MEASURED_IMAGES, SCORES, Net
 from fair_table import markdown
 from fair_tasks import CALIBRATION_IMAGES, EPOCHS, LEVELS, LRS, STEPS, is_right, task, tested_levels
 from fair_training import WHENS, Way, fine_tuned, trained
@@ -245,8 +245,9 @@ def main() -> None:
         "--features", type=float, default=0.0, metavar="WEIGHT", help="test with the outputs of blocks compared, too"
     )
     args = options.parse_args()
-    if not args.no_number:
-        args.only = [score for score in args.only if score != GATES]
+    left_out = {GATES} if not args.no_number else set()
+    left_out |= set() if args.task.startswith("resnet") else {ATTENTIVE}
+    args.only = [score for score in args.only if score not in left_out]
     torch.set_num_threads(1)
     if args.table:
         args.out.with_suffix(".md").write_text(markdown(read(args.out, SETTINGS)), encoding="utf-8")

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 import torch_pruning as tp
+from attentive import resnet_channels
 from fair_tasks import Task, mean_loss
 from torch import Tensor, nn
 from torch_pruning.dependency import Group
@@ -181,6 +182,11 @@ def hessian(net: Net, model: nn.Module, option: str) -> Importance:
     return tp.importance.HessianImportance(normalizer=_normalizer(option))
 
 
+def attentive(net: Net, model: nn.Module, option: str) -> Importance:
+    """What attention passes through the channels of a CIFAR ResNet."""
+    return resnet_channels(model, net.batches[0][0], float(option.removeprefix("share ")))
+
+
 def unit_snr(net: Net, model: nn.Module, option: str) -> Importance:
     """The squared SNR of a channel as a vector, under a posterior whose metric is that of the option."""
     loss = output_metric if option == "logit metric" else sampled_cross_entropy
@@ -195,6 +201,7 @@ def _normalizer(option: str) -> Any:
 
 GRADIENTS, KRONECKER = frozenset({"gradients"}), frozenset({"kronecker"})
 NORMALISERS, REDUCTIONS, POWERS = ("as it is", "mean"), ("sum", "mean"), ("power 2", "power 1")
+ATTENTIVE = "attentive"  # for CIFAR ResNets alone
 SCORES = {
     "magnitude": Score(magnitude, NORMALISERS),
     "mean^2 / s": Score(without_stds, REDUCTIONS),
@@ -202,6 +209,7 @@ SCORES = {
     "Taylor": Score(taylor, NORMALISERS, GRADIENTS),
     "torch-pruning Hessian": Score(hessian, NORMALISERS, GRADIENTS),
     "random": Score(random),
+    ATTENTIVE: Score(attentive, ("share 0.9", "share 0.5")),
     "unit SNR": Score(unit_snr, ("logit metric", "sampled labels"), KRONECKER, is_control=False),
     "Laplace SNR": Score(laplace, POWERS, GRADIENTS, is_control=False),
     "README's way": Score(snr, POWERS, phase="per_channel", is_control=False),

@@ -1,8 +1,8 @@
 """Heads and neurons of MiniLM cut at once, from 1,024 sentences without labels, and 128 steps of distillation after it.
 
-The default of `prune_channels` beside magnitude, which gets the same number of heads and neurons in each layer, the
-same compensation and the same distillation. A seed draws the calibration sentences and the batches of the steps; the
-dense model is that of seed 0. Training is in float32, and cut models stand in the benchmark's folder.
+The default of `prune_channels` beside magnitude and attention, which get the same number of heads and neurons in each
+layer, the same compensation and the same distillation. A seed draws the calibration sentences and the batches of the
+steps; the dense model is that of seed 0. Training is in float32, and cut models stand in the benchmark's folder.
 """
 
 import copy
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch_pruning as tp
+from attentive import bert_units
 from cuts import largest_weights
 from sst2_methods import like_lengths, train
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ from bayesprune.reports import macs_by_module
 if TYPE_CHECKING:
     from sst2 import Benchmark
 
-SCORES = ("default", "magnitude")
+SCORES = ("default", "magnitude", "attentive")
 KEPT = (0.5, 0.25)
 """Of the MACs of the transformer layers; after the first there is training."""
 WEIGHTS = (0.2, 0.1)
@@ -128,10 +129,12 @@ def _cut(benchmark: "Benchmark", score: str, kept: float, seed: int) -> tuple[nn
     macs = macs_by_module(model, inputs)
     inside = sum(count for name, count in macs.items() if ".encoder." in name)
     importance = None
-    if score == "magnitude":
-        _, report, _ = torch.load(_file(benchmark, "default", kept, seed), weights_only=False)
-        importance = Divided(tp.importance.MagnitudeImportance(), report)
     data = calibration(benchmark, seed)
+    if score != "default":
+        _cut(benchmark, "default", kept, seed)
+        _, report, _ = torch.load(_file(benchmark, "default", kept, seed), weights_only=False)
+        ranked = bert_units(model, data) if score == "attentive" else tp.importance.MagnitudeImportance()
+        importance = Divided(ranked, report)
     torch.manual_seed(seed)
     start, cpu = time.perf_counter(), time.process_time()
     bp.to_variational(model)

@@ -3,6 +3,7 @@
 from statistics import mean
 from typing import Any
 
+from attentive import SENTENCES
 from common import spread
 from sst2_methods import Method
 
@@ -55,12 +56,13 @@ removal, tried once at 50 %, gave the same.) The learning rate that was chosen i
 
 AT_ONCE = """`bp.prune_channels(model, x, target, granularity=("heads", "mlp"), data=sentences)` on the dense model,
 with no training before it: 1,024 training sentences without labels rank, divide the budget between the layers, and
-fit what is left. The columns say how much of the MACs of the transformer layers stays. Magnitude has the same
-division, as many heads and neurons in each layer as the default chose, and the same fit. The steps are
+fit what is left. The columns say how much of the MACs of the transformer layers stays. Magnitude, and attention that is
+passed down from the predicted class (`attentive.py`, {sentences} sentences), have the same division, as many heads and
+neurons in each layer as the default chose, and the same fit. The steps are
 {steps_after_removal} of {batch} sentences with `bp.distillation` from the dense model, {rates}. A seed draws the
 calibration sentences and the batches of these steps; the dense model is that of seed 0, and training is in float32.
-CPU seconds are of one core of a machine that ran several other programs on two; magnitude's leave out the division,
-which it takes from the default.
+CPU seconds are of one core of a machine that ran several other programs on two; those of the controls leave out the
+division, which they take from the default, and what attention takes.
 
 **The controls of the other tables of this page were handicapped**: they were trained for {steps} steps before the
 cut, which only the posteriors need, and had neither such a division nor such a fit.
@@ -150,13 +152,15 @@ def _at_once(runs: list[dict[str, Any]], settings: dict[str, Any]) -> list[str]:
     lines = [
         "## Heads and neurons at once",
         "",
-        AT_ONCE.format(**settings, rates=rates),
+        AT_ONCE.format(**settings, rates=rates, sentences=SENTENCES),
         f"| ranked by | {' | '.join(columns)} |",
         "|---" * (1 + len(columns)) + "|",
         f"| none gone (dense) | {' | '.join([dense] * (len(columns) - 1))} | |",
     ]
-    for score, words in (("default", "the default, unit SNR"), ("magnitude", "magnitude")):
+    for score, words in (("default", "the default, unit SNR"), ("magnitude", "magnitude"), ("attentive", "attention")):
         rows = [row for row in cuts if row["score"] == score]
+        if not rows:
+            continue
         cells = [cell([row for row in rows if row["kept"] == kept], "dev", number) for kept in levels]
         after = [row for row in tuned if row["score"] == score]
         cells.append(cell([row for row in after if row["lr"] == best_rate(runs, score)], "dev", number))
