@@ -256,7 +256,8 @@ def _convert(
         for position, (suffix, shape) in enumerate(shapes.items()):
             key = (id(mean), position)  # tied weights have tied stds
             if key not in parts:
-                value = torch.full(shape, log_std if position == 0 else 0.0, dtype=torch.float32, device=mean.device)
+                like = mean if shape == mean.shape else mean.new_empty(shape)
+                value = torch.full_like(like, log_std if position == 0 else 0.0, dtype=torch.float32)
                 parts[key] = nn.Parameter(value, requires_grad=mean.requires_grad)
             module.register_parameter(f"{name}_{suffix}", parts[key])
 

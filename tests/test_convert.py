@@ -195,6 +195,18 @@ def test_stds_are_float32(dtype):
     assert all(p.grad.dtype == p.dtype for p in model.parameters())
 
 
+def test_stds_lie_in_memory_as_the_means_do():
+    """Else each draw would go through one of the two in strides; so do logits of gates, and masks."""
+    model = bp.to_variational(nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last))
+    stride = model.weight.stride()
+    assert model.weight_log_std.stride() == stride != (36, 9, 3, 1)
+    assert len(model.weight_log_std.unique()) == 1
+    bp.prune_weights(model, "weights=0.5")
+    assert model.mask("weight", whole=True).stride() == stride
+    bp.gates.add_weight_gates(model)
+    assert model.weight_gate.logits.stride() == stride
+
+
 def test_meta_models():
     with torch.device("meta"):
         model = bp.to_variational(small_net(), std="rank_one")

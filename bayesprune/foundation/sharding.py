@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
@@ -12,6 +13,13 @@ from bayesprune.errors import UnsupportedModelError
 def full_tensor(tensor: Tensor) -> Tensor:
     """The tensor itself; one that is sharded over processes, gathered. Every process must call it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[attr-defined]
+
+
+def whole_mask(tensor: Tensor, value: bool) -> Tensor:
+    """A mask of one value for the whole tensor, laid out in memory as it is where no process has but a part of it."""
+    if hasattr(tensor, "full_tensor"):
+        return torch.full(tensor.shape, value, dtype=torch.bool, device=tensor.device)
+    return torch.full_like(tensor, value, dtype=torch.bool)
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -59,12 +59,12 @@ class GateOptions:
 
 
 class Gate(Auxiliary):
-    """Independent Bernoulli posteriors, by their logits (float32 whatever the model's dtype)."""
+    """Independent Bernoulli posteriors, by their logits: of `like`'s shape and place, float32 whatever its dtype."""
 
-    def __init__(self, shape: tuple[int, ...], options: GateOptions, device: torch.device) -> None:
+    def __init__(self, like: Tensor, options: GateOptions) -> None:
         super().__init__()
         initial = math.log(options.initial_inclusion / (1 - options.initial_inclusion))
-        self.logits = nn.Parameter(torch.full(shape, initial, dtype=torch.float32, device=device))
+        self.logits = nn.Parameter(torch.full_like(like, initial, dtype=torch.float32))
         self.prior_inclusion, self.temperature, self.lr = options.prior_inclusion, options.temperature, options.lr
 
     @property
@@ -137,18 +137,11 @@ class WeightGate(Gate):
 
     masks: Tensor | None
 
-    def __init__(
-        self,
-        shape: tuple[int, ...],
-        options: GateOptions,
-        device: torch.device,
-        target: Target | None = None,
-        input_dim: int = -1,
-    ) -> None:
-        super().__init__(shape, options, device)
+    def __init__(self, like: Tensor, options: GateOptions, target: Target | None = None, input_dim: int = -1) -> None:
+        super().__init__(like, options)
         self.target, self.input_dim = target, input_dim
         masks = None if target is None or target.pattern is None else patterns(*target.pattern)
-        self.register_buffer("masks", None if masks is None else masks.to(device), persistent=False)
+        self.register_buffer("masks", None if masks is None else masks.to(like.device), persistent=False)
 
     @property
     def probabilities(self) -> Tensor:
@@ -195,7 +188,7 @@ class ChannelGate(Gate):
     """
 
     def __init__(self, num_units: int, options: GateOptions, device: torch.device) -> None:
-        super().__init__((num_units,), options, device)
+        super().__init__(torch.empty(num_units, device=device), options)
         self.sides: list[GatedSide] = []
         self.shared: Tensor | None = None
 

@@ -61,10 +61,7 @@ def add_weight_gates(
         posteriors = [posterior for posterior in posteriors if not whole_note(posterior, goal.pattern)]
         if not posteriors:
             raise ValueError(f'no tensor of the model can have the pattern "{goal}": {_NO_BLOCKS}')
-    gates = {
-        id(p.mean): WeightGate(tuple(p.mean.shape), options, p.mean.device, goal, kind_of(p.layer).input_dim)
-        for p in posteriors
-    }
+    gates = {id(p.mean): WeightGate(p.mean, options, goal, kind_of(p.layer).input_dim) for p in posteriors}
     for _, layer in variational_layers(model):
         for name in layer.active_names():
             if (gate := gates.get(id(getattr(layer, name)))) is not None:  # tied weights have one gate

@@ -20,7 +20,7 @@ from bayesprune import estimators
 from bayesprune.errors import UnsupportedModelError
 from bayesprune.estimators import Bilinear, Gaussian, Gradients, LogGaussian
 from bayesprune.foundation.kinds import kind_of
-from bayesprune.foundation.sharding import shard_like
+from bayesprune.foundation.sharding import shard_like, whole_mask
 from bayesprune.layers import joint_draws, masks
 from bayesprune.layers.stacks import axis_size, select
 from bayesprune.layers.structures import SUFFIXES, not_narrowed
@@ -274,7 +274,7 @@ class VariationalLayer(nn.Module):
         for name in self.active_names():
             if f"{prefix}{name}_mask" in state_dict and self.mask(name, whole=True) is None:
                 mean = getattr(self, name)
-                self.set_mask(name, torch.ones(mean.shape, dtype=torch.bool, device=mean.device))
+                self.set_mask(name, whole_mask(mean, True))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

@@ -4,10 +4,10 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from bayesprune.foundation.kinds import kind_of
+from bayesprune.foundation.sharding import whole_mask
 from bayesprune.layers.base import VariationalLayer
 
 
@@ -123,7 +123,7 @@ def make_masks(model: nn.Module) -> nn.Module:
     for posterior in removable_weights(model):
         if posterior.layer.mask(posterior.parameter, whole=True) is None:
             mean = posterior.mean
-            mask = torch.ones(mean.shape, dtype=torch.bool, device=mean.device)
+            mask = whole_mask(mean, True)
             for layer, name in holders[id(mean)]:
                 layer.set_mask(name, mask)
     return model

@@ -86,14 +86,14 @@ def mlp() -> nn.Sequential:
 def lenet5() -> nn.Sequential:
     """LeNet-5 of Caffe: 20 and 50 filters, 800 inputs to 500 units."""
     convolutions = [nn.Conv2d(1, 20, 5), nn.MaxPool2d(2), nn.ReLU(), nn.Conv2d(20, 50, 5), nn.MaxPool2d(2), nn.ReLU()]
-    return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(800, 500), nn.ReLU(), nn.Linear(500, 10))
+    layers = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(800, 500), nn.ReLU(), nn.Linear(500, 10))
+    return layers.to(memory_format=torch.channels_last)  # which takes two thirds of the time
 
 
 def network(layers: nn.Sequential, *, prior: bp.priors.Prior | None, std: str = "per_weight") -> Network:
     """The network with posteriors, or without where there is no prior."""
     estimator = "mean" if prior is None else "auto"
     model = bp.to_variational(layers, std=std, estimator=estimator)
-    model = model.to(memory_format=torch.channels_last)
     total = sum(p.mean.numel() for p in named_posteriors(model) if p.is_weight)
     return Network(model, prior, total, torch.arange(784) if isinstance(layers[0], nn.Linear) else None)
 

@@ -18,9 +18,7 @@ OPTIONS = GateOptions(0.01, 0.99, 0.5, 0.05)
 
 
 def gate(logits, target, input_dim=-1):
-    made = WeightGate(
-        tuple(logits.shape), OPTIONS, logits.device, Target.parse(target, ("weights", "N:M"), "test"), input_dim
-    )
+    made = WeightGate(logits, OPTIONS, Target.parse(target, ("weights", "N:M"), "test"), input_dim)
     made.logits.data.copy_(logits)
     return made
 

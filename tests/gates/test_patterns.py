@@ -42,7 +42,7 @@ def brute_force(logits, n):
 
 def pattern_gate(logits, target, input_dim=-1):
     goal = Target.parse(target, ("N:M",), "test")
-    gate = WeightGate(tuple(logits.shape), OPTIONS, logits.device, goal, input_dim).double()
+    gate = WeightGate(logits, OPTIONS, goal, input_dim).double()
     gate.logits.data.copy_(logits)
     return gate
 

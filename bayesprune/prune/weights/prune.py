@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bayesprune.convert import FROZEN, reasons_to_leave
 from bayesprune.foundation.device import numbers_of
 from bayesprune.foundation.kinds import EMBEDDING, kind_of
-from bayesprune.foundation.sharding import full_tensor
+from bayesprune.foundation.sharding import full_tensor, whole_mask
 from bayesprune.foundation.target import PATTERN, Target
 from bayesprune.foundation.text import as_text, first_names
 from bayesprune.layers import Posterior, holders_of, named_auxiliaries, named_posteriors, removable_weights
@@ -171,7 +171,7 @@ def set_masks(
         warn_of_averages(model)
     for posterior, keep in zip(posteriors, keeps, strict=True):
         if keep is not None:
-            keep = keep & ~_removed(posterior)
+            keep = ~_removed(posterior) & keep  # lies in memory as the mean does
             for layer, name in holders[id(posterior.mean)]:
                 layer.set_mask(name, keep)
     for (posterior, kept), note in zip(_num_kept(posteriors).items(), notes, strict=True):
@@ -315,4 +315,4 @@ def _num_kept(posteriors: Iterable[Posterior]) -> dict[Posterior, int]:
 
 def _removed(posterior: Posterior) -> Tensor:
     mask, mean = posterior.layer.mask(posterior.parameter, whole=True), posterior.mean
-    return torch.zeros(mean.shape, dtype=torch.bool, device=mean.device) if mask is None else ~mask
+    return whole_mask(mean, False) if mask is None else ~mask
