@@ -7,6 +7,7 @@ transformer may be negative; what explains it then has its sign. Batch and layer
 No code of the paper was published; this follows its abstract.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -176,11 +177,12 @@ def bert_units(model: Any, batches: Iterable[dict[str, Tensor]], share: float = 
         name = f"encoder.layer.{number}."
         scores |= {f"{name}attention": torch.zeros(layer.attention.self.query.out_features)}
         scores |= {f"{name}intermediate": torch.zeros(layer.intermediate.dense.out_features)}
+    explained = copy.deepcopy(model)  # which keeps the hooks that hidden states leave
     seen = 0
     for batch in batches:
         for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
             if seen < SENTENCES:
-                _explain_sentence(model, ids[mask.bool()][None], scores, share)
+                _explain_sentence(explained, ids[mask.bool()][None], scores, share)
                 seen += 1
     return Attention(model, scores)
 
