@@ -17,7 +17,7 @@ from bayesprune.convert import to_deterministic
 from bayesprune.errors import UnsupportedModelError
 from bayesprune.foundation.batches import split
 from bayesprune.foundation.model import eval_mode, requires_grad
-from bayesprune.laplace import sampled_cross_entropy
+from bayesprune.laplace import output_metric
 from bayesprune.laplace.diagonal import prior_precisions, sums_of_squares
 from bayesprune.layers import named_posteriors
 
@@ -33,10 +33,10 @@ def named_embeddings(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def embedding_precisions(model: nn.Module, batches: Iterable[Any], scale: float) -> dict[str, float]:
-    """The mean precision of each embedding's entries: Fisher information and prior, as `laplace.fit_laplace` has them.
+    """The mean precision of each embedding's entries: squared gradients of the logits, and the prior.
 
-    Labels are drawn from the predictions, so the gradients of examples are independent with mean zero, and the square
-    of a batch's gradient is in expectation the sum of its examples' squares.
+    `laplace.output_metric` draws signs for all logits, so the gradients of examples are independent with mean zero, and
+    the square of a batch's gradient is in expectation the sum of its examples' squares.
 
     Args:
         model: One that has embeddings.
@@ -47,7 +47,7 @@ def embedding_precisions(model: nn.Module, batches: Iterable[Any], scale: float)
     sums = dict.fromkeys(embeddings, 0.0)
     for batch in batches:
         with torch.enable_grad(), eval_mode(model), requires_grad(model, True):
-            total = sampled_cross_entropy(model, batch) * split(model, batch).num_examples
+            total = output_metric(model, batch) * split(model, batch).num_examples
             gradients = torch.autograd.grad(total, list(embeddings.values()), allow_unused=True)
         for name, gradient in zip(embeddings, gradients, strict=True):
             sums[name] += 0.0 if gradient is None else float(gradient.double().square().mean())
@@ -56,12 +56,12 @@ def embedding_precisions(model: nn.Module, batches: Iterable[Any], scale: float)
 
 
 def posterior_scale(model: nn.Module, batches: Iterable[Any]) -> float | None:
-    """How many times those of `laplace.fit_laplace` on the batches the precisions of a variational model are.
+    """How many times those of `laplace.fit_laplace` in the metric of the logits a variational model's precisions are.
 
     The geometric mean over its tensors of weights; None where gradients of examples cannot be told apart.
     """
     try:
-        squares, _ = sums_of_squares(model, batches)
+        squares, _ = sums_of_squares(model, batches, loss=output_metric)
     except UnsupportedModelError:
         return None
     logs = []

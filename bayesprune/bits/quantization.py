@@ -29,7 +29,7 @@ from bayesprune.foundation.model import eval_mode
 from bayesprune.foundation.progress import progress_bar
 from bayesprune.foundation.sharding import check_whole
 from bayesprune.foundation.text import first_names
-from bayesprune.laplace import KroneckerFactors, KroneckerPosterior, fit_kronecker, fit_laplace
+from bayesprune.laplace import KroneckerFactors, KroneckerPosterior, fit_kronecker, fit_laplace, output_metric
 from bayesprune.laplace.calibration import Loss, own_loss
 from bayesprune.laplace.matrices import damped, from_matrix, to_matrix
 from bayesprune.layers import Posterior, VariationalLayer, named_posteriors
@@ -66,7 +66,7 @@ def quantize(
 
     Args:
         model: A variational model, whose own stds are used, or a stock one; that is given a diagonal Laplace posterior
-            (`laplace.fit_laplace`) on the data, for this alone.
+            on the data for this alone, in the metric of the logits (`laplace.output_metric`).
         data: Batches in any form that `bayesprune.foundation.batches` names; all are kept in memory. Training data.
         tolerance: By how many nats the mean loss on the data may rise. Needs data.
         bits: Instead, a fixed width: 2^bits - 1 places about zero for each tensor, or channel; 2 to 12. A mapping gives
@@ -299,7 +299,7 @@ def _with_posterior(model: nn.Module, batches: list[Any] | None) -> nn.Module:
             f"quantize got a {type(model).__name__} without posterior, and no data to give it one. Pass batches of "
             "training data, or a model from to_variational whose stds were trained."
         )
-    return fit_laplace(to_variational(copy.deepcopy(model)), batches)
+    return fit_laplace(to_variational(copy.deepcopy(model)), batches, loss=output_metric)
 
 
 def _factors(source: nn.Module, batches: list[Any]) -> KroneckerPosterior | None:
@@ -364,7 +364,7 @@ def _row(weight: _Weight, grid: Grid | None) -> QuantizedTensor:
         step=0.0 if grid is None else float(step.mean()),
         width=8 * value.element_size() if grid is None else (2 * largest).bit_length(),
         entropy_bits=entropy_bits((value.double() / step).round() if grid is not None else value),
-        predicted_nats=0.5 * float(moved.sum()),
+        predicted_cost=0.5 * float(moved.sum()),
     )
 
 

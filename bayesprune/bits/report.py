@@ -21,7 +21,8 @@ class QuantizedTensor:
         step: Mean step size.
         width: Bits that an integer of fixed width needs for all the places that are taken.
         entropy_bits: Zero-order entropy of the integers, of all weights together.
-        predicted_nats: What rounding costs by the posterior, 1/2 sum (w - q)^2 / sigma^2, over all examples.
+        predicted_cost: What rounding costs by the posterior, 1/2 sum (w - q)^2 / sigma^2, over all examples: nats under
+            the model's own; half the squared change of the logits under the one that `quantize` gave it.
     """
 
     name: str
@@ -30,7 +31,7 @@ class QuantizedTensor:
     step: float
     width: int
     entropy_bits: float
-    predicted_nats: float
+    predicted_cost: float
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Quantization:
 
     def __str__(self) -> str:
         """The table as plain text, and the lengths and losses below it."""
-        table = Table("tensor", "weights", "zeros", "step", "width", "bits a weight", "predicted nats")
+        table = Table("tensor", "weights", "zeros", "step", "width", "bits a weight", "predicted cost")
         for row in self.tensors:
             share = row.num_zeros / max(1, row.numel)
             bits = row.entropy_bits / max(1, row.numel)
@@ -85,7 +86,7 @@ class Quantization:
                 f"{row.step:.2g}",
                 str(row.width),
                 f"{bits:.3f}",
-                f"{row.predicted_nats:.3g}",
+                f"{row.predicted_cost:.3g}",
             )
         said = [f"entropy of the integers: {self.entropy_bytes:,.0f} bytes"]
         if self.coded_bytes is not None:
