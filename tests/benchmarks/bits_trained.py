@@ -6,11 +6,13 @@
 
 Each control has one width for all tensors, a step for each row, and GPTQ's compensation, by the same code as ours. Ours
 then has to fit the bytes of that control's coded file. Where weights were removed first, `prune_one_shot` did so with
-the same examples, in rows of both kinds. ISO NNC is that of nncodec, whose environment is made by hand
-(`nncodec_peer.py`). Rows that are "trained on" are held to their grids (`bits.StraightThrough`) for about half an
-epoch, or for two where they say so, taught by the dense network (temperature 4, weight 0.9); their learning rates were
-chosen on validation images with seed 0. All others train nothing. Files that have no header are counted without one.
-Seeds are draws of the examples. Finished rows are written at once and skipped when the program runs again.
+the same examples, in rows of both kinds. "Posterior" is what `quantize` gives a stock model: by the gradients of its
+logits; "of the loss", by those of its loss, which fade where a network is sure. ISO NNC is that of nncodec, whose
+environment is made by hand (`nncodec_peer.py`). Rows that are "trained on" are held to their grids
+(`bits.StraightThrough`) for about half an epoch, or for two where they say so, taught by the dense network (temperature
+4, weight 0.9); their learning rates were chosen on validation images with seed 0. All others train nothing. Files that
+have no header are counted without one. Seeds are draws of the examples. Finished rows are written at once and skipped
+when the program runs again.
 """
 
 import copy
@@ -28,7 +30,7 @@ from bits import HEADER, file_size
 from bits_controls import eight_bits, k_means_huffman, nnc
 from fair_tasks import LRS, Task, is_right, task
 from fair_training import RECALIBRATION_BATCHES, Way, train
-from torch import nn
+from torch import Tensor, nn
 
 import bayesprune as bp
 from bayesprune.reports import accuracy
@@ -46,6 +48,8 @@ TRAINED_WIDTH = 2
 """Of the control that is trained on; ours has to fit its bytes."""
 SETTINGS = {"widths": WIDTHS, "kept": KEPT, "clusters": CLUSTERS, "times": TIMES}
 ONE, OURS, SMALL = "one width", "posterior", f"posterior, {TIMES} times smaller"
+BY_LOSS = "posterior of the loss"
+"""By the gradients of the loss, labels drawn from the predictions, in place of those of the logits."""
 TRAINED = {"short": "trained on", "medium": "trained on for two epochs"}
 """What rows of each regime say behind the method."""
 UNITS = {"k-means + Huffman": "means", "ISO NNC": "qp"}
@@ -144,7 +148,8 @@ def measure(rows: Rows, name: str, net: Net, seed: int, nncodec: str | None = No
             bp.prune_one_shot(model, batches, f"weights={kept}")
             model = bp.to_deterministic(model)
             rows.add(key | {"method": "float32, coded"}, lambda model=model: figures(net, model, file_size(model)))
-        known = cache(partial(with_posterior, model, batches))
+        known = cache(partial(with_posterior, model, batches, bp.laplace.output_metric))
+        known_by_loss = cache(partial(with_posterior, model, batches, bp.laplace.sampled_cross_entropy))
         for method, function, options in (
             ("8 bit + LZMA", eight_bits, (None,)),
             ("k-means + Huffman", k_means_huffman, CLUSTERS),
@@ -166,12 +171,13 @@ def measure(rows: Rows, name: str, net: Net, seed: int, nncodec: str | None = No
                     net, known(), batches, bits=width, per="channel"
                 ),
             )
-            rows.add(
-                key | {"method": OURS, "setting": width},
-                lambda one=one, known=known, batches=batches: rounded(
-                    net, known(), batches, bytes=one["bytes"] - HEADER
-                ),
-            )
+            for method, posterior in ((OURS, known), (BY_LOSS, known_by_loss)):
+                rows.add(
+                    key | {"method": method, "setting": width},
+                    lambda one=one, posterior=posterior, batches=batches: rounded(
+                        net, posterior(), batches, bytes=one["bytes"] - HEADER
+                    ),
+                )
 
 
 def measure_training(rows: Rows, of: Task, net: Net, seed: int, regime: str) -> None:
@@ -220,10 +226,10 @@ def best_rate(rows: list[Row]) -> float:
     return max((row for row in rows if row["seed"] == 0), key=lambda row: row["validation"])["lr"]
 
 
-def with_posterior(model: nn.Module, batches: list[Any]) -> nn.Module:
-    """A copy with the posterior that `quantize` gives a stock model, once for all rows."""
+def with_posterior(model: nn.Module, batches: list[Any], metric: Callable[..., Tensor]) -> nn.Module:
+    """A copy with the posterior that `quantize` gives a stock model, or that of another metric, once for all rows."""
     found = bp.to_variational(copy.deepcopy(model), estimator="mean").eval()
-    return bp.laplace.fit_laplace(found, batches, loss=bp.laplace.output_metric)
+    return bp.laplace.fit_laplace(found, batches, loss=metric)
 
 
 def rounded(net: Net, model: nn.Module, batches: list[Any], **options: Any) -> Row:
@@ -249,7 +255,7 @@ def page(rows: list[Row]) -> str:
     lines = ["# Bytes of trained networks", "", *(__doc__ or "").strip().splitlines(), ""]
     lines += [
         "Mean over the draws with its standard error, and how many where it is not three. `posterior` was asked for",
-        "the bytes of the row above it, or for a file so many times smaller than float32.",
+        "the bytes of the row of one width above it, or for a file so many times smaller than float32.",
     ]
     for name, title in TITLES.items():
         own = [row for row in rows if row["network"] == name]
@@ -264,19 +270,27 @@ def page(rows: list[Row]) -> str:
             "|---|" + "---|" * 5,
         ]
         lines.append(f"| float32 | 1 | | {dense['bytes']:,} | 1 | {dense['figure']:.2f} |")
-        keys = ("kept", "method", "setting")
-        for key in dict.fromkeys(tuple(row.get(name) for name in keys) for row in own if row is not dense):
-            found = [row for row in own if tuple(row.get(name) for name in keys) == key]
+        kinds = {(row["kept"], row["method"], row.get("setting")): row for row in own if row is not dense}
+        for kept, method, setting in sorted(kinds, key=lambda kind: place(*kind)):
+            found = [
+                row for row in own if (row.get("kept"), row["method"], row.get("setting")) == (kept, method, setting)
+            ]
             if "lr" in found[0]:
                 rate = best_rate(found)
                 found = [row for row in found if row["lr"] == rate]
             size = sum(row["bytes"] for row in found) / len(found)
-            asked = "" if key[2] is None else f"{key[2]} {UNITS.get(str(key[1]), 'bits')}"
-            shown = f"**{key[1]}**" if str(key[1]).startswith("posterior") else key[1]
+            asked = "" if setting is None else f"{setting} {UNITS.get(method, 'bits')}"
+            shown = f"**{method}**" if method.startswith(OURS) and method != BY_LOSS else method
             lines.append(
-                f"| {shown} | {key[0]:g} | {asked} | {size:,.0f} | {dense['bytes'] / size:.1f} | {cell(found)} |"
+                f"| {shown} | {kept:g} | {asked} | {size:,.0f} | {dense['bytes'] / size:.1f} | {cell(found)} |"
             )
     return "\n".join(lines) + "\n"
+
+
+def place(kept: float, method: str, setting: int | None) -> tuple[float, ...]:
+    """Where a row of the table stands: what is given a width, or a control's bytes, beside its control."""
+    ways = [way for way in (ONE, OURS, BY_LOSS) if method == way]
+    return (-kept, "trained" in method, bool(ways), -(setting or 0) if ways else 0, len(method) if ways else 0)
 
 
 def cell(rows: list[Row]) -> str:
