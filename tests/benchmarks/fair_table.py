@@ -240,10 +240,11 @@ def grids(rows: Sequence[Row], task: str) -> list[str]:
     lines: list[str] = []
     for level in LEVELS[task]:
         test = matching(rows, task=task, regime="none", level=level, part="test", at=AT_CUT)
-        ways = {score: chosen(rows, "none", task, score, level) for score in SCORES if not SCORES[score].phase}
+        tried = {score: chosen(rows, "none", task, score, level) for score in SCORES if not SCORES[score].phase}
+        ways = {score: way for score, way in tried.items() if way is not None}
         body = []
         for allocation, compensation in product(ALLOCATIONS, COMPENSATIONS):
-            cells = [grid_cell(test, way, allocation, compensation) if way else "" for way in ways.values()]
+            cells = [grid_cell(test, way, allocation, compensation) for way in ways.values()]
             if any(cells):
                 body.append(f"| {allocation}, {compensation} | {' | '.join(cells)} |")
         if body:
