@@ -16,7 +16,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def whole_mask(tensor: Tensor, value: bool) -> Tensor:
-    """A mask of one value for the whole tensor, laid out in memory as it is where no process has but a part of it."""
+    """A mask of one value with the tensor's whole shape, and with its memory format unless it is sharded."""
     if hasattr(tensor, "full_tensor"):
         return torch.full(tensor.shape, value, dtype=torch.bool, device=tensor.device)
     return torch.full_like(tensor, value, dtype=torch.bool)
