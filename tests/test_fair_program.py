@@ -177,7 +177,7 @@ def test_attention_comes_down_a_resnet_whole():
 
     torch.manual_seed(0)
     model = ResNet(1).eval()
-    found = resnet_channels(model, torch.randn(2, 3, 32, 32), 1.0).scores
+    found = resnet_channels(model, torch.randn(2, 3, 32, 32), 1.0)
     assert list(found) == [f"layer{stage}.0.conv1" for stage in (1, 2, 3)]
     for scores in found.values():
         assert (scores >= 0).all()

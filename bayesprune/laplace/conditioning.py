@@ -190,10 +190,15 @@ def _by_conjugate_gradients(mean: Tensor, precision: Tensor, keep: Tensor) -> Te
     unit, scale = precision / scale[:, None] / scale, scale / size.sqrt()
     free, single, kept = mean * scale, unit.float(), keep.float()
     precondition = _preconditioner(single, kept)
+
+    def at(point: Tensor) -> tuple[Tensor, Tensor]:
+        """Each row's loss (R, 1), and minus half its gradient."""
+        gone = free - point
+        push = gone @ unit
+        return (push * gone).sum(1, keepdim=True), push.float().mul_(kept)
+
     found = torch.zeros_like(kept)
-    gone = free.masked_fill(keep, 0.0)
-    push = gone @ unit
-    loss, residual = (push * gone).sum(1, keepdim=True), push.float().mul_(kept)
+    loss, residual = at(torch.where(keep, free, 0.0))
     direction = precondition(residual)
     gain = (residual * direction).sum(1, keepdim=True)  # about what is above the smallest loss
     for _ in range(_MOST_STEPS):
@@ -208,10 +213,8 @@ def _by_conjugate_gradients(mean: Tensor, precision: Tensor, keep: Tensor) -> Te
         before, gain = gain, (residual * step).sum(1, keepdim=True)
         direction.mul_(gain / before.clamp_min(_TINY)).add_(step)
     result = torch.where(keep, free + found, 0.0)
-    gone = free - result
-    push = gone @ unit
-    left = push.float().mul_(kept)
-    late = ~((left * precondition(left)).sum(1) <= 4 * _EXCESS * (push * gone).sum(1))
+    loss, residual = at(result)
+    late = ~((residual * precondition(residual)).sum(1, keepdim=True) <= 4 * _EXCESS * loss).flatten()
     result /= scale
     if late.any():
         result[late] = _by_factorisation(mean[late], precision, keep[late])

@@ -14,11 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torch_pruning as tp
 from cifar_resnet import Block, ResNet
 from mnist_methods import Data, Network, Score
 from torch import Tensor, nn
-from torch_pruning.dependency import Group
 
 from bayesprune.layers import Posterior
 
@@ -26,6 +24,7 @@ EXPLAINED = 0.9
 IMAGES, BATCH = 128, 64  # of MNIST
 SENTENCES = 32
 _CHUNK = 2**22  # contributions at a time
+_HEADS, _NEURONS = "bert.encoder.layer.{}.attention.output.dense", "bert.encoder.layer.{}.intermediate.dense"
 
 
 def passed_on(
@@ -106,22 +105,9 @@ def _of(posterior: Posterior, scores: dict[str, Tensor]) -> Tensor:
     return scores[posterior.name]
 
 
-class Attention(tp.importance.Importance):
-    """Scores of channels by the name of the layer that makes them, the parts of a name that a table has."""
-
-    def __init__(self, model: nn.Module, scores: dict[str, Tensor]) -> None:
-        self.scores = scores
-        self.names = {id(module): name for name, module in model.named_modules()}
-
-    def __call__(self, group: Group) -> Tensor | None:  # type: ignore[override]
-        name = self.names.get(id(group[0].dep.layer), "")
-        scores = next((its for part, its in self.scores.items() if part in name), None)
-        return None if scores is None else scores[torch.as_tensor(group[0].root_idxs)]
-
-
 @torch.no_grad()
-def resnet_channels(model: ResNet, images: Tensor, share: float) -> Attention:
-    """A score of the inner channels of a CIFAR ResNet's blocks, from images (N, 3, 32, 32)."""
+def resnet_channels(model: ResNet, images: Tensor, share: float) -> dict[str, Tensor]:
+    """Scores of the inner channels of a CIFAR ResNet's blocks, by layer, from images (N, 3, 32, 32)."""
     blocks = [(name, module) for name, module in model.named_modules() if isinstance(module, Block)]
     scores = {f"{name}.conv1": torch.zeros(block.conv1.out_channels) for name, block in blocks}
     for image in images.contiguous().split(1):
@@ -137,9 +123,7 @@ def resnet_channels(model: ResNet, images: Tensor, share: float) -> Attention:
         attention = attention.view_as(pixels).T
         for (name, block), below in zip(reversed(blocks), reversed(given), strict=True):
             hidden = F.relu(block.bn1(block.conv1(below)))
-            shortcut = below
-            if block.stride > 1:
-                shortcut = F.pad(below[:, :, ::2, ::2], (0, 0, 0, 0, block.padding, block.padding))
+            shortcut = block.shortcut(below)
             inner, beside = through(
                 attention,
                 scaled(block.conv2, block.bn2),
@@ -154,7 +138,7 @@ def resnet_channels(model: ResNet, images: Tensor, share: float) -> Attention:
             found = F.fold(outer.T[None], below.shape[2:], 3, padding=1, stride=block.stride)[0]
             found[:, :: block.stride, :: block.stride] += _inside(beside.T, below.shape[1], shortcut.shape[2])
             attention = found.flatten(1).T
-    return Attention(model, scores)
+    return scores
 
 
 def scaled(conv: Any, norm: Any) -> Tensor:
@@ -169,14 +153,13 @@ def _inside(stream: Tensor, channels: int, size: int) -> Tensor:
 
 
 @torch.no_grad()
-def bert_units(model: Any, batches: Iterable[dict[str, Tensor]], share: float = EXPLAINED) -> Attention:
-    """A score of the heads and neurons of a BERT classifier, from some sentences."""
+def bert_units(model: Any, batches: Iterable[dict[str, Tensor]], share: float = EXPLAINED) -> dict[str, Tensor]:
+    """Scores of heads, by the layer that reads their channels, and of neurons of a BERT, from some sentences."""
     layers = model.bert.encoder.layer
     scores = {}
     for number, layer in enumerate(layers):
-        name = f"encoder.layer.{number}."
-        scores |= {f"{name}attention": torch.zeros(layer.attention.self.query.out_features)}
-        scores |= {f"{name}intermediate": torch.zeros(layer.intermediate.dense.out_features)}
+        scores[_HEADS.format(number)] = torch.zeros(layer.attention.self.query.out_features)
+        scores[_NEURONS.format(number)] = torch.zeros(layer.intermediate.dense.out_features)
     explained = copy.deepcopy(model)  # which keeps the hooks that hidden states leave
     seen = 0
     for batch in batches:
@@ -184,7 +167,7 @@ def bert_units(model: Any, batches: Iterable[dict[str, Tensor]], share: float = 
             if seen < SENTENCES:
                 _explain_sentence(explained, ids[mask.bool()][None], scores, share)
                 seen += 1
-    return Attention(model, scores)
+    return scores
 
 
 def _explain_sentence(model: Any, ids: Tensor, scores: dict[str, Tensor], share: float) -> None:
@@ -201,11 +184,11 @@ def _explain_sentence(model: Any, ids: Tensor, scores: dict[str, Tensor], share:
         middle = layer.attention.output(context[None], below)
         neurons = layer.intermediate(middle)
         inner, beside = _through_sum(attention, layer.output, neurons, middle, share)
-        scores[f"encoder.layer.{number}.intermediate"] += inner.sum(0)
+        scores[_NEURONS.format(number)] += inner.sum(0)
         dense = layer.intermediate.dense
         outer, _ = through(inner, dense.weight, middle[0], signs=dense(middle)[0].sign(), share=share)
         inner, on_stream = _through_sum(outer + beside, layer.attention.output, context[None], below, share)
-        scores[f"encoder.layer.{number}.attention"] += inner.sum(0)
+        scores[_HEADS.format(number)] += inner.sum(0)
         on_value, size = torch.zeros_like(value), len(value.T) // len(chances)
 
         def mixed(t: Tensor, k: Tensor, chances: Tensor = chances, value: Tensor = value, size: int = size) -> Tensor:

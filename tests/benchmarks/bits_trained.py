@@ -289,8 +289,10 @@ def page(rows: list[Row]) -> str:
 
 def place(kept: float, method: str, setting: int | None) -> tuple[float, ...]:
     """Where a row of the table stands: what is given a width, or a control's bytes, beside its control."""
-    ways = [way for way in (ONE, OURS, BY_LOSS) if method == way]
-    return (-kept, "trained" in method, bool(ways), -(setting or 0) if ways else 0, len(method) if ways else 0)
+    ways = (ONE, OURS, BY_LOSS)
+    if method in ways:
+        return (-kept, False, True, -(setting or 0), ways.index(method))
+    return (-kept, "trained" in method, False, 0, 0)
 
 
 def cell(rows: list[Row]) -> str:

@@ -30,9 +30,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        if self.stride > 1:
-            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.padding, self.padding))
-        return F.relu(x + y)
+        return F.relu(self.shortcut(x) + y)
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        """What is added to the second convolution's output."""
+        return x if self.stride == 1 else F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.padding, self.padding))
 
 
 class ResNet(nn.Module):

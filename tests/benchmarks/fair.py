@@ -245,9 +245,10 @@ def main() -> None:
         "--features", type=float, default=0.0, metavar="WEIGHT", help="test with the outputs of blocks compared, too"
     )
     args = options.parse_args()
-    left_out = {GATES} if not args.no_number else set()
-    left_out |= set() if args.task.startswith("resnet") else {ATTENTIVE}
-    args.only = [score for score in args.only if score not in left_out]
+    if not args.no_number:
+        args.only = [score for score in args.only if score != GATES]
+    if not args.task.startswith("resnet"):
+        args.only = [score for score in args.only if score != ATTENTIVE]
     torch.set_num_threads(1)
     if args.table:
         args.out.with_suffix(".md").write_text(markdown(read(args.out, SETTINGS)), encoding="utf-8")

@@ -184,7 +184,7 @@ def hessian(net: Net, model: nn.Module, option: str) -> Importance:
 
 def attentive(net: Net, model: nn.Module, option: str) -> Importance:
     """What attention passes through the channels of a CIFAR ResNet."""
-    return resnet_channels(model, net.batches[0][0], float(option.removeprefix("share ")))
+    return ByName(model, resnet_channels(model, net.batches[0][0], float(option.removeprefix("share "))))
 
 
 def unit_snr(net: Net, model: nn.Module, option: str) -> Importance:

@@ -16,6 +16,7 @@ import torch
 import torch_pruning as tp
 from attentive import bert_units
 from cuts import largest_weights
+from fair_methods import ByName
 from sst2_methods import like_lengths, train
 from torch import Tensor, nn
 from torch_pruning.dependency import Group
@@ -131,9 +132,12 @@ def _cut(benchmark: "Benchmark", score: str, kept: float, seed: int) -> tuple[nn
     importance = None
     data = calibration(benchmark, seed)
     if score != "default":
-        _cut(benchmark, "default", kept, seed)
-        _, report, _ = torch.load(_file(benchmark, "default", kept, seed), weights_only=False)
-        ranked = bert_units(model, data) if score == "attentive" else tp.importance.MagnitudeImportance()
+        default = _file(benchmark, "default", kept, seed)
+        if not default.exists():
+            _cut(benchmark, "default", kept, seed)
+        _, report, _ = torch.load(default, weights_only=False)
+        is_attentive = score == "attentive"
+        ranked = ByName(model, bert_units(model, data)) if is_attentive else tp.importance.MagnitudeImportance()
         importance = Divided(ranked, report)
     torch.manual_seed(seed)
     start, cpu = time.perf_counter(), time.process_time()
