@@ -129,14 +129,17 @@ def test_a_second_start_finds_every_row_and_the_page_has_them(monkeypatch, tmp_p
             benchmark.with_training("short", ["magnitude", "README's way"], [0], is_distilled=is_distilled)
         benchmark.with_training("long", ["magnitude"], [0], is_distilled=True)
         benchmark.with_training("short", ["magnitude"], [0], is_distilled=True, features=1.0)
-        benchmark.without_number("long", ["magnitude", "group ARD"], [0, 1])
+        benchmark.without_number("long", ["magnitude", "group ARD", "sizes of channel gates"], [0, 1])
         made.append((next(numbers), len(benchmark.rows)))
     (before, rows), (after, again) = made
     assert after == before + 1, "nothing ran twice"
     assert rows == again
     ends = [row["run"] for row in benchmark.rows if row.get("run", {}).get("at") == "end"]
     stopped = [run for run in ends if run["level"] == "SNR below one"]
-    assert [(run["score"], run["seed"]) for run in stopped] == [("group ARD", 0), ("group ARD", 1)]
+    assert [(run["score"], run["seed"]) for run in stopped if run["part"] == "test"] == [
+        (score, seed) for score in ("group ARD", "sizes of channel gates") for seed in (0, 1)
+    ]
+    assert sum(run["part"] == "validation" for run in stopped) == 2, "the learning rate of what says sizes alone"
     ends = [run for run in ends if run["regime"] == "short"]
     assert sum(run["part"] == "validation" for run in ends) == 2 * 4
     assert sum(run["part"] == "test" and not run["features"] for run in ends) == 2 * 2 * 2

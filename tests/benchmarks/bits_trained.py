@@ -132,14 +132,14 @@ class Rows:
         return row
 
 
-def measure(rows: Rows, name: str, net: Net, seed: int, nncodec: str | None = None) -> None:
+def measure(rows: Rows, name: str, net: Net, seed: int, shares: list[float], nncodec: str | None = None) -> None:
     """All rows of a network and a draw of the examples; those of ISO NNC by this interpreter, where there is one."""
     random.seed(seed)
     torch.manual_seed(seed)
     size = 4 * sum(parameter.numel() for parameter in net.dense.parameters())
     key: Row = {"network": name}
     rows.add(key | {"method": "float32"}, lambda: {"bytes": size, "figure": net.figure(net.dense)})
-    for kept in KEPT:
+    for kept in shares:
         model = copy.deepcopy(net.dense)
         batches = net.calibration(seed)
         key = {"network": name, "kept": kept, "seed": seed}
@@ -305,6 +305,9 @@ def main() -> None:
     """Runs what the results file does not have, or writes the page."""
     options = common.parser("Bytes of trained networks.", "docs/benchmarks/bits_trained.json")
     options.add_argument("--network", choices=NETWORKS, default="resnet20")
+    options.add_argument(
+        "--kept", type=float, nargs="+", choices=KEPT, default=list(KEPT), help="shares of the weights, without --train"
+    )
     options.add_argument("--nncodec", metavar="PYTHON", help="interpreter of an environment with nncodec")
     options.add_argument(
         "--train", nargs="?", choices=TRAINED, const="short", help="the rows that are trained on; of the ResNets"
@@ -321,7 +324,7 @@ def main() -> None:
         if args.train:
             measure_training(Rows(args.out), task(args.network, Path(args.data_dir)), net, seed, args.train)
         else:
-            measure(Rows(args.out), args.network, net, seed, args.nncodec)
+            measure(Rows(args.out), args.network, net, seed, args.kept, args.nncodec)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from fair_choice import (
     AT_END,
     NO_NUMBER,
     Row,
+    best,
     chosen,
     chosen_cut,
     cut_rows,
@@ -39,12 +40,13 @@ from fair_choice import (
     matching,
     packed,
     stops,
+    way_of,
     whens,
 )
 from fair_methods import ALLOCATIONS, ATTENTIVE, COMPENSATIONS, MEASURED_IMAGES, SCORES, Net
 from fair_table import markdown
 from fair_tasks import CALIBRATION_IMAGES, EPOCHS, LEVELS, LRS, STEPS, is_right, task, tested_levels
-from fair_training import WHENS, Way, fine_tuned, trained
+from fair_training import PHASES, WHENS, Way, fine_tuned, trained
 from torch import nn
 
 from bayesprune.reports import count_parameters
@@ -55,7 +57,6 @@ SETTINGS = {
     "short_steps": STEPS,
     "long_epochs": EPOCHS,
 }
-GATES = "channel gates"  # which rank nothing: they are open or closed
 STOPS_AFTER = "after three fifths"
 """When what is told no number cuts."""
 
@@ -112,6 +113,13 @@ class Benchmark:
         name = self.task.name
         for score in (its for its in scores if SCORES[its].phase and not SCORES[its].is_control):
             way = Way(score, "", "", "layer by layer", STOPS_AFTER, LRS[name][0], distilled=True)
+            if SCORES[score].says_sizes:
+                for lr in LRS[name]:
+                    self.measure(regime, replace(way, lr=lr), NO_NUMBER, 0, "validation", AT_END)
+                key = {"task": name, "regime": regime, "score": score, "part": "validation", "at": AT_END}
+                tried = best(matching(self.rows, **key))
+                assert tried is not None, "it was measured above"
+                way = way_of(tried)
             for seed in seeds:
                 self.measure(regime, way, NO_NUMBER, seed, "test", AT_END)
                 stopped = next(row for row in stops(self.rows, regime, name, score) if row["run"]["seed"] == seed)
@@ -211,6 +219,11 @@ def every_cut(way: Way) -> list[Way]:
     ]
 
 
+def ranks_nothing(score: str) -> bool:
+    """Whether it is of gates, which are open or closed."""
+    return bool(SCORES[score].phase) and PHASES[SCORES[score].phase].gates is not None
+
+
 def accuracy_of(rows: list[Row], way: Way) -> float:
     """The accuracy of the row that went this way."""
     (row,) = matching(rows, **asdict(way))
@@ -246,7 +259,7 @@ def main() -> None:
     )
     args = options.parse_args()
     if not args.no_number:
-        args.only = [score for score in args.only if score != GATES]
+        args.only = [score for score in args.only if not ranks_nothing(score)]
     if not args.task.startswith("resnet"):
         args.only = [score for score in args.only if score != ATTENTIVE]
     torch.set_num_threads(1)

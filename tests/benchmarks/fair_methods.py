@@ -126,6 +126,8 @@ class Score:
         needs: Passes with gradients over the calibration images, each paid for once.
         phase: The training before the cut that it reads; "" is none.
         is_control: Whether no posterior stands behind it.
+        says_sizes: Whether, told no number, it says how many channels of each group stay, and no more: the dense
+            network is cut to that by the default of `prune_channels`.
     """
 
     make: Callable[[Net, nn.Module, str], Importance]
@@ -133,6 +135,7 @@ class Score:
     needs: frozenset[str] = frozenset()
     phase: str = ""
     is_control: bool = True
+    says_sizes: bool = False
 
 
 def magnitude(net: Net, model: nn.Module, option: str) -> Importance:
@@ -221,6 +224,10 @@ SCORES = {
     "group ARD at temperature 10": Score(snr, POWERS, phase="group ARD at temperature 10", is_control=False),
     "group horseshoe": Score(snr, POWERS, phase="group horseshoe", is_control=False),
     "channel gates": Score(snr, POWERS, phase="channel gates", is_control=False),
+    "sizes of channel gates": Score(snr, POWERS, KRONECKER, phase="channel gates", is_control=False, says_sizes=True),
+    "sizes of channel gates at temperature 3": Score(
+        snr, POWERS, KRONECKER, phase="channel gates at temperature 3", is_control=False, says_sizes=True
+    ),
 }
 
 

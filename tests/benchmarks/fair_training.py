@@ -70,6 +70,7 @@ PHASES = {
     "group ARD at temperature 10": Phase({}, {"temperature": 10.0, **SPARSIFYING}, ARD),
     "group horseshoe": Phase({}, {"temperature": 1.0, **SPARSIFYING}, partial(Horseshoe, global_scale="auto")),
     "channel gates": Phase({}, {"temperature": 1.0, **SPARSIFYING}, gates=0.1),
+    "channel gates at temperature 3": Phase({}, {"temperature": 3.0, **SPARSIFYING}, gates=0.1),
 }
 """Phases by name; where a score names none, the training before the cut is plain."""
 
@@ -184,9 +185,12 @@ def fine_tuned(net: Net, way: Way, level: float | None, steps: int) -> tuple[nn.
 def smaller(net: Net, way: Way, level: float | None) -> nn.Module:
     """A copy at this fraction of the MACs of the dense network; without a level by what the posterior says of each."""
     if level is None:
-        model = copy.deepcopy(net.model)
-        has_gates = PHASES[SCORES[way.score].phase].gates is not None
-        bp.prune_channels(model, net.task.example, "inclusion=0.5" if has_gates else "snr=1", data=net.batches)
+        model, score = copy.deepcopy(net.model), SCORES[way.score]
+        target = "snr=1" if PHASES[score.phase].gates is None else "inclusion=0.5"
+        report = bp.prune_channels(model, net.task.example, target, data=net.batches, dry_run=score.says_sizes)
+        if score.says_sizes:
+            model = copy.deepcopy(net.task.dense)
+            bp.prune_channels(model, net.task.example, report.sizes, data=net.batches)
         return model
     kept = level * net.task.macs(net.task.dense) / net.task.macs(net.model)
     scores = net.allocated(way.score, way.option, way.allocation, way.compensation, kept)

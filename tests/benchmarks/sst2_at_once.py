@@ -19,13 +19,10 @@ from cuts import largest_weights
 from fair_methods import ByName
 from sst2_methods import like_lengths, train
 from torch import Tensor, nn
-from torch_pruning.dependency import Group
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 
 import bayesprune as bp
 from bayesprune.hosts.transformers import DistillationCallback
-from bayesprune.prune.channels.report import ChannelReport
-from bayesprune.prune.graph.group import ChannelGroup
 from bayesprune.reports import macs_by_module
 
 if TYPE_CHECKING:
@@ -38,33 +35,6 @@ WEIGHTS = (0.2, 0.1)
 """Of the single weights of the transformer layers, in the rows of `prune_one_shot`; nothing is trained."""
 LEARNING_RATES = (1e-4, 3e-4)
 NUM_SENTENCES = 1024
-
-
-class Divided(tp.importance.Importance):
-    """Another importance inside each group, whose lowest units leave as many as a report says.
-
-    Args:
-        importance: What ranks.
-        report: Of a cut to the same budget.
-    """
-
-    def __init__(self, importance: tp.importance.Importance, report: ChannelReport) -> None:
-        self._importance = importance
-        self._removed = {row.layer: row.channels - row.kept for row in report.rows}
-
-    def __call__(self, group: Group) -> Tensor:  # type: ignore[override]
-        """Scores of channels by themselves."""
-        return self._importance(group)
-
-    def of_group(self, group: ChannelGroup) -> Tensor:
-        """Scores (C,) below 1 of the units that leave, above 1 of the others."""
-        scores = self(group.group)
-        ranks = torch.stack([scores[list(unit)].mean() for unit in group.units]).argsort().argsort()
-        stays = ranks >= self._removed[group.name] // group.unit_size
-        found = torch.empty(group.num_channels)
-        for unit, rank, at in zip(group.units, ranks / len(ranks), stays, strict=True):
-            found[list(unit)] = rank + at
-        return found
 
 
 def run(benchmark: "Benchmark", seeds: list[int]) -> None:
@@ -129,6 +99,7 @@ def _cut(benchmark: "Benchmark", score: str, kept: float, seed: int) -> tuple[nn
     model, inputs = dense(benchmark), benchmark.padded(benchmark.train[:1])[0]
     macs = macs_by_module(model, inputs)
     inside = sum(count for name, count in macs.items() if ".encoder." in name)
+    target: str | dict[str, int] = f"macs={(sum(macs.values()) - (1 - kept) * inside + 0.5) / sum(macs.values())}"
     importance = None
     data = calibration(benchmark, seed)
     if score != "default":
@@ -137,15 +108,15 @@ def _cut(benchmark: "Benchmark", score: str, kept: float, seed: int) -> tuple[nn
             _cut(benchmark, "default", kept, seed)
         _, report, _ = torch.load(default, weights_only=False)
         is_attentive = score == "attentive"
-        ranked = ByName(model, bert_units(model, data)) if is_attentive else tp.importance.MagnitudeImportance()
-        importance = Divided(ranked, report)
+        importance = ByName(model, bert_units(model, data)) if is_attentive else tp.importance.MagnitudeImportance()
+        target = report.sizes
     torch.manual_seed(seed)
     start, cpu = time.perf_counter(), time.process_time()
     bp.to_variational(model)
     report = bp.prune_channels(
         model,
         inputs,
-        f"macs={(sum(macs.values()) - (1 - kept) * inside + 0.5) / sum(macs.values())}",
+        target,
         granularity=("heads", "mlp"),
         importance=importance,
         data=data,

@@ -1,6 +1,7 @@
 """What `prune_channels` refuses before it looks at anything."""
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import nn
@@ -14,18 +15,34 @@ from bayesprune.prune.graph.prunable_layers import is_frozen, is_root
 
 THRESHOLDS = ("snr", "evidence", "inclusion")
 KINDS = ("macs", "params", "latency", *THRESHOLDS)
+SIZES = "sizes"
+"""The kind of a target that is a mapping."""
 
 
 def checked_target(
-    target: str | Target, importance: Any, granularity: Collection[str], uniform: bool, round_to: int
+    target: str | Target | Mapping[str, int],
+    importance: Any,
+    granularity: Collection[str],
+    uniform: bool,
+    round_to: int,
 ) -> Target:
-    """The target of `prune_channels`.
+    """The target of `prune_channels`; of a mapping the kind alone.
 
     Raises:
         ValueError: an option is none of those that there are.
     """
     if isinstance(granularity, str) or not granularity or not set(granularity) <= set(GRANULARITY):
         raise ValueError(f"granularity is {granularity!r}; expected some of {GRANULARITY}, in a tuple.")
+    if isinstance(target, Mapping) and target:
+        for name, kept in target.items():
+            if not isinstance(kept, int) or kept < 1:
+                raise ValueError(
+                    f"prune_channels is to keep {kept!r} channels of {name!r}; expected a number of 1 or more, as in "
+                    "the sizes of a report."
+                )
+        if uniform or round_to != 1:
+            raise ValueError("prune_channels got sizes; they take no uniform=True and no round_to.")
+        return Target(SIZES, math.nan)
     found = Target.parse(target, KINDS, "prune_channels")
     if found.kind == "snr" and not found.value:
         raise ValueError('prune_channels got the target "snr=0"; expected a positive number, usually 1.')

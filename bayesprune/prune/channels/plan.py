@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bayesprune.errors import InfeasibleTargetError
 from bayesprune.foundation import defaults
+from bayesprune.foundation.text import first_names
 from bayesprune.layers import VariationalLayer, named_auxiliaries
 from bayesprune.prune.graph.group import Axis, ChannelGroup, cut_parameters, num_stacked
 
@@ -255,6 +257,35 @@ def smallest_counts(model: CostModel, order: Order, what: str, budget: float, *,
         if len(leaving) == num_groups:
             break
     return counts
+
+
+def counts_for(groups: Sequence[ChannelGroup], sizes: Mapping[str, int], left_whole: Mapping[str, str]) -> list[int]:
+    """Units that leave each group for it to keep so many channels; groups without a size stay whole.
+
+    Raises:
+        ValueError: a name is that of no group.
+        InfeasibleTargetError: a group cannot keep so many, or lose any.
+    """
+    by_name = {group.name: group for group in groups}
+    for name, kept in sizes.items():
+        if name in left_whole:
+            raise InfeasibleTargetError(
+                f"the sizes ask {name} to keep {kept} channels, and it cannot lose any: {left_whole[name]}. Leave it "
+                "out of the sizes. Nothing was changed."
+            )
+        if name not in by_name:
+            raise ValueError(
+                f"the sizes name {name!r}, which is the root layer of no group of channels; expected some of "
+                f"{first_names(by_name, most=8)}. Nothing was changed."
+            )
+        group = by_name[name]
+        step = group.unit_size * group.multiple
+        if kept > group.num_channels or kept % step:
+            raise InfeasibleTargetError(
+                f"the sizes ask {name} to keep {kept} of its {group.num_channels} channels; expected at most that, in "
+                f"multiples of {step}. Nothing was changed."
+            )
+    return [(group.num_channels - sizes.get(group.name, group.num_channels)) // group.unit_size for group in groups]
 
 
 def count_below(

@@ -6,7 +6,7 @@ checks caps only between steps, and does not say what it skipped.
 """
 
 import logging
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -23,9 +23,16 @@ from bayesprune.prune.batch_norm import measured_norms, recalibrate_if_better
 from bayesprune.prune.channels import plan
 from bayesprune.prune.channels.budget import LatencyBudget
 from bayesprune.prune.channels.calibrated import Calibration, searched_tilt, tilted, unit_costs
-from bayesprune.prune.channels.checks import THRESHOLDS, check_model, checked_target, room_importance, target_kind
+from bayesprune.prune.channels.checks import (
+    SIZES,
+    THRESHOLDS,
+    check_model,
+    checked_target,
+    room_importance,
+    target_kind,
+)
 from bayesprune.prune.channels.config import follow_config
-from bayesprune.prune.channels.report import ChannelReport, ChannelRow, holdings
+from bayesprune.prune.channels.report import ChannelReport, heads_in, holdings, row_of
 from bayesprune.prune.graph.find import groups_in
 from bayesprune.prune.graph.group import GRANULARITY, ChannelGroup
 from bayesprune.prune.graph.observe import Observed
@@ -48,14 +55,14 @@ from bayesprune.prune.scores.unit_snr import UnitSNRImportance
 
 BeforeCut = Callable[[dict[str, list[int]]], object]
 _LOGGER = logging.getLogger(__name__)
-_BUDGETS = ("macs", "params", "latency")  # that calibration data divides between layers
+_BUDGETS = ("macs", "params", "latency", SIZES)  # that calibration data meets by costs of units
 
 
 @without_auxiliaries
 def prune_channels(
     model: nn.Module,
     example_inputs: Any,
-    target: str | Target,
+    target: str | Target | Mapping[str, int],
     *,
     importance: Importance | None = None,
     granularity: Collection[str] = GRANULARITY,
@@ -91,7 +98,9 @@ def prune_channels(
             channels whose root mean square SNR, over all weights that leave with them, is below 1; "evidence=0":
             remove those without which the log evidence is larger by more than 0 nats; "inclusion=0.5": those whose
             gates are open with a probability below 0.5. Gates end with the cut; what is behind closed ones and stays,
-            by a floor or another target, gets zero weights.
+            by a floor or another target, gets zero weights. A mapping says how many channels each group keeps, by its
+            root layer, without a floor; groups that it leaves out stay whole. It may be the `sizes` of the report of
+            another model with the same layers.
         importance: A torch-pruning importance; None is the default above. A target of "snr" takes none, "evidence" an
             `EvidenceImportance`, "inclusion" an `InclusionImportance`.
         granularity: What may go: "heads" of attention (where queries share keys and values, with all that share them),
@@ -116,6 +125,7 @@ def prune_channels(
     """
     goal = checked_target(target, importance, granularity, uniform, round_to)
     what, value = goal.kind, goal.value
+    sizes = target if isinstance(target, Mapping) else None
     check_model(model, importance, what)
     calibration = None if data is None else Calibration(model, data)
     is_calibrated = calibration is not None and calibration.has_predictions and importance is None and what in _BUDGETS
@@ -149,11 +159,11 @@ def prune_channels(
         groups = tuple(ranked)
         costs = plan.cost_model(model, groups, macs, latency.seconds if latency else None)
         choose = partial(
-            _choose, model, costs, what, latency.fraction if latency else value, uniform, round_to, left_whole
+            _choose, model, costs, what, latency.fraction if latency else value, uniform, round_to, left_whole, sizes
         )
         scored = list(ranked.values())
         scores = [its.scores for its in scored]
-        if calibration is not None and is_calibrated and not uniform:
+        if calibration is not None and is_calibrated and not uniform and sizes is None:
             saved = costs.saved(what)
             tilt = searched_tilt(model, scored, saved, choose, calibration) if tilt is None else tilt
             scores = tilted(scored, saved, tilt)
@@ -171,19 +181,25 @@ def prune_channels(
         undo()
         undo = _cut_after(before_cut, model, selection)
     report = ChannelReport(
-        rows=tuple(_row(group, len(units)) for group, units in selection),
+        rows=tuple(row_of(group, len(units)) for group, units in selection),
         macs_before=sum(macs.values()),
         macs_after=macs_after,
         params_before=params,
         params_after=_num_parameters(model),
-        target=str(goal),
+        target=str(goal) if sizes is None else f"the sizes of {len(sizes)} groups",
         left_whole=left_whole,
         removed={g.name: tuple(sorted(c for unit in u for c in unit)) for g, u in selection if u and not g.is_heads},
-        removed_heads={name: _heads(g, units) for g, units in selection if units for name in g.attention},
+        removed_heads={name: heads_in(g, units) for g, units in selection if units for name in g.attention},
         latency=latency.achieved if latency else None,
         dry_run=dry_run,
         holdings=holdings(model, costs.parts("macs", counts), sum(macs.values()), costs.layers, left_whole),
-        how=_how(importance, calibration, tilt, is_calibrated=is_calibrated, uniform=uniform, compensates=compensates),
+        how=_how(
+            importance,
+            calibration,
+            _divided(tilt, uniform=uniform, is_given=sizes is not None),
+            is_calibrated=is_calibrated,
+            compensates=compensates,
+        ),
     )
     if dry_run:
         undo()
@@ -217,27 +233,31 @@ def _is_fast(latency: LatencyBudget, model: nn.Module, counts: list[int], undo: 
 def _how(
     importance: Importance | None,
     calibration: Calibration | None,
-    tilt: float | None,
+    divided: str,
     *,
     is_calibrated: bool,
-    uniform: bool,
     compensates: bool,
 ) -> str:
     """One line on what decided and what made up for it."""
     default = UnitSNRImportance if is_calibrated else SNRImportance
     name = default.__name__ if importance is None else type(importance).__name__
-    parts = [f"channels ranked by {name}"]
-    if uniform:
-        parts.append("the same share from every group")
-    elif tilt is not None:
-        parts.append(f"the budget divided by trial of the whole cut model (costs times exp({tilt:g} depth))")
-    else:
-        parts.append("the budget divided by the scores themselves")
+    parts = [f"channels ranked by {name}", divided]
     if compensates and calibration is not None:
         parts.append(f"weights fitted to the dense model on {calibration.num_examples:,} examples")
     elif calibration is None:
         parts.append("nothing compensated, since there is no data")
     return "; ".join(parts)
+
+
+def _divided(tilt: float | None, *, uniform: bool, is_given: bool) -> str:
+    """How many leave each group, in words."""
+    if uniform:
+        return "the same share from every group"
+    if is_given:
+        return "as many kept of every group as were given"
+    if tilt is not None:
+        return f"the budget divided by trial of the whole cut model (costs times exp({tilt:g} depth))"
+    return "the budget divided by the scores themselves"
 
 
 def _compare(counted: int, planned: int) -> None:
@@ -276,22 +296,6 @@ def _no_score(model: nn.Module, importance: Importance | None, what: str) -> str
     return f"{type(importance).__name__} gives its group no score{hint}"
 
 
-def _row(group: ChannelGroup, num_removed: int) -> ChannelRow:
-    kept = group.num_channels - group.unit_size * num_removed
-    along = tuple(name for name in group.layers if name != group.name)
-    heads = len(group.units) * group.heads_per_unit
-    return ChannelRow(group.name, group.num_channels, kept, along, heads, heads - num_removed * group.heads_per_unit)
-
-
-def _heads(group: ChannelGroup, units: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
-    """The query heads in these units."""
-    if group.heads:
-        of = dict(zip(group.units, group.heads, strict=True))
-        return tuple(sorted(head for unit in units for head in of[unit]))
-    first = [unit[0] // group.unit_size * group.heads_per_unit for unit in units]
-    return tuple(sorted(start + head for start in first for head in range(group.heads_per_unit)))
-
-
 @torch.no_grad()
 def _rms_snr(group: ChannelGroup) -> Scored | None:
     removed = removed_weights(group.group, partial(weight_scores, power=2))
@@ -312,9 +316,12 @@ def _choose(
     uniform: bool,
     round_to: int,
     left_whole: dict[str, str],
+    sizes: Mapping[str, int] | None,
     scores: list[list[float]],
 ) -> list[int]:
     """Units that leave each group; none is an answer where the target is a threshold."""
+    if sizes is not None:
+        return plan.counts_for(costs.groups, sizes, left_whole)
     if what in THRESHOLDS:
         return plan.count_below(costs.groups, scores, -value if what == "evidence" else value, round_to)
     order = plan.order(costs.groups, scores, uniform=uniform, round_to=round_to)

@@ -1,7 +1,7 @@
 """What `prune_channels` did or would do."""
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from rich.table import Table
@@ -9,6 +9,7 @@ from torch import nn
 
 from bayesprune.foundation.macs import COUNTER
 from bayesprune.foundation.text import as_text, first_names
+from bayesprune.prune.graph.group import ChannelGroup
 
 _CUT = "channels leave it, of which every group keeps a tenth at least"
 # By whether the module has weights of its own.
@@ -97,6 +98,11 @@ class ChannelReport:
     keeps_statistics: bool = False
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """Channels that each group keeps, by its root layer: a target for another model with the same layers."""
+        return {row.layer: row.kept for row in self.rows}
+
+    @property
     def achieved(self) -> dict[str, float]:
         """Kept fractions of the MACs and of the parameters, and of the time where that was the target."""
         found = {"macs": self.macs_after / self.macs_before, "params": self.params_after / self.params_before}
@@ -160,3 +166,20 @@ def holdings(
             by_reason[_OF_NO_LAYER[has_weights]].append(name)
     found = (Holding(tuple(n), sum(parts[name] for name in n) / dense, reason) for reason, n in by_reason.items())
     return tuple(sorted(found, key=lambda holding: -holding.share))
+
+
+def row_of(group: ChannelGroup, num_removed: int) -> ChannelRow:
+    """The row of a group that loses so many units."""
+    kept = group.num_channels - group.unit_size * num_removed
+    along = tuple(name for name in group.layers if name != group.name)
+    heads = len(group.units) * group.heads_per_unit
+    return ChannelRow(group.name, group.num_channels, kept, along, heads, heads - num_removed * group.heads_per_unit)
+
+
+def heads_in(group: ChannelGroup, units: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
+    """The query heads in these units."""
+    if group.heads:
+        of = dict(zip(group.units, group.heads, strict=True))
+        return tuple(sorted(head for unit in units for head in of[unit]))
+    first = [unit[0] // group.unit_size * group.heads_per_unit for unit in units]
+    return tuple(sorted(start + head for start in first for head in range(group.heads_per_unit)))

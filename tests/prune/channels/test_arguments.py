@@ -33,7 +33,7 @@ def net() -> nn.Module:
     return bp.to_variational(Net())
 
 
-@pytest.mark.parametrize("target", [0.5, "macs", None, ("macs", 0.5), {"macs": 0.5}, "", "mac=0.5", "macs=half", "2:4"])
+@pytest.mark.parametrize("target", [0.5, "macs", None, ("macs", 0.5), "", "mac=0.5", "macs=half", "2:4"])
 def test_a_target_out_of_the_grammar_says_what_one_is(target):
     expected = re.escape(f"prune_channels got the target {target!r}; expected a text like") + r' "macs=0.5" \(half'
     with pytest.raises(ValueError, match=expected):
