@@ -1,9 +1,11 @@
 """LeNet-5 on MNIST without a number: channel gates decide how many units stay, controls then keep as many.
 
 Every row of a seed starts from the same dense network and has as many gradients of as many images. Gates train with the
-network for half of them; what is rather closed than open leaves, and what is left trains on. The controls keep as many
-units of each layer, at once, and train for all of them. Nothing is chosen: a Gaussian slab, temperature 1, which is the
-posterior, and 10, which asks for a smaller network. Finished rows are skipped when the program runs again.
+network for half of them; what is rather closed than open leaves, and what is left trains on. "Sizes of the gates" takes
+from them no more than how many units stay: the default of `prune_channels` cuts the dense network to as many, and that
+trains for the other half. The controls keep as many units of each layer, at once, and train for all of them. Nothing is
+chosen: a Gaussian slab, temperature 1, which is the posterior, and 10, which asks for a smaller network. Finished rows
+are skipped when the program runs again.
 
     python tests/benchmarks/gates_stop.py --data-dir DATA
     python tests/benchmarks/gates_stop.py --table
@@ -13,21 +15,23 @@ DATA holds MNIST/raw/*.gz.
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch_pruning as tp
 from bits import error
 from common import parser, read, spread, write
 from mnist import load
-from mnist_methods import Data, Network, Phase, lenet5, network, train
-from torch import Tensor, nn
+from mnist_methods import BATCH, Data, Network, Phase, lenet5, network, train
+from torch import nn
 
 import bayesprune as bp
 from bayesprune import gates
+from bayesprune.prune.scores.channels import Importance
 
 Row = dict[str, Any]
 EPOCHS = 36
@@ -36,53 +40,29 @@ GATED = Phase(EPOCHS / 2, 2e-3, end=0.5, ramp=0.3, std_lr=1e-2, shift=1)
 LR = 3e-3
 GATES_LR = 0.02
 SETTINGS = {"epochs": EPOCHS, "lr": LR, "gates_lr": GATES_LR}
-CONTROLS = ("magnitude", "random")
+GATES, SIZES = "gates", "sizes of the gates"
+CONTROLS = {"magnitude": tp.importance.MagnitudeImportance(), "random": tp.importance.RandomImportance()}
+NAMES = ("0", "3", "7")
+"""The layers whose units leave."""
 TEMPERATURES = (1.0, 10.0)
+CALIBRATION_IMAGES = 1_024
 EXAMPLE = torch.zeros(1, 1, 28, 28)
 
 
-def layers_of(model: nn.Module) -> list[Any]:
-    """The four layers with weights."""
-    return [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-
-
-def by_gates(dense: nn.Module, data: Data, temperature: float) -> tuple[nn.Module, list[Tensor]]:
-    """The network after the training with gates, and which units are rather open."""
+def by_gates(dense: nn.Module, data: Data, temperature: float) -> nn.Sequential:
+    """The network with its gates after their training."""
     model = bp.to_variational(copy.deepcopy(dense)).to(memory_format=torch.channels_last)
     assert isinstance(model, nn.Sequential), "in place"
     gates.add_channel_gates(model, EXAMPLE, lr=GATES_LR)
     train(Network(model, bp.priors.Gaussian(), 0, None), data, replace(GATED, temperature=temperature))
-    kept = [(probability > 0.5).nonzero()[:, 0] for probability in gates.inclusion_probabilities(model).values()]
-    return bp.to_deterministic(model), kept
+    return model
 
 
-def by_score(dense: nn.Module, method: str, widths: Sequence[int]) -> list[Tensor]:
-    """The units with the largest sums of squares of all their weights, or any."""
-    layers, found = layers_of(dense), []
-    for layer, reader, width in zip(layers, layers[1:], widths, strict=False):
-        rows = layer.weight.detach().square().flatten(1).sum(1)
-        columns = reader.weight.detach().square().transpose(0, 1).reshape(len(rows), -1).sum(1)
-        scores = torch.rand(len(rows)) if method == "random" else rows + columns
-        found.append(scores.topk(width).indices.sort().values)
-    return found
-
-
-@torch.no_grad()
-def cut(model: nn.Module, kept: Sequence[Tensor]) -> nn.Sequential:
-    """The smaller network of these units."""
-    small, units_of = nn.Sequential(*copy.deepcopy(model).children()), iter([*kept, torch.arange(10)])
-    read, size = torch.zeros(1, dtype=torch.long), 1
-    for index, old in enumerate(small):
-        if not isinstance(old, nn.Linear | nn.Conv2d):
-            continue
-        values, units = old.state_dict(), next(units_of)
-        block = old.weight.shape[1] // size  # 16 inputs for each filter behind the flattening
-        columns = (read[:, None] * block + torch.arange(block)).flatten()
-        shape = len(columns), len(units)
-        new = nn.Conv2d(*shape, 5) if isinstance(old, nn.Conv2d) else nn.Linear(*shape)
-        new.load_state_dict({"weight": values["weight"][units][:, columns], "bias": values["bias"][units]})
-        small[index], read, size = new, units, len(old.weight)
-    return small
+def cut(model: nn.Sequential, sizes: dict[str, int], **options: Any) -> nn.Sequential:
+    """A smaller copy with so many units of each layer."""
+    small = copy.deepcopy(model)
+    bp.prune_channels(small, EXAMPLE, sizes, **options)
+    return bp.to_deterministic(small)
 
 
 class Benchmark:
@@ -99,27 +79,36 @@ class Benchmark:
         dense = bp.to_deterministic(net.model)
         for temperature in TEMPERATURES:
             key = {"temperature": temperature, "seed": seed}
-            found = self.row(key | {"method": "gates"}, lambda at=temperature: self.stopped(dense, at))
-            for method in CONTROLS:
-                make = partial(self.control, dense, method, found["widths"])
-                self.row(key | {"method": method}, make)
+            found = self.row(key | {"method": GATES}, partial(self.stopped, dense, temperature))
+            sizes = dict(zip(NAMES, found["widths"], strict=True))
+            self.row(key | {"method": SIZES}, partial(self.from_dense, dense, sizes, seed))
+            for method, importance in CONTROLS.items():
+                self.row(key | {"method": method}, partial(self.control, dense, sizes, importance))
 
-    def stopped(self, dense: nn.Module, temperature: float) -> Row:
+    def stopped(self, dense: nn.Sequential, temperature: float) -> Row:
         """Gates, the cut, and the training after it."""
-        model, kept = by_gates(dense, self.data, temperature)
-        before, small = error(model, self.data), cut(model, kept)
-        return {"gated": before} | self.trained(small, EPOCHS / 2)
+        model = by_gates(dense, self.data, temperature)
+        open_ = {name: int((found > 0.5).sum()) for name, found in gates.inclusion_probabilities(model).items()}
+        small = cut(model, open_, importance=gates.InclusionImportance())
+        return {"gated": error(model, self.data)} | self.trained(small, EPOCHS / 2)
 
-    def control(self, dense: nn.Module, method: str, widths: list[int]) -> Row:
+    def from_dense(self, dense: nn.Sequential, sizes: dict[str, int], seed: int) -> Row:
+        """The dense network cut to the sizes that gates found, with calibration images, and the training after it."""
+        order = torch.randperm(len(self.data.images), generator=torch.Generator().manual_seed(seed))
+        images = self.data.images[order[:CALIBRATION_IMAGES]].unsqueeze(1).split(BATCH)
+        return self.trained(cut(bp.to_variational(copy.deepcopy(dense)), sizes, data=images), EPOCHS / 2)
+
+    def control(self, dense: nn.Sequential, sizes: dict[str, int], importance: Importance) -> Row:
         """The cut, and the training after it."""
-        return self.trained(cut(dense, by_score(dense, method, widths)), EPOCHS)
+        return self.trained(cut(dense, sizes, importance=importance), EPOCHS)
 
     def trained(self, small: nn.Sequential, epochs: float) -> Row:
         at_once, net = error(small, self.data), network(small, prior=None)
         train(net, self.data, Phase(epochs, LR, shift=1))
         done = bp.to_deterministic(net.model)
-        widths = [len(layer.weight) for layer in layers_of(done)[:-1]]
-        weights = sum(layer.weight.numel() for layer in layers_of(done))
+        layers = [module for module in done.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+        widths = [len(layer.weight) for layer in layers[:-1]]
+        weights = sum(layer.weight.numel() for layer in layers)
         return {"widths": widths, "weights": weights, "at_once": at_once, "error": error(done, self.data)}
 
     def row(self, key: Row, make: Callable[[], Row]) -> Row:
@@ -148,13 +137,13 @@ def page(rows: list[Row]) -> str:
         own = [row for row in rows if row["temperature"] == temperature]
         lines += ["", f"## Temperature {temperature:g}", ""]
         lines += ["| | units | weights | error right after the cut | error |", "|---|---|---|---|---|"]
-        for method in ("gates", *CONTROLS):
+        for method in (GATES, SIZES, *CONTROLS):
             found = sorted((row for row in own if row["method"] == method), key=lambda row: row["seed"])
             if not found:
                 continue
             units = ", ".join("-".join(map(str, row["widths"])) for row in found)
             weights = ", ".join(f"{row['weights']:,}" for row in found)
-            said = f"**{method}**" if method == "gates" else method
+            said = method if method in CONTROLS else f"**{method}**"
             lines.append(f"| {said} | {units} | {weights} | {cell(found, 'at_once')} | {cell(found, 'error')} |")
     return "\n".join(lines) + "\n"
 
