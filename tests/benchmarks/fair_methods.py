@@ -225,9 +225,6 @@ SCORES = {
     "group horseshoe": Score(snr, POWERS, phase="group horseshoe", is_control=False),
     "channel gates": Score(snr, POWERS, phase="channel gates", is_control=False),
     "sizes of channel gates": Score(snr, POWERS, KRONECKER, phase="channel gates", is_control=False, says_sizes=True),
-    "sizes of channel gates at temperature 3": Score(
-        snr, POWERS, KRONECKER, phase="channel gates at temperature 3", is_control=False, says_sizes=True
-    ),
 }
 
 

@@ -70,7 +70,6 @@ PHASES = {
     "group ARD at temperature 10": Phase({}, {"temperature": 10.0, **SPARSIFYING}, ARD),
     "group horseshoe": Phase({}, {"temperature": 1.0, **SPARSIFYING}, partial(Horseshoe, global_scale="auto")),
     "channel gates": Phase({}, {"temperature": 1.0, **SPARSIFYING}, gates=0.1),
-    "channel gates at temperature 3": Phase({}, {"temperature": 3.0, **SPARSIFYING}, gates=0.1),
 }
 """Phases by name; where a score names none, the training before the cut is plain."""
 
