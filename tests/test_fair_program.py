@@ -118,7 +118,7 @@ def test_a_second_start_finds_every_row_and_the_page_has_them(monkeypatch, tmp_p
     def measured(self, model, part):
         right = torch.rand(40, generator=torch.Generator().manual_seed(model)) < 0.5
         found = {"accuracy": float(right.double().mean()), "images": 40, "right": fair.packed(right)}
-        return found | {"macs": 30 if model else 100}
+        return found | {"macs": 30 if model else 100, "params": 100}
 
     monkeypatch.setattr(fair.Benchmark, "measured", measured)
     made = []

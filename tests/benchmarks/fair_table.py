@@ -84,7 +84,7 @@ def markdown(rows: Sequence[Row]) -> str:
                 title = f"{regime.capitalize()}, distilled, outputs of blocks compared with the weight {features:g}"
                 lines += section(rows, regime, task, title, is_distilled=True, features=features)
             lines += section(rows, regime, task, f"{regime.capitalize()}, cross-entropy alone", is_distilled=False)
-            lines += without_number(rows, regime, task, dense["macs"])
+            lines += without_number(rows, regime, task, dense)
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -153,23 +153,24 @@ def section(
     return [*lines, ""]
 
 
-def without_number(rows: Sequence[Row], regime: str, task: str, dense_macs: int) -> list[str]:
+def without_number(rows: Sequence[Row], regime: str, task: str, dense: Row) -> list[str]:
     """What the posterior says removed, beside scores without a training before the cut at the same MACs."""
     lines: list[str] = []
     for score in SCORES:
         its = stops(rows, regime, task, score)
         if not its:
             continue
-        cells = [f"**{score}**", f"{mean(row['macs'] / dense_macs for row in its):.3f}", shown(its, is_best=False)]
+        left = [f"{mean(row[what] / dense[what] for row in its):.3f}" for what in ("macs", "params")]
+        cells = [f"**{score}**", *left, shown(its, is_best=False)]
         lines.append(f"| {' | '.join(cells)} | {100 * mean(row['at_once'] for row in its):.1f} | |")
         for other in (other for other in SCORES if not SCORES[other].phase):
-            same = [found for row in its if (found := at_its_macs(rows, row, other, dense_macs))]
+            same = [found for row in its if (found := at_its_macs(rows, row, other, dense["macs"]))]
             if same:
-                cells = [f"{other}, in its own way to as many", "", shown(same, is_best=False)]
+                cells = [f"{other}, in its own way to as many MACs", "", "", shown(same, is_best=False)]
                 lines.append(f"| {' | '.join(cells)} | | {against(its, same)} |")
     if not lines:
         return []
-    heads = ["| | of the MACs | accuracy | right after the cut | ours to it |", "|---|---|---|---|---|"]
+    heads = ["| | of the MACs | of the parameters | accuracy | right after the cut | ours to it |", "|---" * 6 + "|"]
     title = f"### {regime.capitalize()}, no number given: an SNR below one, or a closed gate, is removed"
     return [title, "", *heads, *lines, ""]
 
