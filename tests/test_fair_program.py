@@ -155,7 +155,7 @@ def test_a_second_start_finds_every_row_and_the_page_has_them(monkeypatch, tmp_p
     ):
         assert f"### {heading}" in page or f"### No training, {heading}" in page
     assert "| **group ARD** | 0.300 |" in page
-    assert "| magnitude, in its own way to as many |" in page
+    assert "| magnitude, in its own way to as many MACs |" in page
 
 
 def test_attention_goes_to_the_fewest_inputs_that_explain_enough():
