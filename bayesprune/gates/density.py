@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from bayesprune.foundation.device import kth_smallest
 from bayesprune.gates.gate import WeightGate
 
 REACHED = 0.6
@@ -64,7 +65,7 @@ def _held(logits: Tensor, num_open: int) -> Tensor:
     num_closed = logits.shape[1] - num_open
     if not num_closed:
         return logits
-    held = logits - logits.kthvalue(num_closed, dim=1, keepdim=True).values
+    held = logits - kth_smallest(logits, num_closed)
     num_missing = num_open - (held > 0).sum(1, keepdim=True)
     tied = held == 0
     return held.masked_fill(tied & (tied.cumsum(1) <= num_missing), torch.finfo(held.dtype).tiny)

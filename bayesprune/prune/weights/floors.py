@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bayesprune.errors import InfeasibleTargetError
-from bayesprune.foundation.device import numbers_of
+from bayesprune.foundation.device import kth_smallest, numbers_of
 
 _ROUNDING = 1e-9  # 0.1 * 30 is a little above 3
 
@@ -98,7 +98,7 @@ def _above(flat: Tensor, count: int) -> Tensor:
     """False for the lowest `count`."""
     if not count:
         return torch.ones_like(flat, dtype=torch.bool)
-    threshold = flat.kthvalue(count).values  # several times faster than sorting all
+    threshold = kth_smallest(flat, count)  # many times faster than sorting all
     keep, ties = flat > threshold, flat == threshold
     return keep | (ties & (ties.cumsum(0, dtype=torch.int32) > count - (flat < threshold).sum()))
 
