@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bayesprune.foundation.device import kth_smallest
+from bayesprune.foundation.device import has_cheap_calls, kth_smallest
 from bayesprune.gates.gate import WeightGate
 
 REACHED = 0.6
@@ -67,5 +67,7 @@ def _held(logits: Tensor, num_open: int) -> Tensor:
         return logits
     held = logits - kth_smallest(logits, num_closed)
     num_missing = num_open - (held > 0).sum(1, keepdim=True)
+    if has_cheap_calls(held.device) and not num_missing.any():
+        return held
     tied = held == 0
-    return held.masked_fill(tied & (tied.cumsum(1) <= num_missing), torch.finfo(held.dtype).tiny)
+    return held.masked_fill(tied & (tied.cumsum(1, dtype=torch.int32) <= num_missing), torch.finfo(held.dtype).tiny)
