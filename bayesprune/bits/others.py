@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from bayesprune.convert import to_deterministic
-from bayesprune.errors import UnsupportedModelError
 from bayesprune.foundation.batches import split
 from bayesprune.foundation.model import eval_mode, requires_grad
 from bayesprune.laplace import output_metric
-from bayesprune.laplace.diagonal import prior_precisions, sums_of_squares
-from bayesprune.layers import named_posteriors
+from bayesprune.laplace.diagonal import prior_precisions
+from bayesprune.layers import Posterior, named_posteriors
 
 _BITS = 11
 
@@ -32,44 +31,39 @@ def named_embeddings(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in own}
 
 
-def embedding_precisions(model: nn.Module, batches: Iterable[Any], scale: float) -> dict[str, float]:
+def embedding_precisions(model: nn.Module, batches: Iterable[Any], *, has_own_stds: bool) -> dict[str, float]:
     """The mean precision of each embedding's entries: squared gradients of the logits, and the prior.
 
     `laplace.output_metric` draws signs for all logits, so the gradients of examples are independent with mean zero, and
-    the square of a batch's gradient is in expectation the sum of its examples' squares.
+    the square of a batch's gradient is in expectation the sum of its examples' squares. That costs a forward and a
+    backward for each batch, and the memory of a gradient.
 
     Args:
         model: One that has embeddings.
         batches: On its device.
-        scale: What to multiply by, see `posterior_scale`.
+        has_own_stds: Whether the model's posterior is not that of these batches. The precisions are then multiplied by
+            how many times those of weights are larger than squared gradients say: the geometric mean over tensors.
     """
     embeddings = named_embeddings(model)
-    sums = dict.fromkeys(embeddings, 0.0)
+    priors = prior_precisions(model, None) if has_own_stds else {}
+    posteriors = {its: prior for its, prior in priors.items() if its.is_weight}
+    tensors = embeddings | {its.name: its.mean for its in posteriors}
+    sums = dict.fromkeys(tensors, 0.0)
     for batch in batches:
         with torch.enable_grad(), eval_mode(model), requires_grad(model, True):
             total = output_metric(model, batch) * split(model, batch).num_examples
-            gradients = torch.autograd.grad(total, list(embeddings.values()), allow_unused=True)
-        for name, gradient in zip(embeddings, gradients, strict=True):
+            gradients = torch.autograd.grad(total, list(tensors.values()), allow_unused=True)
+        for name, gradient in zip(tensors, gradients, strict=True):
             sums[name] += 0.0 if gradient is None else float(gradient.double().square().mean())
+    logs = [_mean_log_precision(its) - math.log(sums[its.name] + prior) for its, prior in posteriors.items()]
+    scale = math.exp(sum(logs) / len(logs)) if logs else 1.0
     squares = {name: float(table.detach().double().square().mean()) for name, table in embeddings.items()}
     return {name: scale * (sums[name] + 1 / square) for name, square in squares.items() if square > 0}
 
 
-def posterior_scale(model: nn.Module, batches: Iterable[Any]) -> float | None:
-    """How many times those of `laplace.fit_laplace` in the metric of the logits a variational model's precisions are.
-
-    The geometric mean over its tensors of weights; None where gradients of examples cannot be told apart.
-    """
-    try:
-        squares, _ = sums_of_squares(model, batches, loss=output_metric)
-    except UnsupportedModelError:
-        return None
-    logs = []
-    for posterior, prior in prior_precisions(model, None).items():
-        if posterior.is_weight and posterior.name in squares:
-            own = (-2 * posterior.log_std.detach().double()).exp().mean()
-            logs.append(math.log(float(own) / (float(squares[posterior.name].mean()) + prior)))
-    return math.exp(sum(logs) / len(logs)) if logs else None
+def _mean_log_precision(posterior: Posterior) -> float:
+    """Of the mean precision of a tensor's entries."""
+    return math.log(float((-2 * posterior.log_std.detach().double()).exp().mean()))
 
 
 def ordinary_names(model: nn.Module) -> Collection[str]:

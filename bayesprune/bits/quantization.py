@@ -15,7 +15,6 @@ from bayesprune.bits.others import (
     named_embeddings,
     ordinary_names,
     ordinary_tensors,
-    posterior_scale,
     rest_of,
     significant,
 )
@@ -337,10 +336,7 @@ def _embeddings(source: nn.Module, model: nn.Module, per: str, batches: list[Any
     """The embeddings of `model`, as exactly known as gradients say; none without data."""
     if not batches or not named_embeddings(source):
         return
-    scale = 1.0 if source is not model else posterior_scale(source, batches)
-    if scale is None:
-        return
-    for name, precision in embedding_precisions(source, batches, scale).items():
+    for name, precision in embedding_precisions(source, batches, has_own_stds=source is model).items():
         target = model.get_parameter(name)
         mean = target.detach().cpu().clone()
         everywhere = torch.full((), precision, dtype=torch.double).expand(mean.shape)

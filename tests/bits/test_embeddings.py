@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import bayesprune as bp
-from bayesprune.bits.others import embedding_precisions, named_embeddings, posterior_scale
+from bayesprune.bits.others import embedding_precisions, named_embeddings
 from bayesprune.bits.steps import grid_of
 
 pytest.importorskip("constriction")
@@ -53,7 +53,9 @@ def test_precision_is_that_of_the_logits_with_the_prior(data, is_tied):
         for logit in model(example)[0]:
             (gradient,) = torch.autograd.grad(logit, weight, retain_graph=True)
             expected += gradient.double().square().mean()
-    draws = [embedding_precisions(model, [(words, None)], 1.0)["table.weight"] - prior for _ in range(600)]
+    draws = [
+        embedding_precisions(model, [(words, None)], has_own_stds=False)["table.weight"] - prior for _ in range(600)
+    ]
     found = torch.tensor(draws)
     assert abs(float(found.mean() - expected)) < 5 * float(found.std()) / len(draws) ** 0.5
 
@@ -109,19 +111,22 @@ def test_names_may_leave_them(data):
 
 def test_a_posterior_sets_the_scale(data):
     """The stds of a posterior that is so many times sharper than the data's make embeddings as much sharper."""
-    model = bp.to_variational(reader(), std="per_weight")
+    model, batches = bp.to_variational(reader(), std="per_weight"), data * 40
     torch.manual_seed(0)
-    bp.laplace.fit_laplace(model, data, loss=bp.laplace.output_metric)
-    torch.manual_seed(0)
-    first = posterior_scale(model, data)
-    assert first == pytest.approx(1.0, rel=0.2)  # other signs are drawn
+    bp.laplace.fit_laplace(model, batches, loss=bp.laplace.output_metric)
+
+    def precision(*, has_own_stds: bool) -> float:
+        torch.manual_seed(1)
+        return embedding_precisions(model, batches, has_own_stds=has_own_stds)["table.weight"]
+
+    by_data, first = precision(has_own_stds=False), precision(has_own_stds=True)
+    assert first == pytest.approx(by_data, rel=0.2)  # other signs are drawn
     with torch.no_grad():
         for posterior in bp.layers.named_posteriors(model):
             for part in posterior.log_std_parts:
                 part -= 0.5
-    torch.manual_seed(0)
-    second = posterior_scale(model, data)
-    assert second == pytest.approx(first * torch.e, rel=1e-4)
+    assert precision(has_own_stds=True) == pytest.approx(first * torch.e, rel=1e-4)
+    assert precision(has_own_stds=False) == by_data
 
 
 def test_normalised_embeddings_are_left_alone():
