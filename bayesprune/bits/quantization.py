@@ -3,41 +3,30 @@
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from bayesprune.bits.others import (
-    embedding_precisions,
-    named_embeddings,
-    ordinary_names,
-    ordinary_tensors,
-    rest_of,
-    significant,
-)
+from bayesprune.bits.others import embedding_precisions, named_embeddings
 from bayesprune.bits.report import Quantization, QuantizedTensor
-from bayesprune.bits.rounding import Sweep, round_alone, round_columns, sweeps
+from bayesprune.bits.rounding import round_alone
 from bayesprune.bits.steps import Grid, posterior_grid, width_grid, width_of
+from bayesprune.bits.work import Weight, Work
 from bayesprune.convert import to_variational
-from bayesprune.errors import InfeasibleTargetError, UnsupportedModelError
-from bayesprune.foundation.batches import device_of, on_device, split
-from bayesprune.foundation.model import eval_mode
-from bayesprune.foundation.progress import progress_bar
+from bayesprune.errors import InfeasibleTargetError
+from bayesprune.foundation.batches import device_of, on_device
 from bayesprune.foundation.sharding import check_whole
 from bayesprune.foundation.text import first_names
-from bayesprune.laplace import KroneckerFactors, KroneckerPosterior, fit_kronecker, fit_laplace, output_metric
+from bayesprune.laplace import fit_laplace, output_metric
 from bayesprune.laplace.calibration import Loss, own_loss
-from bayesprune.laplace.matrices import damped, from_matrix, to_matrix
-from bayesprune.layers import Posterior, VariationalLayer, named_posteriors
-from bayesprune.storage.coding import CODED, encoded, entropy_bits
+from bayesprune.layers import VariationalLayer, named_posteriors
+from bayesprune.storage.coding import entropy_bits
 from bayesprune.train import kl_divergence
 
-_DAMPING = 0.01
-_POSITIONS = 128  # a column, for the Kronecker factors
-_FACTOR, _STEPS = 8.0, 6  # of bisection: three percent of kappa, a percent and a half of the steps
+_COARSE, _FINE = (8.0, 6), (1.25, 2)
+"""By what factors kappa is bracketed, and how often the bracket is halved: to three to six percent of kappa."""
 _SMALLEST, _LARGEST = 1e-12, 1e12
 
 
@@ -50,7 +39,7 @@ def quantize(
     bits: int | Mapping[str, int] | None = None,
     bytes: int | None = None,
     per: Literal["tensor", "channel"] = "tensor",
-    compensate: bool = True,
+    compensate: bool | Literal["alone"] = True,
     loss: Loss | None = None,
 ) -> Quantization:
     """Rounds the weights to grids, in place, so that `save(coding="entropy")` writes a small file; says what it did.
@@ -58,10 +47,11 @@ def quantize(
     A weight that the posterior knows to within sigma needs no finer grid: one constant sets the steps of the whole
     model (see `bayesprune.bits.steps`), and is searched for the largest tolerated loss, or the largest file. Weights
     that are zero stay zero. With data the weights of a row make up for each other's rounding (see
-    `bayesprune.bits.rounding`). Biases of converted layers are rounded like weights, and so are embeddings where there
-    are data. What else has no posterior, such as norms and their running statistics, keeps 11 significant bits, as many
-    as float16 has. The values remain ordinary tensors of the same dtype: nothing is attached to the model. Training on
-    makes it an ordinary one again, unless `bits.StraightThrough` holds it to its grids.
+    `bayesprune.bits.rounding`), and each layer for those before it (`bayesprune.bits.work`). Biases of converted layers
+    are rounded like weights, and so are embeddings where there are data. What else has no posterior, such as norms and
+    their running statistics, keeps 11 significant bits, as many as float16 has. The values remain ordinary tensors of
+    the same dtype: nothing is attached to the model. Training on makes it an ordinary one again, unless
+    `bits.StraightThrough` holds it to its grids.
 
     Args:
         model: A variational model, whose own stds are used, or a stock one; that is given a diagonal Laplace posterior
@@ -73,7 +63,10 @@ def quantize(
         bytes: Instead, the largest size of all tensors of the state dict, coded; the header of the file comes on top,
             some 300 bytes.
         per: Whether a tensor has one step, or each of its output channels.
-        compensate: False rounds each weight by itself even where there are data.
+        compensate: How weights make up for rounding where there are data. True goes through the layers in the order of
+            the forward: each is fitted to what the model gave before rounding, from what the rounded layers before it
+            give, and rounded column by column. "alone" does not fit and takes the inputs that the layers had before:
+            faster, and less exact. False rounds each weight by itself.
         loss: loss(model, batch), a mean over examples in nats. None is the model's own, where its forward takes
             `labels` as those of transformers do, else `laplace.cross_entropy`, of the data's labels.
 
@@ -99,7 +92,7 @@ def quantize(
         raise ValueError("tolerance needs data to measure the loss on; pass batches, or ask for bits or bytes.")
     source = _with_posterior(model, batches)
     kl_nats = float(kl_divergence(model)) if source is model else None
-    weights = [*_weights(source, model, per), *_embeddings(source, model, per, batches)]
+    weights = [*_weights(source, per), *_embeddings(source, per, batches, has_own_stds=source is model)]
     if isinstance(bits, Mapping) and (
         unknown := [name for name in bits if not any(width_of(weight.name, {name: 2}) for weight in weights)]
     ):
@@ -109,13 +102,12 @@ def quantize(
         )
     if bits is not None:
         weights = [weight for weight in weights if weight.posterior or width_of(weight.name, bits)]
-    factors = _factors(source, batches) if batches and compensate else None
-    work = _Work(model, weights, factors, batches, own_loss if loss is None else loss)
+    work = Work(source, weights, batches, own_loss if loss is None else loss, compensate=compensate)
     before = work.loss() if work.can_measure() else None
     kappa = None
     try:
         if bits is not None:
-            work.round(lambda weight: _fixed(weight, bits))
+            work.round_in_sequence(lambda weight: _fixed(weight, bits))
         elif tolerance is not None:
             limit = work.loss() + tolerance
             kappa = _search(work, lambda: work.loss() <= limit, f"a loss within {tolerance:g} nats")
@@ -124,6 +116,10 @@ def quantize(
     except BaseException:
         work.restore()
         raise
+    if source is not model:
+        found = source.state_dict()
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(found[name])
     return Quantization(
         tensors=tuple(_row(weight, work.grids[weight.name]) for weight in weights),
         kappa=kappa,
@@ -136,156 +132,39 @@ def quantize(
     )
 
 
-@dataclass
-class _Weight:
-    """One tensor to round, as it was and how exactly it is known; on the CPU. Embeddings have no posterior."""
+def _search(work: Work, fits: Callable[[], bool], what: str, *, larger_fits: bool = False) -> float:
+    """The largest kappa that fits (or the smallest, where larger ones do); the model is left there.
 
-    name: str
-    posterior: Posterior | None
-    target: Tensor
-    mean: Tensor
-    precision: Tensor
-    kept: Tensor
-    dims: tuple[int, ...]
-
-
-class _Work:
-    """A model and its values before rounding, to which every trial goes back."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        weights: list[_Weight],
-        factors: KroneckerPosterior | None,
-        batches: list[Any] | None,
-        loss: Loss,
-    ) -> None:
-        self.model, self.weights = model, weights
-        self.grids: dict[str, Grid | None] = {}
-        self._batches, self._loss, self._factors = batches, loss, factors or {}
-        self._plans: dict[str, list[tuple[int, slice, list[Sweep]]]] = {}
-        self._names = ordinary_names(model)
-        rest = rest_of(self.saved(), [weight.target for weight in weights])
-        self._rest = [(tensor, tensor.clone()) for tensor in rest]
-
-    def round(self, grid_of: Callable[[_Weight], Grid | None]) -> None:
-        """Rounds what has a grid, from what it was before; the rest to fewer significant bits."""
-        for tensor, before in self._rest:
-            tensor.copy_(significant(before))
-        self.grids = {weight.name: grid_of(weight) for weight in self.weights}
-        done: set[str] = set()
-        for name, factors in progress_bar(self._factors.items(), "Round", "layer"):
-            done |= self._round_layer(name, factors)
-        for weight in self.weights:
-            grid = self.grids[weight.name]
-            if weight.name not in done:
-                weight.target.copy_(weight.mean if grid is None else round_alone(weight.mean, weight.kept, grid))
-
-    def restore(self) -> None:
-        """Makes the model what it was."""
-        for tensor, before in (*self._rest, *((weight.target, weight.mean) for weight in self.weights)):
-            tensor.copy_(before)
-
-    def saved(self) -> dict[str, Tensor]:
-        """The tensors of the model as an ordinary one, each once."""
-        return ordinary_tensors(self.model, self._names)
-
-    def coded_bytes(self) -> int:
-        """How long they are, coded."""
-        once = {(t.data_ptr(), t.shape): (name, t.cpu()) for name, t in reversed(self.saved().items())}
-        return encoded(dict(reversed(once.values())))[CODED].numel()
-
-    def can_measure(self) -> bool:
-        """Whether there are data, with what the loss needs."""
-        if not self._batches:
-            return False
-        return self._loss is not own_loss or isinstance(split(self.model, self._batches[0]).labels, Tensor)
-
-    def loss(self) -> float:
-        """The mean loss on the data."""
-        assert self._batches, "checked before"
-        total, number = 0.0, 0
-        with eval_mode(self.model):
-            for batch in self._batches:
-                count = split(self.model, batch).num_examples
-                total += count * float(self._loss(self.model, batch))
-                number += count
-        return total / number
-
-    def _round_layer(self, name: str, factors: KroneckerFactors) -> set[str]:
-        """Rounds the matrix of a layer column by column; the names of what it rounded."""
-        own = {weight.name: weight for weight in self.weights}
-        weight, bias = own.get(_joined(name, "weight")), own.get(_joined(name, "bias"))
-        if weight is None or weight.posterior is None or (grid := self.grids[weight.name]) is None:
-            return set()
-        layer = weight.posterior.layer
-        num_columns = to_matrix(layer, weight.mean).shape[2]
-        has_bias = factors.mean.shape[2] > num_columns
-        parts = [(weight, grid)]
-        if has_bias:
-            bias_grid = None if bias is None else self.grids[bias.name]
-            if bias is None or bias_grid is None:
-                return set()
-            parts.append((bias, bias_grid))
-        matrices = [self._matrices(layer, each, its) for each, its in parts]
-        mean, kept, step = (torch.cat(part, dim=2) for part in zip(*matrices, strict=True))
-        limits = [grid.limit] * num_columns + [its.limit for _, its in parts[1:]]
-        found = torch.zeros_like(mean)
-        if name not in self._plans:
-            self._plans[name] = list(_plan(kept, factors))
-        for group, part, plan in self._plans[name]:
-            at = (group, slice(None), part)
-            found[at] = round_columns(mean[at], kept[at], step[at], plan, limits[part])
-        weight.target.copy_(from_matrix(layer, found[..., :num_columns]) + 0.0)
-        if has_bias and bias is not None:
-            bias.target.copy_(found[..., -1].reshape(bias.mean.shape) + 0.0)
-        self._shift_norm(factors, found - mean)
-        return {each.name for each, _ in parts}
-
-    @staticmethod
-    def _matrices(layer: VariationalLayer, weight: _Weight, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, what is kept, and steps as (G, R, C)."""
-        tensors = (weight.mean.double(), weight.kept, grid.step.expand(weight.mean.shape))
-        if weight.posterior is not None and weight.posterior.is_weight:
-            first, kept, step = (to_matrix(layer, tensor) for tensor in tensors)
-        else:
-            groups = to_matrix(layer, layer.get_parameter("weight")).shape[0]
-            first, kept, step = (tensor.reshape(groups, -1, 1) for tensor in tensors)
-        return first, kept, step
-
-    def _shift_norm(self, factors: KroneckerFactors, moved: Tensor) -> None:
-        """Lets the batch norm behind take up what the outputs moved by on average."""
-        if factors.norm is None or factors.centre is None:
-            return
-        shift = (moved * factors.centre[:, None]).sum(2).flatten()
-        buffer = self.model.get_submodule(factors.norm).get_buffer("running_mean")
-        buffer.copy_(significant(buffer + shift.to(buffer)))
-
-
-def _search(work: _Work, fits: Callable[[], bool], what: str, *, larger_fits: bool = False) -> float:
-    """The largest kappa that fits (or the smallest, where larger ones do), by bisection; the model is left there.
+    By bisection, each layer rounded alone, and from there in sequence, which takes longer.
 
     Raises:
         InfeasibleTargetError: none does.
     """
+    at = None
 
     def is_small(kappa: float) -> bool:
-        work.round(lambda weight: posterior_grid(weight.mean, weight.precision, weight.kept, kappa, weight.dims))
+        nonlocal at
+        if kappa != at:
+            rounded(lambda weight: posterior_grid(weight.mean, weight.precision, weight.kept, kappa, weight.dims))
+            at = kappa
         return fits() is not larger_fits
 
-    low = high = 1.0
-    if is_small(low):
-        while high < _LARGEST and is_small(high := high * _FACTOR):
-            low = high
-    else:
-        while low > _SMALLEST and not is_small(low := low / _FACTOR):
-            high = low
-    for _ in range(_STEPS):
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if is_small(middle) else (low, middle)
-    kappa = high if larger_fits else low
-    if is_small(kappa) is larger_fits:
-        raise InfeasibleTargetError(f"quantize found no steps that give {what}. Ask for less.")
+    rounded, kappa = work.round, 1.0
+    for factor, steps in (_COARSE, _FINE)[: 1 + work.is_sequential]:
+        low = high = kappa
+        if is_small(low):
+            while high < _LARGEST and is_small(high := high * factor):
+                low = high
+        else:
+            while low > _SMALLEST and not is_small(low := low / factor):
+                high = low
+        for _ in range(steps):
+            middle = math.sqrt(low * high)
+            low, high = (middle, high) if is_small(middle) else (low, middle)
+        kappa = high if larger_fits else low
+        if is_small(kappa) is larger_fits:
+            raise InfeasibleTargetError(f"quantize found no steps that give {what}. Ask for less.")
+        rounded, at = work.round_in_sequence, None
     return kappa
 
 
@@ -301,24 +180,8 @@ def _with_posterior(model: nn.Module, batches: list[Any] | None) -> nn.Module:
     return fit_laplace(to_variational(copy.deepcopy(model)), batches, loss=output_metric)
 
 
-def _factors(source: nn.Module, batches: list[Any]) -> KroneckerPosterior | None:
-    try:
-        return fit_kronecker(source, batches, num_positions=_POSITIONS)
-    except UnsupportedModelError:  # no layer is a matrix product, or none takes examples along its first dimension
-        return None
-
-
-def _plan(kept: Tensor, factors: KroneckerFactors) -> Iterator[tuple[int, slice, list[Sweep]]]:
-    """Of each group and block of columns, (G, R, C), in what order they are rounded."""
-    start = 0
-    for block in factors.inputs:
-        part = slice(start, start := start + block.shape[-1])
-        for group, precision in enumerate(damped(block, _DAMPING)):
-            yield group, part, sweeps(kept[group][:, part], precision)
-
-
-def _weights(source: nn.Module, model: nn.Module, per: str) -> list[_Weight]:
-    """The tensors of `model` that have a posterior in `source`."""
+def _weights(source: nn.Module, per: str) -> list[Weight]:
+    """The tensors that have a posterior."""
     found = []
     for posterior in named_posteriors(source):
         mean = posterior.mean.detach().cpu().clone()
@@ -327,32 +190,32 @@ def _weights(source: nn.Module, model: nn.Module, per: str) -> list[_Weight]:
             kept &= posterior.mask.cpu()
         precision = (-2 * posterior.log_std.detach().cpu().double()).exp().expand(mean.shape)
         dims = posterior.unit_dims if per == "channel" else ()
-        target = model.get_parameter(posterior.name)
-        found.append(_Weight(posterior.name, posterior, target, mean, precision, kept, dims))
+        found.append(Weight(posterior.name, posterior, posterior.mean, mean, precision, kept, dims))
     return found
 
 
-def _embeddings(source: nn.Module, model: nn.Module, per: str, batches: list[Any] | None) -> Iterator[_Weight]:
-    """The embeddings of `model`, as exactly known as gradients say; none without data."""
+def _embeddings(source: nn.Module, per: str, batches: list[Any] | None, *, has_own_stds: bool) -> Iterator[Weight]:
+    """The embeddings, as exactly known as gradients say; none without data."""
     if not batches or not named_embeddings(source):
         return
-    for name, precision in embedding_precisions(source, batches, has_own_stds=source is model).items():
-        target = model.get_parameter(name)
+    for name, precision in embedding_precisions(source, batches, has_own_stds=has_own_stds).items():
+        target = source.get_parameter(name)
         mean = target.detach().cpu().clone()
         everywhere = torch.full((), precision, dtype=torch.double).expand(mean.shape)
-        yield _Weight(name, None, target, mean, everywhere, mean != 0, (0,) if per == "channel" else ())
+        yield Weight(name, None, target, mean, everywhere, mean != 0, (0,) if per == "channel" else ())
 
 
-def _fixed(weight: _Weight, bits: int | Mapping[str, int]) -> Grid | None:
+def _fixed(weight: Weight, bits: int | Mapping[str, int]) -> Grid | None:
     width = width_of(weight.name, bits)
     return None if width is None else width_grid(weight.mean, weight.precision, weight.kept, width, weight.dims)
 
 
-def _row(weight: _Weight, grid: Grid | None) -> QuantizedTensor:
+def _row(weight: Weight, grid: Grid | None) -> QuantizedTensor:
     value = weight.target.detach().cpu()
     step = torch.ones(()) if grid is None else grid.step
     largest = 0 if grid is None else int((value.double() / step).abs().max().round())
-    moved = (value.double() - weight.mean.double()).square() * weight.precision
+    alone = weight.mean if grid is None else round_alone(weight.mean, weight.kept, grid)
+    moved = (alone.double() - weight.mean.double()).square() * weight.precision
     return QuantizedTensor(
         name=weight.name,
         numel=value.numel(),
@@ -362,10 +225,6 @@ def _row(weight: _Weight, grid: Grid | None) -> QuantizedTensor:
         entropy_bits=entropy_bits((value.double() / step).round() if grid is not None else value),
         predicted_cost=0.5 * float(moved.sum()),
     )
-
-
-def _joined(layer: str, parameter: str) -> str:
-    return f"{layer}.{parameter}" if layer else parameter
 
 
 def _check(tolerance: float | None, bits: int | Mapping[str, int] | None, num_bytes: int | None, per: str) -> None:

@@ -21,8 +21,9 @@ class QuantizedTensor:
         step: Mean step size.
         width: Bits that an integer of fixed width needs for all the places that are taken.
         entropy_bits: Zero-order entropy of the integers, of all weights together.
-        predicted_cost: What rounding costs by the posterior, 1/2 sum (w - q)^2 / sigma^2, over all examples: nats under
-            the model's own; half the squared change of the logits under the one that `quantize` gave it.
+        predicted_cost: What rounding each weight to q by itself costs by the posterior, 1/2 sum (w - q)^2 / sigma^2,
+            over all examples: nats under the model's own; half the squared change of the logits under the one that
+            `quantize` gave it.
     """
 
     name: str

@@ -29,7 +29,8 @@ from bayesprune.laplace.regression import DAMPINGS, Moments, best_damping, ridge
 from bayesprune.laplace.sequence import Site, fit_in_sequence, fittable_layers, sites_of
 from bayesprune.layers import VariationalLayer
 
-_ROWS_PER_COLUMN = 32  # positions in all that a regression takes, for each of its columns
+ROWS_PER_COLUMN = 32
+"""Positions in all that a regression takes, for each of its columns."""
 
 
 @torch.no_grad()
@@ -90,7 +91,7 @@ def compensate(
             return compensate(model, batches, removed, dense=dense, damping=damping, progress=progress)
     keeps = {name: _silence(model.get_submodule(name), lost) for name, lost in removed.items() if lost}
     layers = fittable_layers(dense)
-    sites = sites_of(dense, batches, layers, rows_per_column=_ROWS_PER_COLUMN, keeps=keeps)
+    sites = sites_of(dense, batches, layers, rows_per_column=ROWS_PER_COLUMN, keeps=keeps)
 
     def fit(site: Site, moments: tuple[Moments, Moments]) -> Tensor | None:
         keep = keeps.get(site.name)
@@ -113,6 +114,9 @@ def _silence(layer: nn.Module, lost: Sequence[int]) -> Tensor | None:
 Choose = Callable[[Tensor, Tensor], Tensor]
 """choose(mean, precision): which weights (G, R, C) stay, of those that fit best where all stay."""
 
+Settle = Callable[[Tensor, Tensor], Tensor]
+"""settle(weights, xx): what weights (G, R, C) that fit best become, rounded say; xx (G, C, C) is E[x x^T] of inputs."""
+
 
 def refit(
     model: nn.Module,
@@ -122,6 +126,7 @@ def refit(
     *,
     kept: Tensor | None = None,
     choose: Choose | None = None,
+    settle: Settle | None = None,
     damping: float | None = None,
 ) -> Tensor | None:
     """Moves a layer's weights, and the shift; returns what the mean of a batch norm has become smaller by.
@@ -133,6 +138,7 @@ def refit(
         moments: Of three quarters of the examples, and of the last quarter.
         kept: Which weights may stay, of a shape that broadcasts to (G, R, C); None is all.
         choose: Says which of them do; None keeps them.
+        settle: Says what they become before the shift takes up the mean of what is left; None is what fits best.
         damping: See `compensate`.
     """
     layer, stock = variational_layer(model, site.name), variational_layer(dense, site.name)
@@ -158,6 +164,8 @@ def refit(
         free = ridge(start, stays, xx, yx, damping)
         stays &= choose(free, damped(xx, damping)).to(stays.device)
     found = ridge(start, stays, xx, yx, damping)
+    if settle is not None:
+        found = settle(found, xx)
     whole[..., site.columns] = found
     weight.copy_(from_matrix(layer, whole.to(weight.dtype)))
     shift = ((total.y - (found @ total.x[:, :, None])[..., 0]) / total.number).flatten()

@@ -115,7 +115,7 @@ def main() -> None:
                         continue
                     found = copy.deepcopy(model)
                     with by_length(strength):
-                        bp.quantize(found, batches if compensated else None, bytes=size - HEADER)
+                        bp.quantize(found, batches if compensated else None, bytes=size - HEADER, compensate="alone")
                     held_out = judged(found, data.images[-HELD_OUT:], data.labels[-HELD_OUT:])
                     rows.append(key | {"bytes": file_size(found)} | held_out)
                     common.write(options.out, SETTINGS, rows)

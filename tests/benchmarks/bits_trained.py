@@ -4,11 +4,12 @@
     python tests/benchmarks/bits_trained.py --data-dir DATA --network resnet20 --train [medium]
     python tests/benchmarks/bits_trained.py --table
 
-Each control has one width for all tensors, a step for each row, and GPTQ's compensation, by the same code as ours. Ours
-then has to fit the bytes of that control's coded file. Where weights were removed first, `prune_one_shot` did so with
-the same examples, in rows of both kinds. "Posterior" is what `quantize` gives a stock model: by the gradients of its
-logits; "of the loss", by those of its loss, which fade where a network is sure. ISO NNC is that of nncodec, whose
-environment is made by hand (`nncodec_peer.py`). Rows that are "trained on" are held to their grids
+Each control has one width for all tensors, a step for each row, and the same compensation as ours, by the same code:
+each layer is fitted to what it gave before rounding, or, "each layer alone", GPTQ with the inputs that layers had before
+rounding. Ours then has to fit the bytes of that control's coded file. Where weights were removed first, `prune_one_shot`
+did so with the same examples, in rows of both kinds. "Posterior" is what `quantize` gives a stock model: by the
+gradients of its logits; "of the loss", by those of its loss, which fade where a network is sure. ISO NNC is that of
+nncodec, whose environment is made by hand (`nncodec_peer.py`). Rows that are "trained on" are held to their grids
 (`bits.StraightThrough`) for about half an epoch, or for two where they say so, taught by the dense network (temperature
 4, weight 0.9); their learning rates were chosen on validation images with seed 0. All others train nothing. Files that
 have no header are counted without one. Seeds are draws of the examples. Finished rows are written at once and skipped
@@ -16,6 +17,7 @@ when the program runs again.
 """
 
 import copy
+import itertools
 import random
 import time
 from collections.abc import Callable
@@ -48,7 +50,10 @@ TRAINED_WIDTH = 2
 """Of the control that is trained on; ours has to fit its bytes."""
 SETTINGS = {"widths": WIDTHS, "kept": KEPT, "clusters": CLUSTERS, "times": TIMES}
 ONE, OURS, SMALL = "one width", "posterior", f"posterior, {TIMES} times smaller"
-BY_LOSS = "posterior of the loss"
+ALONE = ", each layer alone"
+COMPENSATIONS: dict[str, Any] = {"": True, ALONE: "alone"}
+"""What rows say of the compensation, and what `quantize` is told."""
+BY_LOSS = f"posterior of the loss{ALONE}"
 """By the gradients of the loss, labels drawn from the predictions, in place of those of the logits."""
 TRAINED = {"short": "trained on", "medium": "trained on for two epochs"}
 """What rows of each regime say behind the method."""
@@ -160,24 +165,22 @@ def measure(rows: Rows, name: str, net: Net, seed: int, shares: list[float], nnc
                     key | {"method": method, "setting": option},
                     lambda function=function, option=option, model=model: control(net, model, function, option),
                 )
-        rows.add(
-            key | {"method": SMALL},
-            lambda known=known, batches=batches: rounded(net, known(), batches, bytes=size // TIMES - HEADER),
-        )
-        for width in WIDTHS:
-            one = rows.add(
-                key | {"method": ONE, "setting": width},
-                lambda width=width, known=known, batches=batches: rounded(
-                    net, known(), batches, bits=width, per="channel"
-                ),
+        for said, compensate in COMPENSATIONS.items():
+            make = partial(rounded, net, batches, compensate)
+            rows.add(
+                key | {"method": SMALL + said},
+                lambda known=known, make=make: make(known(), bytes=size // TIMES - HEADER),
             )
-            for method, posterior in ((OURS, known), (BY_LOSS, known_by_loss)):
-                rows.add(
-                    key | {"method": method, "setting": width},
-                    lambda one=one, posterior=posterior, batches=batches: rounded(
-                        net, posterior(), batches, bytes=one["bytes"] - HEADER
-                    ),
+            for width in WIDTHS:
+                one = rows.add(
+                    key | {"method": ONE + said, "setting": width},
+                    lambda width=width, known=known, make=make: make(known(), bits=width, per="channel"),
                 )
+                for method, posterior in ((OURS + said, known), (BY_LOSS, known_by_loss))[: 1 + (said == ALONE)]:
+                    rows.add(
+                        key | {"method": method, "setting": width},
+                        lambda one=one, posterior=posterior, make=make: make(posterior(), bytes=one["bytes"] - HEADER),
+                    )
 
 
 def measure_training(rows: Rows, of: Task, net: Net, seed: int, regime: str) -> None:
@@ -185,14 +188,18 @@ def measure_training(rows: Rows, of: Task, net: Net, seed: int, regime: str) -> 
     batches = net.calibration(seed)
     size = next(row["bytes"] for row in rows.all() if row["network"] == of.name and row["method"] == "float32")
     one: Row = {}
-    for method, setting in ((ONE, TRAINED_WIDTH), (OURS, TRAINED_WIDTH), (SMALL, None)):
-        said = f"{method}, {TRAINED[regime]}"
+    for (alone, compensate), (method, setting) in itertools.product(
+        COMPENSATIONS.items(), ((ONE, TRAINED_WIDTH), (OURS, TRAINED_WIDTH), (SMALL, None))
+    ):
+        said = f"{method}{alone}, {TRAINED[regime]}"
         key: Row = {"network": of.name, "kept": 1.0, "method": said, "setting": setting}
         rates = LRS[of.name] if seed == 0 else [best_rate([row for row in rows.all() if key.items() <= row.items()])]
         for lr in rates:
-            asked: Row = {"bits": TRAINED_WIDTH, "per": "channel"}
-            if method != ONE:
-                asked = {"bytes": (size // TIMES if method == SMALL else one["bytes"]) - HEADER}
+            asked: Row = {"compensate": compensate}
+            if method == ONE:
+                asked |= {"bits": TRAINED_WIDTH, "per": "channel"}
+            else:
+                asked["bytes"] = (size // TIMES if method == SMALL else one["bytes"]) - HEADER
             row = rows.add(
                 key | {"seed": seed, "lr": lr},
                 lambda asked=asked, lr=lr: trained_on(net, of, batches, asked, lr, seed, regime),
@@ -232,10 +239,10 @@ def with_posterior(model: nn.Module, batches: list[Any], metric: Callable[..., T
     return bp.laplace.fit_laplace(found, batches, loss=metric)
 
 
-def rounded(net: Net, model: nn.Module, batches: list[Any], **options: Any) -> Row:
+def rounded(net: Net, batches: list[Any], compensate: Any, model: nn.Module, **options: Any) -> Row:
     """A copy rounded with these examples, as an ordinary model."""
     found = copy.deepcopy(model)
-    bp.quantize(found, batches, **options)
+    bp.quantize(found, batches, compensate=compensate, **options)
     found = bp.to_deterministic(found)
     return figures(net, found, file_size(found))
 
@@ -280,7 +287,8 @@ def page(rows: list[Row]) -> str:
                 found = [row for row in found if row["lr"] == rate]
             size = sum(row["bytes"] for row in found) / len(found)
             asked = "" if setting is None else f"{setting} {UNITS.get(method, 'bits')}"
-            shown = f"**{method}**" if method.startswith(OURS) and method != BY_LOSS else method
+            is_ours = method.startswith(OURS) and ALONE not in method
+            shown = f"**{method}**" if is_ours else method
             lines.append(
                 f"| {shown} | {kept:g} | {asked} | {size:,.0f} | {dense['bytes'] / size:.1f} | {cell(found)} |"
             )
@@ -289,7 +297,7 @@ def page(rows: list[Row]) -> str:
 
 def place(kept: float, method: str, setting: int | None) -> tuple[float, ...]:
     """Where a row of the table stands: what is given a width, or a control's bytes, beside its control."""
-    ways = (ONE, OURS, BY_LOSS)
+    ways = (ONE, OURS, ONE + ALONE, OURS + ALONE, BY_LOSS)
     if method in ways:
         return (-kept, False, True, -(setting or 0), ways.index(method))
     return (-kept, "trained" in method, False, 0, 0)

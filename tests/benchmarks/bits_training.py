@@ -96,7 +96,7 @@ class Bench:
             train(model, data, lr, None, None)
         wish = {"bytes": asked["bytes"] - HEADER} if "bytes" in asked else asked
         rounded = copy.deepcopy(model)
-        report = bp.quantize(rounded, self.batches, **wish)
+        report = bp.quantize(rounded, self.batches, compensate="alone", **wish)
         if way in (ROUNDED, BEFORE):
             return rounded
         model = rounded if way == AFTER else model

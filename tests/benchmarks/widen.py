@@ -99,7 +99,7 @@ def squeezed(model: nn.Module, data: Data, bits: int, num_bytes: int) -> tuple[n
             bp.to_variational(trial)
         bp.prune_channels(trial, batches[0][0][:1], f"params={share}", data=None if has_posterior else batches)
         bp.to_deterministic(trial)
-        report = bp.quantize(trial, batches, bits=bits)
+        report = bp.quantize(trial, batches, bits=bits, compensate="alone")
         if file_size(trial) <= num_bytes:
             found, low = (trial, report), share
         else:
@@ -113,7 +113,7 @@ def made(way: str, bits: int, lr: float, start: nn.Module, data: Data, seed: int
     torch.manual_seed(seed + 100)
     model = copy.deepcopy(start)
     original = copy.deepcopy(start)
-    report = bp.quantize(original, calibration(data), bits=bits)
+    report = bp.quantize(original, calibration(data), bits=bits, compensate="alone")
     num_bytes = file_size(original)
     if way == ORIGINAL:
         train_rounded(original, data, report, lr, (0.0, 1.0))
@@ -121,7 +121,7 @@ def made(way: str, bits: int, lr: float, start: nn.Module, data: Data, seed: int
     bp.widen(model, data.images[:1].flatten(1), FACTOR)
     if way == GROUP_ARD:
         bp.to_variational(model)
-    report = bp.quantize(model, calibration(data), bits=bits)
+    report = bp.quantize(model, calibration(data), bits=bits, compensate="alone")
     train_rounded(model, data, report, lr, (0.0, 0.5))
     model, report = squeezed(model, data, bits, num_bytes)
     train_rounded(model, data, report, lr, (0.5, 1.0))

@@ -63,7 +63,7 @@ def test_weights_stay_on_their_grids_and_learn(batch, per):
     before = copy.deepcopy(model)
     rounding = StraightThrough(optimizer := optimizer_of(model), model, report)
     losses = train(model, optimizer, batch, 30)
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 0.6 * losses[0]
     assert sorted(report.grids) == ["0.weight", "4.bias", "4.weight"]
     for name, grid in report.grids.items():
         assert is_on(grid, model.get_parameter(name))

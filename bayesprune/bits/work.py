@@ -1,0 +1,239 @@
+"""A model on the way to its grids: rounded again and again from what it was, for one set of grids after the other.
+
+Weights are rounded each by itself; or column by column, where the rest of a row makes up for each (`round_columns`); or
+in sequence, where each layer is first fitted to what the model computed before rounding, from what the rounded layers
+before it give (`laplace.compensation`), and its columns are rounded against those inputs. GPTQ (Frantar et al., 2022)
+goes through the layers in the same order, and does not fit them.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from bayesprune.bits.others import ordinary_names, ordinary_tensors, rest_of, significant
+from bayesprune.bits.rounding import Sweep, round_alone, round_columns, sweeps
+from bayesprune.bits.steps import Grid
+from bayesprune.errors import UnsupportedModelError
+from bayesprune.foundation.batches import split
+from bayesprune.foundation.model import eval_mode
+from bayesprune.foundation.progress import progress_bar
+from bayesprune.laplace import KroneckerFactors, KroneckerPosterior, fit_kronecker
+from bayesprune.laplace.calibration import Loss, own_loss
+from bayesprune.laplace.compensation import ROWS_PER_COLUMN, refit
+from bayesprune.laplace.matrices import damped, from_matrix, to_matrix
+from bayesprune.laplace.regression import Moments
+from bayesprune.laplace.sequence import Site, fit_in_sequence, fittable_layers, sites_of
+from bayesprune.layers import Posterior, VariationalLayer
+from bayesprune.storage.coding import CODED, encoded
+
+_DAMPING = 0.01
+_POSITIONS = 128  # a column, for the Kronecker factors
+
+
+@dataclass
+class Weight:
+    """One tensor to round, as it was and how exactly it is known; on the CPU. Embeddings have no posterior."""
+
+    name: str
+    posterior: Posterior | None
+    target: Tensor
+    mean: Tensor
+    precision: Tensor
+    kept: Tensor
+    dims: tuple[int, ...]
+
+
+class Work:
+    """A variational model and its values before rounding, to which every trial goes back.
+
+    Args:
+        model: What is rounded.
+        weights: Its tensors to round.
+        batches: On its device; None is no data.
+        loss: A mean over examples, in nats.
+        compensate: Whether weights make up for each other's rounding: True in sequence, "alone" in each layer alone.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: list[Weight],
+        batches: list[Any] | None,
+        loss: Loss,
+        *,
+        compensate: bool | Literal["alone"],
+    ) -> None:
+        self.model, self.weights = model, weights
+        self.grids: dict[str, Grid | None] = {}
+        self._by_name = {weight.name: weight for weight in weights}
+        self._batches, self._loss = batches, loss
+        self._factors: KroneckerPosterior = (_factors(model, batches) or {}) if batches and compensate else {}
+        self._plans: dict[str, list[tuple[int, slice, list[Sweep]]]] = {}
+        self._names = ordinary_names(model)
+        rest = rest_of(self.saved(), [weight.target for weight in weights])
+        self._rest = [(tensor, tensor.clone()) for tensor in rest]
+        self._dense, self._sites = model, list[Site]()
+        if batches and self._factors and compensate is True:
+            self._dense = copy.deepcopy(model)
+            layers = fittable_layers(self._dense)
+            self._sites = sites_of(self._dense, batches, layers, rows_per_column=ROWS_PER_COLUMN)
+
+    @property
+    def is_sequential(self) -> bool:
+        """Whether `round_in_sequence` does more than `round`."""
+        return bool(self._sites)
+
+    def round(self, grid_of: Callable[[Weight], Grid | None]) -> None:
+        """Rounds what has a grid, from what it was before; the rest to fewer significant bits."""
+        for tensor, before in self._rest:
+            tensor.copy_(significant(before))
+        self.grids = {weight.name: grid_of(weight) for weight in self.weights}
+        done: set[str] = set()
+        for name, factors in progress_bar(self._factors.items(), "Round", "layer"):
+            done |= self._round_layer(name, factors)
+        for weight in self.weights:
+            grid = self.grids[weight.name]
+            if weight.name not in done:
+                weight.target.copy_(weight.mean if grid is None else round_alone(weight.mean, weight.kept, grid))
+
+    def round_in_sequence(self, grid_of: Callable[[Weight], Grid | None]) -> None:
+        """Rounds everything, then, in sequence, each layer anew, fitted to what it gave before any was rounded."""
+        self.round(grid_of)
+        if not self._batches or not self._sites:
+            return
+        fit_in_sequence(
+            self.model, self._dense, self._batches, self._sites, self._fit_and_round, progress=None, title="Round"
+        )
+
+    def restore(self) -> None:
+        """Makes the model what it was."""
+        for tensor, before in (*self._rest, *((weight.target, weight.mean) for weight in self.weights)):
+            tensor.copy_(before)
+
+    def saved(self) -> dict[str, Tensor]:
+        """The tensors of the model as an ordinary one, each once."""
+        return ordinary_tensors(self.model, self._names)
+
+    def coded_bytes(self) -> int:
+        """How long they are, coded."""
+        once = {(t.data_ptr(), t.shape): (name, t.cpu()) for name, t in reversed(self.saved().items())}
+        return encoded(dict(reversed(once.values())))[CODED].numel()
+
+    def can_measure(self) -> bool:
+        """Whether there are data, with what the loss needs."""
+        if not self._batches:
+            return False
+        return self._loss is not own_loss or isinstance(split(self.model, self._batches[0]).labels, Tensor)
+
+    def loss(self) -> float:
+        """The mean loss on the data."""
+        assert self._batches, "checked before"
+        total, number = 0.0, 0
+        with eval_mode(self.model):
+            for batch in self._batches:
+                count = split(self.model, batch).num_examples
+                total += count * float(self._loss(self.model, batch))
+                number += count
+        return total / number
+
+    def _round_layer(self, name: str, factors: KroneckerFactors) -> set[str]:
+        """Rounds the matrix of a layer column by column; the names of what it rounded."""
+        weight, bias = (self._by_name.get(_joined(name, parameter)) for parameter in ("weight", "bias"))
+        if weight is None or weight.posterior is None or (grid := self.grids[weight.name]) is None:
+            return set()
+        layer = weight.posterior.layer
+        num_columns = to_matrix(layer, weight.mean).shape[2]
+        has_bias = factors.mean.shape[2] > num_columns
+        parts = [(weight, grid)]
+        if has_bias:
+            bias_grid = None if bias is None else self.grids[bias.name]
+            if bias is None or bias_grid is None:
+                return set()
+            parts.append((bias, bias_grid))
+        matrices = [self._matrices(layer, each, its) for each, its in parts]
+        mean, kept, step = (torch.cat(part, dim=2) for part in zip(*matrices, strict=True))
+        limits = [grid.limit] * num_columns + [its.limit for _, its in parts[1:]]
+        found = torch.zeros_like(mean)
+        if name not in self._plans:
+            self._plans[name] = list(_plan(kept, factors))
+        for group, part, plan in self._plans[name]:
+            at = (group, slice(None), part)
+            found[at] = round_columns(mean[at], kept[at], step[at], plan, limits[part])
+        weight.target.copy_(from_matrix(layer, found[..., :num_columns]) + 0.0)
+        if has_bias and bias is not None:
+            bias.target.copy_(found[..., -1].reshape(bias.mean.shape) + 0.0)
+        self._shift_norm(factors, found - mean)
+        return {each.name for each, _ in parts}
+
+    def _fit_and_round(self, site: Site, moments: tuple[Moments, Moments]) -> Tensor | None:
+        """Fits and rounds a layer; returns what the mean of the norm behind it has become smaller by, or None."""
+        weight, bias = (self._by_name.get(_joined(site.name, parameter)) for parameter in ("weight", "bias"))
+        if weight is None or weight.posterior is None or (grid := self.grids[weight.name]) is None:
+            return None
+        its = None if bias is None else self.grids[bias.name]
+        layer = weight.posterior.layer
+        if its is None and layer._parameters.get("bias") is not None:
+            return None
+        _, kept, step = self._matrices(layer, weight, grid)
+
+        def settle(found: Tensor, xx: Tensor) -> Tensor:
+            rounded = torch.zeros_like(kept, dtype=torch.double)
+            for group, precision in enumerate(damped(xx, _DAMPING).cpu()):
+                plan = sweeps(kept[group], precision)
+                limits = [grid.limit] * kept.shape[2]
+                rounded[group] = round_columns(found[group].cpu(), kept[group], step[group], plan, limits)
+            return rounded.to(found)
+
+        norm = None if site.norm is None else self.model.get_submodule(site.norm)
+        mean = None if norm is None else norm.get_buffer("running_mean")
+        refit(self.model, self._dense, site, moments, kept=kept, settle=settle)
+        if bias is not None and its is not None:
+            bias.target.copy_(round_alone(bias.target.cpu(), bias.kept, its))
+        if norm is None or mean is None:
+            return None
+        before, after = mean.clone(), significant(norm.get_buffer("running_mean"))
+        norm._buffers["running_mean"] = mean.copy_(after)  # the tensor that the next trial restores
+        return before - after
+
+    @staticmethod
+    def _matrices(layer: VariationalLayer, weight: Weight, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, what is kept, and steps as (G, R, C)."""
+        tensors = (weight.mean.double(), weight.kept, grid.step.expand(weight.mean.shape))
+        if weight.posterior is not None and weight.posterior.is_weight:
+            first, kept, step = (to_matrix(layer, tensor) for tensor in tensors)
+        else:
+            groups = to_matrix(layer, layer.get_parameter("weight")).shape[0]
+            first, kept, step = (tensor.reshape(groups, -1, 1) for tensor in tensors)
+        return first, kept, step
+
+    def _shift_norm(self, factors: KroneckerFactors, moved: Tensor) -> None:
+        """Lets the batch norm behind take up what the outputs moved by on average."""
+        if factors.norm is None or factors.centre is None:
+            return
+        shift = (moved * factors.centre[:, None]).sum(2).flatten()
+        buffer = self.model.get_submodule(factors.norm).get_buffer("running_mean")
+        buffer.copy_(significant(buffer + shift.to(buffer)))
+
+
+def _plan(kept: Tensor, factors: KroneckerFactors) -> Iterator[tuple[int, slice, list[Sweep]]]:
+    """Of each group and block of columns, (G, R, C), in what order they are rounded."""
+    start = 0
+    for block in factors.inputs:
+        part = slice(start, start := start + block.shape[-1])
+        for group, precision in enumerate(damped(block, _DAMPING)):
+            yield group, part, sweeps(kept[group][:, part], precision)
+
+
+def _joined(layer: str, parameter: str) -> str:
+    return f"{layer}.{parameter}" if layer else parameter
+
+
+def _factors(source: nn.Module, batches: list[Any]) -> KroneckerPosterior | None:
+    try:
+        return fit_kronecker(source, batches, num_positions=_POSITIONS)
+    except UnsupportedModelError:  # no layer is a matrix product, or none takes examples along its first dimension
+        return None
