@@ -32,6 +32,8 @@ LEVELS = {"MNIST 784-300-100-10": 1.0, "LeNet-5": 0.357}
 NUM_BATCHES, BATCH = 8, 1000
 HEADER = 300
 BYTES = {"MNIST 784-300-100-10": (4000, 3300, 3000, 2700), "LeNet-5": (3000, 2500, 2000, 1700)}
+COMPENSATIONS: dict[str, Any] = {"compensated": True, "each layer alone": "alone"}
+"""What rows say of the compensation, and what `quantize` is told."""
 WIDTHS = (6, 5, 4, 3)
 CLUSTERS = (32, 16, 8, 4)
 SETTINGS = {"levels": LEVELS, "batches": NUM_BATCHES, "batch": BATCH}
@@ -107,16 +109,12 @@ def measure(rows: Rows, name: str, seed: int, model: nn.Module, data: Data) -> N
             partial(_control, k_means_huffman, plain, data, count),
         )
     rows.add(key | {"method": "8 bit + LZMA"}, lambda: _control(eight_bits, plain, data))
-    for size in BYTES[name]:
-        rows.add(
-            key | {"method": "posterior, compensated", "setting": size},
-            partial(rounded, data=batches, bytes=size - HEADER),
-        )
-
-    for width in WIDTHS[1:]:
-        rows.add(
-            key | {"method": "one width, compensated", "setting": width}, partial(rounded, data=batches, bits=width)
-        )
+    for said, compensate in COMPENSATIONS.items():
+        make = partial(rounded, data=batches, compensate=compensate)
+        for size in BYTES[name]:
+            rows.add(key | {"method": f"posterior, {said}", "setting": size}, partial(make, bytes=size - HEADER))
+        for width in WIDTHS[1:]:
+            rows.add(key | {"method": f"one width, {said}", "setting": width}, partial(make, bits=width))
 
 
 def _control(method: Callable[..., int], model: nn.Module, data: Data, *options: Any) -> dict[str, Any]:

@@ -17,7 +17,8 @@ k-means + Huffman and of 8 bit + LZMA are of the code alone.
 
 - **pruned, float32, coded**: `save(coding="entropy")` without any rounding.
 - **posterior**: `quantize(model, bytes=...)`, steps out of the stds that pruning left; **compensated** with
-  {examples:,} training images, so that the weights of a row make up for each other.
+  {examples:,} training images: layers are fitted one after the other to what they gave before rounding, and the weights
+  of a row make up for each other; **each layer alone** does the latter alone, with the inputs that it had before.
 - **one width**, **falling widths**: `quantize(model, bits=...)`, the same for all layers, or one bit more for the first
   layer and one less for the last; then the same coding.
 - **k-means + Huffman**: the recipe of HAC and sHAC (Marino et al., 2022), k means of the non-zero weights of a layer;

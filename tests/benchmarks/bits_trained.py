@@ -5,15 +5,15 @@
     python tests/benchmarks/bits_trained.py --table
 
 Each control has one width for all tensors, a step for each row, and the same compensation as ours, by the same code:
-each layer is fitted to what it gave before rounding, or, "each layer alone", GPTQ with the inputs that layers had before
-rounding. Ours then has to fit the bytes of that control's coded file. Where weights were removed first, `prune_one_shot`
-did so with the same examples, in rows of both kinds. "Posterior" is what `quantize` gives a stock model: by the
-gradients of its logits; "of the loss", by those of its loss, which fade where a network is sure. ISO NNC is that of
-nncodec, whose environment is made by hand (`nncodec_peer.py`). Rows that are "trained on" are held to their grids
-(`bits.StraightThrough`) for about half an epoch, or for two where they say so, taught by the dense network (temperature
-4, weight 0.9); their learning rates were chosen on validation images with seed 0. All others train nothing. Files that
-have no header are counted without one. Seeds are draws of the examples. Finished rows are written at once and skipped
-when the program runs again.
+each layer is fitted to what it gave before rounding, or, "each layer alone", GPTQ with the inputs that layers had
+before rounding. Ours then has to fit the bytes of that control's coded file. Where weights were removed first,
+`prune_one_shot` did so with the same examples, in rows of both kinds. "Posterior" is what `quantize` gives a stock
+model: by the gradients of its logits; "of the loss", by those of its loss, which fade where a network is sure. ISO NNC
+is that of nncodec, whose environment is made by hand (`nncodec_peer.py`). Rows that are "trained on" are held to their
+grids (`bits.StraightThrough`) for about half an epoch, or for two where they say so, taught by the dense network
+(temperature 4, weight 0.9); their learning rates were chosen on validation images with seed 0. All others train
+nothing. Files that have no header are counted without one. Seeds are draws of the examples. Finished rows are written
+at once and skipped when the program runs again.
 """
 
 import copy
