@@ -86,7 +86,7 @@ def quantize(
         [4, 4, 4, 4]
     """
     check_whole(model, "quantize")
-    _check(tolerance, bits, bytes, per)
+    _check(tolerance, bits, bytes, per, compensate)
     batches = None if data is None else [on_device(batch, device_of(model)) for batch in data]
     if tolerance is not None and not batches:
         raise ValueError("tolerance needs data to measure the loss on; pass batches, or ask for bits or bytes.")
@@ -227,7 +227,13 @@ def _row(weight: Weight, grid: Grid | None) -> QuantizedTensor:
     )
 
 
-def _check(tolerance: float | None, bits: int | Mapping[str, int] | None, num_bytes: int | None, per: str) -> None:
+def _check(
+    tolerance: float | None,
+    bits: int | Mapping[str, int] | None,
+    num_bytes: int | None,
+    per: str,
+    compensate: bool | str,
+) -> None:
     """Refuses what is out of range.
 
     Raises:
@@ -246,3 +252,5 @@ def _check(tolerance: float | None, bits: int | Mapping[str, int] | None, num_by
         raise ValueError(f"bits is {bits!r}; expected whole numbers from 2 to 12, or a mapping of names to them.")
     if per not in ("tensor", "channel"):
         raise ValueError(f'per is {per!r}; expected "tensor" or "channel".')
+    if compensate not in (True, False, "alone"):
+        raise ValueError(f'compensate is {compensate!r}; expected True, "alone" or False.')

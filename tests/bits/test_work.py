@@ -1,0 +1,138 @@
+"""Rounding in sequence: each layer is fitted to what it gave before, from what the rounded layers before it give."""
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bayesprune as bp
+from bayesprune.laplace import compensation
+from bayesprune.layers import named_posteriors
+
+pytest.importorskip("constriction")
+
+OPTIONS = ({"bits": 3}, {"bits": 3, "per": "channel"}, {"bytes": 900})
+
+
+class Block(nn.Module):
+    """A convolution whose output is added to its input, behind a batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(6, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(self.conv(x)).relu()
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), Block(), Block(), nn.Flatten(), nn.Linear(6 * 16, 8)
+    )
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(std=0.3)
+                module.weight.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+def images(seed: int) -> Tensor:
+    """Of few patterns, so that inputs depend on each other."""
+    generator = torch.Generator().manual_seed(seed)
+    patterns = torch.randn(5, 2 * 36, generator=torch.Generator().manual_seed(9))
+    found = torch.randn(256, 5, generator=generator) @ patterns + 0.2 * torch.randn(256, 72, generator=generator)
+    return found.view(-1, 2, 6, 6)
+
+
+@pytest.fixture(scope="module")
+def data() -> list[tuple[Tensor, Tensor]]:
+    return [(x, x.mean((1, 2, 3)).gt(0).long()) for x in images(0).split(64)]
+
+
+@torch.no_grad()
+def distance(model: nn.Module, dense: nn.Module) -> float:
+    x = images(1)
+    return float((model(x) - dense(x)).square().mean())
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_held_out_outputs_are_closer_than_with_each_layer_alone(data, options):
+    found = {}
+    for compensate in (True, "alone", False):
+        model = net()
+        report = bp.quantize(model, data, compensate=compensate, **options)
+        found[compensate] = distance(model, net())
+        if "bytes" in options:
+            assert 0.9 * options["bytes"] < report.coded_bytes <= options["bytes"]
+    assert found[True] < 0.8 * found["alone"]
+    assert found["alone"] < found[False]
+
+
+def test_weights_lie_on_the_grids_of_the_report_and_norms_keep_eleven_bits(data):
+    model = net()
+    buffers = dict(model.named_buffers())
+    report = bp.quantize(model, data, bits=3)
+    values = model.state_dict()
+    for name, grid in report.grids.items():
+        integers = (values[name].double() / grid.step).round()
+        assert torch.equal((integers * grid.step).float(), values[name])
+        assert float(integers.abs().max()) <= grid.limit
+    for name, buffer in model.named_buffers():
+        assert buffer is buffers[name]
+        if name.endswith("running_mean"):
+            assert torch.equal(buffer.half().float(), buffer)
+            is_moved = not torch.equal(buffer, net().get_buffer(name).half().float())
+            assert is_moved is (name != "1.running_mean"), "before it stands a layer with a bias"
+
+
+def test_a_stock_model_is_rounded_as_its_posterior_is(data):
+    stock, variational = net(), bp.to_variational(net())
+    torch.manual_seed(1)
+    bp.quantize(stock, data, bits=3)
+    torch.manual_seed(1)
+    bp.laplace.fit_laplace(variational, data, loss=bp.laplace.output_metric)
+    bp.quantize(variational, data, bits=3)
+    for name, value in bp.to_deterministic(variational).state_dict().items():
+        assert torch.equal(value, stock.state_dict()[name])
+
+
+def test_removed_weights_stay_zero_and_what_has_no_grid_as_it_is(data):
+    model = bp.laplace.fit_laplace(bp.to_variational(net()), data)
+    bp.prune_weights(model, "weights=0.5")
+    masks = {its.name: its.mask for its in named_posteriors(model) if its.mask is not None}
+    bp.quantize(model, data, bits=3)
+    assert masks
+    for name, mask in masks.items():
+        assert not model.get_parameter(name)[~mask].any()
+    model = net()
+    model[3].conv.weight.requires_grad_(False)
+    bp.quantize(model, data, bits={"0": 3, "6.weight": 3})
+    for name in ("4.conv.weight", "6.bias"):
+        assert torch.equal(model.get_parameter(name), net().get_parameter(name))
+    assert torch.allclose(model[3].conv.weight, net()[3].conv.weight, rtol=2.0**-11)
+
+
+@pytest.mark.parametrize("make", [net, lambda: bp.to_variational(net())])
+def test_an_error_on_the_way_leaves_the_model_as_it_was(data, monkeypatch, make):
+    model, calls = make(), itertools.count()
+
+    def refit(*args: Any, **options: Any) -> Tensor | None:
+        if next(calls) == 2:
+            raise RuntimeError("on the way")
+        return compensation.refit(*args, **options)
+
+    monkeypatch.setattr("bayesprune.bits.work.refit", refit)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match="on the way"):
+        bp.quantize(model, data, bits=3)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+
+
+def test_compensation_is_one_of_three(data):
+    with pytest.raises(ValueError, match="compensate is 'layer'; expected True, \"alone\" or False"):
+        bp.quantize(net(), data, bits=3, compensate="layer")
