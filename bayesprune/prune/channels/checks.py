@@ -33,7 +33,9 @@ def checked_target(
     """
     if isinstance(granularity, str) or not granularity or not set(granularity) <= set(GRANULARITY):
         raise ValueError(f"granularity is {granularity!r}; expected some of {GRANULARITY}, in a tuple.")
-    if isinstance(target, Mapping) and target:
+    if isinstance(target, Mapping):
+        if not target:
+            raise ValueError("prune_channels got no sizes; expected how many channels some group keeps, by its layer.")
         for name, kept in target.items():
             if not isinstance(kept, int) or kept < 1:
                 raise ValueError(

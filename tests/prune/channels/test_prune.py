@@ -416,7 +416,7 @@ def test_what_does_not_run_without_its_channels_is_left_whole():
 @pytest.mark.parametrize(
     ("target", "options", "message"),
     [
-        ({}, {}, "the target {}; expected a text"),
+        ({}, {}, "got no sizes"),
         ("macs=0.5,params=0.5", {}, "expected a text like"),
         ({"flops": 0.5}, {}, "flops"),
         ("macs=1", {}, "between 0 and 1"),
