@@ -137,7 +137,9 @@ class Rows:
         return row
 
 
-def measure(rows: Rows, name: str, net: Net, seed: int, shares: list[float], nncodec: str | None = None) -> None:
+def measure(
+    rows: Rows, name: str, net: Net, seed: int, shares: list[float], asked: list[int], nncodec: str | None = None
+) -> None:
     """All rows of a network and a draw of the examples; those of ISO NNC by this interpreter, where there is one."""
     random.seed(seed)
     torch.manual_seed(seed)
@@ -167,11 +169,12 @@ def measure(rows: Rows, name: str, net: Net, seed: int, shares: list[float], nnc
                 )
         for said, compensate in COMPENSATIONS.items():
             make = partial(rounded, net, batches, compensate)
-            rows.add(
-                key | {"method": SMALL + said},
-                lambda known=known, make=make: make(known(), bytes=size // TIMES - HEADER),
-            )
-            for width in WIDTHS:
+            if TIMES in asked:
+                rows.add(
+                    key | {"method": SMALL + said},
+                    lambda known=known, make=make: make(known(), bytes=size // TIMES - HEADER),
+                )
+            for width in (width for width in WIDTHS if width in asked):
                 one = rows.add(
                     key | {"method": ONE + said, "setting": width},
                     lambda width=width, known=known, make=make: make(known(), bits=width, per="channel"),
@@ -316,6 +319,14 @@ def main() -> None:
     options.add_argument(
         "--kept", type=float, nargs="+", choices=KEPT, default=list(KEPT), help="shares of the weights, without --train"
     )
+    options.add_argument(
+        "--asked",
+        type=int,
+        nargs="+",
+        choices=(*WIDTHS, TIMES),
+        default=[*WIDTHS, TIMES],
+        help=f"widths of rows, and {TIMES} for those so many times smaller, without --train",
+    )
     options.add_argument("--nncodec", metavar="PYTHON", help="interpreter of an environment with nncodec")
     options.add_argument(
         "--train", nargs="?", choices=TRAINED, const="short", help="the rows that are trained on; of the ResNets"
@@ -332,7 +343,7 @@ def main() -> None:
         if args.train:
             measure_training(Rows(args.out), task(args.network, Path(args.data_dir)), net, seed, args.train)
         else:
-            measure(Rows(args.out), args.network, net, seed, args.kept, args.nncodec)
+            measure(Rows(args.out), args.network, net, seed, args.kept, args.asked, args.nncodec)
 
 
 if __name__ == "__main__":
