@@ -191,13 +191,14 @@ class Work:
         norm = None if site.norm is None else self.model.get_submodule(site.norm)
         mean = None if norm is None else norm.get_buffer("running_mean")
         refit(self.model, self._dense, site, moments, kept=kept, settle=settle)
+        shift = None
+        if norm is not None and mean is not None:
+            before, after = mean.clone(), significant(norm.get_buffer("running_mean"))
+            norm._buffers["running_mean"] = mean.copy_(after)  # the tensor that the next trial restores
+            shift = before - after
         if bias is not None and its is not None:
             bias.target.copy_(round_alone(bias.target.cpu(), bias.kept, its))
-        if norm is None or mean is None:
-            return None
-        before, after = mean.clone(), significant(norm.get_buffer("running_mean"))
-        norm._buffers["running_mean"] = mean.copy_(after)  # the tensor that the next trial restores
-        return before - after
+        return shift
 
     @staticmethod
     def _matrices(layer: VariationalLayer, weight: Weight, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
