@@ -53,7 +53,7 @@ LEVELS = (5.0, 2.0, 1.0, 0.4, 0.15)
 """Percent of the weights that are kept."""
 CHOICE = 1.0
 """The level at which settings are chosen for all but the smallest."""
-EPOCHS = {"LeNet-300-100": 34, "LeNet-5": 3}
+EPOCHS = {"LeNet-300-100": 34, "LeNet-5": 10}
 DENSE = {"LeNet-300-100": Phase(6, 2e-3), "LeNet-5": Phase(2, 2e-3)}
 NUM_CUTS = 100
 NUM_ATTENTIVE_CUTS = 20  # each takes passes of its own
