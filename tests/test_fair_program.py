@@ -77,6 +77,26 @@ def test_every_score_has_as_many_tries_and_pays_for_its_gradients():
     assert Way("Taylor", "mean", "measured", "conditioned", "in 3 stages").evaluations == 3 * 2 * 1_024
 
 
+def test_what_later_runs_load_is_whole_or_not_there(tmp_path, monkeypatch):
+    from common import keep
+
+    path = tmp_path / "dense-0.5.pt"
+    keep({"weight": torch.ones(3)}, path)
+    save = torch.save
+
+    def stopped(value, file):
+        save(value, file)
+        file.write_bytes(file.read_bytes()[:100])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", stopped)
+    for other in (path, tmp_path / "other.pt"):
+        with pytest.raises(KeyboardInterrupt):
+            keep({"weight": torch.zeros(3)}, other)
+    assert torch.load(path)["weight"].sum() == 3
+    assert not (tmp_path / "other.pt").exists()
+
+
 def test_shares_cut_classes_alike():
     from fair_methods import shares
 

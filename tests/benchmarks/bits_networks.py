@@ -40,7 +40,7 @@ def pruned(benchmark: Benchmark, name: str, target: float, seed: int) -> Network
             done = without_posterior(net)
             if level.after:
                 train(done, data, _phase(task.after, level.after))
-            torch.save(done, _path(benchmark.work, name, float(level.target), seed))  # type: ignore[arg-type]
+            common.keep(done, _path(benchmark.work, name, float(level.target), seed))  # type: ignore[arg-type]
             if level.target == target:
                 break
     return torch.load(path, weights_only=False)

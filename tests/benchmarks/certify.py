@@ -62,7 +62,7 @@ def units_cut(benchmark: Benchmark, seed: int) -> Network:
             compact(net)
         done = without_posterior(net)
         train(done, data, _phase(task.after, task.levels[-1].after))
-        torch.save(done, path)
+        common.keep(done, path)
     return torch.load(path, weights_only=False)
 
 

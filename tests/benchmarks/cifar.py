@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -199,7 +200,7 @@ class Benchmark:
             row["seconds_per_step"] = self.fine_tune(model, PLAIN, steps, key["lr_after"], seed + 1000)
             row["after_fine_tuning"] = accuracy(model, images.batches())
         if key["section"] == "final" and seed == 0 and removal.score == "snr":
-            torch.save(model, self.work / f"final-{row['name'].replace(' ', '-').replace(',', '')}.pt")
+            common.keep(model, self.work / f"final-{row['name'].replace(' ', '-').replace(',', '')}.pt")
         self.write("rows", row | {"seconds": round(time.perf_counter() - start, 1)})
         return row
 
@@ -219,7 +220,7 @@ class Benchmark:
             "tuned",
             {"name": tuning.name, "seed": seed, "validation": validation, "seconds_per_step": seconds},
         )
-        torch.save(model.state_dict(), path)
+        common.keep(model.state_dict(), path)
         return model
 
     def fine_tune(self, model: nn.Module, tuning: Tuning, steps: int, lr: float, seed: int) -> float:

@@ -8,6 +8,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import torch
+
 
 def spread(values: Sequence[float], digits: int = 1, *, of_mean: bool = False) -> str:
     """Mean ± standard deviation of several values, or ± the standard error of their mean; one value alone."""
@@ -46,4 +48,10 @@ def write(path: Path, settings: dict[str, Any], runs: list[dict[str, Any]]) -> N
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps({"settings": settings, "runs": runs}, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def keep(value: Any, path: Path) -> None:
+    """Saves what later runs load in one step, so that a stopped program leaves a whole file or none."""
+    torch.save(value, partial := path.with_suffix(".partial"))
     partial.replace(path)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from attentive import attentive_score
-from common import parser, read, spread, write
+from common import keep, parser, read, spread, write
 from mnist import load
 from mnist_methods import (
     BATCH,
@@ -215,7 +215,7 @@ class Benchmark:
             torch.manual_seed(seed)
             net = network(NETS[TASKS[name][1]](), prior=None)
             train(net, data, DENSE[TASKS[name][1]])
-            torch.save({k: v for k, v in net.model.state_dict().items() if "log_std" not in k}, path)
+            keep({k: v for k, v in net.model.state_dict().items() if "log_std" not in k}, path)
         return torch.load(path, weights_only=True)
 
     def add(self, name: str, way: Way, level: float, seed: int, *, validation: bool) -> Row:

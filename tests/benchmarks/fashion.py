@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from common import keep
 from mnist import load
 from torch import Tensor, nn
 
@@ -75,6 +76,6 @@ def trained_convnet(train: Clothes) -> nn.Sequential:
             optimizer.step()
             schedule.step()
         WEIGHTS.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(model.state_dict(), WEIGHTS)
+        keep(model.state_dict(), WEIGHTS)
     model.load_state_dict(torch.load(WEIGHTS))
     return model.eval()

@@ -202,7 +202,7 @@ class Benchmark:
         net.penalty = penalty
         torch.manual_seed(seed + 50)
         train(net, data, task.tune)
-        torch.save(replace(net, penalty=None), path)
+        common.keep(replace(net, penalty=None), path)
         return net, steps + phase_steps
 
     def dense(self, task: Task, seed: int, data: Data, *, validation: bool) -> tuple[dict[str, torch.Tensor], int]:
@@ -212,7 +212,7 @@ class Benchmark:
             torch.manual_seed(seed)
             net = network({"mlp": mlp, "lenet5": lenet5}[task.net](), prior=None)
             train(net, data, task.dense)
-            torch.save(net.model.state_dict(), path)
+            common.keep(net.model.state_dict(), path)
         return torch.load(path, weights_only=True), steps
 
 

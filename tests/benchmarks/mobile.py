@@ -24,7 +24,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import torch_pruning as tp
-from common import parser, read, spread, write
+from common import keep, parser, read, spread, write
 from PIL import Image
 from torch import Tensor, nn
 
@@ -164,7 +164,7 @@ class Benchmark:
 
         def make() -> dict[str, Any]:
             cost = train(model, self.train.random(BEFORE, seed), num_data=len(self.train.labels))
-            torch.save(model.state_dict(), path)
+            keep(model.state_dict(), path)
             return self.measured(model) | {"noise_cost": cost}
 
         if not path.is_file():

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch_pruning as tp
 from attentive import bert_units
+from common import keep
 from cuts import largest_weights
 from fair_methods import ByName
 from sst2_methods import like_lengths, train
@@ -130,7 +131,7 @@ def _cut(benchmark: "Benchmark", score: str, kept: float, seed: int) -> tuple[nn
         "cpu_seconds": round(time.process_time() - cpu, 1),
         "wall_seconds": round(time.perf_counter() - start, 1),
     }
-    torch.save((model, report, row), path)
+    keep((model, report, row), path)
     return model, row
 
 
