@@ -7,7 +7,7 @@ goes through the layers in the same order, and does not fit them.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,6 +32,9 @@ from bayesprune.storage.coding import CODED, encoded
 
 _DAMPING = 0.01
 _POSITIONS = 128  # a column, for the Kronecker factors
+
+Plan = tuple[int, slice, list[Sweep]]
+"""A group, a block of its columns, and in what order these are rounded."""
 
 
 @dataclass
@@ -72,7 +75,7 @@ class Work:
         self._by_name = {weight.name: weight for weight in weights}
         self._batches, self._loss = batches, loss
         self._factors: KroneckerPosterior = (_factors(model, batches) or {}) if batches and compensate else {}
-        self._plans: dict[str, list[tuple[int, slice, list[Sweep]]]] = {}
+        self._plans: dict[str, list[Plan]] = {}
         self._names = ordinary_names(model)
         rest = rest_of(self.saved(), [weight.target for weight in weights])
         self._rest = [(tensor, tensor.clone()) for tensor in rest]
@@ -157,12 +160,9 @@ class Work:
         matrices = [self._matrices(layer, each, its) for each, its in parts]
         mean, kept, step = (torch.cat(part, dim=2) for part in zip(*matrices, strict=True))
         limits = [grid.limit] * num_columns + [its.limit for _, its in parts[1:]]
-        found = torch.zeros_like(mean)
         if name not in self._plans:
-            self._plans[name] = list(_plan(kept, factors))
-        for group, part, plan in self._plans[name]:
-            at = (group, slice(None), part)
-            found[at] = round_columns(mean[at], kept[at], step[at], plan, limits[part])
+            self._plans[name] = list(_plans(kept, factors.inputs))
+        found = _rounded(mean, kept, step, self._plans[name], limits)
         weight.target.copy_(from_matrix(layer, found[..., :num_columns]) + 0.0)
         if has_bias and bias is not None:
             bias.target.copy_(found[..., -1].reshape(bias.mean.shape) + 0.0)
@@ -181,12 +181,8 @@ class Work:
         _, kept, step = self._matrices(layer, weight, grid)
 
         def settle(found: Tensor, xx: Tensor) -> Tensor:
-            rounded = torch.zeros_like(kept, dtype=torch.double)
-            for group, precision in enumerate(damped(xx, _DAMPING).cpu()):
-                plan = sweeps(kept[group], precision)
-                limits = [grid.limit] * kept.shape[2]
-                rounded[group] = round_columns(found[group].cpu(), kept[group], step[group], plan, limits)
-            return rounded.to(found)
+            plans, limits = list(_plans(kept, [xx.cpu()])), [grid.limit] * kept.shape[2]
+            return _rounded(found.cpu(), kept, step, plans, limits).to(found)
 
         norm = None if site.norm is None else self.model.get_submodule(site.norm)
         mean = None if norm is None else norm.get_buffer("running_mean")
@@ -220,13 +216,22 @@ class Work:
         buffer.copy_(significant(buffer + shift.to(buffer)))
 
 
-def _plan(kept: Tensor, factors: KroneckerFactors) -> Iterator[tuple[int, slice, list[Sweep]]]:
-    """Of each group and block of columns, (G, R, C), in what order they are rounded."""
+def _plans(kept: Tensor, inputs: Sequence[Tensor]) -> Iterator[Plan]:
+    """Of what is kept, (G, R, C), how it is rounded, with blocks (G, b, b) along the diagonal of E[x x^T]."""
     start = 0
-    for block in factors.inputs:
+    for block in inputs:
         part = slice(start, start := start + block.shape[-1])
         for group, precision in enumerate(damped(block, _DAMPING)):
             yield group, part, sweeps(kept[group][:, part], precision)
+
+
+def _rounded(mean: Tensor, kept: Tensor, step: Tensor, plans: Sequence[Plan], limits: Sequence[int]) -> Tensor:
+    """Weights (G, R, C) rounded as planned; `limits` are the largest integers of the columns."""
+    found = torch.zeros_like(mean)
+    for group, part, plan in plans:
+        at = (group, slice(None), part)
+        found[at] = round_columns(mean[at], kept[at], step[at], plan, limits[part])
+    return found
 
 
 def _joined(layer: str, parameter: str) -> str:

@@ -40,7 +40,8 @@ def pruned(benchmark: Benchmark, name: str, target: float, seed: int) -> Network
             done = without_posterior(net)
             if level.after:
                 train(done, data, _phase(task.after, level.after))
-            common.keep(done, _path(benchmark.work, name, float(level.target), seed))  # type: ignore[arg-type]
+            assert not isinstance(level.target, tuple), "a task about weights"
+            common.keep(done, _path(benchmark.work, name, level.target, seed))
             if level.target == target:
                 break
     return torch.load(path, weights_only=False)

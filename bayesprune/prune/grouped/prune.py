@@ -26,7 +26,7 @@ from bayesprune.foundation.model import restored_on_error
 from bayesprune.foundation.sharding import check_whole
 from bayesprune.foundation.target import Target
 from bayesprune.foundation.text import as_text
-from bayesprune.laplace.compensation import refit
+from bayesprune.laplace.compensation import ROWS_PER_COLUMN, refit
 from bayesprune.laplace.matrices import damped
 from bayesprune.laplace.regression import Moments, ridge
 from bayesprune.laplace.sequence import Site, dense_moments, fit_in_sequence, fittable_layers, sites_of
@@ -38,7 +38,6 @@ from bayesprune.prune.grouped.assign import assign, block_costs
 
 CHOICES = (2, 4, 8, 16)
 """Numbers of groups among which a target chooses."""
-_ROWS_PER_COLUMN = 32
 _DAMPING = 0.01  # of the trial that says what groups cost
 _REPEATS = 10
 
@@ -138,7 +137,7 @@ def prune_groups(
     macs = macs_by_module(dense, example_inputs)
     layers = fittable_layers(dense)
     notes = _notes(dense, layers, goal, ignored_layers)
-    sites = sites_of(dense, batches, layers, rows_per_column=_ROWS_PER_COLUMN)
+    sites = sites_of(dense, batches, layers, rows_per_column=ROWS_PER_COLUMN)
     able = [site for site in sites if notes.get(site.name, "it is no convolution") == "" and site.num_calls == 1]
     if isinstance(goal, int):
         groups = {site.name: goal for site in able}
