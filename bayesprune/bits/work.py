@@ -7,7 +7,7 @@ goes through the layers in the same order, and does not fit them.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,10 +24,10 @@ from bayesprune.foundation.progress import progress_bar
 from bayesprune.laplace import KroneckerFactors, KroneckerPosterior, fit_kronecker
 from bayesprune.laplace.calibration import Loss, own_loss
 from bayesprune.laplace.compensation import ROWS_PER_COLUMN, refit
-from bayesprune.laplace.matrices import damped, from_matrix, to_matrix
+from bayesprune.laplace.matrices import damped, from_matrix, is_matrix_product, to_matrix
 from bayesprune.laplace.regression import Moments
 from bayesprune.laplace.sequence import Site, fit_in_sequence, fittable_layers, sites_of
-from bayesprune.layers import Posterior, VariationalLayer
+from bayesprune.layers import Posterior, VariationalLayer, variational_layers
 from bayesprune.storage.coding import CODED, encoded
 
 _DAMPING = 0.01
@@ -74,13 +74,16 @@ class Work:
         self.grids: dict[str, Grid | None] = {}
         self._by_name = {weight.name: weight for weight in weights}
         self._batches, self._loss = batches, loss
-        self._factors: KroneckerPosterior = (_factors(model, batches) or {}) if batches and compensate else {}
+        self._factors: KroneckerPosterior | None = None  # fitted for the first layers that are rounded by them
         self._plans: dict[str, list[Plan]] = {}
         self._names = ordinary_names(model)
         rest = rest_of(self.saved(), [weight.target for weight in weights])
         self._rest = [(tensor, tensor.clone()) for tensor in rest]
+        self._by_columns: set[str] = set()
+        if batches and compensate:
+            self._by_columns = {name for name, layer in variational_layers(model) if is_matrix_product(layer)}
         self._dense, self._sites = model, list[Site]()
-        if batches and self._factors and compensate is True:
+        if batches and compensate is True:
             self._dense = copy.deepcopy(model)
             layers = fittable_layers(self._dense)
             self._sites = sites_of(self._dense, batches, layers, rows_per_column=ROWS_PER_COLUMN)
@@ -90,13 +93,22 @@ class Work:
         """Whether `round_in_sequence` does more than `round`."""
         return bool(self._sites)
 
-    def round(self, grid_of: Callable[[Weight], Grid | None]) -> None:
-        """Rounds what has a grid, from what it was before; the rest to fewer significant bits."""
+    def round(self, grid_of: Callable[[Weight], Grid | None], *, later: Collection[str] = ()) -> None:
+        """Rounds what has a grid, from what it was before; the rest to fewer significant bits.
+
+        Args:
+            grid_of: The grid of a tensor; None leaves it as it was.
+            later: Layers that will be rounded anew: their columns need not make up for each other yet.
+        """
+        by_columns = self._by_columns.difference(later)
+        if by_columns and self._factors is None and self._batches:
+            self._factors = _factors(self._dense, self._batches)
         for tensor, before in self._rest:
             tensor.copy_(significant(before))
         self.grids = {weight.name: grid_of(weight) for weight in self.weights}
         done: set[str] = set()
-        for name, factors in progress_bar(self._factors.items(), "Round", "layer"):
+        found = {name: factors for name, factors in (self._factors or {}).items() if name in by_columns}
+        for name, factors in progress_bar(found.items(), "Round", "layer"):
             done |= self._round_layer(name, factors)
         for weight in self.weights:
             grid = self.grids[weight.name]
@@ -105,7 +117,7 @@ class Work:
 
     def round_in_sequence(self, grid_of: Callable[[Weight], Grid | None]) -> None:
         """Rounds everything, then, in sequence, each layer anew, fitted to what it gave before any was rounded."""
-        self.round(grid_of)
+        self.round(grid_of, later={site.name for site in self._sites})
         if not self._batches or not self._sites:
             return
         fit_in_sequence(
@@ -238,8 +250,8 @@ def _joined(layer: str, parameter: str) -> str:
     return f"{layer}.{parameter}" if layer else parameter
 
 
-def _factors(source: nn.Module, batches: list[Any]) -> KroneckerPosterior | None:
+def _factors(source: nn.Module, batches: list[Any]) -> KroneckerPosterior:
     try:
         return fit_kronecker(source, batches, num_positions=_POSITIONS)
     except UnsupportedModelError:  # no layer is a matrix product, or none takes examples along its first dimension
-        return None
+        return {}

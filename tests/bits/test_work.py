@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import bayesprune as bp
-from bayesprune.laplace import compensation
+from bayesprune.laplace import KroneckerPosterior, compensation, kronecker
 from bayesprune.layers import named_posteriors
 
 pytest.importorskip("constriction")
@@ -136,3 +136,46 @@ def test_an_error_on_the_way_leaves_the_model_as_it_was(data, monkeypatch, make)
 def test_compensation_is_one_of_three(data):
     with pytest.raises(ValueError, match="compensate is 'layer'; expected True, \"alone\" or False"):
         bp.quantize(net(), data, bits=3, compensate="layer")
+
+
+class Routed(nn.Module):
+    """Examples with a positive first input go through an expert, as behind a router, and all through the rest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.expert, self.last = nn.Linear(8, 12), nn.Linear(12, 12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x).relu()
+        chosen = x[:, 0] > 0
+        return self.last(hidden.index_put((chosen.nonzero()[:, 0],), self.expert(hidden[chosen])))
+
+
+def test_only_layers_outside_the_sequence_need_factors(data, monkeypatch):
+    """They are half of the time that a fixed width takes."""
+    fitted: list[nn.Module] = []
+
+    def fit_kronecker(model: nn.Module, *args: Any, **options: Any) -> KroneckerPosterior:
+        fitted.append(model)
+        return kronecker.fit_kronecker(model, *args, **options)
+
+    monkeypatch.setattr("bayesprune.bits.work.fit_kronecker", fit_kronecker)
+    bp.quantize(net(), data, bits=3)
+    assert not fitted
+    tied = net()
+    tied[4].conv.weight = tied[3].conv.weight
+    bp.quantize(tied, data, bits=3)
+    assert len(fitted) == 1, "two layers with one weight are not in it"
+
+
+def test_a_layer_behind_a_router_leaves_the_rest_in_sequence():
+    torch.manual_seed(0)
+    routed = bp.to_variational(Routed()).eval()
+    x = torch.randn(250, 5) @ torch.randn(5, 8)
+    errors = {}
+    for compensate in (True, False):
+        model = copy.deepcopy(routed)
+        bp.quantize(model, [(part, part.sum(1).gt(0).long()) for part in x.split(125)], bits=3, compensate=compensate)
+        with torch.no_grad():
+            errors[compensate] = float((model(x) - routed(x)).square().mean())
+    assert errors[True] < 0.8 * errors[False]
