@@ -102,6 +102,76 @@ def test_an_error_on_the_way_leaves_the_model_as_it_was(fails_on_second_call):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_an_error_at_the_end_leaves_the_modules_as_they_were(monkeypatch):
+    def fails(*args, **options):
+        raise MemoryError
+
+    model, x = block(1)
+    bp.to_variational(model)
+    before, modules = copy.deepcopy(model.state_dict()), dict(model.named_modules())
+    monkeypatch.setattr("bayesprune.prune.grouped.prune.seconds_in_turn", fails)
+    with pytest.raises(MemoryError):
+        prune_groups(model, x[:1], 4, data=[x])
+    assert dict(model.named_modules()) == modules
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Pair(nn.Module):
+    """Two convolutions, the first of which has two names; a number for each channel may stand in between."""
+
+    def __init__(self, *, is_scaled=False, calls_second_name=False):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3)
+        self.body = nn.Sequential(self.one)
+        self.scale = nn.Parameter(torch.rand(8, 1, 1)) if is_scaled else 1.0
+        self.calls_second_name = calls_second_name
+
+    def forward(self, x):
+        first = self.body if self.calls_second_name else self.one
+        return self.two((first(x) * self.scale).relu())
+
+
+def pair(**options):
+    torch.manual_seed(0)
+    return bp.to_variational(Pair(**options)), torch.randn(16, 4, 8, 8)
+
+
+def test_a_layer_with_two_names_is_replaced_under_both():
+    found = []
+    for calls_second_name in (False, True):
+        model, x = pair(calls_second_name=calls_second_name)
+        prune_groups(model, x[:1], 2, data=[x])
+        assert model.body[0] is model.one
+        found.append(output(model, x))
+    assert torch.equal(*found)
+
+
+def test_channels_with_a_parameter_of_their_own_stay_in_order():
+    model, x = pair(is_scaled=True)
+    for number, conv in enumerate((model.one, model.two)):
+        grouped_by_hand(conv, 2, number)
+    expected = output(model, x)
+    prune_groups(model, x[:1], 2, data=[x], damping=1e-6)
+    torch.testing.assert_close(output(model, x), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_bias_stays_frozen():
+    model, x = pair()
+    model.one.bias.requires_grad_(False)
+    prune_groups(model, x[:1], 2, data=[x])
+    assert isinstance(model.one, ShuffledConv2d)
+    assert [layer.bias.requires_grad for layer in (model.one, model.two)] == [False, True]
+
+
+def test_a_model_that_is_a_convolution_is_refused_as_it_was():
+    model = bp.to_variational(nn.Conv2d(4, 8, 3))
+    before = copy.deepcopy(model.state_dict())
+    x = torch.randn(16, 4, 8, 8)
+    with pytest.raises(ValueError, match="it is the whole model, in which it cannot be replaced"):
+        prune_groups(model, x[:1], 2, data=[x])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_a_target_gives_each_layer_its_groups():
     model, x = block(2)
     grouped_by_hand(model.one, 8, 3)  # which costs nothing there

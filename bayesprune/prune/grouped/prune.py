@@ -8,7 +8,8 @@ channels take the order of the second, so that one index serves both.
 """
 
 import copy
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -155,11 +156,11 @@ def prune_groups(
     first = next(index for index, site in enumerate(sites) if groups.get(site.name, 1) > 1)
     with restored_on_error(model, dense):
         fit_in_sequence(model, dense, batches, sites[first:], fit, progress=progress, title="Group")
-    for name, (rows, columns) in orders.items():
-        _replace(model, name, groups[name], rows, columns)
-    _fold(model, _between(dense, example_inputs, orders))
-    after = sum(macs_by_module(model, example_inputs).values())
-    seconds = seconds_in_turn([dense, model], example_inputs, num_repeats=_REPEATS)
+        made = {name: _grouped(model.get_submodule(name), groups[name], *order) for name, order in orders.items()}
+        with _replaced(model, made):
+            _fold(model, _between(dense, example_inputs, orders))
+            after = sum(macs_by_module(model, example_inputs).values())
+            seconds = seconds_in_turn([dense, model], example_inputs, num_repeats=_REPEATS)
     rows = [GroupRow(name, groups[name] if name in orders else 1, note) for name, note in notes.items()]
     return GroupReport(
         tuple(rows),
@@ -186,7 +187,9 @@ def _notes(
     for name, module in model.named_modules():
         if not isinstance(module, nn.Conv2d):
             continue
-        if name not in layers:
+        if not name:
+            note = "it is the whole model, in which it cannot be replaced"
+        elif name not in layers:
             note = "it has no posterior, is frozen, or shares its weight"
         elif layers[name].stock_type is not nn.Conv2d:
             note = f"it is a {layers[name].stock_type.__name__}, whose forward is its own"
@@ -274,13 +277,14 @@ def _between(dense: nn.Module, example_inputs: Any, names: Collection[str]) -> l
         groups = find_groups(dense, example_inputs).groups
     except UnsupportedModelError:
         return []
+    modules = dict(dense.named_modules())
     found = []
     for group in groups:
         axes = [member.axis for member in group.members]
         makers = [name for name, side in axes if side == "out" and name in names]
         readers = [name for name, side in axes if side == "in" and name in names]
         norms = [name for name, side in axes if side == "out" and name not in names]
-        are_norms = all(isinstance(dense.get_submodule(name), nn.BatchNorm2d) for name in norms)
+        are_norms = all(isinstance(modules.get(name), nn.BatchNorm2d) for name in norms)
         is_in_order = all(
             member.size == group.num_channels and torch.equal(member.positions.roots, member.positions.places)
             for member in group.members
@@ -305,9 +309,8 @@ def _fold(model: nn.Module, pairs: Iterable[tuple[str, str, list[str]]]) -> None
         second.order(torch.arange(len(order), device=order.device), second.outputs)
 
 
-def _replace(model: nn.Module, name: str, number: int, rows: Tensor, columns: Tensor) -> None:
-    """Puts a grouped convolution in the place of a layer whose other weights are zeros."""
-    layer: Any = model.get_submodule(name)
+def _grouped(layer: Any, number: int, rows: Tensor, columns: Tensor) -> ShuffledConv2d:
+    """The grouped convolution that computes what a layer does whose other weights are zeros."""
     made = ShuffledConv2d.like(layer, number)
     by_row, by_column = (groups.argsort(stable=True).to(layer.weight.device) for groups in (rows, columns))
     size = layer.in_channels // number
@@ -316,5 +319,21 @@ def _replace(model: nn.Module, name: str, number: int, rows: Tensor, columns: Te
     if layer.bias is not None:
         assert made.bias is not None, "it has the form of the layer"
         made.bias.copy_(layer.bias[by_row])
+        made.bias.requires_grad_(layer.bias.requires_grad)
     made.order(by_column, by_row.argsort())
-    model.set_submodule(name, made)
+    return made
+
+
+@contextmanager
+def _replaced(model: nn.Module, made: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Puts modules in the places of those of these names, under all names they have; an error puts those back."""
+    others = {id(model.get_submodule(name)): module for name, module in made.items()}
+    before = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if id(module) in others]
+    try:
+        for name, module in before:
+            model.set_submodule(name, others[id(module)])
+        yield
+    except BaseException:
+        for name, module in before:
+            model.set_submodule(name, module)
+        raise
