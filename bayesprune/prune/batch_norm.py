@@ -1,7 +1,7 @@
 """Batch-norm statistics of a model whose channels have changed: measured anew, or kept while it is fine-tuned."""
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from itertools import chain, islice
 from typing import Any
 
@@ -12,13 +12,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bayesprune.errors import UnsupportedModelError
 from bayesprune.foundation.batches import on_device, split
 from bayesprune.foundation.model import eval_mode
+from bayesprune.foundation.text import first_names
 
 
 def recalibrate_batch_norm(model: nn.Module, data: Iterable[Any], *, max_batches: int = 50) -> nn.Module:
     """The model with running means and variances of its batch norms measured anew, in place; nothing else changes.
 
     All other modules are in evaluation mode meanwhile: torch's `update_bn` puts the whole model in training mode, where
-    dropout and sampled weights would distort the statistics.
+    dropout and sampled weights would distort the statistics. Norms that the forward does not call keep what they had,
+    and so do all after an error. Norms under `freeze_batch_norm` are measured, too, and are frozen again afterwards. A
+    batch that gives a norm a single value a channel, as one example can, is normalised there and not measured.
 
     Args:
         model: Without any batch norm it is left as it is, and no batch is drawn.
@@ -27,7 +30,7 @@ def recalibrate_batch_norm(model: nn.Module, data: Iterable[Any], *, max_batches
         max_batches: No more batches than these are used.
 
     Raises:
-        ValueError: there was no batch.
+        ValueError: there was no batch, or a norm got single values alone.
         UnsupportedModelError: the model has no parameter to tell the device from.
     """
     norms = measured_norms(model)
@@ -36,23 +39,64 @@ def recalibrate_batch_norm(model: nn.Module, data: Iterable[Any], *, max_batches
     parameter = next(model.parameters(), None)
     if parameter is None:
         raise UnsupportedModelError("the model has no parameter, so nothing says on which device its batches belong.")
-    before = [norm.momentum for norm in norms]
     batches = islice(data, max_batches)
     first = next(batches, None)
     if first is None:
         raise ValueError("data has no batch; expected an iterable of input batches.")
-    with torch.no_grad(), eval_mode(model):
-        try:
-            for norm in norms:
-                norm.reset_running_stats()
-                norm.momentum = None  # a plain average over the batches
-                norm.training = True
-            for batch in chain([first], batches):
-                split(model, on_device(batch, parameter.device)).run(model)
-        finally:
-            for norm, momentum in zip(norms, before, strict=True):
-                norm.momentum = momentum
+    with torch.no_grad(), eval_mode(model), _kept_on_error(norms), _measuring(norms) as unmeasured:
+        for batch in chain([first], batches):
+            split(model, on_device(batch, parameter.device)).run(model)
+        if without := [name for name, module in model.named_modules() if module in unmeasured]:
+            raise ValueError(
+                f"every batch gave {first_names(without)} a single value a channel, which has no variance; expected "
+                "batches of more than one example. Nothing was changed."
+            )
     return model
+
+
+@contextmanager
+def _measuring(norms: Sequence[_BatchNorm]) -> Iterator[set[nn.Module]]:
+    """Inside, norms average over the batches that they meet; yields those that met none which can be measured."""
+    momenta = [norm.momentum for norm in norms]
+    measured, unmeasured = set[nn.Module](), set[nn.Module]()
+
+    def measure(norm: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        x = next(iter((*args, *kwargs.values())))
+        norm.training = x.numel() > x.shape[1]  # torch refuses single values
+        if norm.training and norm not in measured:
+            norm.reset_running_stats()
+            norm.momentum = None  # a plain average over the batches
+            measured.add(norm)
+            unmeasured.discard(norm)
+        elif norm not in measured:
+            unmeasured.add(norm)
+
+    # Those of `freeze_batch_norm` run before, so that the mode set here is the one that counts.
+    handles = [norm.register_forward_pre_hook(measure, with_kwargs=True) for norm in norms]
+    try:
+        for norm in norms:
+            norm.training = True  # compiled models look at it, and not for new hooks
+        yield unmeasured
+    finally:
+        for norm, momentum, handle in zip(norms, momenta, handles, strict=True):
+            norm.momentum = momentum
+            handle.remove()
+
+
+@contextmanager
+def _kept_on_error(norms: Sequence[_BatchNorm]) -> Iterator[Callable[[], None]]:
+    """Inside, an error leaves the norms with the statistics that they had; what is yielded puts them back as well."""
+    buffers = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
+
+    def put_back() -> None:
+        for buffer, value in buffers:
+            buffer.copy_(value)
+
+    try:
+        yield put_back
+    except BaseException:
+        put_back()
+        raise
 
 
 def recalibrate_if_better(
@@ -72,13 +116,11 @@ def recalibrate_if_better(
         recalibrate_batch_norm(model, batches)
         return True
     before = distance(model)
-    buffers = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
-    recalibrate_batch_norm(model, batches)
-    if not distance(model) > before:
-        return True
-    for buffer, value in buffers:
-        buffer.copy_(value)
-    return False
+    with _kept_on_error(norms) as put_back:
+        recalibrate_batch_norm(model, batches)
+        if is_worse := distance(model) > before:
+            put_back()
+    return not is_worse
 
 
 class FrozenStatistics(AbstractContextManager["FrozenStatistics"]):

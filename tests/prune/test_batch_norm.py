@@ -6,7 +6,7 @@ from torch import nn
 
 import bayesprune as bp
 from bayesprune import to_variational
-from bayesprune.prune.batch_norm import recalibrate_batch_norm
+from bayesprune.prune.batch_norm import recalibrate_batch_norm, recalibrate_if_better
 
 
 def net() -> nn.Module:
@@ -92,3 +92,79 @@ def test_frozen_norms_keep_their_statistics_and_learn_their_scales():
     model.train()(x)
     assert not torch.equal(model[1].running_mean, buffers["1.running_mean"])
     assert bp.prune.recalibrate_batch_norm(model, [x])[1].running_mean.abs().sum() > 0
+
+
+def flat() -> nn.Module:
+    """A net with statistics, of which batch norms in one dimension cannot measure a single example."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2), nn.BatchNorm1d(2)).train()
+    for _ in range(3):
+        model(torch.randn(16, 3) * 5 + 2)
+    return model.eval()
+
+
+def statistics(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_frozen_norms_are_measured_anew_and_stay_frozen():
+    model, data = flat(), [torch.randn(8, 3) for _ in range(2)]
+    expected = statistics(recalibrate_batch_norm(copy.deepcopy(model), data))
+    with bp.prune.freeze_batch_norm(model):
+        assert_same(statistics(recalibrate_batch_norm(model, data)), expected)
+        model.train()(data[0])
+        assert_same(statistics(model), expected)
+
+
+def test_a_batch_of_one_example_is_passed_over_where_a_norm_cannot_measure_it():
+    model, data = flat(), list(torch.randn(17, 3).split(8))
+    expected = statistics(recalibrate_batch_norm(copy.deepcopy(model), data[:2]))
+    assert_same(statistics(recalibrate_batch_norm(copy.deepcopy(model), data)), expected)
+    assert_same(statistics(recalibrate_batch_norm(model, data[::-1])), expected)
+    maps = recalibrate_batch_norm(net(), torch.randn(3, 3, 2, 2).split(1))
+    assert maps[2].num_batches_tracked == 3, "one image has values enough"
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([torch.ones(1, 3)] * 2, "every batch gave 1, 4 a single value"),
+        ([torch.ones(8, 3), torch.ones(8, 5)], "mat1 and mat2"),
+    ],
+)
+def test_an_error_leaves_the_statistics_as_they_were(data, message):
+    model = flat()
+    before = statistics(model)
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        recalibrate_batch_norm(model, data)
+    assert_same(statistics(model), before)
+    assert [model[1].momentum, model[1].training, len(model[1]._forward_pre_hooks)] == [0.1, False, 0]
+
+
+def test_an_error_of_the_distance_leaves_the_statistics_as_they_were():
+    model, distances = flat(), iter([1.0])
+    before = statistics(model)
+    with pytest.raises(StopIteration):
+        recalibrate_if_better(model, [torch.randn(8, 3)], lambda _: next(distances))
+    assert_same(statistics(model), before)
+
+
+def test_norms_that_are_not_called_keep_their_statistics():
+    class WithAuxiliary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.main, self.auxiliary = flat(), flat()
+
+        def forward(self, x):
+            return self.main(x)
+
+    model = WithAuxiliary()
+    before = statistics(model.auxiliary)
+    recalibrate_batch_norm(model, [torch.randn(8, 3)])
+    assert_same(statistics(model.auxiliary), before)
+    assert model.main[1].num_batches_tracked == 1
