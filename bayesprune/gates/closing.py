@@ -15,7 +15,7 @@ def fold_gates(model: nn.Module, lost: Mapping[str, Collection[int]]) -> None:
 
     Args:
         model: A model with gates or without.
-        lost: Input channels that each layer is about to lose, by the layer's name: their weights are left alone.
+        lost: Input channels that each layer is about to lose, by the layer's name: their zeros get no mask.
     """
     names = {id(module): name for name, module in model.named_modules()}
     for layer in list(model.modules()):
@@ -52,13 +52,18 @@ def _is_ours(hook: object) -> bool:
 
 
 def _fold_side(gate: ChannelGate, side: GatedSide, lost: Collection[int]) -> None:
-    units = side.units.clone()
-    units[list(lost)] = len(gate.logits)
+    staying = side.units.clone()
+    staying[list(lost)] = len(gate.logits)
     for name, _ in side.parameters:
-        by_entry = side.units_of(name, units)
-        assert by_entry is not None, "it is one of the side's parameters"
-        kept = gate.by_position(gate.is_open.to(torch.int8), by_entry).bool()
-        _remove(side.layer, name, ~kept)
+        _remove(side.layer, name, _closed(gate, side, name, staying))
+        getattr(side.layer, name).masked_fill_(_closed(gate, side, name, side.units), 0)
+
+
+def _closed(gate: ChannelGate, side: GatedSide, name: str, units: Tensor) -> Tensor:
+    """Which entries of a parameter are behind closed gates, broadcastable to it, for the unit of each position."""
+    by_entry = side.units_of(name, units)
+    assert by_entry is not None, "it is one of the side's parameters"
+    return ~gate.by_position(gate.is_open.to(torch.int8), by_entry).bool()
 
 
 def _remove(layer: nn.Module, name: str, removed: Tensor) -> None:

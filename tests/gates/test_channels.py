@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -185,3 +186,32 @@ def test_refuses(options, message):
     gates.add_channel_gates(model, x)
     with pytest.raises(ValueError, match="already"):
         gates.add_channel_gates(model, x)
+
+
+def gated_mlp():
+    """A net of which gates have closed half of the channels, and data."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+    model, x = bp.to_variational(net.double()).double(), torch.randn(128, 6, dtype=torch.float64)
+    gates.add_channel_gates(model, x[:4])
+    for _, gate in named_gates(model):
+        gate.logits.data[::2] = -3.0
+    return model, x
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_cut_with_data_leaves_the_outputs_of_the_gated_model(own):
+    model, x = gated_mlp()
+    gated = output(model, x)
+    options = {"before_cut": partial(bp.laplace.compensate, model, [x])} if own else {"data": x.split(64)}
+    bp.prune_channels(model, x[:4], "inclusion=0.5", **options)
+    torch.testing.assert_close(output(model, x), gated, rtol=0, atol=1e-4)
+    assert not [key for key in model.state_dict() if "mask" in key], "all that was closed is gone"
+
+
+def test_a_gated_model_is_cut_and_fitted_as_the_closed_one():
+    model, x = gated_mlp()
+    closed = gates.close(copy.deepcopy(model))
+    reports = [bp.prune_channels(net, x[:4], "macs=0.3", data=x.split(64)) for net in (model, closed)]
+    assert reports[0].removed == reports[1].removed
+    torch.testing.assert_close(output(model, x), output(closed, x))

@@ -5,6 +5,7 @@ target with as little removed as possible: the stock pruner skips a group whose 
 checks caps only between steps, and does not say what it skipped.
 """
 
+import copy
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
@@ -18,7 +19,7 @@ from bayesprune.errors import InfeasibleTargetError, UnsupportedModelError
 from bayesprune.foundation.macs import macs_by_module
 from bayesprune.foundation.target import Target
 from bayesprune.laplace.compensation import compensate
-from bayesprune.layers import rooms_in, variational_layers, without_auxiliaries
+from bayesprune.layers import close_auxiliaries, rooms_in, variational_layers, without_auxiliaries
 from bayesprune.prune.batch_norm import measured_norms, recalibrate_if_better
 from bayesprune.prune.channels import plan
 from bayesprune.prune.channels.budget import LatencyBudget
@@ -98,9 +99,9 @@ def prune_channels(
             channels whose root mean square SNR, over all weights that leave with them, is below 1; "evidence=0":
             remove those without which the log evidence is larger by more than 0 nats; "inclusion=0.5": those whose
             gates are open with a probability below 0.5. Gates end with the cut; what is behind closed ones and stays,
-            by a floor or another target, gets zero weights. A mapping says how many channels each group keeps, by its
-            root layer, without a floor; groups that it leaves out stay whole. It may be the `sizes` of the report of
-            another model with the same layers.
+            by a floor or another target, gets zero weights, and `data` fits the others to what the gated model gives.
+            A mapping says how many channels each group keeps, by its root layer, without a floor; groups that it leaves
+            out stay whole. It may be the `sizes` of the report of another model with the same layers.
         importance: A torch-pruning importance; None is the default above. A target of "snr" takes none, "evidence" an
             `EvidenceImportance`, "inclusion" an `InclusionImportance`.
         granularity: What may go: "heads" of attention (where queries share keys and values, with all that share them),
@@ -127,7 +128,8 @@ def prune_channels(
     what, value = goal.kind, goal.value
     sizes = target if isinstance(target, Mapping) else None
     check_model(model, importance, what)
-    calibration = None if data is None else Calibration(model, data)
+    dense = model if data is None or not rooms_in(model) else close_auxiliaries(copy.deepcopy(model))
+    calibration = None if data is None else Calibration(dense, data)
     is_calibrated = calibration is not None and calibration.has_predictions and importance is None and what in _BUDGETS
     compensates = before_cut == "compensate" and calibration is not None and any(variational_layers(model))
     if before_cut == "compensate":
@@ -145,7 +147,7 @@ def prune_channels(
         ranks = importance
     score = _rms_snr if what == "snr" else partial(unit_scores, ranks)
     if calibration is not None and is_calibrated:
-        found = unit_costs(model, structure.groups, calibration)
+        found = unit_costs(dense, structure.groups, calibration)
     else:
         with scored_once():
             found = {group: score(group) for group in structure.groups}
@@ -165,7 +167,7 @@ def prune_channels(
         scores = [its.scores for its in scored]
         if calibration is not None and is_calibrated and not uniform and sizes is None:
             saved = costs.saved(what)
-            tilt = searched_tilt(model, scored, saved, choose, calibration) if tilt is None else tilt
+            tilt = searched_tilt(dense, scored, saved, choose, calibration) if tilt is None else tilt
             scores = tilted(scored, saved, tilt)
         counts = (latency.decided if latency else None) or choose(scores)
         selection = [(its.group, lowest_units(*its, count)) for its, count in zip(scored, counts, strict=True)]
