@@ -24,7 +24,7 @@ class SideRoom(ABC):
 
         Args:
             model: With modules of the room.
-            lost: Input channels that each layer is about to lose, by the layer's name: their weights are left alone.
+            lost: Input channels that each layer is about to lose, by the layer's name: their zeros get no mask.
         """
 
     @abstractmethod
