@@ -83,8 +83,8 @@ def certify(
         num_pairs: With "sdp", pairs of an example and a class that are worked on together.
 
     Raises:
-        UnsupportedModelError: the model has a layer without a rule, too many units for "sdp", or is sharded over
-            processes.
+        UnsupportedModelError: the model has a layer without a rule, forward hooks, too many units for "sdp", or is
+            sharded over processes; or its layers one by one do not give its outputs.
         ValueError: the method is unknown, eps is negative, labels do not fit, or examples lie outside `box`.
 
     Examples:
@@ -104,6 +104,7 @@ def certify(
             f"the model's output has shape {tuple(outputs.shape)} and labels go from {int(labels.min())} to "
             f"{int(labels.max())}; expected (N, C) and labels from 0 to C - 1."
         )
+    network.check_outputs(examples, outputs)
     found = attack(network, around, examples, labels, num_steps=attack_steps)
     started = time.perf_counter()
     margins = _margins(network, around, labels, outputs.shape[1], method, found <= 0, num_steps, num_pairs)

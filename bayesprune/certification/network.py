@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bayesprune.convert import to_deterministic
 from bayesprune.errors import UnsupportedModelError
+from bayesprune.storage.values import hooks
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ _RADIUS: Mapping[type[nn.Module], Callable[[Any, Tensor], Tensor]] = {
 """What becomes of the radius in a layer whose weights have signs."""
 
 _AVERAGES = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
-_MOVES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.ZeroPad2d)
+_MOVES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_MOVES += (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)
 """Layers that take the center and the radius alike."""
 
 _SAME_FUNCTIONS = {torch.flatten, torch.mean, F.avg_pool2d, F.adaptive_avg_pool2d, operator.getitem, getattr, F.pad}
@@ -86,11 +88,17 @@ class Network:
     """A copy of a model in float64 on the CPU, in evaluation mode, at the posterior means.
 
     Raises:
-        UnsupportedModelError: its forward cannot be traced, takes several inputs, or has a step without a rule.
+        UnsupportedModelError: its forward cannot be traced, takes several inputs, has a step without a rule, or hooks.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = to_deterministic(copy.deepcopy(model)).eval().cpu().double().requires_grad_(False)
+        for name, module in self.model.named_modules():
+            if found := hooks(module):
+                raise UnsupportedModelError(
+                    f"{name or type(module).__name__} has forward hooks ({', '.join(found)}), for which there are no "
+                    "bounds; remove them, or make what they do a layer of the model."
+                )
         try:
             self.graph = _Tracer().trace(self.model)
         except Exception as error:
@@ -130,12 +138,27 @@ class Network:
         """The model's own output, in float64."""
         return self.run(x, lambda _, value: value.relu())
 
+    def check_outputs(self, x: Tensor, outputs: Tensor) -> None:
+        """Refuses a model whose own outputs are others, where a step changes an input in place that is used again.
+
+        Raises:
+            UnsupportedModelError: they are.
+        """
+        own = self.model(x.clone())
+        is_tensor = isinstance(own, Tensor) and own.shape == outputs.shape
+        if not is_tensor or not torch.allclose(own, outputs, rtol=1e-9, equal_nan=True):
+            raise UnsupportedModelError(
+                f"the layers of {type(self.model).__name__} one by one do not give its outputs; expected a forward of "
+                "the class itself, and no tensor that is used again after it was changed in place."
+            )
+
     def _step(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         function = self._function(node)
         if not any(isinstance(arg, Box) for arg in args):
             return function(*args, **kwargs)
         module = self.modules.get(str(node.target)) if node.op == "call_module" else None
-        rule = next((rule for kind, rule in _RADIUS.items() if isinstance(module, kind)), None)
+        kind = None if module is None else _known_kind(module)
+        rule = None if kind is None else _RADIUS.get(kind)
         centers, radii = (_parts(args, name) for name in ("center", "radius"))
         if node.target in _ADDS:
             radii: list[Any] = [part if isinstance(arg, Box) else 0 for arg, part in zip(args, radii, strict=True)]
@@ -155,7 +178,7 @@ class Network:
 
     def _is_relu(self, node: fx.Node) -> bool:
         if node.op == "call_module":
-            return isinstance(self.modules[str(node.target)], nn.ReLU)
+            return _known_kind(self.modules[str(node.target)]) is nn.ReLU
         return node.op in ("call_function", "call_method") and node.target in _RELUS
 
     def _check(self, node: fx.Node) -> None:
@@ -163,7 +186,7 @@ class Network:
         called = str(node.target)
         if node.op == "call_module":
             module = self.modules[called]
-            known = known or _has_rule(module)
+            known = _known_kind(module) is not None and not module.training
             if isinstance(module, _BatchNorm) and module.running_var is None:
                 known = False
             called = f"layer {called!r} ({type(module).__name__})"
@@ -174,21 +197,30 @@ class Network:
             known = known and (node.target is not F.pad or (len(node.args) < 4 and "value" not in node.kwargs))
             known = known and not (node.target in _ADDS and node.kwargs)  # alpha may be negative
             called = f"function {getattr(node.target, '__name__', called)!r} at {node.name!r}"
+        elif node.op == "get_attr":
+            called = f"tensor {called!r} that the forward reads"
         if not known:
             raise UnsupportedModelError(
                 f"there are no bounds for the {called}; expected Linear, Conv, BatchNorm with running statistics, "
-                "ReLU, average pooling, Flatten, Dropout, Identity and sums. Exchange it for one of them."
+                "ReLU, average pooling, Flatten, Dropout, Identity and sums, as torch computes them in evaluation "
+                "mode. Exchange it for one of them."
             )
 
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return _has_rule(m) or super().is_leaf_module(m, module_qualified_name)
+        return _known_kind(m) is not None or super().is_leaf_module(m, module_qualified_name)
 
 
-def _has_rule(module: nn.Module) -> bool:
-    """Whether it runs the forward of a stock layer that is known."""
-    return any(type(module).forward is kind.forward for kind in (*_RADIUS, *_AVERAGES, *_MOVES, nn.ReLU))
+def _known_kind(module: nn.Module) -> type[nn.Module] | None:
+    """The stock layer that it is an instance of and whose computation it has unchanged; None without one."""
+    for kind in (*_RADIUS, *_AVERAGES, *_MOVES, nn.ReLU):
+        if isinstance(module, kind) and all(
+            getattr(type(module), name, None) is getattr(kind, name, None) and name not in vars(module)
+            for name in ("forward", "_conv_forward", "__call__")
+        ):
+            return kind
+    return None
 
 
 def _parts(args: Any, name: str) -> list[Any]:

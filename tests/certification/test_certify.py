@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import bayesprune as bp
 from bayesprune.certification.bounds import chord_lines, flat_lines, interval_bounds, tightened
@@ -217,6 +218,95 @@ def test_a_layer_without_a_rule_is_refused_by_its_name(layer: nn.Module, named: 
     with pytest.raises(UnsupportedModelError) as error:
         bp.certify(net, torch.zeros(1, 4), torch.tensor([0]), 0.1)
     assert named in str(error.value)
+
+
+class Standardised(nn.Conv1d):
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(input, weight / weight.abs().sum(), bias)
+
+
+class Shifted(nn.Linear):
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(x) + 1
+
+
+class AlwaysDrawn(nn.Dropout):
+    def train(self, mode: bool = True) -> "AlwaysDrawn":
+        return super().train(True)
+
+
+class OfBatches(nn.BatchNorm1d):
+    def train(self, mode: bool = True) -> "OfBatches":
+        return super().train(True)
+
+
+class AnyShape(_BatchNorm):
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
+
+
+def with_forward_of_its_own() -> nn.Module:
+    layer = nn.Linear(4, 4)
+    layer.forward = torch.neg
+    return layer
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Sequential(nn.Unflatten(1, (1, 4)), Standardised(1, 1, 1), nn.Flatten()),
+        Shifted(4, 4),
+        AlwaysDrawn(),
+        OfBatches(4),
+        AnyShape(4),
+        nn.ConstantPad1d(1, -5.0),
+        with_forward_of_its_own(),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_a_layer_that_computes_something_of_its_own_is_refused(layer: nn.Module):
+    """Each is of a stock class, or runs the forward of one, and what becomes of the radius in it is something else."""
+    net = nn.Sequential(nn.Linear(4, 4), layer, nn.LazyLinear(2))
+    net(torch.zeros(2, 4))
+    with pytest.raises(UnsupportedModelError, match="no bounds"):
+        bp.certify(net, torch.zeros(2, 4), torch.tensor([0, 1]), 0.1)
+
+
+@pytest.mark.parametrize("name", ["", "0"])
+def test_forward_hooks_are_refused(name: str):
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    net.get_submodule(name).register_forward_hook(lambda *_: torch.zeros(1, 2))
+    with pytest.raises(UnsupportedModelError, match="has forward hooks"):
+        bp.certify(net, torch.zeros(1, 4), torch.tensor([0]), 0.1)
+
+
+def test_a_model_that_is_more_than_its_steps_is_refused():
+    class BeforeAct(nn.Module):
+        """Adds what the ReLU before has changed in place."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.relu = nn.ReLU(inplace=True)
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + x
+            return self.layer(self.relu(x)) + x
+
+    replaced = nn.Sequential(nn.Linear(4, 2))
+    replaced.forward = torch.neg
+    for net in (BeforeAct(), replaced):
+        with pytest.raises(UnsupportedModelError, match="do not give its outputs"):
+            bp.certify(net, -torch.ones(1, 4), torch.tensor([0]), 0.1)
+
+
+def test_a_parametrized_weight_is_certified_as_it_is_computed():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    x = torch.randn(5, 4)
+    expected = bp.certify(net, x, net(x).argmax(1), 0.1).margins
+    nn.utils.parametrizations.weight_norm(net[0])
+    torch.testing.assert_close(bp.certify(net, x, net(x).argmax(1), 0.1).margins, expected)
 
 
 def test_functions_without_a_rule_are_refused():
