@@ -59,7 +59,8 @@ def check_tensors(tensors: Mapping[str, Tensor], header: Mapping[str, str], wher
 
 
 def json_digest(value: Any) -> str:
-    """SHA-256 of a JSON value, whatever the order of its keys and its white space."""
+    """SHA-256 of a JSON value as it is read again, whatever the order of its keys and its white space."""
+    value = json.loads(json.dumps(value))  # keys are texts now, which sort otherwise than numbers
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

@@ -44,6 +44,12 @@ def test_json_digests_know_values_alone():
     assert len({json_digest(value) for value in (1, 1.0, True, "1", [1], 0.0, -0.0)}) == 7
 
 
+@pytest.mark.parametrize("key", [1, 2.5, None, True])
+def test_history_loads_again_whatever_json_takes_for_its_keys(tmp_path, key):
+    bp.save(layer(), tmp_path, history=dict.fromkeys([9, 10, key], 0.5))
+    bp.load(tmp_path, model=layer())
+
+
 @pytest.mark.parametrize("from_end", range(1, 33))
 def test_any_flipped_bit_of_a_tensor_is_found(tmp_path, from_end):
     bp.save(layer(), tmp_path)
