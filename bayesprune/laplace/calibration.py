@@ -153,6 +153,19 @@ def counted_positions(batch: Batch, num_positions: int) -> Tensor | None:
     return mask.bool()
 
 
+def check_counted(name: str, number: int) -> None:
+    """Refuses sums over the positions of a layer that none went into.
+
+    Raises:
+        ValueError: none did.
+    """
+    if not number:
+        raise ValueError(
+            f"the attention_mask of every batch hides all positions at which {name} runs; expected one that is 1 "
+            "where a token counts."
+        )
+
+
 Visit = Callable[[str, Call, Batch], None]
 """visit(name, call, batch): takes note of one call of the layer of this name."""
 

@@ -65,7 +65,7 @@ def compensate(
         progress: Show a progress bar; None shows it on a terminal.
 
     Raises:
-        ValueError: there is no batch.
+        ValueError: there is no batch, or the attention masks hide all positions.
         UnsupportedModelError: the model is sharded over processes.
 
     Examples:
@@ -159,7 +159,8 @@ def refit(
     total = fitted + check
     xx, yx = total.centred(about_mean=takes_shift)
     if damping is None:
-        damping = best_damping(start, stays, fitted, check, about_mean=takes_shift) if check.number else DAMPINGS[1]
+        both = fitted.number and check.number
+        damping = best_damping(start, stays, fitted, check, about_mean=takes_shift) if both else DAMPINGS[1]
     if choose is not None:
         free = ridge(start, stays, xx, yx, damping)
         stays &= choose(free, damped(xx, damping)).to(stays.device)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from bayesprune.errors import UnsupportedModelError
 from bayesprune.foundation.batches import Batch, device_of, on_device
 from bayesprune.foundation.sharding import check_whole
-from bayesprune.laplace.calibration import Call, Loss, counted_positions, length_of, visit_calls
+from bayesprune.laplace.calibration import Call, Loss, check_counted, counted_positions, length_of, visit_calls
 from bayesprune.laplace.diagonal import prior_precisions, set_precision
 from bayesprune.laplace.flow import layer_calls
 from bayesprune.laplace.matrices import (
@@ -143,8 +143,8 @@ def fit_kronecker(
         block_size: Largest side of a block: inputs (and outputs) in different blocks are independent.
 
     Raises:
-        ValueError: there is no batch, no variational layer, `block_size` is below 1, or `num_positions` comes with a
-            loader without a length.
+        ValueError: there is no batch, no variational layer, `block_size` is below 1, `num_positions` comes with a
+            loader without a length, or the attention masks hide all positions.
         UnsupportedModelError: the prior has no precision, no layer is a matrix product, layers do not take examples
             along the first dimension, or the model is sharded over processes.
     """
@@ -165,7 +165,7 @@ def fit_kronecker(
     seen = 0
 
     def add(name: str, call: Call, batch: Batch) -> None:
-        if not is_matrix_product(call.layer):
+        if not is_matrix_product(call.layer) or not call.inputs.numel():
             return
         key = id(call.layer.weight)
         rows, gradients = _rows(call, batch, share, with_bias=holders[key].has_bias)
@@ -181,6 +181,8 @@ def fit_kronecker(
         raise UnsupportedModelError(
             "fit_kronecker met no linear layer or convolution with a posterior; fit_laplace takes other layers."
         )
+    for key in inputs:
+        check_counted(holders[key].name, positions[key])
     return {
         holder.name: KroneckerFactors(
             mean=layer_matrix(holder.layer, with_bias=holder.has_bias).clone(),
@@ -316,9 +318,10 @@ def _rows(call: Call, batch: Batch, share: float | None, *, with_bias: bool) -> 
     chosen = None
     if share is not None:
         side = max(gradients.shape[3], to_matrix(call.layer, call.layer.get_parameter("weight")).shape[2])
-        chosen = drawn_positions(num_positions, math.ceil(share * side / batch.num_examples))
+        chosen = drawn_positions(num_positions, math.ceil(share * side / batch.num_examples), counted)
         if chosen is not None:
-            gradients = gradients[:, chosen] * (num_positions / len(chosen)) ** 0.5
+            drawn_of = num_positions if counted is None else int(counted.any(0).sum())
+            gradients = gradients[:, chosen] * (drawn_of / max(1, len(chosen))) ** 0.5
     rows = input_rows(call.layer, call.inputs.to(wide), batch.num_examples, chosen)
     if with_bias:
         rows = torch.cat([rows, rows.new_ones(*rows.shape[:3], 1)], dim=3)

@@ -4,6 +4,8 @@ A convolution meets a patch of its input at each position (Grosse & Martens, 201
 G groups of a grouped convolution (1 elsewhere), R rows (outputs of a group), C columns (inputs of a group times taps).
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -67,8 +69,19 @@ def output_rows(layer: VariationalLayer, outputs: Tensor, num_examples: int, cho
     return rows if chosen is None else rows[:, chosen]
 
 
-def drawn_positions(num_positions: int, number: int) -> Tensor | None:
-    """A number of an example's positions, drawn without replacement, in order, always the same; None for all."""
+def drawn_positions(num_positions: int, number: int, counted: Tensor | None = None) -> Tensor | None:
+    """Some of an example's positions, drawn without replacement, in order, always the same; None for all.
+
+    Args:
+        num_positions: T, how many there are.
+        number: How many are to count, in an example on average.
+        counted: Which count in each example, (N, T); None is all. Those that count in none are not drawn.
+    """
+    if counted is not None:
+        found = counted.any(0).nonzero()[:, 0].cpu()
+        each = len(counted) * len(found) / max(1, int(counted.sum()))  # are drawn for one that counts
+        drawn = drawn_positions(len(found), math.ceil(number * each))
+        return found if drawn is None else found[drawn]
     if number >= num_positions:
         return None
     generator = torch.Generator().manual_seed(num_positions)

@@ -19,7 +19,7 @@ from bayesprune.foundation.batches import Batch, split
 from bayesprune.foundation.kinds import kind_of
 from bayesprune.foundation.model import eval_mode
 from bayesprune.foundation.progress import progress_bar
-from bayesprune.laplace.calibration import counted_positions
+from bayesprune.laplace.calibration import check_counted, counted_positions
 from bayesprune.laplace.flow import LayerCall, Walk, layer_calls, watched
 from bayesprune.laplace.kronecker import variational_layer
 from bayesprune.laplace.matrices import drawn_positions, input_rows, is_matrix_product, output_rows, to_matrix
@@ -46,7 +46,7 @@ class Site:
         source: A number for its input: layers with the same one are fitted together.
         norm: The batch norm that takes up its shift.
         num_bytes: Of its largest input and output, for one batch.
-        num_positions: At which an example meets it in a run.
+        num_positions: At which an example meets it in a run, and that count.
         num_rows: Positions in all at which a regression looks.
         num_drawn: How many of an example's positions these are, of as many examples as there are.
         columns: Which columns some row keeps.
@@ -122,7 +122,8 @@ def sites_of(
         keeps: Which columns (G, C) of a layer are kept, by name; layers before the first of these are left out.
     """
     names = {id(module): name for name, module in dense.named_modules()}
-    num_examples = split(dense, batches[0]).num_examples
+    inputs = split(dense, batches[0])
+    num_examples = inputs.num_examples
     sites: dict[str, Site] = {}
     for call in layer_calls(dense, batches[0], layers, with_values=False):
         if not sites and keeps is not None and call.name not in keeps:
@@ -132,6 +133,8 @@ def sites_of(
         num_rows = rows_per_column * _num_columns(call.layer)
         drawn = math.ceil(num_rows / (len(batches) * num_examples))
         positions = _num_positions(call, num_examples)
+        if (counted := counted_positions(inputs, positions)) is not None:
+            positions = int(counted.sum()) // num_examples
         keep = None if keeps is None else keeps.get(call.name)
         columns = torch.arange(_num_columns(call.layer)) if keep is None else keep.any(0).nonzero()[:, 0]
         fresh = Site(call.name, call.source, norm, num_bytes, positions, num_rows, drawn, columns)
@@ -198,8 +201,7 @@ def dense_moments(
             for call in layer_calls(dense, batch, layers):
                 _add(found, by_name[call.name], call, call, inputs, is_check, len(batches))
         for name, moments in found.items():
-            for part in moments:
-                part.finish()
+            _finish(name, moments)
             yield by_name[name], moments
 
 
@@ -236,6 +238,13 @@ def _add(
     for moments, part in zip(found[site.name], (~is_check, is_check), strict=True):
         rows = part.to(x.device)[:, None] & counted
         moments.add(x[rows], y[rows])
+
+
+def _finish(name: str, moments: tuple[Moments, Moments]) -> None:
+    """Adds what waits; refuses moments of no position."""
+    for part in moments:
+        part.finish()
+    check_counted(name, sum(part.number for part in moments))
 
 
 def _steps(sites: Sequence[Site], num_batches: int) -> list[_Step]:
@@ -286,9 +295,10 @@ class _Forwards:
                 self._close(number)
         if not step.is_held:
             self.close()
-        for moments in (each for pair in found.values() for each in pair):
-            moments.finish()
-        return {name: moments for name, moments in found.items() if name not in misfits}
+        fitting = {name: moments for name, moments in found.items() if name not in misfits}
+        for name, moments in fitting.items():
+            _finish(name, moments)
+        return fitting
 
     def change(self, shift: Tensor | None) -> None:
         """Makes forwards that wait go on with the layer as it is now; see `Walk.change`."""
@@ -325,13 +335,13 @@ def _regression_rows(
     """Inputs that stay (N, T, G, C), y + (s - s~) / g, (N, T, G, R), and which count (N, T), at drawn positions."""
     num_examples = batch.num_examples
     num_positions = _num_positions(call, num_examples)
-    chosen = drawn_positions(num_positions, max(1, math.ceil(site.num_rows / (num_batches * num_examples))))
+    counted = counted_positions(batch, num_positions)
+    chosen = drawn_positions(num_positions, max(1, math.ceil(site.num_rows / (num_batches * num_examples))), counted)
     x = input_rows(call.layer, _wide(call.inputs), num_examples, chosen)
     y = output_rows(call.layer, _wide(stock.output), num_examples, chosen)
     for stream, sign in ((_stream(stock), 1), (_stream(call), -1)):
         if stream is not None:
             y = y + sign * output_rows(call.layer, _wide(stream), num_examples, chosen)
-    counted = counted_positions(batch, num_positions)
     if counted is None:
         counted = torch.ones(num_examples, num_positions, dtype=torch.bool)
     counted = counted if chosen is None else counted[:, chosen.to(counted.device)]

@@ -16,6 +16,7 @@ import bayesprune as bp
 from bayesprune.foundation.model import eval_mode
 from bayesprune.laplace import compensate
 from bayesprune.laplace.flow import Walk, layer_calls, watched
+from bayesprune.laplace.matrices import drawn_positions
 from bayesprune.layers import variational_layers
 
 
@@ -372,6 +373,51 @@ def test_what_stands_at_masked_positions_does_not_count():
         compensate(model, [{"inputs": inputs, "attention_mask": mask.long()}], {"second": [0, 1]})
         weights.append(model.second.weight.detach())
     assert torch.equal(*weights)
+
+
+def tokens(num_examples: int, num_positions: int, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The same inputs at positions that count, whatever the number of positions."""
+    inputs = torch.zeros(num_examples, num_positions, 4)
+    inputs[:, :3] = normal(num_examples, 3, 4)
+    return {"inputs": inputs, "attention_mask": (torch.arange(num_positions) < lengths[:, None]).long()}
+
+
+def test_padding_leaves_the_fit_as_it_is():
+    torch.manual_seed(0)
+    dense = bp.to_variational(Tokens().eval())
+    lengths = torch.arange(256) % 3 + 1
+    weights = []
+    for num_positions in (3, 64):
+        model = copy.deepcopy(dense)
+        compensate(model, [tokens(256, num_positions, lengths)], {"second": [0, 1]})
+        weights.append(model.second.weight.detach())
+    torch.testing.assert_close(*weights)
+
+
+def test_more_positions_are_drawn_where_a_share_of_the_examples_has_them():
+    counted = torch.zeros(8, 100, dtype=torch.bool)
+    counted[:2, 50:] = True
+    chosen = drawn_positions(100, 5, counted)
+    assert len(chosen) == 20
+    assert chosen.min() >= 50
+    assert torch.equal(drawn_positions(100, 20, counted), torch.arange(50, 100))
+
+
+def test_data_that_count_in_the_last_quarter_alone_are_fitted():
+    torch.manual_seed(0)
+    model = bp.to_variational(Tokens().eval())
+    before = model.second.weight.detach().clone()
+    compensate(model, [tokens(4, 3, torch.tensor([0, 0, 0, 3]))], {"second": [0]})
+    assert not torch.equal(model.second.weight[:, 1:], before[:, 1:])
+
+
+def test_a_mask_that_hides_everything_is_refused():
+    torch.manual_seed(0)
+    model = bp.to_variational(Tokens().eval())
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="hides all positions at which second runs"):
+        compensate(model, [tokens(8, 3, torch.zeros(8))], {"second": [0]})
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_products_of_inputs_that_leave_are_not_made(monkeypatch):

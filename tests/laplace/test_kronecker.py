@@ -181,15 +181,16 @@ def test_drawn_positions_need_to_know_how_many_batches_there_are():
         fit_kronecker(model, ((torch.randn(4, 2), torch.zeros(4, dtype=torch.long)) for _ in range(2)), num_positions=8)
 
 
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, inputs: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return (self.layer(inputs) * attention_mask[..., None]).sum(1)
+
+
 def test_what_stands_at_masked_positions_does_not_count():
-    class Tokens(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(3, 2)
-
-        def forward(self, inputs: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-            return (self.layer(inputs) * attention_mask[..., None]).sum(1)
-
     torch.manual_seed(0)
     model = bp.to_variational(Tokens())
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
@@ -202,3 +203,35 @@ def test_what_stands_at_masked_positions_does_not_count():
     assert torch.equal(found[0].inputs[0], found[1].inputs[0])
     rows = torch.cat([inputs[mask.bool()], torch.ones(3, 1)], dim=1).double()
     torch.testing.assert_close(found[0].inputs[0][0], rows.T @ rows / 3)
+
+
+def test_padding_leaves_drawn_positions_as_they_are():
+    torch.manual_seed(0)
+    model = bp.to_variational(Tokens())
+    inputs = torch.randn(32, 64, 3)
+    found = []
+    for num_positions in (6, 64):
+        torch.manual_seed(1)
+        mask = (torch.arange(num_positions) < 6).long().expand(32, -1)
+        batch = {"inputs": inputs[:, :num_positions], "attention_mask": mask}
+        found.append(fit_kronecker(model, [batch], num_positions=16)["layer"])
+    torch.testing.assert_close(found[0].inputs[0], found[1].inputs[0])
+    torch.testing.assert_close(found[0].outputs[0], found[1].outputs[0])
+
+
+def test_a_mask_that_hides_everything_is_refused():
+    batch = {"inputs": torch.randn(2, 3, 3), "attention_mask": torch.zeros(2, 3)}
+    with pytest.raises(ValueError, match="hides all positions at which layer runs"):
+        fit_kronecker(bp.to_variational(Tokens()), [batch])
+
+
+def test_a_layer_that_meets_no_row_is_left_out():
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.expert, self.last = nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(torch.cat([x, self.expert(x[:0])]))
+
+    assert list(fit_kronecker(bp.to_variational(Routed()), [torch.randn(4, 3)])) == ["last"]
