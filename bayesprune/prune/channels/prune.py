@@ -38,7 +38,14 @@ from bayesprune.prune.graph.find import groups_in
 from bayesprune.prune.graph.group import GRANULARITY, ChannelGroup
 from bayesprune.prune.graph.observe import Observed
 from bayesprune.prune.graph.prunable_layers import Layers
-from bayesprune.prune.graph.removal import SHAPE_ERRORS, Selection, lost_inputs, remove, restore_point
+from bayesprune.prune.graph.removal import (
+    SHAPE_ERRORS,
+    Selection,
+    lost_inputs,
+    remove,
+    restore_point,
+    undone_on_error,
+)
 from bayesprune.prune.scores.channels import (
     GRADIENTS,
     Importance,
@@ -207,11 +214,8 @@ def prune_channels(
         undo()
         return report
     if calibration is not None:
-        try:
+        with undone_on_error(undo):
             is_measured_anew = recalibrate_if_better(model, calibration.batches, calibration.divergence)
-        except BaseException:
-            undo()
-            raise
         report = replace(report, keeps_statistics=bool(measured_norms(model)) and not is_measured_anew)
     for room in rooms_in(model):
         room.drop(model)
@@ -222,11 +226,8 @@ def prune_channels(
 
 def _is_fast(latency: LatencyBudget, model: nn.Module, counts: list[int], undo: Callable[[], None]) -> bool:
     """Whether the cut model is the one to keep; otherwise the cut is undone."""
-    try:
+    with undone_on_error(undo):
         is_fast = latency.accepts(model, counts)
-    except BaseException:
-        undo()
-        raise
     if not is_fast:
         undo()
     return is_fast
@@ -366,22 +367,16 @@ def _attempt(
 
 def _cut_and_count(model: nn.Module, selection: Selection, example_inputs: Any) -> tuple[Callable[[], None], int]:
     undo = remove(model, selection)
-    try:
+    with undone_on_error(undo):
         return undo, sum(macs_by_module(model, example_inputs).values())
-    except BaseException:
-        undo()
-        raise
 
 
 def _cut_after(before_cut: BeforeCut, model: nn.Module, selection: Selection) -> Callable[[], None]:
     """Cuts once `before_cut` has moved the weights; what it returns undoes both."""
     undo = restore_point(model)
-    try:
+    with undone_on_error(undo):
         before_cut(lost_inputs(selection))
         remove(model, selection)
-    except BaseException:
-        undo()
-        raise
     return undo
 
 

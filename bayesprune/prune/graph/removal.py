@@ -4,7 +4,8 @@ Every axis is cut once, by the positions of all groups together, so no index eve
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +41,7 @@ def remove(model: nn.Module, selection: Selection) -> Callable[[], None]:
     they were. Optimizers keep the old parameters.
     """
     undo = snapshot(model)
-    try:
+    with undone_on_error(undo):
         ties, frozen = tied_parameters(model), _frozen(model)
         with following() as follows:
             for member, positions in _positions(selection):
@@ -52,9 +53,6 @@ def remove(model: nn.Module, selection: Selection) -> Callable[[], None]:
         for module, name in frozen:
             module.get_parameter(name).requires_grad_(False)
         _check_companions(model)
-    except BaseException:
-        undo()
-        raise
     return undo
 
 
@@ -77,15 +75,26 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
 
 
 def restore_point(model: nn.Module) -> Callable[[], None]:
-    """Remembers the model with the values of its parameters; what it returns puts both back."""
-    undo, values = snapshot(model), [(parameter, parameter.detach().clone()) for parameter in model.parameters()]
+    """Remembers the model with the values of its parameters and buffers; what it returns puts all back."""
+    undo = snapshot(model)
+    values = [(tensor, tensor.detach().clone()) for tensor in (*model.parameters(), *model.buffers())]
 
     def restore() -> None:
         undo()
-        for parameter, value in values:
-            parameter.data.copy_(value)
+        for tensor, value in values:
+            tensor.data.copy_(value)
 
     return restore
+
+
+@contextmanager
+def undone_on_error(undo: Callable[[], None]) -> Iterator[None]:
+    """Inside, an error calls this before it goes on."""
+    try:
+        yield
+    except BaseException:
+        undo()
+        raise
 
 
 def lost_inputs(selection: Selection) -> dict[str, list[int]]:

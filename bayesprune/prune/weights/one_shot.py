@@ -35,6 +35,7 @@ from bayesprune.laplace.regression import Moments, best_support
 from bayesprune.laplace.sequence import MAX_COLUMNS, Site, dense_moments, fit_in_sequence, fittable_layers, sites_of
 from bayesprune.layers import Posterior, holders_of, removable_weights
 from bayesprune.prune.batch_norm import measured_norms, recalibrate_if_better
+from bayesprune.prune.graph.removal import snapshot, undone_on_error
 from bayesprune.prune.weights.prune import (
     WeightReport,
     checked_goal,
@@ -124,7 +125,7 @@ def prune_one_shot(
     reference, keeps = copy.deepcopy(model), dict[str, Tensor]()
     layers = fittable_layers(reference)
     sites = sites_of(reference, batches, {name: layers[name] for name in cut}, rows_per_column=_ROWS_PER_COLUMN)
-    with restored_on_error(model, reference):
+    with restored_on_error(model, reference), undone_on_error(snapshot(model)):
         if isinstance(goal, Target) and not pattern and scope == "global" and 0 < goal.value < 1:
             cut = _divided(model, reference, cut, sites, batches, goal.removed, loss, damping)
 
@@ -136,14 +137,14 @@ def prune_one_shot(
             return shift
 
         fit_in_sequence(model, reference, batches, sites, fit, progress=None, title="Prune in one shot")
-    ran = {site.name for site in sites}
-    notes |= {
-        name: notes[name] or (_MISFIT if layer in ran else _DID_NOT_RUN)
-        for name, layer in names.items()
-        if layer not in keeps
-    }
-    report = set_masks(model, posteriors, [keeps.get(names[its.name]) for its in posteriors], list(notes.values()))
-    _measure_norms(model, reference, batches)
+        ran = {site.name for site in sites}
+        notes |= {
+            name: notes[name] or (_MISFIT if layer in ran else _DID_NOT_RUN)
+            for name, layer in names.items()
+            if layer not in keeps
+        }
+        report = set_masks(model, posteriors, [keeps.get(names[its.name]) for its in posteriors], list(notes.values()))
+        _measure_norms(model, reference, batches)
     _LOGGER.info("prune_one_shot: %s", report.summary())
     return report
 

@@ -7,6 +7,7 @@ make the model faster on ordinary hardware (removed channels do, see `prune_chan
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from bayesprune.foundation.target import PATTERN, Target
 from bayesprune.foundation.text import as_text, first_names
 from bayesprune.layers import Posterior, holders_of, named_auxiliaries, named_posteriors, removable_weights
 from bayesprune.prune.batch_norm import recalibrate_batch_norm
+from bayesprune.prune.graph.removal import restore_point, undone_on_error
 from bayesprune.prune.scores.weights import snr
 from bayesprune.prune.weights.floors import check_min_kept, floor_of, keep_best, within_caps
 from bayesprune.train.attach import is_attached
@@ -128,12 +130,13 @@ def prune_weights(
         min_kept: What every weight tensor keeps: below 1 a fraction of its weights, from 1 on a number of them. Where
             a fraction is kept the other tensors lose the more; the report says where it was needed. A pattern has no
             need.
-        data: Batches, with labels or without, for recalibrating batch norm, forward passes only.
+        data: Batches, with labels or without, for recalibrating batch norm, forward passes only. An error there leaves
+            the model as it was, of which a copy is kept meanwhile.
 
     Raises:
         InfeasibleTargetError: `min_kept` leaves fewer weights to remove than the target says; nothing was changed.
-        ValueError: the target is none of these or out of range, the scores are NaN, or the model has no variational
-            layers, or none that trains.
+        ValueError: the target is none of these or out of range, the scores are NaN, there is no batch, or the model has
+            no variational layers, or none that trains.
     """
     posteriors = removable_weights(model)
     goal = checked_goal(target, ("weights", "snr", PATTERN), "prune_weights")
@@ -155,9 +158,10 @@ def prune_weights(
     notes = [f"held at min_kept={min_kept:g}" if floored else "" for floored in is_floored]
     if isinstance(goal, Target) and goal.pattern:
         notes = [whole_note(posterior, goal.pattern) for posterior in posteriors]
-    report = set_masks(model, posteriors, keeps, notes)
-    if data is not None:
-        recalibrate_batch_norm(model, data)
+    with nullcontext() if data is None else undone_on_error(restore_point(model)):
+        report = set_masks(model, posteriors, keeps, notes)
+        if data is not None:
+            recalibrate_batch_norm(model, data)
     _LOGGER.info("prune_weights: %s", report.summary())
     return report
 

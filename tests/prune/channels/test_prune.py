@@ -530,3 +530,23 @@ def test_no_more_leaves_than_the_target_asks_for():
         first, second = (row.kept for row in report.rows)
         assert macs(first, second) == report.macs_after <= keep * macs(40, 200)
         assert min(macs(first + 1, second), macs(first, second + 1)) > keep * macs(40, 200)
+
+
+def test_an_error_before_the_cut_leaves_buffers_as_they_were():
+    torch.manual_seed(4)
+    model, x = bp.to_variational(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))), torch.randn(8, 4)
+    before = state(model)
+
+    def measure_and_fail(_: dict) -> None:
+        recalibrate_batch_norm(model, [x])
+        raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        prune_channels(model, x, "macs=0.7", before_cut=measure_and_fail)
+    assert_same_state(state(model), before)
+
+
+def test_a_last_batch_of_one_example_is_no_obstacle():
+    torch.manual_seed(4)
+    model, x = bp.to_variational(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))), torch.randn(65, 4)
+    assert prune_channels(model, x[:4], "macs=0.7", data=x.split(32)).achieved["macs"] <= 0.7

@@ -326,3 +326,14 @@ def test_images_of_classes_are_compared_by_pixel():
     model.weight.data.mul_(2)
     after = model(x).log_softmax(1).detach()
     assert measure(model) == pytest.approx(float((before.exp() * (before - after)).sum(1).mean()), rel=1e-4)
+
+
+def test_an_error_of_batch_norm_leaves_the_model_as_it_was():
+    torch.manual_seed(8)
+    model = bp.to_variational(nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)))
+    bp.prune_weights(model[2], "weights=0.8")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="a single value a channel"):
+        bp.prune_one_shot(model, torch.randn(20, 8).split(1), "weights=0.5", scope="layer")
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

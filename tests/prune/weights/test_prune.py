@@ -320,3 +320,13 @@ def test_scores_that_are_not_numbers_are_refused():
     with pytest.raises(ValueError, match=r"the scores of 2\.weight have 1 of 80 values that are NaN"):
         bp.prune_weights(model, "weights=0.5")
     assert kept(model).all()
+
+
+@pytest.mark.parametrize("data", [[], [torch.ones(1, 8)]])
+def test_data_that_batch_norm_cannot_measure_leaves_the_model_as_it_was(data):
+    model = bp.to_variational(nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Linear(6, 2)))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="batch"):
+        bp.prune_weights(model, "weights=0.5", data=data)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
