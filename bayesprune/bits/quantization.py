@@ -58,8 +58,9 @@ def quantize(
             on the data for this alone, in the metric of the logits (`laplace.output_metric`).
         data: Batches in any form that `bayesprune.foundation.batches` names; all are kept in memory. Training data.
         tolerance: By how many nats the mean loss on the data may rise. Needs data.
-        bits: Instead, a fixed width: 2^bits - 1 places about zero for each tensor, or channel; 2 to 12. A mapping gives
-            the widths by the longest prefix of a tensor's name; weights and biases of other names stay as they are.
+        bits: Instead, a fixed width: 2^bits - 1 places about zero for each tensor, or channel; 2 to 12, of which
+            bfloat16 has 9. A mapping gives the widths by the longest prefix of a tensor's name; weights and biases of
+            other names stay as they are.
         bytes: Instead, the largest size of all tensors of the state dict, coded; the header of the file comes on top,
             some 300 bytes.
         per: Whether a tensor has one step, or each of its output channels.

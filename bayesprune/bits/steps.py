@@ -8,10 +8,11 @@ costs the same in every tensor, kappa / 2:
 
 the mean over the weights of the tensor, or of an output channel. So one number sets all steps of a model.
 
-Steps have eight significant bits, as bfloat16 has: products with the integers are then exact in float32, and whoever
-reads the tensor finds its grid again.
+Steps have eight significant bits, or as many as the integers leave of those of the tensor's dtype, but one at least:
+products with the integers are then exact, and whoever reads the tensor finds its grid again.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from bayesprune.storage.coding import as_integers
 
 MAX_INTEGER = 2047
-"""Of the integers that stand for weights, so that there are fewer than 4,096."""
+"""Of the integers that stand for weights, so that there are fewer than 4,096; 255 in bfloat16."""
 
 _CLIPS = torch.linspace(1, 0.3, 15, dtype=torch.double)
 _SMALLEST_STEP = 2.0**-100
@@ -44,15 +45,15 @@ def posterior_grid(mean: Tensor, precision: Tensor, kept: Tensor, kappa: float, 
     """The grid on which rounding costs kappa / 2 nats a weight.
 
     Args:
-        mean: The weights.
+        mean: The weights, in the dtype in which they are stored.
         precision: 1 / sigma^2 of each.
         kept: Which are not zero for good.
         kappa: Twice the nats.
         dims: Dimensions along which steps differ: none, or those that number output channels.
     """
     step = (12 * kappa / _mean(precision, kept, dims)).sqrt()
-    largest = _largest(mean, kept, dims)
-    return Grid(_eight_bits(torch.maximum(step, largest / MAX_INTEGER)))
+    largest, limit = _largest(mean, kept, dims), _max_integer(mean.dtype)
+    return Grid(_short(torch.maximum(step, largest / limit), limit, mean.dtype), limit)
 
 
 def width_grid(mean: Tensor, precision: Tensor, kept: Tensor, width: int, dims: tuple[int, ...]) -> Grid:
@@ -60,14 +61,14 @@ def width_grid(mean: Tensor, precision: Tensor, kept: Tensor, width: int, dims: 
 
     Args:
         mean, precision, kept, dims: As for `posterior_grid`.
-        width: In bits, 2 at least.
+        width: In bits, 2 at least; there are no more places than the dtype has exact integers.
     """
-    limit = 2 ** (width - 1) - 1
+    limit = min(2 ** (width - 1) - 1, _max_integer(mean.dtype))
     largest = _largest(mean, kept, dims)
     weights = torch.where(kept, precision, 0.0).double()
     best, errors = None, None
     for clip in _CLIPS:
-        step = _eight_bits(clip * largest / limit)
+        step = _short(clip * largest / limit, limit, mean.dtype)
         rounded = (mean.double() / step).round().clamp(-limit, limit) * step
         error = (weights * (mean - rounded).square()).sum_to_size(step.shape)
         if best is None or errors is None:
@@ -116,5 +117,21 @@ def _shape(values: Tensor, dims: tuple[int, ...]) -> list[int]:
     return [size if dim in dims else 1 for dim, size in enumerate(values.shape)]
 
 
-def _eight_bits(step: Tensor) -> Tensor:
-    return step.nan_to_num(1.0, 1.0, 1.0).clamp_min(_SMALLEST_STEP).to(torch.bfloat16).double()
+def _max_integer(dtype: torch.dtype) -> int:
+    return min(MAX_INTEGER, 2 ** _significant_bits(dtype) - 1)
+
+
+def _significant_bits(dtype: torch.dtype) -> int:
+    return 1 - round(math.log2(torch.finfo(dtype).eps))
+
+
+def _short(step: Tensor, limit: int, dtype: torch.dtype) -> Tensor:
+    """The steps with so few significant bits that products with integers up to the limit are exact; 8 at most.
+
+    Fewer than eight are rounded up, so that the largest weights are not clipped.
+    """
+    bits = max(1, min(8, _significant_bits(dtype) - limit.bit_length()))
+    smallest = max(_SMALLEST_STEP, torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps * 2 ** (bits - 1))
+    eight = step.nan_to_num(1.0, 1.0, 1.0).clamp_min(smallest).to(torch.bfloat16).double()
+    mantissas, exponents = torch.frexp(eight)
+    return torch.ldexp((mantissas * 2**bits).ceil() / 2**bits, exponents)

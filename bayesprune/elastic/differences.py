@@ -103,12 +103,12 @@ class _Move:
         """
         layer = variational_layer(fitted, self._name)
         precision = torch.full_like(self.differences, self._precision)
-        grid = posterior_grid(self.differences, precision, self.kept, kappa, ())
+        weight = layer.get_parameter("weight")
+        grid = posterior_grid(self.differences.to(weight.dtype), precision, self.kept, kappa, ())
         found, step = torch.zeros_like(self.differences), grid.step.expand(self.differences.shape)
         for at, plan in self._plans:
             limits = [grid.limit] * found[at].shape[1]
             found[at] = round_columns(self.differences[at], self.kept[at], step[at], plan, limits)
-        weight = layer.get_parameter("weight")
         moved = found.to(weight.dtype)
         weight.copy_(from_matrix(layer, torch.where(self.kept, self._start + moved, 0.0)))
         _take_up(fitted, layer, self._factors, found - self.differences)

@@ -12,6 +12,7 @@ from bayesprune.bits.steps import Grid, posterior_grid, width_grid, width_of
 from bayesprune.errors import InfeasibleTargetError
 from bayesprune.laplace import cross_entropy
 from bayesprune.layers import named_posteriors
+from bayesprune.storage.coding import as_integers
 
 constriction = pytest.importorskip("constriction")
 
@@ -224,6 +225,26 @@ def test_the_gradient_graph_and_the_dtype_stay(trained, data):
     assert all(parameters[name] is parameter for name, parameter in model.named_parameters())
     assert all(parameter.requires_grad and parameter.dtype == torch.float32 for parameter in model.parameters())
     assert vars(model).keys() == vars(trained).keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{"bits": 6, "per": "channel"}, {"bits": 12}, {"bytes": 3000}])
+def test_half_precision_holds_the_products_of_integers_and_steps(trained, data, dtype, options):
+    model = copy.deepcopy(trained).to(dtype)
+    report = bp.quantize(model, [(x.to(dtype), y) for x, y in data], **options)
+    for name, grid in report.grids.items():
+        value = model.get_parameter(name).detach().double()
+        integers = (value / grid.step).round()
+        assert torch.equal(integers * grid.step, value)
+        assert float(integers.abs().max()) <= grid.limit
+    assert as_integers(model.get_parameter("4.weight").detach()) is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_finest_posterior_grid_reaches_the_largest_weight(dtype):
+    mean = torch.linspace(0.1, 0.2, 100)[:, None].to(dtype)
+    grid = posterior_grid(mean, torch.ones(100, 1), mean != 0, 1e-20, (0,))
+    assert bool((grid.step * grid.limit >= mean.double() * (1 - 2**-8)).all())
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import bayesprune as bp
 from bayesprune.elastic.positions import fill_kept, kept_positions, number_entries
 from bayesprune.errors import StorageError, UnsupportedModelError
+from bayesprune.storage.coding import as_integers
 from bayesprune.storage.levels import Level, gathered
 
 TARGETS = ("macs=0.8", "macs=0.5", "macs=0.3")
@@ -148,6 +149,16 @@ def test_levels_are_fitted_and_what_moved_lies_on_a_grid(trained, batches):
             assert torch.allclose(steps / steps.min(), (steps / steps.min()).round(), atol=1e-4)
         assert bool(found.moved) is fit
     assert losses[True] < 0.7 * losses[False]
+
+
+def test_what_moved_lies_on_a_grid_in_half_precision_too(trained, batches):
+    model, data = copy.deepcopy(trained).bfloat16(), [(x.bfloat16(), y) for x, y in batches]
+    found = bp.elastic.levels(model, example().bfloat16(), ["macs=0.5"], data=data)[0]
+    assert found.moved
+    for name, moved in found.moved.items():
+        parts = as_integers(moved)
+        assert parts is not None, name
+        assert int(parts[0].abs().max()) <= 255
 
 
 def test_rounding_moves_the_predictions_by_what_is_allowed(trained, batches):
