@@ -8,7 +8,7 @@ layer and every estimator of its noise see the same; only during a step does it 
 
 import copy
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from bayesprune.bits.rounding import round_alone
 from bayesprune.bits.steps import Grid, finer_grid, grid_of
 from bayesprune.convert import to_variational
 from bayesprune.errors import UnsupportedModelError
-from bayesprune.foundation.model import bare_model
+from bayesprune.foundation.model import bare_model, requires_grad
 from bayesprune.foundation.text import first_names
 from bayesprune.layers import VariationalLayer, named_posteriors
 from bayesprune.train.checks import check_hooks, check_types
@@ -196,10 +196,12 @@ class StraightThrough:
 
     def _continue(self, state: Mapping[str, Any]) -> None:
         """Takes step, grids and values from the state of another run."""
-        if others := state["values"].keys() ^ self._rounded.keys():
+        shapes = {name: values.shape for name, values in state["values"].items()}
+        own = {name: tensor.values.shape for name, tensor in self._rounded.items()}
+        if others := {name for name, _ in shapes.items() ^ own.items()}:
             raise ValueError(
                 f"the state and this optimizer differ in {first_names(sorted(others))}, which one of them does not "
-                "hold; expected the optimizer of the run that was saved."
+                "hold, or in another shape; expected the optimizer of the run that was saved."
             )
         self._steps.value = state["step"]
         for name, tensor in self._rounded.items():
@@ -250,10 +252,12 @@ class _Rounded:
 
 
 def _with_posteriors(model: nn.Module) -> nn.Module:
-    """The model itself where it is variational, else a copy that is."""
+    """The model itself where it is variational, else a copy that is, in frozen layers too."""
     if any(isinstance(module, VariationalLayer) for module in model.modules()):
         return model
-    return to_variational(copy.deepcopy(model))
+    found = copy.deepcopy(model)
+    with requires_grad(found, True):
+        return to_variational(found)
 
 
 def _found(model: nn.Module, names: Iterable[str], biases: Collection[str]) -> dict[str, Grid]:
@@ -295,7 +299,7 @@ def _held(
                 f"{name} is cut over processes, and its grid is not; expected a model that every process has whole."
             )
         values = parameter.detach().clone()
-        if torch.broadcast_shapes(grid.step.shape, values.shape) != values.shape:
+        if not _broadcasts(grid.step.shape, values.shape):
             raise ValueError(
                 f"the steps given are of shape {tuple(grid.step.shape)} for {name} of shape {tuple(values.shape)}; "
                 "expected the report or state of this very model, or of a copy."
@@ -309,3 +313,9 @@ def _held(
             f"{type(optimizer).__name__} holds none of the {len(grids)} tensors that have a grid; expected the "
             "optimizer of this very model."
         )
+
+
+def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
+    """Whether a tensor of one shape broadcasts to the other, and does not enlarge it."""
+    sizes = zip(reversed(shape), reversed(to), strict=False)
+    return len(shape) <= len(to) and all(own in (1, size) for own, size in sizes)

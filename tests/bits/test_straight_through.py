@@ -267,6 +267,44 @@ def test_gradients_that_a_closure_computes(batch):
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("has_report", [True, False])
+def test_frozen_layers_stay_on_their_grids(batch, has_report):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 5))
+    report = bp.quantize(model, [batch], bits=8)
+    before = copy.deepcopy(model)
+    model[1].requires_grad_(False)
+    optimizer = torch.optim.SGD(model[3].parameters(), 0.1)
+    rounding = StraightThrough(optimizer, model, report if has_report else None)
+    train(model, optimizer, batch, 3)
+    rounding.finish()
+    assert torch.equal(model[1].weight, before[1].weight)
+    assert torch.equal(model[1].bias, before[1].bias)
+    assert not torch.equal(model[3].weight, before[3].weight)
+    assert is_on(report.grids["3.weight"], model[3].weight)
+    assert not model[1].weight.requires_grad
+
+
+def two_layers(width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.Linear(width, 5))
+
+
+def test_a_report_of_other_channels_is_refused(batch):
+    report = bp.quantize(two_layers(12), [batch], bits=4, per="channel")
+    model = two_layers(16)
+    with pytest.raises(ValueError, match=r"of shape \(12, 1\) for 1\.weight of shape \(16, 64\)"):
+        StraightThrough(optimizer_of(model), model, report)
+
+
+def test_a_state_of_other_shapes_is_refused(batch):
+    runs = []
+    for width in (12, 16):
+        model = two_layers(width)
+        report = bp.quantize(model, [batch], bits=4)
+        runs.append(StraightThrough(optimizer_of(model), model, report))
+    with pytest.raises(ValueError, match=r"differ in 1\.bias, 1\.weight, 2\.weight, which"):
+        runs[1].load_state_dict(runs[0].state_dict())
+
+
 def test_what_does_not_fit_is_refused(batch):
     model = net()
     optimizer = optimizer_of(model)
