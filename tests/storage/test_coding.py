@@ -42,6 +42,11 @@ TENSORS = {
     "scalar": torch.tensor(3.25),
     "count": torch.tensor(7),
     "large integers": torch.tensor([2**62, -5, 0]),
+    "time stamps": torch.tensor([1700000000, 1700000007, 1700000100]),
+    "far below zero": torch.tensor([-(2**31), -(2**31) + 1], dtype=torch.int32),
+    "one large integer": torch.tensor(2**31 + 1),
+    "close to one": 1 + torch.arange(5, dtype=torch.float64) * 2.0**-52,
+    "large steps for each row": torch.tensor([[1, 2], [1, 3]]) * torch.tensor([[2**31 + 1], [2**31 + 3]]),
     "all zero": torch.zeros(3, 4),
     "empty": torch.zeros(0, 4),
     "one": torch.full((5,), 2.5),
@@ -58,6 +63,11 @@ def test_round_trip(name):
     assert found.dtype == tensor.dtype
     assert found.shape == tensor.shape
     assert torch.equal(*(each.contiguous().view(-1).view(torch.uint8) for each in (found, tensor)))
+
+
+def test_what_no_reader_would_take_is_not_written():
+    with pytest.raises(StorageError, match="what is to be saved"):
+        encoded({"x": torch.zeros((1,) * 18)})
 
 
 def test_names_and_order_are_kept():

@@ -48,7 +48,8 @@ def encoded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         tensors: On the CPU.
 
     Raises:
-        StorageError: `constriction` is missing, or so few bytes are left that no reader would take them.
+        StorageError: `constriction` is missing, or no reader would take the outline: so few bytes are left, or there
+            are so many tensors or dimensions.
     """
     if CODED in tensors:
         raise StorageError(f"a tensor is called {CODED!r}, which coded files need. Rename it, or save without coding.")
@@ -60,7 +61,7 @@ def encoded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         write_tensor(writer, tensor)
         check = _checksum(tensor, check)
     data = len(text).to_bytes(4, "little") + text + check.to_bytes(4, "little") + writer.finish()
-    _check_size(sum(tensor.nbytes for tensor in own.values()), len(data), "what is to be saved")
+    _outline(data, "what is to be saved")  # as every reader does first
     others = {name: tensor for name, tensor in tensors.items() if name not in own}
     return {CODED: torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy()), **others}
 

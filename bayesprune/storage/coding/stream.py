@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from bayesprune.errors import StorageError
 
-MAX_ALPHABET = 4096
+MAX_ALPHABET, MAX_LOWEST = 4096, 2**30
 _MAX_LEVEL = 63
 _MANTISSAS = np.array([256, 304, 362, 431], dtype=np.int64)  # 2^8, and that times 2^(1/4), 2^(1/2), 2^(3/4)
 _UNIFORM, _TABLE, _LINEAR, _SQUARE = range(4)
@@ -53,7 +53,7 @@ class SymbolWriter:
         self._raw.append(data)
 
     def symbols(self, values: Integers) -> None:
-        """Integers within 4,096 of each other, whose number the reader knows."""
+        """Integers within 4,096 of each other, the lowest within 2^30 of 0, whose number the reader knows."""
         if len(values) == 0:
             return
         law = best_law(values)
@@ -175,7 +175,7 @@ class Law:
             StorageError: it is out of bounds.
         """
         lowest, size = reader.integer(), reader.integer() + 1
-        if not 1 <= size <= MAX_ALPHABET or abs(lowest) > 2**30:
+        if not 1 <= size <= MAX_ALPHABET or abs(lowest) > MAX_LOWEST:
             raise StorageError("a coded stream has frequencies that are out of bounds")
         if size == 1:
             return cls(lowest, 1)

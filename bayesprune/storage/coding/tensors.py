@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bayesprune.errors import StorageError
-from bayesprune.storage.coding.stream import MAX_ALPHABET, Integers, SymbolReader, SymbolWriter, best_law
+from bayesprune.storage.coding.stream import MAX_ALPHABET, MAX_LOWEST, Integers, SymbolReader, SymbolWriter, best_law
 
 DTYPES = {
     "F64": torch.float64,
@@ -176,14 +176,16 @@ def _best_grid(matrix: Tensor, bits: Bits, kept: NDArray[np.bool_]) -> _Grid | N
 
 
 def _grid(wholes: Integers, base: int, kept: NDArray[np.bool_], *, by_row: bool) -> _Grid | None:
-    """The coarsest grid, one or one for each row, on which wholes times 2^base lie; None where it is too fine."""
+    """The coarsest grid, one or one for each row, on which wholes times 2^base lie; None where no runs hold it."""
     divisors = np.maximum(np.gcd.reduce(wholes if by_row else wholes.reshape(1, -1), axis=1), 1)
     integers = (wholes // divisors[:, None])[kept]
     twos = _trailing_zeros(divisors)
     multipliers = divisors >> twos
     runs = (integers, multipliers) if by_row else (integers,)
-    if any(int(run.max()) - int(run.min()) >= MAX_ALPHABET for run in runs):
-        return None
+    for run in runs:
+        lowest = int(run.min())
+        if int(run.max()) - lowest >= MAX_ALPHABET or abs(lowest) > MAX_LOWEST:
+            return None
     return _Grid(_GRID_BY_ROW if by_row else _GRID, multipliers, twos + base, integers)
 
 
