@@ -210,14 +210,15 @@ def resized(old: Tensor, shape: Shape, dtype: torch.dtype) -> Tensor:
 
 
 def _make_grouped(model: nn.Module, spec: ModelRecord) -> dict[str, nn.Conv2d]:
-    """Puts a `ShuffledConv2d` where one is recorded; returns the convolutions that stood there."""
+    """Puts a `ShuffledConv2d` where one is recorded; returns the convolutions that stood there, by all their names."""
     dense = {
         name: module
-        for name, module in model.named_modules()
+        for name, module in model.named_modules(remove_duplicate=False)
         if name and type(module) is nn.Conv2d and spec.classes.get(name) == ShuffledConv2d.__name__
     }
+    grouped = {conv: ShuffledConv2d.like(conv, conv.groups) for conv in dense.values()}
     for name, conv in dense.items():
-        model.set_submodule(name, ShuffledConv2d.like(conv, conv.groups))
+        model.set_submodule(name, grouped[conv])
     return dense
 
 
@@ -269,7 +270,8 @@ def _check_result(model: nn.Module, spec: ModelRecord, *, with_masks: bool) -> N
 
 
 def _is_companion(name: str, spec: ModelRecord) -> bool:
-    return name.rpartition(".")[0] in spec.variational and name.endswith(("_log_std", "_mask"))
+    layer = spec.tied.get(name, name).rpartition(".")[0]  # variational layers are recorded by their first names
+    return layer in spec.variational and name.endswith(("_log_std", "_mask"))
 
 
 def _names(layers: Iterable[tuple[str, VariationalLayer]]) -> set[str]:

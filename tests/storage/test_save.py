@@ -10,6 +10,7 @@ from torch import nn
 
 import bayesprune as bp
 from bayesprune.errors import UnsupportedModelError
+from bayesprune.layers.shuffled import ShuffledConv2d
 
 
 class Net(nn.Module):
@@ -201,6 +202,29 @@ def test_variational_model_comes_back(tmp_path, std):
         torch.manual_seed(3)
         outputs.append(each(images()))
     assert torch.equal(*outputs)
+
+
+def test_variational_layer_under_two_names_comes_back(tmp_path):
+    model = bp.to_variational(Tied())
+    bp.prune_weights(model, "weights=0.5")
+    bp.save(model, tmp_path)
+    loaded = bp.load(tmp_path, model=Tied())
+    assert loaded.again is loaded.inner
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
+def test_grouped_convolution_under_two_names_comes_back(tmp_path):
+    def net(conv: nn.Conv2d) -> nn.Sequential:
+        return nn.Sequential(conv, nn.ReLU(), conv)
+
+    conv = nn.Conv2d(4, 4, 3, padding=1)
+    grouped = ShuffledConv2d.like(conv, groups=2)
+    grouped.order(torch.tensor([2, 0, 1, 3]), torch.arange(4))
+    bp.save(net(grouped), tmp_path)
+    loaded = bp.load(tmp_path, model=net(conv))
+    x = torch.randn(2, 4, 5, 5)
+    assert loaded[2] is loaded[0]
+    assert torch.equal(loaded(x), net(grouped)(x))
 
 
 def test_variational_bfloat16_keeps_float32_stds(tmp_path):
