@@ -24,7 +24,14 @@ from bayesprune.foundation.batches import device_of, on_device
 from bayesprune.foundation.model import restored_on_error
 from bayesprune.foundation.sharding import check_whole
 from bayesprune.laplace.kronecker import variational_layer
-from bayesprune.laplace.matrices import damped, from_matrix, is_matrix_product, removed_columns, to_matrix
+from bayesprune.laplace.matrices import (
+    damped,
+    from_matrix,
+    is_matrix_product,
+    removed_columns,
+    silence_inputs,
+    to_matrix,
+)
 from bayesprune.laplace.regression import DAMPINGS, Moments, best_damping, ridge
 from bayesprune.laplace.sequence import Site, fit_in_sequence, fittable_layers, sites_of
 from bayesprune.layers import VariationalLayer
@@ -45,9 +52,10 @@ def compensate(
 ) -> nn.Module:
     """Moves weights to make up for input channels that are about to go; in place, without training.
 
-    The weights of those channels become zero, and every linear layer and convolution from the first that loses some is
-    fitted to the dense model's outputs, see the module's text. Layers that are frozen, tied, not variational, inside
-    `nn.MultiheadAttention`, or of more than 8,192 inputs times taps, stay as they are, without those channels.
+    The weights of those channels become zero, in layers of any kind, and every linear layer and convolution from the
+    first layer that loses some is fitted to the dense model's outputs, see the module's text. Transposed convolutions,
+    stacked experts, and layers that are frozen, tied, not variational, inside `nn.MultiheadAttention`, or of more than
+    8,192 inputs times taps, stay as they are, without those channels.
 
     Cost: some three forwards over the data, which wait behind each layer until it is fitted and take 4 GiB of memory at
     most meanwhile; layers whose activations take more cost forwards of their own up to them. For each layer some
@@ -89,7 +97,9 @@ def compensate(
         dense = copy.deepcopy(model)
         with restored_on_error(model, dense):
             return compensate(model, batches, removed, dense=dense, damping=damping, progress=progress)
-    keeps = {name: _silence(model.get_submodule(name), lost) for name, lost in removed.items() if lost}
+    keeps = {name: _kept_columns(model.get_submodule(name), lost) for name, lost in removed.items() if lost}
+    for name in keeps:
+        silence_inputs(model.get_submodule(name), removed[name])
     layers = fittable_layers(dense)
     sites = sites_of(dense, batches, layers, rows_per_column=ROWS_PER_COLUMN, keeps=keeps)
 
@@ -101,14 +111,11 @@ def compensate(
     return model
 
 
-def _silence(layer: nn.Module, lost: Sequence[int]) -> Tensor | None:
-    """Sets the weights of lost input channels to zero; which columns (G, C) of a matrix product are kept."""
+def _kept_columns(layer: nn.Module, lost: Sequence[int]) -> Tensor | None:
+    """Which columns (G, C) of a matrix product are kept without these input channels; None for other layers."""
     if not isinstance(layer, VariationalLayer) or not is_matrix_product(layer):
         return None
-    gone = removed_columns(layer, list(lost))
-    weight = layer.get_parameter("weight")
-    weight.masked_fill_(from_matrix(layer, gone[:, None].expand_as(to_matrix(layer, weight))).to(weight.device), 0)
-    return ~gone
+    return ~removed_columns(layer, list(lost))
 
 
 Choose = Callable[[Tensor, Tensor], Tensor]

@@ -5,6 +5,7 @@ followed through batch norms, dropout and products with a number by channel, unt
 a forward that halts behind a layer, so that the layer can change before the forward goes on.
 """
 
+import math
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -70,7 +71,12 @@ class LayerCall:
 
 @torch.no_grad()
 def layer_calls(
-    model: nn.Module, batch: Any, layers: Mapping[str, VariationalLayer], *, with_values: bool = True
+    model: nn.Module,
+    batch: Any,
+    layers: Mapping[str, VariationalLayer],
+    *,
+    with_values: bool = True,
+    behind: Collection[Tensor] = (),
 ) -> list[LayerCall]:
     """The runs of these layers in one forward of a batch in evaluation mode, as they, or the sums they met, came.
 
@@ -80,14 +86,15 @@ def layer_calls(
         layers: What is watched, by name.
         with_values: False leaves tensors without values in the calls, on torch's meta device, so that the forward holds
             no more than it does by itself.
+        behind: Weights; runs that are over before one of these is first used are left out.
     """
-    watch = _Watch(model, with_values=with_values)
+    watch = _Watch(model, with_values=with_values, behind=behind)
     with eval_mode(model), watched(layers), watch.running():
         split(model, batch).run(model)
     for call in watch.times:
         if call.num_uses != 1:
             call.norm = None
-    return sorted(watch.times, key=watch.times.__getitem__)
+    return sorted((c for c, time in watch.times.items() if time >= watch.start), key=watch.times.__getitem__)
 
 
 @contextmanager
@@ -201,6 +208,7 @@ class _Watch(TorchFunctionMode):
 
     Attributes:
         times: Where nothing halts, every run of a layer with when it was over: at its sum, or at once.
+        start: When a weight of `behind` was first used; the beginning where there are none.
         replacement: What a layer is to give in place of its output.
         summand: What is about to be added to a stream.
     """
@@ -212,9 +220,12 @@ class _Watch(TorchFunctionMode):
         halt: Callable[[LayerCall], None] | None = None,
         *,
         with_values: bool = True,
+        behind: Collection[Tensor] = (),
     ) -> None:
         super().__init__()
         self.times: dict[LayerCall, int] = {}
+        self.start = math.inf if behind else 0
+        self._behind = {id(weight) for weight in behind}
         self.replacement: Tensor | None = None
         self.summand = torch.empty(0)
         self._clock = count()
@@ -258,6 +269,8 @@ class _Watch(TorchFunctionMode):
             found = [(call, tensor) for call, tensor in found if not self._is_sum(call, tensor, args)]
         result = func(*args, **kwargs)
         if isinstance(result, Tensor) or (isinstance(result, tuple | list) and not isinstance(result, torch.Size)):
+            if self.start == math.inf and not self._behind.isdisjoint(keys):
+                self.start = next(self._clock)
             for value in (keys[key] for key in keys if isinstance(keys[key], Tensor)):
                 if value in self._outputs:
                     self._outputs[value].num_uses += 1

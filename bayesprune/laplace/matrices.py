@@ -5,14 +5,16 @@ G groups of a grouped convolution (1 elsewhere), R rows (outputs of a group), C 
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from bayesprune.foundation.kinds import kind_of
 from bayesprune.layers import VariationalLayer
+from bayesprune.layers.stacks import stack_of
 
 
 def is_matrix_product(layer: VariationalLayer) -> bool:
@@ -97,6 +99,24 @@ def removed_columns(layer: VariationalLayer, channels: list[int]) -> Tensor:
     removed[channels] = True
     taps = columns * groups // num_inputs
     return removed.repeat_interleave(taps).reshape(groups, columns)
+
+
+def input_weight(layer: nn.Module) -> nn.Parameter:
+    """The weight that meets a layer's inputs; of stacked experts, their hidden units."""
+    stack = stack_of(layer)
+    return layer.get_parameter("weight" if stack is None else stack.cut_parameters(layer, "in")[0][0])
+
+
+def silence_inputs(layer: nn.Module, channels: Sequence[int]) -> None:
+    """Sets the weights of these inputs of a layer of any kind to zero, in place; experts' are numbered through."""
+    weight, kind, stack = input_weight(layer).detach(), kind_of(layer), stack_of(layer)
+    dims = {kind.input_dim} if stack is None else {0, stack.in_dim}
+    if kind.num_input_blocks > 1:
+        weight, dims = weight.unflatten(0, (kind.num_input_blocks, -1)), {0, 2}
+    shape = [size if dim in dims else 1 for dim, size in enumerate(weight.shape)]
+    silent = torch.zeros(math.prod(shape), dtype=torch.bool, device=weight.device)
+    silent[list(channels)] = True
+    weight.masked_fill_(silent.view(shape), 0)
 
 
 def damped(matrix: Tensor, damping: float) -> Tensor:

@@ -22,7 +22,14 @@ from bayesprune.foundation.progress import progress_bar
 from bayesprune.laplace.calibration import check_counted, counted_positions
 from bayesprune.laplace.flow import LayerCall, Walk, layer_calls, watched
 from bayesprune.laplace.kronecker import variational_layer
-from bayesprune.laplace.matrices import drawn_positions, input_rows, is_matrix_product, output_rows, to_matrix
+from bayesprune.laplace.matrices import (
+    drawn_positions,
+    input_rows,
+    input_weight,
+    is_matrix_product,
+    output_rows,
+    to_matrix,
+)
 from bayesprune.laplace.regression import Moments
 from bayesprune.layers import VariationalLayer, variational_layers
 from bayesprune.layers.drawn import DrawnLayer
@@ -119,15 +126,15 @@ def sites_of(
         batches: On its device; a forward of the first says what there is.
         layers: Layers that `fittable_layers` has.
         rows_per_column: At how many positions in all a layer is looked at, for each of its columns.
-        keeps: Which columns (G, C) of a layer are kept, by name; layers before the first of these are left out.
+        keeps: Which columns (G, C) of a layer are kept, by name; None where the layer is not fitted itself. Layers
+            before the first of these are left out.
     """
     names = {id(module): name for name, module in dense.named_modules()}
     inputs = split(dense, batches[0])
     num_examples = inputs.num_examples
     sites: dict[str, Site] = {}
-    for call in layer_calls(dense, batches[0], layers, with_values=False):
-        if not sites and keeps is not None and call.name not in keeps:
-            continue
+    behind = [input_weight(dense.get_submodule(name)) for name in keeps or ()]
+    for call in layer_calls(dense, batches[0], layers, with_values=False, behind=behind):
         norm = None if call.norm is None else names[id(call.norm)]
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (call.inputs, call.output))
         num_rows = rows_per_column * _num_columns(call.layer)

@@ -18,6 +18,7 @@ from bayesprune.laplace import compensate
 from bayesprune.laplace.flow import Walk, layer_calls, watched
 from bayesprune.laplace.matrices import drawn_positions
 from bayesprune.layers import variational_layers
+from tests.mixtures import HIDDEN, Mixture
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -266,6 +267,64 @@ def test_grouped_convolutions_are_fitted_by_group():
     expected = model(x)
     compensate(model, [x], {"2": [0, 4]})
     assert torch.allclose(model(x), expected, atol=2e-3)
+
+
+CANNOT_BE_FITTED = {
+    "transposed": (nn.ConvTranspose2d(8, 8, 2), None),
+    "grouped and transposed": (nn.ConvTranspose2d(8, 8, 2, groups=2), None),
+    "deterministic": (nn.Conv2d(8, 8, 1), lambda layer, name: name != "2"),
+    "deterministic and grouped": (nn.Conv2d(8, 8, 1, groups=2), lambda layer, name: name != "2"),
+}
+
+
+@pytest.mark.parametrize("name", CANNOT_BE_FITTED)
+def test_layers_behind_one_that_cannot_be_fitted_make_up_for_what_it_lost(name):
+    torch.manual_seed(0)
+    middle, filter_fn = copy.deepcopy(CANNOT_BE_FITTED[name])
+    net = nn.Sequential(nn.Conv2d(2, 8, 1), nn.ReLU(), middle, nn.ReLU(), nn.Conv2d(8, 3, 1)).eval()
+    dense, x = bp.to_variational(net, filter_fn=filter_fn), normal(64, 2, 4, 4)
+    silenced, fitted, lost = copy.deepcopy(dense), copy.deepcopy(dense), [1, 2, 6]
+    silenced[1].register_forward_hook(lambda _, args, output: output.index_fill(1, torch.tensor(lost), 0))
+    compensate(fitted, [x], {"2": lost})
+    hidden = dense[1](dense[0](x))
+    torch.testing.assert_close(fitted[2](hidden), silenced[2](silenced[1](silenced[0](x))))
+    assert all(torch.equal(p, q) for p, q in zip(fitted[0].parameters(), dense[0].parameters(), strict=True))
+    assert error(fitted, dense, x) < 0.8 * error(silenced, dense, x)
+
+
+@pytest.mark.parametrize("is_variational", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_layers_behind_experts_make_up_for_units_that_they_lost(transposed, is_variational):
+    torch.manual_seed(0)
+    net = Mixture(fused=True, transposed=transposed, interleaved=False).eval()
+    dense = bp.to_variational(net, filter_fn=lambda _, name: is_variational or name != "experts")
+    model, x = copy.deepcopy(dense), normal(128, 4)
+    compensate(model, [x], {"experts": [1, HIDDEN + 2]})
+    expected = dense.experts.down_proj.detach().clone()
+    units = expected if transposed else expected.mT
+    units[0, 1] = units[1, 2] = 0
+    assert torch.equal(model.experts.down_proj, expected)
+    assert torch.equal(model.router.weight, dense.router.weight)
+    assert not torch.equal(model.last.weight, dense.last.weight)
+
+
+def test_a_layer_whose_weight_is_given_to_a_function_counts_as_the_first():
+    class ByFunction(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.last = nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            hidden = F.linear(F.relu(self.first(x)), self.second.weight, self.second.bias)
+            return self.last(F.relu(hidden))
+
+    torch.manual_seed(0)
+    dense = bp.to_variational(ByFunction().eval())
+    model = copy.deepcopy(dense)
+    compensate(model, [normal(64, 5)], {"second": [0, 1]})
+    assert torch.equal(model.first.weight, dense.first.weight)
+    assert not model.second.weight[:, :2].any()
+    assert not torch.equal(model.last.weight, dense.last.weight)
 
 
 def test_without_a_batch_it_says_so():
