@@ -15,7 +15,6 @@ from itertools import islice
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bayesprune.foundation import defaults
@@ -29,6 +28,7 @@ from bayesprune.prune.graph.group import ChannelGroup
 from bayesprune.prune.graph.removal import lost_inputs
 from bayesprune.prune.graph.trials import silence_inputs
 from bayesprune.prune.scores.channels import Scored, SNRImportance, lowest_units, unit_scores
+from bayesprune.prune.scores.divergence import as_predictions, total_divergence
 from bayesprune.prune.scores.unit_snr import UnitSNRImportance
 
 MAX_TILT = 3.0
@@ -63,7 +63,7 @@ class Calibration:
                 break
         if not self.batches:
             raise ValueError("data has no batch; expected an iterable of input batches.")
-        self._dense = [_log_probabilities(model, batch) for batch in self.batches]
+        self._dense = [_predictions(model, batch) for batch in self.batches]
 
     @property
     def has_predictions(self) -> bool:
@@ -77,13 +77,10 @@ class Calibration:
         """
         total, number = 0.0, 0
         for batch, dense in zip(self.batches[batches], self._dense[batches], strict=True):
-            now = _log_probabilities(model, batch)
+            now = _predictions(model, batch)
             if dense is None or now is None:
                 return math.nan
-            if dense.shape[1] == 1:
-                total += 0.5 * float((now - dense).square().sum())
-            else:
-                total += float(F.kl_div(now, dense, log_target=True, reduction="sum"))
+            total += total_divergence(dense, now)
             number += len(dense)
         return total / number
 
@@ -184,8 +181,8 @@ def depth_factors(number: int, tilt: float) -> list[float]:
     return [math.exp(tilt * depth / max(1, number - 1)) for depth in range(number)]
 
 
-def _log_probabilities(model: nn.Module, batch: Any) -> Tensor | None:
-    """Log probabilities (predictions, classes) of as many predictions as fit, or single outputs; None without any."""
+def _predictions(model: nn.Module, batch: Any) -> Tensor | None:
+    """As many of the model's predictions as fit, as `total_divergence` compares them; None without any."""
     with torch.no_grad(), eval_mode(model):
         try:
             logits = predictions(model, split(model, batch))
@@ -193,5 +190,4 @@ def _log_probabilities(model: nn.Module, batch: Any) -> Tensor | None:
             return None
     if not logits.is_floating_point() or not logits.numel():
         return None
-    logits = logits[:: math.ceil(logits.numel() / _MAX_LOGITS)].float()
-    return logits if logits.shape[1] == 1 else logits.log_softmax(1)
+    return as_predictions(logits[:: math.ceil(logits.numel() / _MAX_LOGITS)].float())

@@ -20,7 +20,6 @@ from itertools import islice
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bayesprune.foundation.batches import device_of, logits_of, on_device, split
@@ -36,6 +35,7 @@ from bayesprune.laplace.sequence import MAX_COLUMNS, Site, dense_moments, fit_in
 from bayesprune.layers import Posterior, holders_of, removable_weights
 from bayesprune.prune.batch_norm import measured_norms, recalibrate_if_better
 from bayesprune.prune.graph.removal import snapshot, undone_on_error
+from bayesprune.prune.scores.divergence import as_predictions, total_divergence
 from bayesprune.prune.weights.prune import (
     WeightReport,
     checked_goal,
@@ -88,7 +88,7 @@ def prune_one_shot(
         scope: How a fraction is divided: "global", by what each layer costs when it is cut alone, or "layer", the
             same fraction of each.
         loss: What a cut costs, a function of the model that is called in evaluation mode; None is the divergence of its
-            predictions from those before the cut.
+            predictions from those before the cut, of a single output half the squared error.
         damping: Holds weights at their present values, as a fraction of the mean second moment of a layer's inputs.
         num_batches: No more batches than these.
 
@@ -318,15 +318,15 @@ def divide(
 def divergence(model: nn.Module, batches: Sequence[Any]) -> Callable[[nn.Module], float]:
     """A function of a model: the mean KL divergence of its predictions from those that `model` has now, in nats.
 
-    Predictions are compared at 256 positions of each batch at most, evenly spaced among those that an `attention_mask`
-    counts.
+    Of a model with a single output it is half the mean squared error. Predictions are compared at 256 positions of each
+    batch at most, evenly spaced among those that an `attention_mask` counts.
     """
-    before = [_log_probabilities(model, batch) for batch in batches]
+    before = [_predictions(model, batch) for batch in batches]
 
     @torch.no_grad()
     def measure(changed: nn.Module) -> float:
         total = sum(
-            float(F.kl_div(_log_probabilities(changed, batch), wanted, log_target=True, reduction="sum"))
+            total_divergence(wanted, _predictions(changed, batch))
             for batch, wanted in zip(batches, before, strict=True)
         )
         return total / sum(map(len, before))
@@ -334,10 +334,11 @@ def divergence(model: nn.Module, batches: Sequence[Any]) -> Callable[[nn.Module]
     return measure
 
 
-def _log_probabilities(model: nn.Module, batch: Any) -> Tensor:
+def _predictions(model: nn.Module, batch: Any) -> Tensor:
     parts = split(model, on_device(batch, device_of(model)))
     with eval_mode(model):
         logits = logits_of(parts.run(model))
+    logits = logits[:, None] if logits.dim() == 1 else logits  # a number for each example
     logits = logits.movedim(1, -1) if logits.dim() > 3 else logits
     logits = unmasked(logits, parts)
-    return logits[:: -(-len(logits) // _POSITIONS)].float().log_softmax(1)
+    return as_predictions(logits[:: -(-len(logits) // _POSITIONS)].float())

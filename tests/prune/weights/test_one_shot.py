@@ -337,3 +337,21 @@ def test_an_error_of_batch_norm_leaves_the_model_as_it_was():
         bp.prune_one_shot(model, torch.randn(20, 8).split(1), "weights=0.5", scope="layer")
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("start", [0, 1], ids=["a number", "a column"])
+def test_the_divergence_of_a_single_output_is_half_its_squared_error(start):
+    model, x = nn.Sequential(nn.Linear(8, 1), nn.Flatten(start)).double(), correlated(60, 8)
+    changed = copy.deepcopy(model)
+    changed[0].bias.data += 3.0
+    assert divergence(model, [x[:20], x[20:]])(changed) == pytest.approx(4.5)
+
+
+def test_layers_of_a_model_with_a_single_output_differ_in_cost():
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 1))
+    with torch.no_grad():
+        model[2].weight[:, 2:] = 0  # most of them are zeros already
+    report = bp.prune_one_shot(bp.to_variational(model), [torch.randn(400, 16)], "weights=0.5")
+    first, second = (row.kept / row.total for row in report.rows[:2])
+    assert first > second + 0.1
