@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
+from statistics import median
 from typing import Any
 
 import torch
@@ -93,13 +94,31 @@ class Calibration:
 
 def unit_costs(
     model: nn.Module, groups: Sequence[ChannelGroup], calibration: Calibration
-) -> dict[ChannelGroup, Scored | None]:
-    """Each group's units with what they cost: the unit SNR, or `SNRImportance` where no reader is a matrix product."""
+) -> tuple[dict[ChannelGroup, Scored | None], list[str]]:
+    """Each group's units with what they cost, and the names of the groups whose costs are guessed.
+
+    The cost is the unit SNR. Where no reader of a group is in the posterior it is guessed: `SNRImportance`, times what
+    makes its median that of the unit SNR over the groups that have both.
+    """
     importance = UnitSNRImportance(model, logit_posterior(model, calibration))
-    return {
-        group: unit_scores(importance, group) or unit_scores(SNRImportance(), group)
-        for group in progress_bar(groups, "Rank units", "group")
+    found = {group: unit_scores(importance, group) for group in progress_bar(groups, "Rank units", "group")}
+    if None not in found.values():
+        return found, []
+    by_stds = {group: unit_scores(SNRImportance(), group) for group in groups}
+    both = [(costs.scores, its.scores) for group, costs in found.items() if costs and (its := by_stds[group])]
+    factor = _median([costs for costs, _ in both]) / _median([scores for _, scores in both])
+    guessed = {
+        group: Scored(its.group, [factor * score for score in its.scores])
+        for group, its in by_stds.items()
+        if its and not found[group]
     }
+    return found | guessed, [group.name for group in guessed]
+
+
+def _median(scores: Iterable[Iterable[float]]) -> float:
+    """The median of those that are positive; 1 where none is."""
+    positive = [score for of_group in scores for score in of_group if score > 0]
+    return median(positive) if positive else 1.0
 
 
 def logit_posterior(model: nn.Module, calibration: Calibration) -> KroneckerPosterior:

@@ -18,6 +18,7 @@ from torch import nn
 from bayesprune.errors import InfeasibleTargetError, UnsupportedModelError
 from bayesprune.foundation.macs import macs_by_module
 from bayesprune.foundation.target import Target
+from bayesprune.foundation.text import first_names
 from bayesprune.laplace.compensation import compensate
 from bayesprune.layers import close_auxiliaries, rooms_in, variational_layers, without_auxiliaries
 from bayesprune.prune.batch_norm import measured_norms, recalibrate_if_better
@@ -153,8 +154,9 @@ def prune_channels(
     else:
         ranks = importance
     score = _rms_snr if what == "snr" else partial(unit_scores, ranks)
+    guessed: list[str] = []
     if calibration is not None and is_calibrated:
-        found = unit_costs(dense, structure.groups, calibration)
+        found, guessed = unit_costs(dense, structure.groups, calibration)
     else:
         with scored_once():
             found = {group: score(group) for group in structure.groups}
@@ -206,6 +208,7 @@ def prune_channels(
             importance,
             calibration,
             _divided(tilt, uniform=uniform, is_given=sizes is not None),
+            guessed,
             is_calibrated=is_calibrated,
             compensates=compensates,
         ),
@@ -237,6 +240,7 @@ def _how(
     importance: Importance | None,
     calibration: Calibration | None,
     divided: str,
+    guessed: Collection[str],
     *,
     is_calibrated: bool,
     compensates: bool,
@@ -244,7 +248,8 @@ def _how(
     """One line on what decided and what made up for it."""
     default = UnitSNRImportance if is_calibrated else SNRImportance
     name = default.__name__ if importance is None else type(importance).__name__
-    parts = [f"channels ranked by {name}", divided]
+    others = f" ({first_names(guessed)} by SNRImportance, brought to its scale)" if guessed else ""
+    parts = [f"channels ranked by {name}{others}", divided]
     if compensates and calibration is not None:
         parts.append(f"weights fitted to the dense model on {calibration.num_examples:,} examples")
     elif calibration is None:

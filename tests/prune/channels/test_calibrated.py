@@ -44,3 +44,13 @@ def test_a_cut_does_not_depend_on_the_random_state_and_leaves_it_alone():
         assert torch.equal(torch.get_rng_state(), before)
         after.append(cut.state_dict())
     assert all(torch.equal(after[0][name], after[1][name]) for name in after[0])
+
+
+def test_channels_that_no_posterior_reads_take_part_in_the_cut():
+    torch.manual_seed(0)
+    layers = nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 5)
+    net = bp.to_variational(nn.Sequential(*layers), filter_fn=lambda layer, name: name != "4")
+    data = [torch.randn(128, 8)]
+    report = bp.prune_channels(net, data[0][:2], "macs=0.4", data=data)
+    assert all(8 < kept < 32 for kept in report.sizes.values())
+    assert report.how.startswith("channels ranked by UnitSNRImportance (2 by SNRImportance, brought to its scale);")
