@@ -63,7 +63,9 @@ def quantize(
             other names stay as they are.
         bytes: Instead, the largest size of all tensors of the state dict, coded; the header of the file comes on top,
             some 300 bytes.
-        per: Whether a tensor has one step, or each of its output channels.
+        per: Whether a tensor has one step, or each of its output channels. Coded files have steps along the first
+            dimension alone, so a weight whose outputs another one numbers (transposed convolutions, `Conv1D` of GPT-2,
+            stacked experts) has one step in either case.
         compensate: How weights make up for rounding where there are data. True goes through the layers in the order of
             the forward: each is fitted to what the model gave before rounding, from what the rounded layers before it
             give, and rounded column by column. "alone" does not fit and takes the inputs that the layers had before:
@@ -190,7 +192,7 @@ def _weights(source: nn.Module, per: str) -> list[Weight]:
         if posterior.mask is not None:
             kept &= posterior.mask.cpu()
         precision = (-2 * posterior.log_std.detach().cpu().double()).exp().expand(mean.shape)
-        dims = posterior.unit_dims if per == "channel" else ()
+        dims = (0,) if per == "channel" and posterior.unit_dims == (0,) else ()
         found.append(Weight(posterior.name, posterior, posterior.mean, mean, precision, kept, dims))
     return found
 

@@ -201,6 +201,20 @@ def test_channels_have_steps_of_their_own(trained, data):
     assert len(model.get_parameter("0.weight").unique()) > 15
 
 
+def test_steps_by_channel_can_be_coded_where_outputs_are_not_the_first_dimension():
+    torch.manual_seed(0)
+    layers = (nn.ConvTranspose2d(8, 16, 4), nn.ReLU(), nn.ConvTranspose2d(16, 8, 3, groups=2), nn.Flatten())
+    model = nn.Sequential(*layers, nn.Linear(8 * 36, 5))
+    bp.quantize(model, [(torch.randn(32, 8, 1, 1), torch.randint(5, (32,)))], bits=4, per="channel")
+    num_steps = []
+    for layer in (model[0], model[2], model[4]):
+        parts = as_integers(layer.weight.detach())
+        assert parts is not None
+        assert int(parts[0].abs().max()) <= 7
+        num_steps.append(len(parts[1]))
+    assert num_steps == [1, 1, 5]
+
+
 def test_widths_by_name_leave_the_others(trained, data):
     model = copy.deepcopy(trained)
     report = bp.quantize(model, data, bits={"4": 3})
