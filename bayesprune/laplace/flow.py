@@ -42,7 +42,7 @@ class LayerCall:
         layer: The layer.
         inputs: What went in.
         output: What came out.
-        again: Runs the layer once more on the same arguments.
+        again: Runs the layer once more on the same arguments, while a walk halts behind it.
         addend: What its output was added to, of the output's shape; None where it was added to nothing, or went
             elsewhere as well before that.
         gain: By what its output was multiplied on the way there, of a shape that broadcasts; None for 1.
@@ -61,6 +61,12 @@ class LayerCall:
     norm: nn.Module | None = None
     source: int = 0
     num_uses: int = 0
+
+    def copy_values(self) -> None:
+        """Keeps its tensors as they are now, whatever the forward writes into them."""
+        with torch._C.DisableTorchFunction():  # this is no use of them
+            self.inputs, self.output = self.inputs.clone(), self.output.clone()
+        self.again = partial(_lost, self.name)
 
     def lose_values(self) -> None:
         """Keeps shapes and dtypes of its tensors alone."""
@@ -257,6 +263,8 @@ class _Watch(TorchFunctionMode):
             call.source = self._sources.setdefault(call.inputs, len(self.times))
             self._outputs[call.output] = call
         self._follow(call, call.output)
+        if self._halt is None and self._with_values:
+            call.copy_values()
         return None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -288,7 +296,7 @@ class _Watch(TorchFunctionMode):
             return False
         if not addend.shape == call.output.shape == tensor.shape:
             return False
-        call.addend = addend
+        call.addend = addend.clone() if self._halt is None and self._with_values else addend
         self._forget(call)
         if self._halt is None:
             self.times[call] = next(self._clock)
@@ -308,7 +316,7 @@ class _Watch(TorchFunctionMode):
             given = dict(zip(_BATCH_NORM, args, strict=False)) | kwargs
             if given.get("training") or given.get("running_var") is None:
                 return False
-            if tensor is call.output:
+            if self._outputs.get(tensor) is call:
                 call.norm = self._norms.get(id(given["running_mean"]))
             factor = (given["running_var"] + given.get("eps", 1e-5)).rsqrt()
             factor = factor if given.get("weight") is None else factor * given["weight"]
@@ -338,7 +346,7 @@ class _Watch(TorchFunctionMode):
 
 
 def _lost(name: str) -> Tensor:
-    raise AssertionError(f"the call of {name} kept no values")
+    raise AssertionError(f"the call of {name} kept no arguments")
 
 
 _WATCH: ContextVar[_Watch | None] = ContextVar("bayesprune_watch", default=None)

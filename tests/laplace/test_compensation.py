@@ -138,6 +138,33 @@ def test_streams_and_norms_are_seen(residual):
     assert calls["head"].norm is None
 
 
+def test_what_a_forward_writes_into_a_tensor_does_not_change_what_was_seen():
+    class InPlace(nn.Module):
+        def __init__(self, in_place: bool) -> None:
+            super().__init__()
+            self.first, self.second, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+            self.act, self.in_place = nn.ReLU(in_place), in_place
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.act(self.first(x))
+            y = self.second(x)
+            if self.in_place:
+                x += y
+            else:
+                x = x + y
+            return self.last(x)
+
+    calls = []
+    for in_place in (False, True):
+        torch.manual_seed(0)
+        model = bp.to_variational(InPlace(in_place).eval())
+        calls.append(layer_calls(model, normal(8, 4), dict(variational_layers(model))))
+    for expected, found in zip(*calls, strict=True):
+        assert torch.equal(found.inputs, expected.inputs)
+        assert torch.equal(found.output, expected.output)
+    assert torch.equal(calls[1][1].addend, calls[0][1].addend)
+
+
 def test_a_norm_takes_no_shift_of_what_is_read_elsewhere_too():
     class Fork(nn.Module):
         def __init__(self) -> None:
