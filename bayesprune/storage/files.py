@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from bayesprune.storage.parsing import parse_json
 from bayesprune.storage.reading import INDEX, TENSORS
 
 SHARD = "model-{number:05}-of-{count:05}.safetensors"
+_SHARD_NAME = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
 
 Writer = Callable[[Path], None]
 _LOGGER = logging.getLogger(__name__)
@@ -185,7 +187,8 @@ def _alone_in(directory: Path) -> Iterator[None]:
 def _remove_stale(directory: Path, kept: Iterable[str], previous: Iterable[Path]) -> None:
     """Removes what the new save replaced, and files of tensors that an earlier one left under other names."""
     names = set(kept)
-    tensors = [*(directory / name for name in (TENSORS, INDEX, LEVELS)), *directory.glob("model-*-of-*.safetensors")]
+    shards = (path for path in directory.glob("model-*-of-*.safetensors") if _SHARD_NAME.fullmatch(path.name))
+    tensors = [*(directory / name for name in (TENSORS, INDEX, LEVELS)), *shards]
     try:
         _remove([*previous, *(path for path in tensors if path.name not in names)], [])
     except OSError as error:

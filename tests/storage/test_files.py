@@ -115,6 +115,14 @@ def test_files_of_others_are_kept(tmp_path, monkeypatch):
     assert contents(tmp_path) == {"notes.txt": b"mine"}
 
 
+def test_an_earlier_save_s_shards_are_removed_and_no_file_of_a_similar_name(tmp_path):
+    bp.save(model(), tmp_path, max_shard_size=300)
+    assert (tmp_path / "model-00001-of-00002.safetensors").exists()
+    (tmp_path / "model-best-of-5.safetensors").write_text("mine")
+    bp.save(model(), tmp_path)
+    assert contents(tmp_path).keys() == {"bayesprune.json", "model.safetensors", "model-best-of-5.safetensors"}
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs limits on file sizes")
 def test_file_that_the_system_cuts_short(tmp_path):
     import resource
