@@ -22,7 +22,7 @@ from bayesprune.storage.parsing import parse_json
 from bayesprune.storage.reading import INDEX, TENSORS
 
 SHARD = "model-{number:05}-of-{count:05}.safetensors"
-_SHARD_NAME = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
+_OWN_SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
 
 Writer = Callable[[Path], None]
 _LOGGER = logging.getLogger(__name__)
@@ -78,8 +78,9 @@ def write_together(directory: Path, writers: Mapping[str, Writer]) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         mode = None
-        for name, write in sorted(writers.items(), key=lambda item: item[0] == TENSORS):  # the largest last
-            write(temporary[name])
+        order = sorted(writers, key=lambda name: (name.endswith(".safetensors"), name == TENSORS))
+        for name in order:  # JSON first, whose access rights are the user's, the largest last
+            writers[name](temporary[name])
             mode = _settle(temporary[name], mode)
         with _alone_in(directory):
             _swap({name: directory / name for name in writers}, temporary, previous)
@@ -187,7 +188,7 @@ def _alone_in(directory: Path) -> Iterator[None]:
 def _remove_stale(directory: Path, kept: Iterable[str], previous: Iterable[Path]) -> None:
     """Removes what the new save replaced, and files of tensors that an earlier one left under other names."""
     names = set(kept)
-    shards = (path for path in directory.glob("model-*-of-*.safetensors") if _SHARD_NAME.fullmatch(path.name))
+    shards = (path for path in directory.glob("model-*-of-*.safetensors") if _OWN_SHARD.fullmatch(path.name))
     tensors = [*(directory / name for name in (TENSORS, INDEX, LEVELS)), *shards]
     try:
         _remove([*previous, *(path for path in tensors if path.name not in names)], [])

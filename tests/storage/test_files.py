@@ -12,6 +12,7 @@ from torch import nn
 import bayesprune as bp
 from bayesprune.errors import StorageError
 from bayesprune.storage import files
+from bayesprune.storage.levels import Level
 
 
 def model(seed: int = 0) -> nn.Module:
@@ -121,6 +122,21 @@ def test_an_earlier_save_s_shards_are_removed_and_no_file_of_a_similar_name(tmp_
     (tmp_path / "model-best-of-5.safetensors").write_text("mine")
     bp.save(model(), tmp_path)
     assert contents(tmp_path).keys() == {"bayesprune.json", "model.safetensors", "model-best-of-5.safetensors"}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no access rights of groups")
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"max_shard_size": 300}, {"levels": [Level("weights=0.5", model())]}],
+    ids=["one file", "shards", "levels"],
+)
+def test_all_files_have_the_access_rights_that_the_user_gives_new_ones(tmp_path, options):
+    before = os.umask(0o027)
+    try:
+        bp.save(model(), tmp_path, **options)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs limits on file sizes")
