@@ -19,10 +19,11 @@ from bayesprune.storage import coding
 from bayesprune.storage.digests import tensor_header
 from bayesprune.storage.levels import LEVELS
 from bayesprune.storage.parsing import parse_json
-from bayesprune.storage.reading import INDEX, TENSORS
+from bayesprune.storage.reading import INDEX, RECORD, TENSORS, read_json
 
 SHARD = "model-{number:05}-of-{count:05}.safetensors"
 _OWN_SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
+_JSON_NAME = re.compile(r"[\w-]+(\.[\w-]+)*\.json")
 
 Writer = Callable[[Path], None]
 _LOGGER = logging.getLogger(__name__)
@@ -62,7 +63,8 @@ def tensor_writer(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *,
 def write_together(directory: Path, writers: Mapping[str, Writer]) -> None:
     """Writes the files under temporary names beside their own, and renames all of them once all are on the disk.
 
-    Files of tensors that an earlier save left there under other names are removed at the end.
+    Files of tensors that an earlier save left there under other names, and those that its record names beside itself,
+    are removed at the end.
 
     Whatever fails before or between the renames, the previous files stay as they were and no temporary one is left.
     A killed process leaves temporary ones (`.NAME.MARK.new`, `.old`), which nobody reads and anybody may delete; killed
@@ -83,8 +85,9 @@ def write_together(directory: Path, writers: Mapping[str, Writer]) -> None:
             writers[name](temporary[name])
             mode = _settle(temporary[name], mode)
         with _alone_in(directory):
+            stale = _of_earlier_saves(directory)
             _swap({name: directory / name for name in writers}, temporary, previous)
-            _remove_stale(directory, writers, previous.values())
+            _remove_stale(directory, [*previous.values(), *(path for path in stale if path.name not in writers)])
     except (OSError, SafetensorError) as error:
         _remove(temporary.values(), made)
         raise StorageError(
@@ -185,13 +188,20 @@ def _alone_in(directory: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _remove_stale(directory: Path, kept: Iterable[str], previous: Iterable[Path]) -> None:
-    """Removes what the new save replaced, and files of tensors that an earlier one left under other names."""
-    names = set(kept)
-    shards = (path for path in directory.glob("model-*-of-*.safetensors") if _OWN_SHARD.fullmatch(path.name))
-    tensors = [*(directory / name for name in (TENSORS, INDEX, LEVELS)), *shards]
+def _of_earlier_saves(directory: Path) -> list[Path]:
+    """The files of tensors that a save may have left there, and those for its library that the record there names."""
     try:
-        _remove([*previous, *(path for path in tensors if path.name not in names)], [])
+        named = read_json(directory / RECORD).get("files")
+    except StorageError:  # there is none, or it is damaged
+        named = None
+    beside = filter(_JSON_NAME.fullmatch, named if isinstance(named, dict) else ())
+    shards = [path.name for path in directory.glob("model-*-of-*.safetensors") if _OWN_SHARD.fullmatch(path.name)]
+    return [directory / name for name in (TENSORS, INDEX, LEVELS, *shards, *beside)]
+
+
+def _remove_stale(directory: Path, paths: Iterable[Path]) -> None:
+    try:
+        _remove(paths, [])
     except OSError as error:
         raise StorageError(f"saved to {directory}, but an older file there cannot be removed: {error}.") from error
 

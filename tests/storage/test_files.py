@@ -124,6 +124,27 @@ def test_an_earlier_save_s_shards_are_removed_and_no_file_of_a_similar_name(tmp_
     assert contents(tmp_path).keys() == {"bayesprune.json", "model.safetensors", "model-best-of-5.safetensors"}
 
 
+def test_an_earlier_save_s_config_is_removed_and_no_other_json(tmp_path):
+    timm = pytest.importorskip("timm")
+    bp.save(timm.create_model("test_resnet", num_classes=5), tmp_path)
+    assert (tmp_path / "config.json").exists()
+    (tmp_path / "notes.json").write_text("{}")
+    bp.save(model(), tmp_path)
+    assert contents(tmp_path).keys() == {"bayesprune.json", "model.safetensors", "notes.json"}
+
+
+@pytest.mark.parametrize("record", ['{"files": {"../notes.json": "", "notes.txt": ""}}', '{"files": 3}', "[", ""])
+def test_a_record_that_no_save_wrote_removes_nothing(tmp_path, record):
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    for path in (tmp_path / "notes.json", saved / "notes.txt"):
+        path.write_text("mine")
+    (saved / "bayesprune.json").write_text(record)
+    bp.save(model(), saved)
+    assert (tmp_path / "notes.json").read_text() == "mine"
+    assert contents(saved).keys() == {"bayesprune.json", "model.safetensors", "notes.txt"}
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="has no access rights of groups")
 @pytest.mark.parametrize(
     "options",
