@@ -94,13 +94,6 @@ def free_port():
     yield port
 
 
-@pytest.fixture
-def plain_accelerate(monkeypatch):
-    """Without what a Trainer of another test has told accelerate, in variables that it leaves."""
-    monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND", raising=False)
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("plain_accelerate")
 @pytest.mark.parametrize("kind", ["MULTI", "FSDP"])
@@ -167,3 +160,16 @@ def test_a_training_leaves_no_hooks_and_the_next_one_moves_statistics(training):
         whole.train(model, Until(10**6), Training(1, 0.05))
     assert not torch.allclose(model[1].running_mean, before, rtol=0.1)
     assert mask is None or not model[0].weight[~mask].any()
+
+
+@pytest.mark.usefixtures("plain_accelerate")
+def test_mixed_precision_is_for_the_training_alone(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    model, dtypes = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3)), []
+    model[1].register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
+    for _ in range(2):
+        whole = task(16)
+        whole.train(model, Until(10**6), Training(1, 0.05))
+        model(whole.example_inputs)
+    assert dtypes == 2 * [torch.bfloat16, torch.bfloat16, torch.float32]
+    assert not {"forward", "_original_forward"} & vars(model).keys()

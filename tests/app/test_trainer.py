@@ -19,9 +19,12 @@ from transformers import (
     ViTForImageClassification,
     ViTImageProcessor,
     ViTModel,
+    default_data_collator,
 )
 
 from bayesprune.app.pretrained import class_order, longest_input
+from bayesprune.app.tasks.task import LoggedProgress, Training
+from bayesprune.app.tasks.trainer import TrainingData, train
 from tests.commands import run
 from tests.hosts.transformers.tiny import VOCABULARY, bert, llama
 
@@ -138,6 +141,20 @@ def test_image_classification_with_an_image_processor(tmp_path, capsys):
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
     assert model.config.id2label == {0: "dark", 1: "light"}
     assert ViTImageProcessor.from_pretrained(tmp_path / "out").size == {"height": 16, "width": 16}
+
+
+@pytest.mark.usefixtures("plain_accelerate")
+def test_mixed_precision_is_for_the_training_alone(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    model, tokens = bert(), torch.tensor([[1, 2, 3]])
+    examples = [{"input_ids": tokens[0], "labels": number % 2} for number in range(2)]
+    dtypes = []
+    model.classifier.register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
+    for _ in range(2):
+        train(model, TrainingData(examples, default_data_collator, 2, 0), LoggedProgress(), Training(1, 1e-3))
+        model(tokens)
+    assert dtypes == 2 * [torch.bfloat16, torch.float32]
+    assert not {"forward", "_original_forward"} & vars(model).keys()
 
 
 LLAMA = "llama --task causal-lm --data {root}/plain.txt"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from bayesprune.app.data import Loaders
-from bayesprune.app.tasks.task import Checkpoint, Progress, Split, Task, Training, check_finite
+from bayesprune.app.tasks.task import Checkpoint, Progress, Split, Task, Training, check_finite, own_forward
 from bayesprune.bits import StraightThrough
 from bayesprune.foundation import defaults
 from bayesprune.foundation.batches import device_of, logits_of, on_device, split
@@ -60,8 +60,18 @@ class LoaderTask(Task):
         Raises:
             UnsupportedModelError: weights are to be held to grids, and are cut over processes.
         """
-        device, loader = device_of(model), self._training_loader()
         trained = copy.deepcopy(model) if self.is_sharded else model
+        with own_forward(trained):
+            self._fit(trained, progress, training, checkpoint)
+        if self.is_sharded:
+            load_values(model, {name: full_tensor(value) for name, value in trained.state_dict().items()})
+        if self.accelerator.num_processes > 1:  # each has batch-norm statistics of its own images
+            with torch.no_grad():
+                broadcast(list(model.state_dict().values()))
+        model.eval()
+
+    def _fit(self, trained: nn.Module, progress: Progress, training: Training, checkpoint: Checkpoint | None) -> None:
+        device, loader = device_of(trained), self._training_loader()
         optimizer = torch.optim.AdamW(trained.parameters(), lr=training.lr, weight_decay=0.0)
         num_steps = training.num_epochs * len(loader)
         wrapped, stepper = self.accelerator.prepare(trained, optimizer)
@@ -106,12 +116,6 @@ class LoaderTask(Task):
         if attachment is not None:
             attachment.detach()
         self.accelerator.free_memory()
-        if self.is_sharded:
-            load_values(model, {name: full_tensor(value) for name, value in trained.state_dict().items()})
-        if self.accelerator.num_processes > 1:  # each has batch-norm statistics of its own images
-            with torch.no_grad():
-                broadcast(list(model.state_dict().values()))
-        model.eval()
 
     def score(self, model: nn.Module, split: Split) -> float:
         """Top-1 accuracy, or perplexity."""

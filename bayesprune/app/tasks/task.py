@@ -153,6 +153,22 @@ class Task(Protocol):
         """Ends what the task holds; the last call."""
 
 
+@contextmanager
+def own_forward(model: nn.Module) -> Iterator[None]:
+    """Afterwards the model's forward is its own again, in place of the one of mixed precision that accelerate sets.
+
+    accelerate's `extract_model_from_parallel` would take off the decorators of the model's own forward as well.
+    """
+    names = ("forward", "_original_forward", "_is_accelerate_prepared")
+    own = {name: vars(model)[name] for name in names if name in vars(model)}
+    try:
+        yield
+    finally:
+        for name in names:
+            vars(model).pop(name, None)
+        vars(model).update(own)
+
+
 def check_finite(loss: float, lr: float) -> float:
     """Returns the loss if it is finite.
 

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from bayesprune.app.pretrained import AUTO_CLASSES
-from bayesprune.app.tasks.task import Checkpoint, Progress, Split, Training, check_finite
+from bayesprune.app.tasks.task import Checkpoint, Progress, Split, Training, check_finite, own_forward
 from bayesprune.bits import Quantization, StraightThrough
 from bayesprune.hosts.transformers.callback import BayesPruneCallback
 from bayesprune.hosts.transformers.distillation import DistillationCallback
@@ -81,7 +81,8 @@ def train(model: PreTrainedModel, data: TrainingData, progress: Progress, traini
                 model, arguments, train_dataset=data.examples, data_collator=data.collate, callbacks=callbacks
             )
             trainer.remove_callback(PrinterCallback)
-            trainer.train()
+            with own_forward(model):
+                trainer.train()
     model.eval()
     model.zero_grad()
 
