@@ -161,7 +161,7 @@ def refit(
     bias = layer._parameters.get("bias")
     takes_shift = (bias is not None and bias.requires_grad) or site.norm is not None
     fitted, check = moments
-    if bias is not None and not takes_shift:
+    if bias is not None and not bias.requires_grad:
         fitted, check = (part.less(bias.detach().double().view(len(start), -1)) for part in moments)
     total = fitted + check
     xx, yx = total.centred(about_mean=takes_shift)

@@ -7,6 +7,7 @@ a forward that halts behind a layer, so that the layer can change before the for
 
 import math
 import threading
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar, copy_context
@@ -46,7 +47,8 @@ class LayerCall:
         addend: What its output was added to, of the output's shape; None where it was added to nothing, or went
             elsewhere as well before that.
         gain: By what its output was multiplied on the way there, of a shape that broadcasts; None for 1.
-        norm: The batch norm in evaluation mode that its output went into, and into nothing else.
+        norm: The batch norm in evaluation mode that its output went into, and into nothing else; None where the norm
+            ran on other layers' outputs as well.
         source: A number that calls with the same input share.
         num_uses: How many functions took its output.
     """
@@ -99,6 +101,10 @@ def layer_calls(
         split(model, batch).run(model)
     for call in watch.times:
         if call.num_uses != 1:
+            call.norm = None
+    own_runs = Counter((call.norm, call.name) for call in watch.times)
+    for call in watch.times:
+        if own_runs[call.norm, call.name] != watch.norm_runs[call.norm]:
             call.norm = None
     return sorted((c for c, time in watch.times.items() if time >= watch.start), key=watch.times.__getitem__)
 
@@ -214,6 +220,7 @@ class _Watch(TorchFunctionMode):
 
     Attributes:
         times: Where nothing halts, every run of a layer with when it was over: at its sum, or at once.
+        norm_runs: How often each batch norm ran.
         start: When a weight of `behind` was first used; the beginning where there are none.
         replacement: What a layer is to give in place of its output.
         summand: What is about to be added to a stream.
@@ -230,6 +237,7 @@ class _Watch(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.times: dict[LayerCall, int] = {}
+        self.norm_runs: Counter[nn.Module | None] = Counter()
         self.start = math.inf if behind else 0
         self._behind = {id(weight) for weight in behind}
         self.replacement: Tensor | None = None
@@ -275,6 +283,8 @@ class _Watch(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in _ADDS and len(args) == 2 and not kwargs:
             found = [(call, tensor) for call, tensor in found if not self._is_sum(call, tensor, args)]
+        if name == "batch_norm":
+            self.norm_runs[self._norms.get(id(_of_batch_norm(args, kwargs)["running_mean"]))] += 1
         result = func(*args, **kwargs)
         if isinstance(result, Tensor) or (isinstance(result, tuple | list) and not isinstance(result, torch.Size)):
             if self.start == math.inf and not self._behind.isdisjoint(keys):
@@ -313,7 +323,7 @@ class _Watch(TorchFunctionMode):
             return False
         factor: Any = 1.0
         if name == "batch_norm":
-            given = dict(zip(_BATCH_NORM, args, strict=False)) | kwargs
+            given = _of_batch_norm(args, kwargs)
             if given.get("training") or given.get("running_var") is None:
                 return False
             if self._outputs.get(tensor) is call:
@@ -343,6 +353,10 @@ class _Watch(TorchFunctionMode):
             del self._followed[key]
         if not self._with_values:
             call.lose_values()
+
+
+def _of_batch_norm(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    return dict(zip(_BATCH_NORM, args, strict=False)) | kwargs
 
 
 def _lost(name: str) -> Tensor:

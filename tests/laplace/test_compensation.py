@@ -180,6 +180,42 @@ def test_a_norm_takes_no_shift_of_what_is_read_elsewhere_too():
     assert call.norm is None
 
 
+class TwoIntoOne(nn.Module):
+    """Two convolutions that lose inputs, with one batch norm behind both, or the first twice."""
+
+    def __init__(self, second: str) -> None:
+        super().__init__()
+        self.stem, self.last, self.norm = nn.Conv2d(2, 6, 1), nn.Linear(3, 2), nn.BatchNorm2d(3)
+        self.first, self.other = nn.Conv2d(6, 3, 1, bias=False), nn.Conv2d(6, 3, 1, bias=False)
+        self.second = second
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x).relu()
+        y = self.norm(self.first(x)).relu(), self.norm(self.get_submodule(self.second)(2 * x)).relu()
+        return self.last(torch.cat(y, 2).mean((2, 3)))
+
+
+def test_a_norm_behind_two_layers_takes_no_shift_and_one_behind_two_runs_does():
+    for second, keeps_its_mean in (("other", True), ("first", False)):
+        torch.manual_seed(0)
+        model = bp.to_variational(TwoIntoOne(second).eval())
+        before = model.norm.running_mean.clone()
+        compensate(model, [normal(64, 2, 3, 3)], {"first": [0, 1], "other": [0, 1]})
+        assert torch.equal(model.norm.running_mean, before) is keeps_its_mean
+
+
+def test_a_frozen_bias_is_no_part_of_the_shift_of_a_norm():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 8, 1), nn.ReLU(), nn.Conv2d(8, 3, 1), nn.BatchNorm2d(3)).eval()
+    nn.init.constant_(net[2].bias, 2.0)
+    net[2].bias.requires_grad_(False)
+    dense, x = bp.to_variational(net), normal(64, 2, 1, 1)
+    model = copy.deepcopy(dense)
+    compensate(model, [x], {"2": [0, 1, 2]})
+    assert torch.equal(model[2].bias, dense[2].bias)
+    torch.testing.assert_close(model(x).mean((0, 2, 3)), dense(x).mean((0, 2, 3)))
+
+
 def test_a_sum_with_what_is_made_of_the_output_is_none():
     class Cubic(nn.Module):
         def __init__(self) -> None:

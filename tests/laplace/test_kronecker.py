@@ -235,3 +235,18 @@ def test_a_layer_that_meets_no_row_is_left_out():
             return self.last(torch.cat([x, self.expert(x[:0])]))
 
     assert list(fit_kronecker(bp.to_variational(Routed()), [torch.randn(4, 3)])) == ["last"]
+
+
+def test_a_norm_behind_two_layers_takes_up_no_shift():
+    class TwoIntoOne(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(2, 3, 1, bias=False), nn.Conv2d(2, 3, 1, bias=False)
+            self.norm, self.own = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+            self.third = nn.Conv2d(3, 3, 1, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.own(self.third(self.norm(self.first(x)) + self.norm(self.second(x)).relu())).mean((2, 3))
+
+    posterior = fit_kronecker(bp.to_variational(TwoIntoOne().eval()), [torch.randn(8, 2, 3, 3)])
+    assert [posterior[name].norm for name in ("first", "second", "third")] == [None, None, "own"]
