@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bayesprune.bits.others import embedding_precisions, named_embeddings
 from bayesprune.bits.report import Quantization, QuantizedTensor
@@ -116,23 +116,25 @@ def quantize(
             kappa = _search(work, lambda: work.loss() <= limit, f"a loss within {tolerance:g} nats")
         elif bytes is not None:
             kappa = _search(work, lambda: work.coded_bytes() <= bytes, f"{bytes:,} bytes", larger_fits=True)
+        report = Quantization(
+            tensors=tuple(_row(weight, work.grids[weight.name]) for weight in weights),
+            kappa=kappa,
+            loss_before=before,
+            loss_after=None if before is None else work.loss(),
+            coded_bytes=work.coded_bytes() if find_spec("constriction") else None,
+            float_bytes=sum(tensor.nbytes for tensor in work.saved().values()),
+            kl_nats=kl_nats,
+            grids={name: grid for name, grid in work.grids.items() if grid is not None},
+        )
     except BaseException:
         work.restore()
         raise
     if source is not model:
         found = source.state_dict()
-        for name, tensor in model.state_dict().items():
-            tensor.copy_(found[name])
-    return Quantization(
-        tensors=tuple(_row(weight, work.grids[weight.name]) for weight in weights),
-        kappa=kappa,
-        loss_before=before,
-        loss_after=None if before is None else work.loss(),
-        coded_bytes=work.coded_bytes() if find_spec("constriction") else None,
-        float_bytes=sum(tensor.nbytes for tensor in work.saved().values()),
-        kl_nats=kl_nats,
-        grids={name: grid for name, grid in work.grids.items() if grid is not None},
-    )
+        pairs = [(tensor, found[name]) for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)]
+        for tensor, value in pairs:
+            tensor.copy_(value)
+    return report
 
 
 def _search(work: Work, fits: Callable[[], bool], what: str, *, larger_fits: bool = False) -> float:

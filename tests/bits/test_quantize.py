@@ -241,6 +241,32 @@ def test_the_gradient_graph_and_the_dtype_stay(trained, data):
     assert vars(model).keys() == vars(trained).keys()
 
 
+def test_extra_state_that_is_no_tensor_is_left_alone(data):
+    class Named(nn.Linear):
+        def get_extra_state(self) -> dict[str, str]:
+            return {"classes": "five"}
+
+        def set_extra_state(self, state: dict[str, str]) -> None:
+            assert state == {"classes": "five"}
+
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), Named(8, 5), nn.Linear(5, 5))
+    bp.quantize(model, data, bits=3)
+    assert all(len(layer.weight.unique()) <= 7 for layer in (model[1], model[2], model[3]))
+
+
+@pytest.mark.parametrize("convert", [copy.deepcopy, lambda model: bp.to_variational(copy.deepcopy(model))])
+def test_an_error_in_the_report_leaves_the_model_as_it_was(trained, data, monkeypatch, convert):
+    def fails(_: Tensor) -> float:
+        raise MemoryError
+
+    model = convert(trained)
+    before = copy.deepcopy(model.state_dict())
+    monkeypatch.setattr("bayesprune.bits.quantization.entropy_bits", fails)
+    with pytest.raises(MemoryError):
+        bp.quantize(model, data, bits=3)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", [{"bits": 6, "per": "channel"}, {"bits": 12}, {"bytes": 3000}])
 def test_half_precision_holds_the_products_of_integers_and_steps(trained, data, dtype, options):
