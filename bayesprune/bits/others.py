@@ -54,7 +54,7 @@ def embedding_precisions(model: nn.Module, batches: Iterable[Any], *, has_own_st
             total = output_metric(model, batch) * split(model, batch).num_examples
             gradients = torch.autograd.grad(total, list(tensors.values()), allow_unused=True)
         for name, gradient in zip(tensors, gradients, strict=True):
-            sums[name] += 0.0 if gradient is None else float(gradient.double().square().mean())
+            sums[name] += 0.0 if gradient is None else float(gradient.to_dense().double().square().mean())
     logs = [_mean_log_precision(its) - math.log(sums[its.name] + prior) for its, prior in posteriors.items()]
     scale = math.exp(sum(logs) / len(logs)) if logs else 1.0
     squares = {name: float(table.detach().double().square().mean()) for name, table in embeddings.items()}
@@ -84,6 +84,7 @@ def rest_of(tensors: dict[str, Tensor], own: Collection[Tensor]) -> Iterator[Ten
 
 
 def significant(tensor: Tensor) -> Tensor:
-    """The values with 11 significant bits."""
+    """The values with 11 significant bits; those that are infinite then stay as they are."""
     mantissas, exponents = torch.frexp(tensor)
-    return torch.ldexp((mantissas * 2**_BITS).round() / 2**_BITS, exponents)
+    found = torch.ldexp((mantissas * 2**_BITS).round() / 2**_BITS, exponents)
+    return torch.where(found.isfinite(), found, tensor)

@@ -218,7 +218,11 @@ class StraightThrough:
         for tensor in self._rounded.values():
             limit = tensor.grid.step * tensor.grid.limit
             if (gradient := tensor.parameter.grad) is not None:
-                gradient.masked_fill_(~tensor.kept | (tensor.values.abs() > limit), 0)
+                is_inside = tensor.kept & (tensor.values.abs() <= limit)
+                if gradient.is_sparse:
+                    gradient.mul_(is_inside)
+                else:
+                    gradient.masked_fill_(~is_inside, 0)
             tensor.parameter.copy_(tensor.values)
 
     @torch.no_grad()

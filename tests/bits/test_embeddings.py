@@ -152,6 +152,23 @@ def test_training_holds_them_to_their_grid(data):
         assert not torch.equal(trained.table.weight, before)
 
 
+def test_sparse_gradients_round_and_train_as_dense_ones_do(data):
+    found = []
+    for is_sparse in (False, True):
+        model = reader()
+        model.table.sparse = is_sparse
+        torch.manual_seed(3)
+        report = bp.quantize(model, data, bits=3)
+        optimizer = torch.optim.SGD(model.parameters(), 1.0)
+        rounding = bp.bits.StraightThrough(optimizer, model, report)
+        for words, labels in data:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(words), labels).backward()
+            optimizer.step()
+        found.append(rounding.state_dict()["values"]["table.weight"])
+    assert torch.allclose(found[0], found[1], atol=1e-6)
+
+
 class Speaker(nn.Module):
     """Predicts each next word, and gives the loss where it is told the labels, as causal models of transformers do."""
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import bayesprune as bp
+from bayesprune.bits.others import significant
 from bayesprune.bits.rounding import nearest, round_alone, round_columns, sweeps
 from bayesprune.bits.steps import Grid, posterior_grid, width_grid, width_of
 from bayesprune.errors import InfeasibleTargetError
@@ -265,6 +266,14 @@ def test_an_error_in_the_report_leaves_the_model_as_it_was(trained, data, monkey
     with pytest.raises(MemoryError):
         bp.quantize(model, data, bits=3)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_largest_floats_stay_finite():
+    info = torch.finfo(torch.float32)
+    values = torch.tensor([info.min, info.max, -torch.inf, 0.0, 1 / 3])
+    found = significant(values)
+    assert torch.equal(found[:4], values[:4])
+    assert found[4] == round(2**12 / 3) / 2**12
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
