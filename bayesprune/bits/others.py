@@ -17,6 +17,7 @@ from bayesprune.convert import to_deterministic
 from bayesprune.foundation.batches import split
 from bayesprune.foundation.model import eval_mode, requires_grad
 from bayesprune.laplace import output_metric
+from bayesprune.laplace.calibration import Loss
 from bayesprune.laplace.diagonal import prior_precisions
 from bayesprune.layers import Posterior, named_posteriors
 
@@ -31,7 +32,21 @@ def named_embeddings(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in own}
 
 
-def embedding_precisions(model: nn.Module, batches: Iterable[Any], *, has_own_stds: bool) -> dict[str, float]:
+def either(metric: Loss, loss: Loss) -> Loss:
+    """The metric; of a model whose outputs have no form that it takes, the loss."""
+
+    def value(model: nn.Module, batch: Any) -> Tensor:
+        try:
+            return metric(model, batch)
+        except (TypeError, ValueError):
+            return loss(model, batch)
+
+    return value
+
+
+def embedding_precisions(
+    model: nn.Module, batches: Iterable[Any], *, has_own_stds: bool, metric: Loss = output_metric
+) -> dict[str, float]:
     """The mean precision of each embedding's entries: squared gradients of the logits, and the prior.
 
     `laplace.output_metric` draws signs for all logits, so the gradients of examples are independent with mean zero, and
@@ -43,6 +58,7 @@ def embedding_precisions(model: nn.Module, batches: Iterable[Any], *, has_own_st
         batches: On its device.
         has_own_stds: Whether the model's posterior is not that of these batches. The precisions are then multiplied by
             how many times those of weights are larger than squared gradients say: the geometric mean over tensors.
+        metric: Whose gradients are taken: a function of model and batch, a mean over examples.
     """
     embeddings = named_embeddings(model)
     priors = prior_precisions(model, None) if has_own_stds else {}
@@ -51,7 +67,7 @@ def embedding_precisions(model: nn.Module, batches: Iterable[Any], *, has_own_st
     sums = dict.fromkeys(tensors, 0.0)
     for batch in batches:
         with torch.enable_grad(), eval_mode(model), requires_grad(model, True):
-            total = output_metric(model, batch) * split(model, batch).num_examples
+            total = metric(model, batch) * split(model, batch).num_examples
             gradients = torch.autograd.grad(total, list(tensors.values()), allow_unused=True)
         for name, gradient in zip(tensors, gradients, strict=True):
             sums[name] += 0.0 if gradient is None else float(gradient.to_dense().double().square().mean())

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from bayesprune.bits.others import embedding_precisions, named_embeddings
+from bayesprune.bits.others import either, embedding_precisions, named_embeddings
 from bayesprune.bits.report import Quantization, QuantizedTensor
 from bayesprune.bits.rounding import round_alone
 from bayesprune.bits.steps import Grid, posterior_grid, width_grid, width_of
@@ -71,7 +71,9 @@ def quantize(
             give, and rounded column by column. "alone" does not fit and takes the inputs that the layers had before:
             faster, and less exact. False rounds each weight by itself.
         loss: loss(model, batch), a mean over examples in nats. None is the model's own, where its forward takes
-            `labels` as those of transformers do, else `laplace.cross_entropy`, of the data's labels.
+            `labels` as those of transformers do, else `laplace.cross_entropy`, of the data's labels; where neither can
+            be computed and nothing needs it, the report has no losses. Of a model whose outputs are neither (examples,
+            classes) nor (examples, tokens, classes) it also says how exactly weights have to be known.
 
     Raises:
         ValueError: not exactly one of tolerance, bits and bytes is given, or one is out of range; data are missing.
@@ -93,9 +95,11 @@ def quantize(
     batches = None if data is None else [on_device(batch, device_of(model)) for batch in data]
     if tolerance is not None and not batches:
         raise ValueError("tolerance needs data to measure the loss on; pass batches, or ask for bits or bytes.")
-    source = _with_posterior(model, batches)
+    loss = own_loss if loss is None else loss
+    metric = either(output_metric, loss)
+    source = _with_posterior(model, batches, metric)
     kl_nats = float(kl_divergence(model)) if source is model else None
-    weights = [*_weights(source, per), *_embeddings(source, per, batches, has_own_stds=source is model)]
+    weights = [*_weights(source, per), *_embeddings(source, per, batches, metric, has_own_stds=source is model)]
     if isinstance(bits, Mapping) and (
         unknown := [name for name in bits if not any(width_of(weight.name, {name: 2}) for weight in weights)]
     ):
@@ -105,8 +109,8 @@ def quantize(
         )
     if bits is not None:
         weights = [weight for weight in weights if weight.posterior or width_of(weight.name, bits)]
-    work = Work(source, weights, batches, own_loss if loss is None else loss, compensate=compensate)
-    before = work.loss() if work.can_measure() else None
+    work = Work(source, weights, batches, loss, compensate=compensate)
+    before = work.measured()
     kappa = None
     try:
         if bits is not None:
@@ -173,8 +177,8 @@ def _search(work: Work, fits: Callable[[], bool], what: str, *, larger_fits: boo
     return kappa
 
 
-def _with_posterior(model: nn.Module, batches: list[Any] | None) -> nn.Module:
-    """The model itself where it is variational, else a copy with a diagonal Laplace posterior."""
+def _with_posterior(model: nn.Module, batches: list[Any] | None, metric: Loss) -> nn.Module:
+    """The model itself where it is variational, else a copy with a diagonal Laplace posterior in this metric."""
     if any(isinstance(module, VariationalLayer) for module in model.modules()):
         return model
     if not batches:
@@ -182,7 +186,7 @@ def _with_posterior(model: nn.Module, batches: list[Any] | None) -> nn.Module:
             f"quantize got a {type(model).__name__} without posterior, and no data to give it one. Pass batches of "
             "training data, or a model from to_variational whose stds were trained."
         )
-    return fit_laplace(to_variational(copy.deepcopy(model)), batches, loss=output_metric)
+    return fit_laplace(to_variational(copy.deepcopy(model)), batches, loss=metric)
 
 
 def _weights(source: nn.Module, per: str) -> list[Weight]:
@@ -199,11 +203,14 @@ def _weights(source: nn.Module, per: str) -> list[Weight]:
     return found
 
 
-def _embeddings(source: nn.Module, per: str, batches: list[Any] | None, *, has_own_stds: bool) -> Iterator[Weight]:
+def _embeddings(
+    source: nn.Module, per: str, batches: list[Any] | None, metric: Loss, *, has_own_stds: bool
+) -> Iterator[Weight]:
     """The embeddings, as exactly known as gradients say; none without data."""
     if not batches or not named_embeddings(source):
         return
-    for name, precision in embedding_precisions(source, batches, has_own_stds=has_own_stds).items():
+    precisions = embedding_precisions(source, batches, has_own_stds=has_own_stds, metric=metric)
+    for name, precision in precisions.items():
         target = source.get_parameter(name)
         mean = target.detach().cpu().clone()
         everywhere = torch.full((), precision, dtype=torch.double).expand(mean.shape)

@@ -14,14 +14,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from bayesprune.bits.others import ordinary_names, ordinary_tensors, rest_of, significant
+from bayesprune.bits.others import either, ordinary_names, ordinary_tensors, rest_of, significant
 from bayesprune.bits.rounding import Sweep, round_alone, round_columns, sweeps
 from bayesprune.bits.steps import Grid
 from bayesprune.errors import UnsupportedModelError
 from bayesprune.foundation.batches import split
 from bayesprune.foundation.model import eval_mode
 from bayesprune.foundation.progress import progress_bar
-from bayesprune.laplace import KroneckerFactors, KroneckerPosterior, fit_kronecker
+from bayesprune.laplace import KroneckerFactors, KroneckerPosterior, fit_kronecker, sampled_cross_entropy
 from bayesprune.laplace.calibration import Loss, own_loss
 from bayesprune.laplace.compensation import ROWS_PER_COLUMN, refit
 from bayesprune.laplace.matrices import damped, from_matrix, is_matrix_product, to_matrix
@@ -102,7 +102,7 @@ class Work:
         """
         by_columns = self._by_columns.difference(later)
         if by_columns and self._factors is None and self._batches:
-            self._factors = _factors(self._dense, self._batches)
+            self._factors = _factors(self._dense, self._batches, self._loss)
         for tensor, before in self._rest:
             tensor.copy_(significant(before))
         self.grids = {weight.name: grid_of(weight) for weight in self.weights}
@@ -138,11 +138,14 @@ class Work:
         once = {(t.data_ptr(), t.shape): (name, t.cpu()) for name, t in reversed(self.saved().items())}
         return encoded(dict(reversed(once.values())))[CODED].numel()
 
-    def can_measure(self) -> bool:
-        """Whether there are data, with what the loss needs."""
-        if not self._batches:
-            return False
-        return self._loss is not own_loss or isinstance(split(self.model, self._batches[0]).labels, Tensor)
+    def measured(self) -> float | None:
+        """The mean loss on the data; None without data, or where the default loss cannot be computed."""
+        try:
+            return self.loss() if self._batches else None
+        except (LookupError, RuntimeError, TypeError, ValueError):
+            if self._loss is own_loss:
+                return None
+            raise
 
     def loss(self) -> float:
         """The mean loss on the data."""
@@ -250,8 +253,9 @@ def _joined(layer: str, parameter: str) -> str:
     return f"{layer}.{parameter}" if layer else parameter
 
 
-def _factors(source: nn.Module, batches: list[Any]) -> KroneckerPosterior:
+def _factors(source: nn.Module, batches: list[Any], loss: Loss) -> KroneckerPosterior:
+    """Only its factors of inputs are used, which are the same for every loss."""
     try:
-        return fit_kronecker(source, batches, num_positions=_POSITIONS)
+        return fit_kronecker(source, batches, num_positions=_POSITIONS, loss=either(sampled_cross_entropy, loss))
     except UnsupportedModelError:  # no layer is a matrix product, or none takes examples along its first dimension
         return {}

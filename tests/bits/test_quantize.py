@@ -268,6 +268,48 @@ def test_an_error_in_the_report_leaves_the_model_as_it_was(trained, data, monkey
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+class Levels(nn.Module):
+    """A number of 0 to 6 through an embedding and a layer: one output for an example, and no dimension of classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.hidden, self.last = nn.Embedding(7, 8), nn.Linear(8, 8), nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.hidden(self.table(x)).relu())[:, 0]
+
+
+def squared_error(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return 0.5 * (model(batch[0]) - batch[1]).square().mean()
+
+
+def pixel_cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("compensate", [True, "alone"])
+def test_a_loss_says_how_exact_weights_have_to_be_where_outputs_are_no_logits_of_examples(compensate):
+    torch.manual_seed(0)
+    segmenter = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    pixels = torch.randn(16, 3, 8, 8), torch.randint(4, (16, 8, 8))
+    numbers = torch.arange(64) % 7, torch.randn(64)
+    for model, batch, its_loss in ((segmenter, pixels, pixel_cross_entropy), (Levels(), numbers, squared_error)):
+        report = bp.quantize(model, [batch], tolerance=0.05, compensate=compensate, loss=its_loss)
+        assert report.loss_before is not None
+        assert report.loss_after is not None
+        assert report.loss_after <= report.loss_before + 0.05
+        assert report.loss_after == pytest.approx(its_loss(model, batch).item())
+        assert len(report.tensors) == len(list(model.parameters()))
+
+
+def test_labels_of_another_kind_leave_the_losses_out():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+    report = bp.quantize(model, [(torch.randn(64, 4), torch.randn(64))], bits=4)
+    assert (report.loss_before, report.loss_after) == (None, None)
+    assert len(model[0].weight.unique()) <= 15
+
+
 def test_the_largest_floats_stay_finite():
     info = torch.finfo(torch.float32)
     values = torch.tensor([info.min, info.max, -torch.inf, 0.0, 1 / 3])
