@@ -145,8 +145,7 @@ def _widen(model: nn.Module, groups: Sequence[ChannelGroup], shares: dict[str, T
             axes[member.axis].append((group, member))
     for (name, side), members in axes.items():
         index, weights = _spread(members, shares)
-        layer = model.get_submodule(name)
-        _repeat(layer, side, index.to(next(iter(layer.parameters())).device), weights)
+        _repeat(model.get_submodule(name), side, index, weights)
 
 
 def _spread(members: Sequence[tuple[ChannelGroup, Member]], shares: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -179,14 +178,15 @@ def _repeat(layer: Any, side: str, index: Tensor, weights: Tensor) -> None:
     """Makes one side of a layer what stands at these positions; its inputs are weighed."""
     for name, dim in cut_parameters(layer, side):
         old = layer._parameters[name]
-        new = old.detach().index_select(dim, index)
+        new = old.detach().index_select(dim, index.to(old.device))
         if side == "in":
             shape = (1,) * dim + (-1,) + (1,) * (old.dim() - dim - 1)
             new = (new.double() * weights.to(old.device).view(shape)).to(old.dtype)
         layer._parameters[name] = nn.Parameter(new, requires_grad=old.requires_grad)
     if isinstance(layer, _BatchNorm) and layer.track_running_stats:
         for name in ("running_mean", "running_var"):
-            layer._buffers[name] = getattr(layer, name).index_select(0, index)
+            old = layer.get_buffer(name)
+            layer._buffers[name] = old.index_select(0, index.to(old.device))
     kind = next(kind for kind, its in _SIZES if isinstance(layer, kind) and its == side)
     names = _SIZES[kind, side]
     if is_depthwise(layer):

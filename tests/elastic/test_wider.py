@@ -59,6 +59,19 @@ def test_outputs_stay_and_every_layer_is_wider(factor):
     assert torch.allclose(model(images()), before, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "norm", [lambda: nn.BatchNorm1d(6, affine=False), lambda: nn.LayerNorm(6, elementwise_affine=False)]
+)
+def test_norms_without_parameters_grow_too(norm):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), norm(), nn.ReLU(), nn.Linear(6, 2))
+    x = torch.randn(16, 4)
+    model(x)  # running statistics that differ between channels
+    before = model.eval()(x)
+    assert bp.widen(model, x[:1]) == {"0": 12}
+    assert torch.allclose(model(x), before, atol=1e-6)
+
+
 def test_copies_train_apart():
     model = net().train()
     bp.widen(model, images()[:1])
