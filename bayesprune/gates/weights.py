@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from bayesprune.foundation.kinds import kind_of
 from bayesprune.foundation.target import PATTERN, Target
 from bayesprune.gates.gate import GateOptions, WeightGate, gated, keep_slow_path, named_gates
-from bayesprune.layers import named_posteriors, variational_layers
+from bayesprune.layers import removable_weights, variational_layers
 from bayesprune.prune.weights.prune import whole_note
 
 _NO_BLOCKS = "its inputs come in no such blocks."
@@ -24,7 +24,7 @@ def add_weight_gates(
     temperature: float = 0.5,
     lr: float = 1e-2,
 ) -> nn.Module:
-    """Gives every weight of the variational layers, biases apart, a gate; in place.
+    """Gives every weight of the variational layers, biases and what is frozen apart, a gate; in place.
 
     Until training the output in evaluation mode is what it was. `attach` finds the gates, adds their KL and moves them;
     `close` turns those with an inclusion probability up to 1/2, or outside the likeliest pattern, into removed weights.
@@ -45,16 +45,14 @@ def add_weight_gates(
         lr: Learning rate of the gates' logits.
 
     Raises:
-        ValueError: the model has no variational layer, has gates on weights, a number is out of range, or no tensor
-            has a multiple of the M of a pattern as inputs.
+        ValueError: the model has no variational layer, or none that trains, has gates on weights, a number is out of
+            range, or no tensor has a multiple of the M of a pattern as inputs.
     """
     goal = None
     if target is not None:
         goal = Target.parse(target, ("weights", PATTERN), "add_weight_gates", is_partial=True)
     options = GateOptions(prior_inclusion, initial_inclusion, temperature, lr)
-    posteriors = [posterior for posterior in named_posteriors(model) if posterior.is_weight]
-    if not posteriors:
-        raise ValueError("add_weight_gates got a model without variational layers; call to_variational first.")
+    posteriors = removable_weights(model)
     if any(isinstance(gate, WeightGate) for _, gate in named_gates(model)):
         raise ValueError("the model has gates on its weights already; call gates.close first.")
     if goal is not None and goal.pattern is not None:

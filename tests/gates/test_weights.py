@@ -114,3 +114,13 @@ def test_only_layers_with_gates_have_a_hook_and_closing_takes_it_away():
     assert all(layer.changes_weights() for layer in (model[0], copied[2]))
     assert not plain.eval().changes_weights()
     assert not any("posterior_hook" in vars(module) for module in gates.close(model).modules())
+
+
+@pytest.mark.parametrize("target", [None, "weights=0.5", "2:4"])
+def test_what_is_frozen_has_no_gates(target):
+    model = bp.to_variational(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)))
+    model[0].requires_grad_(False)
+    gates.add_weight_gates(model, target)
+    assert [name for name, _ in named_gates(model)] == ["2.weight"]
+    with pytest.raises(ValueError, match="frozen weights are not removed"):
+        gates.add_weight_gates(gates.close(model).requires_grad_(False), target)
