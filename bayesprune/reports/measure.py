@@ -171,14 +171,16 @@ def accuracy(model: nn.Module, loader: Iterable[Any], device: torch.device | str
         device: Where the batches go; by default where the model is.
 
     Raises:
-        ValueError: the loader is empty, or the labels do not have the shape of the predictions.
+        ValueError: the loader is empty, the model has no output for each class, or the labels do not have the shape of
+            the predictions.
     """
     device = device_of(model) if device is None else torch.device(device)
     correct = total = 0
     with evaluating(model):
         for batch in loader:
-            predictions, labels = _predicted(model, batch, device)
-            predictions = predictions.argmax(dim=1)
+            logits, labels = _predicted(model, batch, device)
+            check_classes(logits)
+            predictions = logits.argmax(dim=1)
             if predictions.shape != labels.shape:
                 raise ValueError(
                     f"labels have shape {tuple(labels.shape)}, predictions {tuple(predictions.shape)}; expected one "
@@ -189,6 +191,19 @@ def accuracy(model: nn.Module, loader: Iterable[Any], device: torch.device | str
     if not total:
         raise ValueError("the loader gave no examples; pass one that starts anew each time, such as a DataLoader.")
     return int(correct) / total
+
+
+def check_classes(scores: Tensor) -> None:
+    """Refuses scores that are not (N, C, ...) of two classes or more: the largest of one says nothing.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if scores.dim() < 2 or scores.shape[1] < 2:
+        raise ValueError(
+            f"the model's outputs have shape {tuple(scores.shape)}; expected one output for each class, (N, C). For a "
+            "model with one logit, pass an `evaluate` of your own, or give it an output for either class."
+        )
 
 
 def perplexity(model: nn.Module, loader: Iterable[Any], device: torch.device | str | None = None) -> float:

@@ -14,7 +14,7 @@ from bayesprune.foundation.batches import Batch, device_of, logits_of, on_device
 from bayesprune.foundation.text import as_text
 from bayesprune.layers import variational_layers
 from bayesprune.prediction import predict
-from bayesprune.reports.measure import evaluating
+from bayesprune.reports.measure import check_classes, evaluating
 from bayesprune.reports.measurement import ExtraTable
 from bayesprune.robustness.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from bayesprune.robustness.scores import auroc, calibration_error, negative_log_likelihood
@@ -110,7 +110,7 @@ def robustness(
         seed: Of noise, directions and orders.
 
     Raises:
-        ValueError: there is no batch, or a corruption or severity is unknown.
+        ValueError: there is no batch, a corruption or severity is unknown, or a model has no output for each class.
         UnsupportedModelError: a batch has no images, or no tensor of labels.
     """
     if not models:
@@ -156,9 +156,13 @@ def _probabilities(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
         for batch in batches:
             args, kwargs, _ = on_device(tuple(batch), device_of(model))
             if has_posteriors:
-                found.append(predict(model, *args, method="moments", **kwargs).classify().probabilities.cpu())
+                predicted = predict(model, *args, method="moments", **kwargs)
+                check_classes(predicted.mean)
+                found.append(predicted.classify().probabilities.cpu())
             else:
-                found.append(logits_of(model(*args, **kwargs)).float().softmax(1).cpu())
+                logits = logits_of(model(*args, **kwargs))
+                check_classes(logits)
+                found.append(logits.float().softmax(1).cpu())
     return torch.cat(found)
 
 

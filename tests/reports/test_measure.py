@@ -234,3 +234,11 @@ def test_accuracy_refuses_what_would_give_a_wrong_number():
         reports.accuracy(nn.Identity(), [])
     with pytest.raises(ValueError, match=r"shape \(3, 1\), predictions \(3,\)"):
         reports.accuracy(nn.Identity(), [(torch.eye(3), torch.zeros(3, 1))])
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 1), (3, 1, 2)])
+def test_accuracy_refuses_a_model_without_an_output_for_each_class(shape):
+    """The largest of one logit is class 0 whatever it says."""
+    labels = torch.zeros(*shape[:1], *shape[2:], dtype=torch.long)
+    with pytest.raises(ValueError, match="expected one output for each class"):
+        reports.accuracy(nn.Identity(), [(torch.randn(shape), labels)])

@@ -158,3 +158,10 @@ def test_what_does_not_fit_is_refused():
         robustness({"a": Net()}, [(torch.zeros(4, 3), y)])
     with pytest.raises(UnsupportedModelError, match="no labels"):
         robustness({"a": Net()}, [x])
+
+
+@pytest.mark.parametrize("convert", [nn.Module.eval, bp.to_variational])
+def test_a_model_without_an_output_for_each_class_is_refused(convert):
+    model = convert(nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 1)))
+    with pytest.raises(ValueError, match="expected one output for each class"):
+        robustness({"a": model}, [(images(), torch.tensor([0, 1, 0, 1]))], corruptions=[])
