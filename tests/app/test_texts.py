@@ -57,6 +57,21 @@ def test_cells_of_tables_are_strings_whatever_they_look_like(tmp_path):
     assert read_rows(path, Columns()) == Rows(["12", "NA", "null"], ["01", "2", "03"])
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        ",text,label\n0,a,1\n1,b,2\n",
+        "text,label,\na,1,\nb,2,\n",
+        "\ntext,label\na,1\nb,2\n",
+        ",,text,label\n0,0,a,1\n1,1,b,2\n",
+    ],
+    ids=["an index", "a comma at the end", "an empty line first", "two indices"],
+)
+def test_columns_may_have_no_names(content, tmp_path):
+    (tmp_path / "a.csv").write_text(content)
+    assert read_rows(tmp_path / "a.csv", Columns()) == Rows(["a", "b"], ["1", "2"])
+
+
 def test_a_file_that_changed_is_read_anew(tmp_path):
     path = tmp_path / "a.json"
     for text in ("old", "newer"):

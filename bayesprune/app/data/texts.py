@@ -201,7 +201,8 @@ def _table(path: Path, suffix: str) -> Any:
         kind, expected = "csv", "a first line of names, then rows of as many columns, texts with commas in quotes"
         dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if suffix == ".tsv" else {}
         with path.open(encoding="utf-8-sig", newline="") as file:
-            names = next(csv.reader(file, **dialect), [])
+            names = next((row for row in csv.reader(file, **dialect) if row), [])
+        names = [name or f"Unnamed: {index}" for index, name in enumerate(names)]  # as pandas calls them
         options = dialect | {"encoding": "utf-8-sig", "keep_default_na": False, "index_col": False}
         options["features"] = datasets.Features({name: datasets.Value("string") for name in names})
     try:
