@@ -130,10 +130,10 @@ def test_grey_images_take_the_mean_of_the_normalisation(folder):
 def test_augmentation_changes_only_training_images(tmp_path):
     image = pytest.importorskip("PIL.Image")
     pytest.importorskip("timm")
-    for split in ("train", "test"):
-        (tmp_path / split / "only").mkdir(parents=True)
+    for folder in (tmp_path / split / name for split in ("train", "test") for name in ("one", "other")):
+        folder.mkdir(parents=True)
         for number in range(10):
-            image.linear_gradient("L").save(tmp_path / split / "only" / f"{number}.png")
+            image.linear_gradient("L").save(folder / f"{number}.png")
     data = load_data(str(tmp_path), image_size=32, augment=True)
     assert len(rows(data, "train")) > 1
     assert rows(data, "validation") == rows(data, "test")
@@ -185,6 +185,26 @@ def test_folder_without_splits_is_refused(tmp_path):
     write_images(tmp_path)
     with pytest.raises(ValueError, match=r"with cat, dog, owl; expected a folder train with one folder of images"):
         load_data(str(tmp_path))
+
+
+def test_images_of_one_class_are_refused(tmp_path):
+    """Without folders of classes timm takes all images for one class."""
+    pytest.importorskip("timm")
+    for split in ("train", "test"):
+        write_images(tmp_path, (split,), 3)
+    with pytest.raises(ValueError, match="all of one class, ''; expected two classes or more, in a folder one folder"):
+        load_data(str(tmp_path))
+
+
+def test_images_of_an_unknown_kind_are_said(tmp_path):
+    pytest.importorskip("timm")
+    for split in ("train", "test"):
+        (tmp_path / split / "cat").mkdir(parents=True)
+        (tmp_path / split / "cat" / "0.webp").touch()
+    with pytest.raises(ValueError, match="cannot be read: Found 0 images .* Supported image extensions are .png"):
+        load_data(str(tmp_path))
+    with pytest.raises(ValueError, match="load_data got 'torch/mnist', which cannot be read: Dataset not found"):
+        load_data("torch/mnist", root=tmp_path)
 
 
 def test_splits_with_different_classes_are_refused(tmp_path):

@@ -88,7 +88,7 @@ def load_data(
         num_workers: Processes that load images.
 
     Raises:
-        ValueError: `spec` is none of the above, or a split or a class is missing.
+        ValueError: `spec` is none of the above, a split or a class is missing, or there is one class alone.
         ModuleNotFoundError: scikit-learn (digits) or timm (everything else) is not installed.
     """
     if in_chans not in (None, 1, 3):
@@ -105,6 +105,11 @@ def load_data(
         input_size = (in_chans or native_size[0], side, side)
         labels = _labels(train)
         names = _class_names(train, labels)
+        if len(labels.unique()) < 2:
+            raise ValueError(
+                f"load_data got {spec!r}, whose training images are all of one class, {names[-1]!r}; expected two "
+                "classes or more, in a folder one folder of images per class"
+            )
         kept = range(len(labels))
         held_out: Sequence[int] = range(len(_labels(validation))) if validation is not None else ()
         if validation is None:
@@ -191,15 +196,21 @@ def _image_datasets(
             f"load_data got {spec!r}, which is no folder; expected 'digits', 'torch/NAME', 'hfds/NAME' or a folder "
             "with train/CLASS/* and validation/CLASS/* or test/CLASS/*"
         )
-    create: Any  # timm's own result type is a union of everything it knows
     try:
-        from timm.data.dataset_factory import create_dataset as create
+        from timm.data.dataset_factory import create_dataset
     except ModuleNotFoundError as error:
         if error.name != "timm":
             raise
         raise ModuleNotFoundError(
             f'{spec!r} is read by timm, which is not installed: pip install "bayesprune[timm]"'
         ) from error
+
+    def create(*args: Any, **options: Any) -> Any:
+        try:
+            return create_dataset(*args, **options)
+        except RuntimeError as error:  # no images there, or none of a kind that is known
+            raise ValueError(f"load_data got {spec!r}, which cannot be read: {error}") from error
+
     if library == "torch":
         in_chans, side = _TORCHVISION[name]
         options: dict[str, Any] = {} if name == "imagenet" else {"download": download}
