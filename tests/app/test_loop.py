@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import bayesprune as bp
 from bayesprune.app.checkpoints import CheckpointEvery, Running
+from bayesprune.app.data import Loaders
 from bayesprune.app.data.images import Data
 from tests.app.test_checkpoints import Killed, Until
 
@@ -21,6 +22,7 @@ accelerate = pytest.importorskip("accelerate")
 
 from accelerate.utils import DistributedType  # noqa: E402
 
+from bayesprune.app.tasks import loop  # noqa: E402
 from bayesprune.app.tasks.loop import LoaderTask, check_launch  # noqa: E402
 from bayesprune.app.tasks.task import Training  # noqa: E402
 from bayesprune.foundation.target import Target  # noqa: E402
@@ -173,3 +175,18 @@ def test_mixed_precision_is_for_the_training_alone(monkeypatch):
         model(whole.example_inputs)
     assert dtypes == 2 * [torch.bfloat16, torch.bfloat16, torch.float32]
     assert not {"forward", "_original_forward"} & vars(model).keys()
+
+
+@pytest.mark.usefixtures("plain_accelerate")
+def test_the_kl_of_a_language_model_is_divided_by_its_label_tokens(monkeypatch):
+    asked, attach = [], loop.attach
+    monkeypatch.setattr(loop, "attach", lambda *args, **more: asked.append(more["num_data"]) or attach(*args, **more))
+    tokens = torch.arange(24).view(4, 6) % 5
+    labels = tokens.clone()
+    labels[0, :3] = -100
+    loader = DataLoader(TensorDataset(tokens, labels), 2)
+    accelerator = accelerate.Accelerator(cpu=True)
+    whole = LoaderTask(Loaders(loader, loader, loader, 4, "tokens"), accelerator, metric=bp.reports.PERPLEXITY)
+    model = bp.to_variational(nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5)))
+    whole.train(model, Until(10**6), Training(1, 0.05, learn_stds=True))
+    assert asked == [4 * 5 - 2]

@@ -25,6 +25,8 @@ from bayesprune.prune import PruneSchedule
 from bayesprune.reports import ACCURACY, PERPLEXITY, Metric, accuracy, perplexity
 from bayesprune.train import attach
 
+_IGNORED = -100  # a label that is no term of the loss
+
 
 class LoaderTask(Task):
     """Batches from loaders: AdamW, one cycle of the learning rate, precision and processes as accelerate says.
@@ -82,7 +84,7 @@ class LoaderTask(Task):
             attachment = parts["attachment"] = attach(
                 optimizer,
                 trained,
-                num_data=self.data.num_data,
+                num_data=self._num_terms(trained),
                 num_steps=num_steps,
                 warmup=defaults.WARMUP,
                 prune=None if training.target is None else PruneSchedule(training.target),
@@ -120,23 +122,32 @@ class LoaderTask(Task):
     def score(self, model: nn.Module, split: Split) -> float:
         """Top-1 accuracy, or perplexity."""
         measure = perplexity if self.metric == PERPLEXITY else accuracy
-        if split == "test" or self.accelerator.num_processes == 1:
-            return measure(model, self.examples(split))
-        return self._of_main(measure(model, self.data.validation))
+        score = measure(model, self.examples(split))
+        return score if split == "test" else self._of_main(score)
 
     def examples(self, split: Split) -> Iterable[Any]:
         """The loader itself."""
         return self.data.validation if split == "validation" else self.data.test
 
+    def _num_terms(self, model: nn.Module) -> int:
+        """Terms of the loss in one pass over the training data: examples, or label tokens of a language model."""
+        if self.metric != PERPLEXITY:
+            return self.data.num_data
+        labels = (self._terms(split(model, batch).labels) for batch in self.data.train)
+        return int(self._of_main(sum(int(tokens.ne(_IGNORED).sum()) for tokens in labels)))
+
     def _loss(self, outputs: Any, labels: Any) -> Tensor:
         """Mean cross-entropy of the labels, of a language model those of the token after each position."""
+        logits, labels = logits_of(outputs).float(), self._terms(labels)
+        if self.metric == PERPLEXITY:
+            logits, labels = logits[:, :-1].flatten(0, 1), labels.flatten()
+        return F.cross_entropy(logits, labels, ignore_index=_IGNORED)
+
+    def _terms(self, labels: Any) -> Tensor:
         if not isinstance(labels, Tensor):
             kind = type(labels).__name__
             raise ValueError(f"the labels of a training batch are {kind}; expected a tensor of class numbers.")
-        logits = logits_of(outputs).float()
-        if self.metric == PERPLEXITY:
-            logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-        return F.cross_entropy(logits, labels)
+        return labels[:, 1:] if self.metric == PERPLEXITY else labels
 
     def save_preparation(self, directory: Path) -> None:
         """Nothing: timm's `config.json` says how images are prepared."""
