@@ -113,9 +113,10 @@ def _from_timm(request: Request) -> Job:
 
     from bayesprune.app.tasks.loop import LoaderTask, check_launch
 
-    device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = request.device or _default_device()
     accelerator = Accelerator(cpu=device == "cpu", device_placement=False)
     check_launch(accelerator, request.device)
+    _check_usable(device)
     name = request.model.removeprefix("timm:")
     is_trained = request.checkpoint is not None
     data = _images(request)(config=host.data_config(name) if is_trained or request.pretrained else None)
@@ -177,15 +178,28 @@ def _refuse(options: Mapping[str, Any], why: str) -> None:
         raise BadParameter(f"{given[0]} is {why}; leave it out.")
 
 
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _check_usable(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without it
+        reason = str(error).splitlines()[0]
+        raise BadParameter(f"{device!r} cannot be used here: {reason}", param_hint="--device") from error
+
+
 def _trainer_device(device: str | None) -> str:
     """The Trainer finds its device itself, and can only be told to take none."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or _default_device()
     if ":" in device or (device == "cuda" and torch.cuda.device_count() > 1):
         raise BadParameter(
             f"{device!r} with {torch.cuda.device_count()} GPUs; the Trainer takes all that it sees, and posteriors "
             "need one process for each: set CUDA_VISIBLE_DEVICES to one GPU, or name cpu.",
             param_hint="--device",
         )
+    _check_usable(device)
     return device
 
 

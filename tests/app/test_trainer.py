@@ -178,6 +178,7 @@ BERT = "bert --task text-classification --data {root}/labelled.tsv"
         (f"{LLAMA} --augment", "for images"),
         (f"{LLAMA} --device cuda:1", "cuda:1"),
         (f"{LLAMA} --max-length 8 --target macs=0.01", "cannot be reached"),
+        (f"{LLAMA} --device abacus", "cannot be used here"),
         (f"{BERT} --uniform", "cannot say the sizes"),
     ],
 )
