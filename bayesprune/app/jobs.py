@@ -1,5 +1,6 @@
 """What the user asked for as a model and its task, from timm or transformers; nothing is trained yet."""
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -136,6 +137,11 @@ def _from_transformers(request: Request) -> Job:
     _refuse({"--checkpoint": request.checkpoint, "--pretrained": request.pretrained}, "for timm: hf:NAME has weights")
     if request.task not in HF_TASKS:
         raise BadParameter(f"{request.task!r}; expected one of {', '.join(HF_TASKS)}.", param_hint="--task")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise BadParameter(
+            "hf:NAME was launched in several processes, and trains in one; leave accelerate launch or torchrun out.",
+            param_hint="--model",
+        )
     if request.data is None:
         raise BadParameter("hf:NAME needs data: a file, a folder or hfds/NAME.", param_hint="--data")
     device = _trainer_device(request.device)

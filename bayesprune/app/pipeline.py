@@ -99,7 +99,7 @@ def compress(
     """
     from accelerate import Accelerator
 
-    from bayesprune.app.tasks.loop import LoaderTask
+    from bayesprune.app.tasks.loop import LoaderTask, check_launch
 
     if missing := [split for split in ("train", "validation", "test") if split not in data]:
         raise ValueError(f"data has no {missing[0]!r} batches; expected a mapping of train, validation and test.")
@@ -114,6 +114,7 @@ def compress(
     described = f"{len(examples):,} training examples"
     loaders = Loaders(train, data["validation"], data["test"], len(examples), described)
     accelerator = Accelerator(cpu=device_of(model).type == "cpu", device_placement=False)
+    check_launch(accelerator, None)
     example = first_example(model, next(iter(loaders.validation)))
     task = LoaderTask(loaders, accelerator, metric=metric, example_inputs=example)
     return run(model, task, recipe, Path(out), LoggedProgress(), name=type(model).__name__, is_trained=True)

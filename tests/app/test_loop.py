@@ -6,11 +6,12 @@ import socket
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import multiprocessing, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 import bayesprune as bp
 from bayesprune.app.checkpoints import CheckpointEvery, Running
@@ -190,3 +191,27 @@ def test_the_kl_of_a_language_model_is_divided_by_its_label_tokens(monkeypatch):
     model = bp.to_variational(nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5)))
     whole.train(model, Until(10**6), Training(1, 0.05, learn_stds=True))
     assert asked == [4 * 5 - 2]
+
+
+def of_two_processes(loader):
+    """The task of the second of two processes, which are not there."""
+    there = SimpleNamespace(num_processes=2, process_index=1, is_main_process=False, distributed_type="MULTI_CPU")
+    return LoaderTask(Loaders(loader, loader, loader, len(loader.dataset), "numbers"), there, example_inputs=0)
+
+
+def test_each_process_makes_its_batches_as_the_given_loader_does():
+    def collate(examples):
+        return [f"example {number}" for number in examples]
+
+    loader = DataLoader(list(range(8)), 2, shuffle=True, collate_fn=collate, worker_init_fn=print, pin_memory=False)
+    part = of_two_processes(loader)._loader
+    batches = list(part)
+    assert [len(batch) for batch in batches] == [2, 2]
+    assert {text for batch in batches for text in batch} < {f"example {number}" for number in range(8)}
+    assert part.worker_init_fn is print
+
+
+@pytest.mark.parametrize("own", [{"sampler": WeightedRandomSampler([1.0] * 8, 8)}, {"batch_sampler": [[0, 1], [2]]}])
+def test_processes_do_not_share_batches_of_a_sampler(own):
+    with pytest.raises(ValueError, match=r"are made by .*, and 2 processes are to share them; expected a DataLoader"):
+        of_two_processes(DataLoader(list(range(8)), **own))

@@ -247,3 +247,10 @@ def test_compress_refuses_before_any_training(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         bp.compress(model, **{"data": batches(), "out": tmp_path / "small"} | options)
     assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.usefixtures("plain_accelerate")
+def test_compress_takes_a_step_a_step_after_each_batch(monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(ValueError, match="launched with gradient_accumulation_steps=4, and takes a step after each"):
+        bp.compress(nn.Linear(8, 3), batches(), out=tmp_path)

@@ -197,6 +197,14 @@ def test_wrong_input_is_told_before_any_training(arguments, said, folders, tmp_p
     assert "epoch" not in out
 
 
+def test_several_processes_are_told_before_any_training(folders, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    options = LLAMA.format(root=folders).split()[1:]
+    code, _, err = run(capsys, "compress", "--out", str(tmp_path), "--model", f"hf:{folders / 'llama'}", *options)
+    assert code != 0
+    assert "launched in several processes, and trains in one" in " ".join(err.replace("│", " ").split())
+
+
 def test_classes_are_matched_by_name_then_by_number():
     def order(names, *wanted, are_numbered=False):
         return class_order(named(bert().config, *names), wanted, are_numbered=are_numbered)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 
 from bayesprune.app.data import Loaders
 from bayesprune.app.tasks.task import Checkpoint, Progress, Split, Task, Training, check_finite, own_forward
@@ -46,8 +46,12 @@ class LoaderTask(Task):
             accelerator: Says in which precision and how many processes.
             metric: Accuracy, or perplexity of a causal language model.
             example_inputs: One example as the forward takes it; None is an image of the first validation batch.
+
+        Raises:
+            ValueError: several processes are to share batches that the loader's own sampler makes.
         """
         self.data, self.accelerator, self.description, self.metric = data, accelerator, data.description, metric
+        self._loader = _part_of(data.train, accelerator) if accelerator.num_processes > 1 else data.train
         self.calibration: Iterable[Any] = data.train
         self.example_inputs = next(iter(data.validation))[0][:1] if example_inputs is None else example_inputs
         self.generators = [data.train.generator] if isinstance(data.train.generator, torch.Generator) else []
@@ -73,7 +77,7 @@ class LoaderTask(Task):
         model.eval()
 
     def _fit(self, trained: nn.Module, progress: Progress, training: Training, checkpoint: Checkpoint | None) -> None:
-        device, loader = device_of(trained), self._training_loader()
+        device, loader = device_of(trained), self._loader
         optimizer = torch.optim.AdamW(trained.parameters(), lr=training.lr, weight_decay=0.0)
         num_steps = training.num_epochs * len(loader)
         wrapped, stepper = self.accelerator.prepare(trained, optimizer)
@@ -166,41 +170,57 @@ class LoaderTask(Task):
         return bool(self._of_main(float(decision))) if self.is_sharded else decision
 
     def _of_main(self, number: float) -> float:
+        """The main process's number."""
+        if self.accelerator.num_processes == 1:
+            return number
         found = torch.tensor([number], dtype=torch.float64, device=self.accelerator.device)
         broadcast(found)
         return float(found)
-
-    def _training_loader(self) -> DataLoader[Any]:
-        """The loader, or that of this process's part."""
-        loader, num_processes = self.data.train, self.accelerator.num_processes
-        if num_processes == 1:
-            return loader
-        dataset: Any = loader.dataset
-        batch_size = min(loader.batch_size or 1, max(1, len(dataset) // num_processes))
-        sampler = DistributedSampler(dataset, num_processes, self.accelerator.process_index, drop_last=True)
-        return DataLoader(
-            dataset,
-            batch_size,
-            sampler=sampler,
-            drop_last=True,
-            num_workers=loader.num_workers,
-            generator=loader.generator,
-        )
 
 
 def check_launch(accelerator: Accelerator, device: str | None) -> None:
     """Refuses what the loop does not do.
 
     Raises:
-        ValueError: the model is to be spread in another way than by FSDP 2, or a device was named for all processes.
+        ValueError: the model is to be spread in another way than by FSDP 2, gradients are to be accumulated, or a
+            device was named for all processes.
     """
     kind = accelerator.distributed_type
     is_fsdp2 = getattr(accelerator, "is_fsdp2", False)  # absent before accelerate knew it
     if not is_fsdp2 and kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         name = "FSDP 1" if kind == DistributedType.FSDP else kind.value
         raise ValueError(f"compress was launched with {name}; expected one process, DDP or FSDP 2 (fsdp_version: 2).")
+    if (num_steps := accelerator.gradient_accumulation_steps) > 1:
+        raise ValueError(
+            f"compress was launched with gradient_accumulation_steps={num_steps}, and takes a step after each batch; "
+            "leave it out, and choose the batch size."
+        )
     if accelerator.num_processes > 1 and device not in (None, "cpu", "cuda"):
         raise ValueError(f"--device is {device!r} for {accelerator.num_processes} processes; leave it out.")
+
+
+def _part_of(loader: DataLoader[Any], accelerator: Accelerator) -> DataLoader[Any]:
+    """A loader like this one of one process's part of each epoch, in batches of the same size."""
+    dataset: Any = loader.dataset
+    own = [loader.sampler, loader.batch_sampler]
+    if [type(sampler) for sampler in own] not in ([RandomSampler, BatchSampler], [SequentialSampler, BatchSampler]):
+        names = " and ".join(type(sampler).__name__ for sampler in own)
+        raise ValueError(
+            f"the training batches are made by {names}, and {accelerator.num_processes} processes are to share them; "
+            "expected a DataLoader with a batch_size, and with shuffle in place of a sampler. Or launch one process."
+        )
+    num_processes = accelerator.num_processes
+    return DataLoader(
+        dataset,
+        min(loader.batch_size or 1, max(1, len(dataset) // num_processes)),
+        sampler=DistributedSampler(dataset, num_processes, accelerator.process_index, drop_last=True),
+        drop_last=True,
+        num_workers=loader.num_workers,
+        generator=loader.generator,
+        collate_fn=loader.collate_fn,
+        worker_init_fn=loader.worker_init_fn,
+        pin_memory=loader.pin_memory,
+    )
 
 
 def _generator_of(loader: DataLoader[Any]) -> torch.Generator:
