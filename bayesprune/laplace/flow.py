@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from bayesprune.foundation.batches import split
+from bayesprune.foundation.batches import device_of, split
 from bayesprune.foundation.kinds import kind_of
 from bayesprune.foundation.model import eval_mode
 from bayesprune.layers import VariationalLayer
@@ -118,7 +118,8 @@ def watched(layers: Mapping[str, VariationalLayer]) -> Iterator[None]:
             if (watch := _WATCH.get()) is None or not isinstance(output, Tensor):
                 return None
             inputs = args[0] if args else next(iter(kwargs.values()))
-            return watch.meet(LayerCall(name, layer, inputs, output, partial(layer.forward, *args, **kwargs)))
+            again = partial(_under, _autocast_of(output.device), partial(layer.forward, *args, **kwargs))
+            return watch.meet(LayerCall(name, layer, inputs, output, again))
 
         return meet
 
@@ -150,7 +151,8 @@ class Walk:
         self._call: LayerCall | None = None
         self._error: BaseException | None = None
         self._go, self._halted = threading.Semaphore(0), threading.Semaphore(0)
-        run = partial(copy_context().run, self._forward, model, batch, torch.get_default_device())
+        forward = partial(self._forward, model, batch, torch.get_default_device())
+        run = partial(_under, _autocast_of(device_of(model)), partial(copy_context().run, forward))
         self._thread = threading.Thread(target=run, name="bayesprune-walk", daemon=True)
         self._thread.start()
 
@@ -353,6 +355,18 @@ class _Watch(TorchFunctionMode):
             del self._followed[key]
         if not self._with_values:
             call.lose_values()
+
+
+def _autocast_of(device: torch.device) -> torch.autocast:
+    """The autocast of this thread, for another; without its cache, which would keep weights as they were."""
+    kind = device.type
+    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    return torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
+
+
+def _under(autocast: torch.autocast, run: Callable[[], Any]) -> Any:
+    with autocast:
+        return run()
 
 
 def _of_batch_norm(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:

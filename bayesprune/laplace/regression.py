@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bayesprune.estimators.seeded import without_autocast
 from bayesprune.laplace.conditioning import conditional_mean
 from bayesprune.laplace.kronecker import about
 from bayesprune.laplace.matrices import damped
@@ -57,8 +58,9 @@ class Moments:
         if self._waiting:
             x, y = (torch.cat(parts).transpose(0, 1) for parts in zip(*self._waiting, strict=True))
             self._waiting.clear()
-            self.xx += torch.bmm(x.mT, x)
-            self.yx += torch.bmm(y.mT, x)
+            with without_autocast(x.device):
+                self.xx += torch.bmm(x.mT, x)
+                self.yx += torch.bmm(y.mT, x)
             self.x += x.sum(1, dtype=torch.double)
             self.y += y.sum(1, dtype=torch.double)
 

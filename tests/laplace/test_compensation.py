@@ -3,7 +3,7 @@
 import copy
 import itertools
 import threading
-from contextlib import closing
+from contextlib import closing, nullcontext
 from functools import partial
 
 import pytest
@@ -540,6 +540,35 @@ def test_a_mask_that_hides_everything_is_refused():
     with pytest.raises(ValueError, match="hides all positions at which second runs"):
         compensate(model, [tokens(8, 3, torch.zeros(8))], {"second": [0]})
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Halved(nn.Sequential):
+    """A model whose own forward computes in bfloat16, as accelerate leaves it after training."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x)
+
+
+@pytest.mark.parametrize("is_own", [True, False])
+def test_a_forward_under_autocast_is_compensated_nearly_as_well(is_own):
+    """A layer that is run again in the walk sees its new weights, and not a cast that autocast has kept."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 3)]
+    x, autocast = normal(512, 8), torch.autocast("cpu", torch.bfloat16, enabled=not is_own)
+    dense = nn.Sequential(*layers)
+    errors = []
+    for kind in (nn.Sequential, Halved if is_own else nn.Sequential):
+        model = bp.to_variational(kind(*copy.deepcopy(layers)).eval())
+        with autocast if errors else nullcontext():
+            compensate(model, x.split(128), {"2": list(range(16))})
+        with torch.no_grad():
+            errors.append(float((nn.Sequential(*model)(x) - dense(x)).square().mean()))
+    uncompensated = copy.deepcopy(dense)
+    with torch.no_grad():
+        uncompensated[2].weight[:, :16] = 0
+        start = float((uncompensated(x) - dense(x)).square().mean())
+    assert errors[1] < 1.1 * errors[0] < 0.5 * start
 
 
 def test_products_of_inputs_that_leave_are_not_made(monkeypatch):
