@@ -20,7 +20,7 @@ from bayesprune.foundation.text import first_names
 from bayesprune.laplace.diagonal import prior_precisions, set_precision
 from bayesprune.layers import Posterior, named_posteriors
 from bayesprune.priors import Prior
-from bayesprune.train.optimizers import grad_scaler_state, unwrapped
+from bayesprune.train.optimizers import grad_scaler_state, unwrapped, with_gradients
 
 
 class RunningLaplace:
@@ -33,7 +33,7 @@ class RunningLaplace:
     operations a step.
 
     Args:
-        optimizer: Any torch optimizer, or accelerate's wrapper of one.
+        optimizer: Any torch optimizer that computes a step from one gradient, or accelerate's wrapper of one.
         model: A variational model that it trains, converted with `estimator="mean"` unless the gradients shall be those
             of sampled weights.
         num_data: Size of the training set.
@@ -117,8 +117,13 @@ class RunningLaplace:
         self._averages = {name: average.clone() for name, average in state["averages"].items()}
         self._steps = dict(state["steps"])
 
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
+        return with_gradients(optimizer, args, kwargs, lambda: self._take(optimizer))
+
     @torch.no_grad()
-    def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _take(self, optimizer: Optimizer) -> None:
         scale, overflow = grad_scaler_state(optimizer)
         if overflow:
             return

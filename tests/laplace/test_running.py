@@ -56,6 +56,30 @@ def test_it_agrees_with_adams_moments_and_leaves_the_training_alone():
         torch.testing.assert_close(log_std.exp(), precision.rsqrt(), rtol=1e-5, atol=0, check_dtype=False)
 
 
+def test_gradients_that_a_closure_computes_count():
+    states = []
+    for is_inside in (False, True):
+        model = classifier()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        running = RunningLaplace(optimizer, model, num_data=100, batch_size=8)
+        for inputs, labels in batches(2):
+
+            def closure(model=model, optimizer=optimizer, inputs=inputs, labels=labels):
+                optimizer.zero_grad()
+                loss = F.cross_entropy(model(inputs), labels)
+                loss.backward()
+                return loss
+
+            if is_inside:
+                optimizer.step(closure)
+            else:
+                closure()
+                optimizer.step()
+        states.append(running.state_dict())
+    assert states[0]["steps"] == states[1]["steps"] == dict.fromkeys(states[0]["steps"], 2)
+    assert all(torch.equal(average, states[1]["averages"][name]) for name, average in states[0]["averages"].items())
+
+
 def test_a_resumed_run_goes_on_to_the_last_bit():
     def run(stop):
         model = classifier()
