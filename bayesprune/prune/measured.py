@@ -189,7 +189,9 @@ def _weight_costs(
     removed, increases = _counts(mean.numel(), levels), []
     try:
         for count in removed:
-            mean.view(-1)[order[:count]] = 0
+            gone = torch.zeros(mean.numel(), dtype=torch.bool, device=mean.device)
+            gone[order[:count]] = True
+            mean.masked_fill_(gone.view(mean.shape), 0)
             increases.append(_measured(loss, model) - base)
     finally:
         mean.copy_(before)

@@ -1,5 +1,6 @@
 """The budget divided between layers by measured losses."""
 
+import copy
 import itertools
 
 import pytest
@@ -90,3 +91,11 @@ def test_levels_that_do_not_rise_are_refused(levels):
 def test_a_loss_that_is_no_number_is_refused():
     with pytest.raises(ValueError, match="the loss is nan"):
         layer_shares(bp.to_variational(net()), "weights=0.5", lambda model: float("nan"))
+
+
+def test_shares_of_a_model_in_channels_last_are_those_of_the_same_model():
+    model = bp.to_variational(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2)))
+    x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    shares = [layer_shares(net, "weights=0.5", lambda net: float(net(x).square().mean())) for net in (model, last)]
+    assert shares[0] == pytest.approx(shares[1])
