@@ -14,8 +14,11 @@ from bayesprune.foundation.batches import on_device, split
 from bayesprune.foundation.model import eval_mode
 from bayesprune.foundation.text import first_names
 
+MAX_BATCHES = 50
+"""How many batches are used, unless something else says so."""
 
-def recalibrate_batch_norm(model: nn.Module, data: Iterable[Any], *, max_batches: int = 50) -> nn.Module:
+
+def recalibrate_batch_norm(model: nn.Module, data: Iterable[Any], *, max_batches: int = MAX_BATCHES) -> nn.Module:
     """The model with running means and variances of its batch norms measured anew, in place; nothing else changes.
 
     All other modules are in evaluation mode meanwhile: torch's `update_bn` puts the whole model in training mode, where
@@ -163,6 +166,11 @@ def freeze_batch_norm(model: nn.Module) -> FrozenStatistics:
 
 def _evaluate(norm: nn.Module, _: Any) -> None:
     norm.training = False
+
+
+def repeatable(data: Iterable[Any] | None) -> Iterable[Any] | None:
+    """Data for several cuts: what an iterator gives, which is used up by one, is kept as far as it is used."""
+    return list(islice(data, MAX_BATCHES)) if isinstance(data, Iterator) else data
 
 
 def measured_norms(model: nn.Module) -> list[_BatchNorm]:

@@ -80,6 +80,8 @@ class MeasuredImportance(Criterion):
         ValueError: an option is not one of those named, or the loss is not a number, or the scores cannot be ranked.
     """
 
+    is_of_one_model = True
+
     def __init__(
         self,
         model: nn.Module,

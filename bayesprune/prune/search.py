@@ -25,6 +25,7 @@ from bayesprune.foundation.sharding import check_whole
 from bayesprune.foundation.target import Target
 from bayesprune.foundation.text import as_text
 from bayesprune.layers import removable_weights
+from bayesprune.prune.batch_norm import repeatable
 from bayesprune.prune.channels.prune import prune_channels
 from bayesprune.prune.graph.prunable_layers import layer_names
 from bayesprune.prune.weights.prune import prune_weights
@@ -119,7 +120,8 @@ def smallest_within(
             `prune_weights` (`score`, `scope`, `min_kept`).
 
     Raises:
-        ValueError: an option is not one of those named, or out of range.
+        ValueError: an option is not one of those named, or out of range, or the importance is of one model alone, as
+            `UnitSNRImportance` and `MeasuredImportance` are.
         UnsupportedModelError: the model is sharded over processes.
     """
     check_whole(model, "smallest_within")
@@ -133,9 +135,15 @@ def smallest_within(
         )
     if not 0 < min_step <= step < 1:
         raise ValueError(f"step={step!r}, min_step={min_step!r}; expected 0 < min_step <= step < 1.")
+    if getattr(importance := options.get("importance"), "is_of_one_model", False):
+        raise ValueError(
+            f"smallest_within cuts several times, and {type(importance).__name__} scores the channels of one model "
+            "alone; leave importance out and pass data=, by which each cut ranks anew, or take one that scores any "
+            "model, such as SNRImportance()."
+        )
     if "ignored_layers" in options:  # of the model, where copies of it are cut
         options["ignored_layers"] = layer_names(model, options["ignored_layers"])
-    score = evaluate(model)
+    data, score = repeatable(data), evaluate(model)
     reference = score if reference is None else reference
     kept = 1.0 if by == "macs" else _share_of_weights(model)
     smallest, trials = model, [SearchStep(kept, score, score >= reference - tolerance)]

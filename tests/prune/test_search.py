@@ -190,3 +190,25 @@ def test_the_curve_is_drawn():
     assert "2 %" in drawn
     nothing = compression_curve(Compression(nn.Identity(), trials[2:], "macs", 0.9, 0.02))
     assert "MACs kept" in nothing
+
+
+@pytest.mark.parametrize("kind", ["UnitSNRImportance", "MeasuredImportance"])
+def test_an_importance_of_one_model_is_refused_before_the_search(kind):
+    net = model()
+    importance = (
+        bp.prune.UnitSNRImportance(net, bp.laplace.fit_kronecker(net, [X]))
+        if kind == "UnitSNRImportance"
+        else bp.prune.MeasuredImportance(net, X, lambda cut: float(cut(X).square().mean()))
+    )
+    with pytest.raises(ValueError, match=f"cuts several times, and {kind} scores the channels of one model"):
+        bp.prune.smallest_within(net, X, evaluate=lambda net: 1.0, tolerance=0.1, importance=importance)
+
+
+def test_data_that_can_be_read_once_serve_every_cut():
+    net, data = model(), list(X.split(16))
+    found = [
+        bp.prune.smallest_within(net, X, evaluate=lambda _: 1.0, tolerance=0.1, min_step=0.3, data=its)
+        for its in (data, iter(data))
+    ]
+    assert found[0].trials == found[1].trials
+    assert len(found[0].trials) > 2

@@ -25,6 +25,7 @@ from bayesprune.foundation.progress import progress_bar
 from bayesprune.laplace.calibration import output_metric, predictions
 from bayesprune.laplace.compensation import compensate
 from bayesprune.laplace.kronecker import KroneckerPosterior, fit_kronecker
+from bayesprune.prune.batch_norm import MAX_BATCHES
 from bayesprune.prune.graph.group import ChannelGroup
 from bayesprune.prune.graph.removal import lost_inputs
 from bayesprune.prune.graph.trials import silence_inputs
@@ -35,7 +36,6 @@ from bayesprune.prune.scores.unit_snr import UnitSNRImportance
 MAX_TILT = 3.0
 _SEARCH_EXAMPLES = 256  # to compensate in the search; as many others judge
 _DAMPING = 0.01  # of compensation in the search, which then takes a third of the time
-_MAX_BATCHES = 50
 _POSITIONS = 128  # for each input or output of a layer, to fit its posterior
 _MAX_LOGITS = 2**21  # of a batch that are kept
 
@@ -57,7 +57,7 @@ class Calibration:
         self.batches: list[Any] = []
         self.num_examples = 0
         device = device_of(model)
-        for batch in islice(data, _MAX_BATCHES):
+        for batch in islice(data, MAX_BATCHES):
             self.batches.append(on_device(batch, device))
             self.num_examples += split(model, self.batches[-1]).num_examples
             if self.num_examples >= defaults.CALIBRATION_EXAMPLES:

@@ -41,9 +41,11 @@ class Criterion(tp.importance.Importance):
 
     Attributes:
         target_kind: The kind of target, such as "evidence", whose threshold its scores are compared with, or None.
+        is_of_one_model: Whether its scores are those of the model that it was made for, and of no cut of it.
     """
 
     target_kind: ClassVar[str | None] = None
+    is_of_one_model: ClassVar[bool] = False
 
     def __call__(self, group: Group) -> Tensor | None:  # type: ignore[override]
         """Scores (C,) of the root channels of a dependency group; None where none are known."""

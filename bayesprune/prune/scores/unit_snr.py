@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch_pruning.dependency import Group
 
 from bayesprune.laplace import KroneckerFactors, KroneckerPosterior
-from bayesprune.laplace.matrices import damped, removed_columns
+from bayesprune.laplace.matrices import damped, removed_columns, to_matrix
 from bayesprune.layers import VariationalLayer
 from bayesprune.prune.graph.group import ChannelGroup
 from bayesprune.prune.scores.channels import Criterion
@@ -37,6 +37,9 @@ class UnitSNRImportance(Criterion):
     that was more: the lowest scores are those that leave together at least cost. A group of which no reader is in the
     posterior gets None.
 
+    It knows the channels of one model: after a cut fit the posterior anew, and make another. Scores of a group raise a
+    ValueError where a layer that reads it has another shape than its posterior.
+
     Args:
         model: The model that the posterior was fitted to.
         posterior: What `fit_kronecker` returned for it. Its loss says what the cost is of.
@@ -49,6 +52,8 @@ class UnitSNRImportance(Criterion):
         >>> importance = bp.prune.UnitSNRImportance(model, bp.laplace.fit_kronecker(model, [x]))
         >>> report = bp.prune_channels(model, x, "macs=0.5", importance=importance)
     """
+
+    is_of_one_model = True
 
     def __init__(self, model: nn.Module, posterior: KroneckerPosterior) -> None:
         self._posterior = posterior
@@ -88,7 +93,7 @@ class UnitSNRImportance(Criterion):
             for (name, layer), positions in readers.items()
             if name in self._posterior
             for system in _systems(
-                self._posterior[name],
+                _checked_factors(name, layer, self._posterior[name]),
                 [removed_columns(layer, [p for root in unit for p in positions.get(root, ())]) for unit in units],
             )
         ]
@@ -100,6 +105,18 @@ class UnitSNRImportance(Criterion):
             highest = max(highest, cost)
             scores[list(units[unit])] = highest
         return scores
+
+
+def _checked_factors(name: str, layer: VariationalLayer, factors: KroneckerFactors) -> KroneckerFactors:
+    """The factors of a layer, which still has the shape that it had when they were fitted."""
+    weight, fitted = to_matrix(layer, layer.get_parameter("weight")).shape, factors.mean.shape
+    with_bias = torch.Size([*weight[:2], weight[2] + 1]) if "bias" in layer.active_names() else weight
+    if fitted not in (weight, with_bias):
+        raise ValueError(
+            f"{name} has a matrix of {tuple(with_bias)} (groups, outputs, inputs), and its posterior was fitted to one "
+            f"of {tuple(fitted)}: the model was cut since. Fit the posterior again and make another UnitSNRImportance."
+        )
+    return factors
 
 
 class _System:

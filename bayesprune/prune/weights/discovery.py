@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bayesprune.foundation.model import load_values
 from bayesprune.foundation.text import first_names
 from bayesprune.layers import variational_layers
-from bayesprune.prune.batch_norm import recalibrate_batch_norm
+from bayesprune.prune.batch_norm import recalibrate_batch_norm, repeatable
 from bayesprune.prune.weights.prune import WeightReport, prune_weights
 from bayesprune.prune.weights.schedule import Ramp, shares
 
@@ -69,7 +69,7 @@ def discover_mask(
     targets = shares(target, rounds, ramp=ramp)
     if rewind is not None:
         _check(model, rewind)
-    reports = []
+    data, reports = repeatable(data), []
     for number, share in enumerate(targets, start=1):
         train(model, number)
         reports.append(report := prune_weights(model, share, **options))

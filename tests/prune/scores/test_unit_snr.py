@@ -203,3 +203,11 @@ def test_matrices_are_copied_when_they_have_become_smaller_not_for_every_unit():
         order = list(removal_costs(systems, 64))
     assert sorted(unit for unit, _ in order) == list(range(64))
     assert large.count <= 3 * 2 * 2
+
+
+def test_a_model_that_was_cut_since_is_refused():
+    model = mlp(5, 6, 6, 3)
+    importance = bp.prune.UnitSNRImportance(model, bp.laplace.fit_kronecker(model, [normal(64, 5)]))
+    bp.prune_channels(model, normal(1, 5), {"0": 5}, importance=importance)
+    with pytest.raises(ValueError, match=r"2 has a matrix of .1, 6, 6. .* one of .1, 6, 7.: the model was cut since"):
+        bp.prune_channels(model, normal(1, 5), "macs=0.5", importance=importance)

@@ -201,3 +201,10 @@ def test_estimating_anew_between_removals_keeps_more_of_the_accuracy():
     assert accuracy(model) > 0.97
     once, anew = after(1), after(6)
     assert anew > once + 0.2, (once, anew)
+
+
+def test_data_that_can_be_read_once_serve_every_round():
+    models, data = [net(), net()], list(X.split(16))
+    for model, batches in zip(models, (data, iter(data)), strict=True):
+        bp.prune.discover_mask(model, "weights=0.5", train=lambda *_: None, rounds=3, data=batches)
+    assert all(torch.equal(value, models[1].state_dict()[name]) for name, value in models[0].state_dict().items())
