@@ -4,6 +4,8 @@ The Trainer computes its loss by calling the model, and takes what is in the out
 the one place that a callback reaches: it stands inside DDP, FSDP 2 and accelerate's wrappers, sees inputs and outputs
 alike, and leaves accumulation, clipping, scaling and the average over processes to the Trainer. It is there from the
 beginning of a training to its end, and works in training mode alone, so that evaluations have the loss on the labels.
+No event tells that an error or an interruption ended a training. So another hook looks who calls the model, and both
+go where that is not the Trainer which has the callback.
 """
 
 import math
@@ -14,9 +16,10 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from bayesprune.errors import UnsupportedModelError
+from bayesprune.hosts.transformers.callers import nearest_caller
 from bayesprune.hosts.transformers.guards import LossScaleProbe, probe_of
 from bayesprune.hosts.transformers.logs import stand_before_loggers
 from bayesprune.train.distillation import Distillation
@@ -75,8 +78,10 @@ class DistillationCallback(TrainerCallback):
         stand_before_loggers(self)
         model = event["model"]
         self._hooks = self.distill.watch(model)
-        hook = model.register_forward_hook(torch.compiler.disable(self._after), with_kwargs=True)
-        self._hooks.callback(hook.remove)
+        before = model.register_forward_pre_hook(torch.compiler.disable(self._before))
+        after = model.register_forward_hook(torch.compiler.disable(self._after), with_kwargs=True)
+        self._hooks.callback(before.remove)
+        self._hooks.callback(after.remove)
         self._probe = probe_of(model, args, event["train_dataloader"])
 
     def on_step_begin(
@@ -126,6 +131,11 @@ class DistillationCallback(TrainerCallback):
             self._probe.end()
         self._probe = self._is_used = None
         self._sums = _NOTHING
+
+    def _before(self, model: nn.Module, args: tuple) -> None:
+        trainer = nearest_caller(Trainer)
+        if trainer is None or self not in trainer.callback_handler.callbacks:
+            self._end()
 
     def _after(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         if not (model.training and torch.is_grad_enabled()):

@@ -1,7 +1,6 @@
 """What a callback adds to the Trainer's logs: posteriors in a few numbers, before the loggers see them."""
 
 import logging
-import sys
 
 import torch
 from torch import nn
@@ -9,6 +8,7 @@ from transformers import DefaultFlowCallback, TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
 from bayesprune.foundation.sharding import full_tensor
+from bayesprune.hosts.transformers.callers import nearest_caller
 from bayesprune.layers import named_posteriors
 from bayesprune.prune.scores.weights import snr
 
@@ -43,7 +43,6 @@ def summarize(model: nn.Module) -> dict[str, float]:
 
 
 _LOGGER = logging.getLogger(__name__)
-_MAX_FRAMES = 6  # a subclass of the callback adds one
 
 
 def stand_before_loggers(callback: TrainerCallback) -> None:
@@ -52,7 +51,7 @@ def stand_before_loggers(callback: TrainerCallback) -> None:
     The Trainer puts a user's callbacks last, and hands its list of them to no event: it is found with the caller. Right
     behind `DefaultFlowCallback` is early enough for the logs, and late enough to know whether a step is logged.
     """
-    handler = _calling_handler()
+    handler = nearest_caller(CallbackHandler)
     callbacks = handler.callbacks if handler is not None else []
     flows = [index for index, other in enumerate(callbacks) if isinstance(other, DefaultFlowCallback)]
     if not flows or callback not in callbacks:
@@ -64,14 +63,3 @@ def stand_before_loggers(callback: TrainerCallback) -> None:
     elif callbacks.index(callback) > flows[0] + 1:
         callbacks.remove(callback)
         callbacks.insert(flows[0] + 1, callback)
-
-
-def _calling_handler() -> CallbackHandler | None:
-    frame = sys._getframe(2)
-    for _ in range(_MAX_FRAMES):
-        if frame is None:
-            return None
-        if isinstance(caller := frame.f_locals.get("self"), CallbackHandler):
-            return caller
-        frame = frame.f_back
-    return None

@@ -251,3 +251,50 @@ def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(type(made.args), "n_gpu", 2)
     with pytest.raises(bp.errors.UnsupportedModelError, match="2 GPUs in one process"):
         made.callback_handler.on_train_begin(made.args, made.state, made.control)
+
+
+class _Interrupted(TrainerCallback):
+    """Somebody presses Ctrl-C."""
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        raise KeyboardInterrupt
+
+    on_step_end = on_substep_end
+
+
+@pytest.mark.parametrize("features", [0.0, 0.3])
+@pytest.mark.parametrize("others", [(), (DistillationCallback,)])
+def test_an_interrupted_training_leaves_the_next_one_alone(others, features, tmp_path):
+    """Whether it distils itself, with the same teacher, or not at all."""
+    distill = distilled("bert", features=features)
+
+    def losses(model):
+        callbacks = [kind(distill) for kind in others]
+        made = tiny.trainer(model, tmp_path, TrainerCallback(), *callbacks, max_steps=2, logging_steps=1)
+        made.train()
+        return [entry["loss"] for entry in made.state.log_history if "loss" in entry]
+
+    model = tiny.bert()
+    interrupted = DistillationCallback(distill)  # which somebody may keep
+    made = tiny.trainer(model, tmp_path, interrupted, _Interrupted(), learning_rate=0.0)
+    with pytest.raises(KeyboardInterrupt):
+        made.train()
+    assert losses(model) == losses(tiny.bert())
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+
+
+def test_a_refused_training_leaves_the_next_one_alone(tmp_path):
+    """The message says what to do, and who does it goes on with the model that is there."""
+    options = {"max_steps": 1, "gradient_accumulation_steps": 2, "logging_steps": 1}
+    distill, model = distilled("bert"), inflated()
+    with pytest.raises(ValueError, match="Put `model.accepts_loss_kwargs = False`"):
+        tiny.trainer(model, tmp_path, DistillationCallback(distill), **options).train()
+    model.accepts_loss_kwargs = False
+    logs = []
+    for again in (model, tiny.bert()):
+        made = tiny.trainer(again, tmp_path, DistillationCallback(distill), **options)
+        made.train()
+        logs.append(made.state.log_history[0])
+    assert logs[0] == logs[1]
+    assert not model._forward_hooks
