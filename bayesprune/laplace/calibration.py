@@ -153,16 +153,21 @@ def counted_positions(batch: Batch, num_positions: int) -> Tensor | None:
     return mask.bool()
 
 
-def check_counted(name: str, number: int) -> None:
-    """Refuses sums over the positions of a layer that none went into.
+def check_sums(name: str, number: int, sums: Iterable[Tensor]) -> None:
+    """Refuses sums over the positions of a layer that none went into, or that are not finite.
 
     Raises:
-        ValueError: none did.
+        ValueError: so it is.
     """
     if not number:
         raise ValueError(
             f"the attention_mask of every batch hides all positions at which {name} runs; expected one that is 1 "
             "where a token counts."
+        )
+    if not all(bool(total.isfinite().all()) for total in sums):
+        raise ValueError(
+            f"the inputs, outputs or gradients of {name or 'the model'} are not finite on these data; expected finite "
+            "numbers. Look for NaN and infinity in the data and in the weights."
         )
 
 

@@ -73,7 +73,8 @@ def compensate(
         progress: Show a progress bar; None shows it on a terminal.
 
     Raises:
-        ValueError: there is no batch, or the attention masks hide all positions.
+        ValueError: there is no batch, the attention masks hide all positions, or what a layer is given or gives is not
+            finite.
         UnsupportedModelError: the model is sharded over processes.
 
     Examples:

@@ -21,7 +21,7 @@ from bayesprune.errors import UnsupportedModelError
 from bayesprune.foundation.model import eval_mode
 from bayesprune.foundation.sharding import check_whole
 from bayesprune.foundation.text import first_names
-from bayesprune.laplace.calibration import Call, Loss, record
+from bayesprune.laplace.calibration import Call, Loss, check_sums, record
 from bayesprune.laplace.matrices import from_matrix, input_rows, is_matrix_product, output_rows
 from bayesprune.layers import Posterior, named_posteriors
 from bayesprune.priors import BoundGaussian, BoundPrior, Gaussian, Prior
@@ -59,7 +59,7 @@ def fit_laplace(
         num_batches: No more batches than these.
 
     Raises:
-        ValueError: there is no batch, or no variational layer.
+        ValueError: there is no batch, no variational layer, or gradients are not finite.
         UnsupportedModelError: the prior has no precision, layers do not take examples along the first dimension, or
             the model is sharded over processes.
 
@@ -72,6 +72,8 @@ def fit_laplace(
     check_whole(model, "fit_laplace")
     precisions = prior_precisions(model, prior)
     squares, seen = sums_of_squares(model, loader, loss=loss, num_batches=num_batches)
+    for name, total in squares.items():
+        check_sums(name, seen, [total])
     scale = (seen if num_data is None else num_data) / seen
     for posterior, precision in precisions.items():
         if posterior.name in squares:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from bayesprune.errors import UnsupportedModelError
 from bayesprune.foundation.batches import Batch, device_of, on_device
 from bayesprune.foundation.sharding import check_whole
-from bayesprune.laplace.calibration import Call, Loss, check_counted, counted_positions, length_of, visit_calls
+from bayesprune.laplace.calibration import Call, Loss, check_sums, counted_positions, length_of, visit_calls
 from bayesprune.laplace.diagonal import prior_precisions, set_precision
 from bayesprune.laplace.flow import layer_calls
 from bayesprune.laplace.matrices import (
@@ -144,7 +144,7 @@ def fit_kronecker(
 
     Raises:
         ValueError: there is no batch, no variational layer, `block_size` is below 1, `num_positions` comes with a
-            loader without a length, or the attention masks hide all positions.
+            loader without a length, the attention masks hide all positions, or the inputs of a layer are not finite.
         UnsupportedModelError: the prior has no precision, no layer is a matrix product, layers do not take examples
             along the first dimension, or the model is sharded over processes.
     """
@@ -181,8 +181,9 @@ def fit_kronecker(
         raise UnsupportedModelError(
             "fit_kronecker met no linear layer or convolution with a posterior; fit_laplace takes other layers."
         )
-    for key in inputs:
-        check_counted(holders[key].name, positions[key])
+    found = {key: holder for key, holder in holders.items() if key in inputs}
+    for key, holder in found.items():
+        check_sums(holder.name, positions[key], inputs[key])
     return {
         holder.name: KroneckerFactors(
             mean=layer_matrix(holder.layer, with_bias=holder.has_bias).clone(),
@@ -193,8 +194,7 @@ def fit_kronecker(
             norm=norms.get(key),
             centre=None if key not in norms else (totals[key] / positions[key]).cpu(),
         )
-        for key, holder in holders.items()
-        if key in inputs
+        for key, holder in found.items()
     }
 
 

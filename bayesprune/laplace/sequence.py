@@ -19,7 +19,7 @@ from bayesprune.foundation.batches import Batch, split
 from bayesprune.foundation.kinds import kind_of
 from bayesprune.foundation.model import eval_mode
 from bayesprune.foundation.progress import progress_bar
-from bayesprune.laplace.calibration import check_counted, counted_positions
+from bayesprune.laplace.calibration import check_sums, counted_positions
 from bayesprune.laplace.flow import LayerCall, Walk, layer_calls, watched
 from bayesprune.laplace.kronecker import variational_layer
 from bayesprune.laplace.matrices import (
@@ -248,10 +248,11 @@ def _add(
 
 
 def _finish(name: str, moments: tuple[Moments, Moments]) -> None:
-    """Adds what waits; refuses moments of no position."""
+    """Adds what waits; refuses moments of no position, or that are not finite."""
     for part in moments:
         part.finish()
-    check_counted(name, sum(part.number for part in moments))
+    sums = (total for part in moments for total in (part.xx, part.yx, part.x, part.y))
+    check_sums(name, sum(part.number for part in moments), sums)
 
 
 def _steps(sites: Sequence[Site], num_batches: int) -> list[_Step]:

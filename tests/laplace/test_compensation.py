@@ -571,6 +571,17 @@ def test_a_forward_under_autocast_is_compensated_nearly_as_well(is_own):
     assert errors[1] < 1.1 * errors[0] < 0.5 * start
 
 
+@pytest.mark.parametrize("where", ["data", "weights"])
+def test_numbers_that_are_not_finite_are_refused(where):
+    model, x = mlp(5, 8, 6, 3), normal(64, 5)
+    (x if where == "data" else model[2].weight.data)[1, 2] = float("nan")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="inputs, outputs or gradients of 2 are not finite"):
+        compensate(model, [x], {"2": [0]})
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
+
+
 def test_products_of_inputs_that_leave_are_not_made(monkeypatch):
     from bayesprune.laplace import sequence
 

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -168,3 +170,12 @@ def test_what_is_not_known_is_said_and_stays():
     assert torch.equal(model["unused"].weight_log_std, before)
     with pytest.raises(UnsupportedModelError, match="BoundLearned, which has no precision"):
         fit_laplace(model, batches, prior=bp.priors.ARD())
+
+
+def test_gradients_that_are_not_finite_are_refused():
+    model, x = bp.to_variational(nn.Linear(3, 2)), torch.randn(6, 3)
+    x[1, 2] = float("inf")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="gradients of weight are not finite"):
+        fit_laplace(model, [(x, x)], loss=lambda model, batch: model(batch[0]).square().mean())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -250,3 +250,10 @@ def test_a_norm_behind_two_layers_takes_up_no_shift():
 
     posterior = fit_kronecker(bp.to_variational(TwoIntoOne().eval()), [torch.randn(8, 2, 3, 3)])
     assert [posterior[name].norm for name in ("first", "second", "third")] == [None, None, "own"]
+
+
+def test_inputs_that_are_not_finite_are_refused():
+    x = torch.randn(6, 3)
+    x[1, 2] = float("inf")
+    with pytest.raises(ValueError, match="inputs, outputs or gradients of the model are not finite"):
+        fit_kronecker(bp.to_variational(nn.Linear(3, 2)), [(x, x)], loss=loss)
