@@ -105,18 +105,19 @@ def test_batch_norm_by_the_batch():
     torch.testing.assert_close(result.mean + 0, found.mean, atol=0.05, rtol=0)
 
 
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.InstanceNorm2d])
 @pytest.mark.parametrize("covariance", ["diagonal", "shared", "low_rank"])
-def test_running_statistics_are_tracked_once(covariance):
-    x = torch.randn(8, 3, 5, 5)
-    stock = nn.BatchNorm2d(3).train()
+def test_running_statistics_are_tracked_once(covariance, norm):
+    x = torch.randn(8, 3, 5, 5) + 1
+    stock = norm(3, track_running_stats=True).train()
     stock(x)
-    layer = nn.BatchNorm2d(3).train()
+    layer = norm(3, track_running_stats=True).train()
     model = bp.to_variational(nn.Sequential(nn.Conv2d(3, 3, 1, bias=False), layer), relative_std=1e-6)
     with torch.no_grad():
         model[0].weight.copy_(torch.eye(3)[..., None, None])
     with bp.sampling(model, "moments"), settings(covariance=covariance):
         model(x)
-    assert layer.num_batches_tracked == 1
+    assert layer.num_batches_tracked == stock.num_batches_tracked
     torch.testing.assert_close(layer.running_mean, stock.running_mean)
     torch.testing.assert_close(layer.running_var, stock.running_var)
 
@@ -127,6 +128,25 @@ def test_running_variance_has_the_variance_of_entries_in_it():
     F.batch_norm(x, *running, training=True, momentum=1.0)
     found = sampled(lambda t: t.transpose(0, 1).flatten(1).var(1), x, num_samples=2_000)
     torch.testing.assert_close(running[1], found.mean, rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("shared", [None, (4, 2, 1, 1)])
+def test_running_variance_of_instances_has_the_variance_of_their_entries_in_it(shared):
+    x = uncertain(4, 2, 3, 3, variance=1.0, shared=shared)
+    running = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    F.instance_norm(x, *running, momentum=1.0)
+    found = sampled(lambda t: t.flatten(2).var(2).mean(0), x, num_samples=2_000)
+    torch.testing.assert_close(running[0], x.mean.mean((0, 2, 3)))
+    torch.testing.assert_close(running[1], found.mean, rtol=0.05, atol=0)
+
+
+def test_directions_through_instance_norm_have_their_derivative():
+    directions = rand(3, 2, 2, 2, 2, seed=1)
+
+    def variance(mean):
+        return F.instance_norm(Moments.along(mean, directions)).variance
+
+    assert torch.autograd.gradcheck(variance, rand(2, 2, 2, 2).requires_grad_())
 
 
 def test_uncertain_scales():

@@ -43,12 +43,10 @@ def batch_norm(
         if running_mean is None or running_var is None:
             raise ValueError("batch_norm got training=False and no running statistics; expected one of the two.")
         return _by_statistics(input, running_mean, running_var, weight, bias, eps)
-    alone, centre, square = _batch_statistics(input)
+    alone, centre, square = _statistics(input, [dim for dim in range(input.dim()) if dim != 1])
     if running_mean is not None and running_var is not None:
-        with torch.no_grad():
-            count = input.numel() // input.shape[1]
-            running_mean.lerp_(centre.to(running_mean.dtype), momentum)
-            running_var.lerp_((square * (count / max(count - 1, 1))).to(running_var.dtype), momentum)
+        count = input.numel() // input.shape[1]
+        _track(running_mean, running_var, centre, square * (count / max(count - 1, 1)), momentum)
     if known(input).directions is None:
         return _by_statistics(alone, centre, square, weight, bias, eps)
 
@@ -90,6 +88,7 @@ def group_norm(
 
 
 @register_rule(F.instance_norm)
+@follows_directions
 def instance_norm(
     input: Any,
     running_mean: Tensor | None = None,
@@ -99,11 +98,14 @@ def instance_norm(
     use_input_stats: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-5,
-) -> Moments:
+) -> Any:
     """Over the positions of each channel; by running statistics where it does not use the input's."""
-    if use_input_stats:
-        return group_norm(input, input.shape[1], weight, bias, eps)
-    return batch_norm(input, running_mean, running_var, weight, bias, eps=eps)
+    if not use_input_stats:
+        return batch_norm(input, running_mean, running_var, weight, bias, eps=eps)
+    if running_mean is not None and running_var is not None:
+        _, centre, square = _statistics(input, list(range(2, input.dim())), correction=1)
+        _track(running_mean, running_var, centre.mean(0), square.mean(0), momentum)
+    return F.group_norm(input, input.shape[1], weight, bias, eps)
 
 
 @register_rule(F.normalize)
@@ -116,13 +118,13 @@ def normalize(input: Any, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out:
     return (_normalised(parts(x), 1, eps**2 / count, is_centred=False) * count**-0.5).movedim(-1, dim)
 
 
-def _batch_statistics(x: Any) -> tuple[Any, Tensor, Tensor]:
-    """What is left of x when the batch's mean is taken out of its noise, and mean and expected square by channel."""
+def _statistics(x: Any, dims: list[int], *, correction: int = 0) -> tuple[Any, Tensor, Tensor]:
+    """What is left of x when its mean over dimensions is taken out of its noise; that mean, and the expected square."""
     (mean, variance, shared), directions, residual = known(x)
-    dims = [dim for dim in range(mean.dim()) if dim != 1]
-    square, centre = torch.var_mean(mean.to(torch.promote_types(mean.dtype, torch.float32)), dims, correction=0)
+    raised = mean.to(torch.promote_types(mean.dtype, torch.float32))
+    square, centre = torch.var_mean(raised, dims, correction=correction)
     if directions is not None:
-        spread = directions.var([dim + 1 for dim in dims], correction=0).sum(0)
+        spread = directions.var([dim + 1 for dim in dims], correction=correction).sum(0)
         return x, centre, square + (spread if residual is None else spread + residual.mean(dims))
     if variance is None:
         return x, centre, square
@@ -130,6 +132,13 @@ def _batch_statistics(x: Any) -> tuple[Any, Tensor, Tensor]:
         variance = (variance - shared).clamp_min(0)
         x = Moments(mean, variance, torch.zeros_like(shared))
     return x, centre, square + variance.mean(dims)
+
+
+@torch.no_grad()
+def _track(running_mean: Tensor, running_var: Tensor, mean: Tensor, variance: Tensor, momentum: float) -> None:
+    """Moves running statistics towards those of a batch."""
+    running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+    running_var.lerp_(variance.to(running_var.dtype), momentum)
 
 
 def _by_its_own_statistics(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
