@@ -90,6 +90,8 @@ VIEWS = {
     "cat of units": (lambda x: torch.cat([x, x * 2], -1), TOKENS, (2, 1, 8)),
     "stack": (lambda x: torch.stack([x, x * 2], 1), TOKENS, (2, 2, 1, 4)),
     "replication pad": (lambda x: F.pad(x, (1, 0, 0, 2), mode="replicate"), IMAGE, (2, 4, 1, 1)),
+    "crop": (lambda x: F.pad(x, (-1, -1, 0, -1)), IMAGE, (2, 4, 1, 1)),
+    "crop to one": (lambda x: F.pad(x, (1 - x.shape[-1], 0)), IMAGE, (2, 4, 1, 1)),
     "pad of units": (lambda x: F.pad(x, (0, 0, 0, 0, 1, 2)), IMAGE, (2, 7, 1, 1)),
 }
 
@@ -172,6 +174,8 @@ def test_pixel_shuffle():
         lambda x: torch.cat([x, torch.ones(1, 2, 3, dtype=torch.float64)], 1),
         lambda x: F.pad(x, (0, 0, 1, 2)),
         lambda x: F.pad(x, (0, 0, 1, 0), value=2.0),
+        lambda x: F.pad(x, (0, 0, -1, 2)),
+        lambda x: torch.constant_pad_nd(x, (0, 0, 1, 0), 2.0),
     ],
 )
 def test_certain_positions_thin_what_is_shared(function):

@@ -88,9 +88,12 @@ def meshgrid(*tensors: Any, indexing: str = "ij") -> tuple[Any, ...]:
     )
 
 
-@register_rule(F.pad, torch.constant_pad_nd)
+@register_rule(F.pad)
 def pad(input: Moments, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Moments:
-    """Entries with a border: certain where it is constant, else with the variance of the entries that it repeats."""
+    """Entries with a border: certain where it is constant, else with the variance of the entries that it repeats.
+
+    Negative widths crop.
+    """
     mean, variance, shared = parts(input)
     assert variance is not None, "a rule is for uncertain tensors"
     means, variances = F.pad(mean, pad, mode, value), F.pad(variance, pad, mode)
@@ -100,10 +103,18 @@ def pad(input: Moments, pad: Sequence[int], mode: str = "constant", value: float
     for i in range(len(pad) // 2):
         dim = mean.dim() - 1 - i
         if shared.shape[dim] == 1 and mean.shape[dim] > 1:
+            left = mean.shape[dim] + sum(min(width, 0) for width in widths[2 * i : 2 * i + 2])
             widths[2 * i : 2 * i + 2] = 0, 0
-            if mode == "constant":  # a mean over pairs of positions, of which some are certain now
-                shared = shared * (_pairs(mean.shape[dim]) / _pairs(means.shape[dim]))
+            if mode == "constant" and means.shape[dim] > left:  # a mean over pairs of positions, some certain now
+                shared = shared * (_pairs(left) / max(1, _pairs(means.shape[dim])))
     return Moments(means, variances, F.pad(shared, widths, mode) if any(widths) else shared)
+
+
+@register_rule(torch.constant_pad_nd)
+@follows_directions
+def constant_pad_nd(input: Any, pad: Sequence[int], value: float = 0.0) -> Any:
+    """Entries with a constant border."""
+    return F.pad(input, pad, value=value)
 
 
 def zeros(mean: Tensor) -> Tensor:
