@@ -2,8 +2,10 @@
 
 import copy
 from dataclasses import replace
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from bayesprune.app.tasks.task import Task
 from bayesprune.convert import to_variational
@@ -11,6 +13,20 @@ from bayesprune.errors import UnsupportedFunctionError
 from bayesprune.laplace import fit_laplace
 from bayesprune.reports import ExtraTable
 from bayesprune.robustness import robustness
+
+
+def check_images(example_inputs: Any) -> None:
+    """Refuses inputs that cannot be corrupted.
+
+    Raises:
+        ValueError: there is no image among them.
+    """
+    tensors = [value for value in tree_leaves(example_inputs) if isinstance(value, Tensor)]
+    if not any(tensor.dim() == 4 and tensor.is_floating_point() for tensor in tensors):
+        raise ValueError(
+            "corruptions are for images, and an example has none; expected a tensor of floats (N, C, H, W) among its "
+            "inputs. Leave corruptions out."
+        )
 
 
 def what_was_lost(dense: nn.Module, small: nn.Module, task: Task, *, num_batches: int) -> tuple[ExtraTable, ...]:

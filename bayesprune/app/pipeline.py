@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 
 from bayesprune import gates
 from bayesprune.app.data import Loaders
-from bayesprune.app.lost import what_was_lost
-from bayesprune.app.recipe import SMALL_CUT, Recipe
+from bayesprune.app.lost import check_images, what_was_lost
+from bayesprune.app.recipe import Recipe
 from bayesprune.app.tasks.task import LoggedProgress, Progress, Task, Training
 from bayesprune.bits import quantize
 from bayesprune.convert import conversion_table, to_deterministic, to_variational
@@ -28,7 +28,7 @@ from bayesprune.foundation import defaults
 from bayesprune.foundation.batches import device_of, first_example, on_device
 from bayesprune.layers import named_posteriors
 from bayesprune.prediction.predict import sampling
-from bayesprune.prune import freeze_batch_norm, prune_channels, signal_to_noise, smallest_within
+from bayesprune.prune import freeze_batch_norm, prune_channels, prune_weights, signal_to_noise, smallest_within
 from bayesprune.prune.graph.group import GRANULARITY
 from bayesprune.reports import ACCURACY, ExtraTable, HistoryPoint, Metric, Report, count_parameters, report
 from bayesprune.storage import save
@@ -84,7 +84,8 @@ def compress(
 
     Raises:
         ValueError: an option is out of range, a split is missing, or both target and tolerance are given.
-        InfeasibleTargetError: the target cannot be reached; nothing was trained.
+        InfeasibleTargetError: the target or a level cannot be reached. Nothing was trained, unless a level is out of
+            reach of what a search has found; then the result is in `out`, without levels and report.
 
     Examples:
         >>> import tempfile, torch, bayesprune as bp
@@ -157,7 +158,7 @@ def run(
     distill = distillation(dense) if recipe.distill else None
     reference = validate(dense, "dense")
 
-    to_variational(model, std=recipe.structure, relative_std=recipe.relative_std, estimator=recipe.estimator)
+    _convert(model, recipe)
     ratios = None
     if recipe.learns_stds:
         progress.stage("Learn how certain each weight is")
@@ -208,12 +209,14 @@ def run(
     if not task.is_main:
         return Compressed(model, None)
     progress.stage("Save and report")
-    smaller = _levels(model, task, recipe, progress) if recipe.levels else []
     points = [{"nonzero_parameters": p.nonzero_parameters, task.metric.name: p.accuracy} for p in history]
     said = [{"label": p.label, **point} for p, point in zip(history, points, strict=True)]
     is_rebuilt = describe(model, None) is not None  # and its outputs can be compared with those of what is written
     example = _example(model, task) if is_rebuilt else None
-    save(model, out, example_inputs=example, history=said, coding=recipe.coding, levels=smaller)
+    save(model, out, example_inputs=example, history=said, coding=recipe.coding)
+    if recipe.levels:  # which may be out of reach of what a search has found
+        smaller = _levels(model, task, recipe, progress)
+        save(model, out, example_inputs=example, history=said, coding=recipe.coding, levels=smaller)
     with tempfile.TemporaryDirectory() as directory:
         save(dense, directory)  # for its size
         result = report(
@@ -274,24 +277,27 @@ def _levels(model: nn.Module, task: Task, recipe: Recipe, progress: Progress) ->
     return found
 
 
+def _convert(model: nn.Module, recipe: Recipe) -> nn.Module:
+    return to_variational(model, std=recipe.structure, relative_std=recipe.relative_std, estimator=recipe.estimator)
+
+
 def _check_feasible(model: nn.Module, task: Task, recipe: Recipe) -> None:
-    """A target out of reach is told now, not after the training."""
-    trial = to_variational(copy.deepcopy(model))
+    """What is out of reach is told now, not after the training: the target, the levels, corrupted images."""
+    if recipe.corruptions:
+        check_images(task.example_inputs)
+    trial, example = _convert(copy.deepcopy(model), recipe), _example(model, task)
     if recipe.removes_weights:
-        return
-    cut = prune_channels(
-        trial,
-        _example(model, task),
-        target=recipe.target or SMALL_CUT,
-        granularity=recipe.granularity,
-        uniform=recipe.uniform,
-    )
-    if recipe.uniform and cut.config is None and hasattr(model, "config"):
-        raise ValueError(
-            f"uniform was asked for, but the config of {type(model).__name__} cannot say the sizes it would have "
-            f"without {' and '.join(recipe.granularity)}; try --granularity mlp, or leave uniform out: then "
-            "`import bayesprune` comes before loading."
-        )
+        prune_weights(trial, recipe.goal, min_kept=0 if recipe.gates else 1)
+    else:
+        cut = prune_channels(trial, example, target=recipe.goal, granularity=recipe.granularity, uniform=recipe.uniform)
+        if recipe.uniform and cut.config is None and hasattr(model, "config"):
+            raise ValueError(
+                f"uniform was asked for, but the config of {type(model).__name__} cannot say the sizes it would have "
+                f"without {' and '.join(recipe.granularity)}; try --granularity mlp, or leave uniform out: then "
+                "`import bayesprune` comes before loading."
+            )
+    if recipe.levels:
+        levels(trial, example, recipe.levels, fit=False, granularity=recipe.granularity)
 
 
 def _smallest(

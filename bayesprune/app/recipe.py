@@ -63,12 +63,15 @@ class Recipe:
     def __post_init__(self) -> None:
         """Refuses now what would be refused after minutes of training."""
         check_options(self.structure, self.relative_std, self.estimator)
+        if self.num_epochs < 1:
+            raise ValueError(f"num_epochs is {self.num_epochs!r}; expected 1 or more.")
         if self.bits is not None and not 2 <= self.bits <= 12:
             raise ValueError(f"bits is {self.bits!r}; expected the width of a weight, from 2 to 12.")
         if self.coding not in (None, "entropy"):
             raise ValueError(f'coding is {self.coding!r}; expected "entropy", or nothing for plain tensors.')
-        for level in self.levels:
-            Target.parse(level, LEVEL_KINDS, "levels", is_partial=True)
+        names = [str(Target.parse(level, LEVEL_KINDS, "levels", is_partial=True)) for level in self.levels]
+        if len(set(names)) < len(names):
+            raise ValueError(f"levels has two of one name: {', '.join(names)}. Give each target once.")
         if self.tolerance is not None and self.tolerance < 0:
             raise ValueError(f"tolerance is {self.tolerance!r}; expected the largest accepted loss, 0 or more.")
         if self.gates and (self.target is None or not self.removes_weights):

@@ -231,6 +231,11 @@ def test_compress_saves_smaller_versions(tmp_path):
     ("options", "message"),
     [
         ({"levels": ("macs=2",)}, "levels got the target 'macs=2'"),
+        ({"levels": ("macs=0.5", "macs=0.50")}, "levels has two of one name: macs=0.5, macs=0.5"),
+        ({"levels": ("macs=0.01",)}, "macs=0.01 cannot be reached"),
+        ({"target": "weights=0.001"}, "0 of 440 weights were to stay"),
+        ({"corruptions": True}, "corruptions are for images, and an example has none"),
+        ({"num_epochs": 0}, "num_epochs is 0; expected 1 or more"),
         ({"bits": 1}, "bits is 1; expected the width of a weight, from 2 to 12"),
         ({"gates": True, "target": "macs=0.5"}, "gates choose single weights for a target; give one"),
         ({"coding": "zip"}, "coding is 'zip'; expected \"entropy\""),
@@ -244,13 +249,30 @@ def test_compress_saves_smaller_versions(tmp_path):
 )
 def test_compress_refuses_before_any_training(options, message, tmp_path):
     model = nn.Sequential(nn.Linear(8, 40), nn.ReLU(), nn.Linear(40, 3))
+    before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=message):
         bp.compress(model, **{"data": batches(), "out": tmp_path / "small"} | options)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not (tmp_path / "small").exists()
 
 
+def test_a_level_out_of_reach_of_what_a_search_found_leaves_the_result(tmp_path):
+    with pytest.raises(bp.errors.InfeasibleTargetError, match="macs=0.2 cannot be reached"):
+        smallest(ACCURACY, lambda kept: 1.0, 0.1, tmp_path, levels=("macs=0.2",))
+    loaded = bp.load(tmp_path, model=nn.Sequential(nn.Linear(8, 40), nn.ReLU(), nn.Linear(40, 4)))
+    assert loaded[0].out_features < 20
+
+
+@pytest.mark.parametrize(("std", "target"), [("per_channel", "macs=0.5"), ("rank_one", "weights=0.5")])
+def test_compress_takes_a_model_with_the_posterior_that_it_would_make(std, target, tmp_path):
+    model = bp.to_variational(nn.Sequential(nn.Linear(8, 40), nn.ReLU(), nn.Linear(40, 3)), std=std)
+    options = {} if std == "per_channel" else {"std": std}
+    small, _ = bp.compress(model, batches(), target, out=tmp_path, num_epochs=1, **options)
+    assert type(small[0]) is nn.Linear
+
+
 @pytest.mark.usefixtures("plain_accelerate")
-def test_compress_takes_a_step_a_step_after_each_batch(monkeypatch, tmp_path):
+def test_compress_takes_a_step_after_each_batch(monkeypatch, tmp_path):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     with pytest.raises(ValueError, match="launched with gradient_accumulation_steps=4, and takes a step after each"):
         bp.compress(nn.Linear(8, 3), batches(), out=tmp_path)
