@@ -24,16 +24,10 @@ from bayesprune.foundation.target import Target
 from bayesprune.laplace import KroneckerPosterior, fit_laplace
 from bayesprune.laplace.compensation import compensate
 from bayesprune.layers import variational_layers
-from bayesprune.prune import (
-    SNRImportance,
-    SNRScore,
-    UnitSNRImportance,
-    prune_channels,
-    prune_weights,
-)
+from bayesprune.prune import SNRImportance, SNRScore, prune_channels, prune_weights
 from bayesprune.prune.batch_norm import recalibrate_if_better
 from bayesprune.prune.channels import plan
-from bayesprune.prune.channels.calibrated import Calibration, logit_posterior, searched_tilt, tilted
+from bayesprune.prune.channels.calibrated import Calibration, logit_posterior, searched_tilt, tilted, unit_costs
 from bayesprune.prune.graph.find import groups_in
 from bayesprune.prune.graph.group import GRANULARITY, ChannelGroup
 from bayesprune.prune.graph.observe import Observed
@@ -175,12 +169,12 @@ class _Cutter:
         observed = Observed(self._start, self._inputs)
         groups = groups_in(observed, **self._options).groups
         calibration = self._calibration
-        importance: Criterion = SNRImportance()
-        if calibration is not None:
+        if calibration is None:
+            found = {group: unit_scores(SNRImportance(), group) for group in groups}
+        else:
             self._posterior = logit_posterior(self._start, calibration)
-            importance = UnitSNRImportance(self._start, self._posterior)
-        found = [unit_scores(importance, group) or unit_scores(SNRImportance(), group) for group in groups]
-        scored = [its for its in found if its is not None]
+            found, _ = unit_costs(self._start, groups, self._posterior)
+        scored = [its for its in found.values() if its is not None]
         if calibration is None or not calibration.has_predictions:
             return _Ranked({its.group.name: _by_channel(its, its.scores) for its in scored})
         costs = plan.cost_model(self._start, tuple(its.group for its in scored), observed.macs)

@@ -215,6 +215,15 @@ def test_layers_that_are_left_whole(trained, batches):
     assert found.model.hidden.out_features < 20 or found.model.stem.out_channels < 10
 
 
+def test_channels_that_no_posterior_reads_take_part_in_the_cut():
+    torch.manual_seed(0)
+    layers = nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 5)
+    net = bp.to_variational(nn.Sequential(*layers), filter_fn=lambda layer, name: name != "4")
+    data = [torch.randn(128, 8)]
+    (level,) = bp.elastic.levels(net, data[0][:2], ["macs=0.4"], data=data)
+    assert all(8 < level.model[index].out_features < 32 for index in (0, 2, 4))
+
+
 def test_a_causal_language_model(tmp_path):
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -93,14 +93,14 @@ class Calibration:
 
 
 def unit_costs(
-    model: nn.Module, groups: Sequence[ChannelGroup], calibration: Calibration
+    model: nn.Module, groups: Sequence[ChannelGroup], posterior: KroneckerPosterior
 ) -> tuple[dict[ChannelGroup, Scored | None], list[str]]:
     """Each group's units with what they cost, and the names of the groups whose costs are guessed.
 
     The cost is the unit SNR. Where no reader of a group is in the posterior it is guessed: `SNRImportance`, times what
     makes its median that of the unit SNR over the groups that have both.
     """
-    importance = UnitSNRImportance(model, logit_posterior(model, calibration))
+    importance = UnitSNRImportance(model, posterior)
     found = {group: unit_scores(importance, group) for group in progress_bar(groups, "Rank units", "group")}
     if None not in found.values():
         return found, []

@@ -24,7 +24,7 @@ from bayesprune.layers import close_auxiliaries, rooms_in, variational_layers, w
 from bayesprune.prune.batch_norm import measured_norms, recalibrate_if_better
 from bayesprune.prune.channels import plan
 from bayesprune.prune.channels.budget import LatencyBudget
-from bayesprune.prune.channels.calibrated import Calibration, searched_tilt, tilted, unit_costs
+from bayesprune.prune.channels.calibrated import Calibration, logit_posterior, searched_tilt, tilted, unit_costs
 from bayesprune.prune.channels.checks import (
     SIZES,
     THRESHOLDS,
@@ -156,7 +156,7 @@ def prune_channels(
     score = _rms_snr if what == "snr" else partial(unit_scores, ranks)
     guessed: list[str] = []
     if calibration is not None and is_calibrated:
-        found, guessed = unit_costs(dense, structure.groups, calibration)
+        found, guessed = unit_costs(dense, structure.groups, logit_posterior(dense, calibration))
     else:
         with scored_once():
             found = {group: score(group) for group in structure.groups}
