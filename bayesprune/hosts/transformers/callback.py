@@ -37,6 +37,7 @@ from bayesprune.hosts.transformers.tolerance import Tolerance, evaluation_prefix
 from bayesprune.priors import Prior
 from bayesprune.prune.weights.schedule import PruneSchedule
 from bayesprune.train.attachment import Attachment
+from bayesprune.train.optimizers import add_to_first_group, unwrapped
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -116,6 +117,10 @@ class BayesPruneCallback(TrainerCallback):
         )
         model = event["model"]
         self._options.convert_model(model)  # with masks: FSDP and PEFT load into those that are there
+        if (
+            optimizer := event.get("optimizer")
+        ) is not None:  # the user's, whose saved state is loaded before the attach
+            add_to_first_group(unwrapped(optimizer), checkpoint.moved_by_attachment(model))
         if prunes:
             warn_of_pruning(model)
         if plugin is not None:

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import warnings
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,8 @@ def read(args: TrainingArguments, step: int, model: nn.Module) -> Saved:
     Raises:
         StorageError: there is none.
     """
-    named = [Path(args.resume_from_checkpoint)] if args.resume_from_checkpoint else []  # callbacks are not told another
+    given: Any = args.resume_from_checkpoint  # callbacks are not told another; True is the last of the output directory
+    named = [Path(given)] if isinstance(given, str | PathLike) else []
     looked = [directory / FILE_NAME for directory in (*named, _of_step(args, step))]
     expected = fingerprint(model)
     for path in looked:
@@ -84,16 +86,16 @@ def warn_unless_best_is_loaded(directory: str | None, model: nn.Module) -> None:
 def fingerprint(model: nn.Module) -> str:
     """A digest of the beginnings of log stds and gates: equal for the model that was saved and the one loaded."""
     digest = hashlib.sha256()
-    others = (parameter for _, module in named_auxiliaries(model) for parameter in module.parameters())
-    for part in (*_parts(model), *others):
+    for part in moved_by_attachment(model):
         digest.update(full_tensor(part.detach()).flatten()[:_FINGERPRINT_SIZE].cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
+def moved_by_attachment(model: nn.Module) -> list[nn.Parameter]:
+    """The log stds, then those of the gates, in the order in which an attachment gives them to an optimizer."""
+    parts = {id(part): part for posterior in named_posteriors(model) for part in posterior.log_std_parts}
+    return [*parts.values(), *(part for _, module in named_auxiliaries(model) for part in module.parameters())]
+
+
 def _of_step(args: TrainingArguments, step: int) -> Path:
     return Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-
-
-def _parts(model: nn.Module) -> list[nn.Parameter]:
-    """The log-std parameters in the order in which an attachment counts them."""
-    return list({id(part): part for p in named_posteriors(model) for part in p.log_std_parts}.values())

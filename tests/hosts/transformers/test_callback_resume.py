@@ -71,6 +71,30 @@ def test_resumed_in_the_middle(name, tmp_path):
         assert a == b
 
 
+def test_resumed_with_an_optimizer_that_the_user_made(tmp_path):
+    def build_own(directory, *others):
+        model = tiny.llama()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+        args = tiny.arguments(directory, max_steps=4, save_strategy="steps", save_steps=2)
+        callbacks = [callback(), *others]
+        return Trainer(model, args, train_dataset=tiny.language(), callbacks=callbacks, optimizers=(optimizer, None))
+
+    whole = build_own(tmp_path / "whole")
+    whole.train()
+    build_own(tmp_path / "parts", Interrupt(2)).train()
+    resumed = build_own(tmp_path / "parts")
+    resumed.train(resume_from_checkpoint=True)
+    assert_equal(resumed.model.state_dict(), whole.model.state_dict())
+
+
+def test_the_last_checkpoint_is_named_by_true(tmp_path):
+    """As `train` takes it, `TrainingArguments` may say it, too."""
+    build("llama", tmp_path, Interrupt(SAVED)).train()
+    made = build("llama", tmp_path, resume_from_checkpoint=True)
+    made.train(resume_from_checkpoint=made.args.resume_from_checkpoint)
+    assert made.state.global_step == STEPS
+
+
 def test_the_state_is_one_file_without_pickle(tmp_path):
     build("llama", tmp_path, Interrupt(SAVED)).train()
     with safe_open(tmp_path / f"checkpoint-{SAVED}" / FILE_NAME, "pt") as file:
