@@ -52,6 +52,7 @@ def distillation(
         likelihood: What an output stands for. "categorical": classes, along the second dimension of maps (N, C, H, W)
             and the last of everything else. "bernoulli": labels that are independent of each other, by sigmoids.
             "gaussian": values, as of a regression; its term is the mean squared error, which no temperature changes.
+            Outputs (N,) are one label or value for each of N examples.
         features: Weight, at least 0, of the error in the outputs of the blocks that student and teacher share, relative
             to their squared norm and a mean over the blocks whose outputs have the same shape in both. Blocks are the
             numbered ones that hold other modules, such as `layers.0`; a dictionary names others, each with its weight.
@@ -178,11 +179,13 @@ class Distillation:
                 f"the student gives outputs of shape {tuple(logits.shape)} and the teacher {tuple(target.shape)}, "
                 "classes last; expected the same: a student whose last layer was not cut, and the same inputs for both."
             )
-        if self.likelihood == "categorical" and logits.shape[-1] == 1:
+        if self.likelihood == "categorical" and (logits.dim() < 2 or logits.shape[-1] == 1):
             raise ValueError(
                 f"the outputs {tuple(logits.shape)} have one class, of which there is one distribution; pass "
                 'distillation(..., likelihood="gaussian") for values, or "bernoulli" for yes or no.'
             )
+        if logits.dim() == 1:  # one label or value each
+            logits, target = logits[:, None], target[:, None]
         counted = _counted(outputs, inputs, logits.shape[:-1])
         if counted is not None:
             logits, target = logits[counted], target[counted]

@@ -216,6 +216,16 @@ def test_labels_are_taught_by_sigmoids_and_values_by_squares():
     torch.testing.assert_close(predicted(logits, X), expected)
 
 
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
+def test_outputs_of_one_dimension_are_one_label_or_value_for_each_example(likelihood):
+    model, x, labels = nn.Linear(3, 1).requires_grad_(False), torch.randn(4, 3), torch.tensor([1, -100, 0, 1])
+    flat = nn.Sequential(model, nn.Flatten(0))
+    column, row = (bp.distillation(teacher, weight=1.0, likelihood=likelihood) for teacher in (model, flat))
+    found = row.divergences(torch.arange(4.0), (x, labels))
+    assert found.shape == (3,)
+    assert torch.equal(found, column.divergences(torch.arange(4.0)[:, None], (x, labels)))
+
+
 def test_low_precision_is_compared_in_float32():
     teacher, model = stock_net().float(), student().float()
     distill = bp.distillation(teacher.bfloat16(), weight=1.0)
@@ -247,6 +257,9 @@ def test_what_cannot_be_compared_is_told():
     x = torch.randn(2, 3)
     with pytest.raises(ValueError, match='have one class.*"gaussian"'):
         bp.distillation(model, weight=1.0)(model(x), x)
+    flat = nn.Sequential(model, nn.Flatten(0))
+    with pytest.raises(ValueError, match=r'outputs \(2,\) have one class.*"bernoulli"'):
+        bp.distillation(flat, weight=1.0)(flat(x), x)
     with pytest.raises(ValueError, match=r"shape \(2, 2\) and the teacher \(2, 1\)"):
         bp.distillation(model, weight=1.0)(torch.zeros(2, 2), x)
 
