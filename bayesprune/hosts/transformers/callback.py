@@ -97,6 +97,7 @@ class BayesPruneCallback(TrainerCallback):
         self._probe: LossScaleProbe | None = None
         self._shapes: dict[str, tuple[torch.Size, ...]] = {}
         self._within_tolerance: dict[str, Tensor] | None = None
+        self._evaluated_names: set[str] = set()  # of the metrics, on all sets
         self._frozen: Frozen = []
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
@@ -155,7 +156,7 @@ class BayesPruneCallback(TrainerCallback):
         if saved is not None:
             self._attachment.load_state_dict(saved.attachment)
         self._shapes = shapes(model)
-        self._within_tolerance = self._copy(model)
+        self._within_tolerance, self._evaluated_names = self._copy(model), set()
         self._probe = probe_of(model, args, loader)
 
     def on_step_begin(
@@ -165,8 +166,10 @@ class BayesPruneCallback(TrainerCallback):
 
         Raises:
             RuntimeError: the model was cut since training began.
+            ValueError: evaluations took place, and none has the metric of the tolerance.
         """
         check_shapes(event["model"], self._shapes)
+        self._check_evaluations()
         if self._probe is not None:
             self._probe.begin()
 
@@ -210,6 +213,8 @@ class BayesPruneCallback(TrainerCallback):
             ValueError: the evaluation has no such metric.
         """
         metrics, model = event["metrics"], event["model"]
+        if (evaluation_prefix(metrics) or "").startswith("eval"):
+            self._evaluated_names |= metrics.keys()
         metrics.update(self._evaluated(metrics, state, model))
         shortfall = self._shortfall(metrics, state)
         if self._attachment is None or self.tolerance is None or shortfall is None:
@@ -236,10 +241,19 @@ class BayesPruneCallback(TrainerCallback):
             checkpoint.write(args, state.global_step, self._attachment, event["model"])
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
-        """Leaves optimizer and model to themselves; removed weights stay zeros."""
+        """Leaves optimizer and model to themselves; removed weights stay zeros.
+
+        Raises:
+            ValueError: evaluations took place, and none has the metric of the tolerance.
+        """
         if self._attachment is not None and args.load_best_model_at_end:
             checkpoint.warn_unless_best_is_loaded(state.best_model_checkpoint, event["model"])
         self._end()
+        self._check_evaluations()
+
+    def _check_evaluations(self) -> None:
+        if self.tolerance is not None and self._evaluated_names:
+            self.tolerance.check(self._evaluated_names)
 
     def _end(self) -> None:
         if self._attachment is not None:

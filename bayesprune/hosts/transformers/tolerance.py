@@ -1,6 +1,6 @@
 """The loss of accuracy that a compression accepts, and what happens beyond it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +14,8 @@ class Tolerance:
     Attributes:
         drop: By how much the metric may be worse than the reference, in the metric's own unit.
         metric: Name of an evaluation metric, with or without "eval_". It is better when larger, unless its name ends
-            with "loss", as for `metric_for_best_model`.
+            with "loss", as for `metric_for_best_model`. Of several evaluation sets, {"a": ..., "b": ...}, one is named:
+            "a_loss".
         then: "rollback" puts the model of the last evaluation within the tolerance back, kept on the CPU until then;
             "stop" leaves the model as it is.
         reference: What the metric is compared with; None is its best value so far.
@@ -40,20 +41,32 @@ class Tolerance:
         """By how much an evaluation is worse than the reference, below 0 where it is better; None for other logs.
 
         Raises:
-            ValueError: the evaluation has no such metric.
+            ValueError: the evaluation, of the only set, has no such metric.
         """
         if self.key not in metrics:
             if evaluation_prefix(metrics) == "eval":
-                raise ValueError(
-                    f"the evaluation has no {self.key}; it has {', '.join(sorted(metrics))}. Name one of them in "
-                    "Tolerance(metric=...), or pass compute_metrics to the Trainer."
-                )
+                self.check(metrics)
             return None
         sign = self._sign
         value = sign * metrics[self.key]
         if self.reference is not None:
             return sign * self.reference - value
         return max((sign * entry[self.key] for entry in log_history if self.key in entry), default=value) - value
+
+    def check(self, names: Collection[str]) -> None:
+        """Refuses evaluations without the metric.
+
+        Args:
+            names: Of what was evaluated, on all sets.
+
+        Raises:
+            ValueError: the metric is not among them.
+        """
+        if self.key not in names:
+            raise ValueError(
+                f"the evaluation has no {self.key}; it has {', '.join(sorted(names))}. Name one of them in "
+                "Tolerance(metric=...), or pass compute_metrics to the Trainer."
+            )
 
     def is_exceeded(self, shortfall: float) -> bool:
         """Whether the metric fell too far; NaN has."""

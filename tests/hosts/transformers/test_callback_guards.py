@@ -164,6 +164,25 @@ def test_a_tolerance_without_its_metric(tmp_path):
         made.train()
 
 
+@pytest.mark.parametrize("steps", [2, 1])
+def test_a_tolerance_without_its_metric_on_several_sets(steps, tmp_path):
+    """Also where the only evaluation is that of the last step."""
+    callback = BayesPruneCallback(tolerance=Tolerance(0.1))
+    made = tiny.trainer(tiny.llama(), tmp_path, callback, max_steps=steps, eval_strategy="steps", eval_steps=1)
+    made.eval_dataset = {"a": made.eval_dataset, "b": made.eval_dataset}
+    with pytest.raises(ValueError, match="the evaluation has no eval_loss; it has .*eval_a_loss.*eval_b_loss"):
+        made.train()
+    assert made.state.global_step == 1
+
+
+def test_a_tolerance_on_one_of_several_sets(tmp_path):
+    callback = BayesPruneCallback(prune="weights=0.5", tolerance=Tolerance(0.0, "b_loss", reference=0.0))
+    made = tiny.trainer(tiny.llama(), tmp_path, callback, max_steps=6, eval_strategy="steps", eval_steps=2)
+    made.eval_dataset = {"a": made.eval_dataset, "b": made.eval_dataset}
+    made.train()
+    assert made.state.global_step == 2
+
+
 def test_a_lost_place_among_the_callbacks_is_said(tmp_path, caplog):
     made = tiny.trainer(tiny.llama(), tmp_path, TrainerCallback())
     callback = BayesPruneCallback()
