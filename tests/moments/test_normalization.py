@@ -89,6 +89,15 @@ def test_batch_norm_by_running_statistics(shared):
         near_shared(result, sampled(function, x, num_samples=50_000), tolerance=0.03)
 
 
+def test_batch_norm_of_torch_takes_its_arguments_in_its_own_order():
+    x, options = uncertain(2, 4, 3), (False, 0.1, 1e-5, True)
+    exact(
+        lambda t: torch.batch_norm(t, BIAS[:4], BIAS[4:8], WEIGHT[:4], WEIGHT[4:8].abs(), *options),
+        x,
+        num_samples=50_000,
+    )
+
+
 def test_batch_norm_by_the_batch():
     """Its own mean takes out what all examples have in common, as weights make it."""
     x, weight = rand(6, 8, 5, 5).abs(), uncertain(2, 8, 3, 3, seed=3)

@@ -21,7 +21,7 @@ from bayesprune.moments.registry import follows_directions, register_rule
 from bayesprune.moments.tensor import Moments, is_uncertain, known, parts
 
 
-@register_rule(F.batch_norm, torch.batch_norm)
+@register_rule(F.batch_norm)
 @follows_directions
 def batch_norm(
     input: Any,
@@ -32,7 +32,6 @@ def batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
-    *_: Any,
 ) -> Any:
     """Per channel of (N, C, ...): by running statistics, or by those of the batch.
 
@@ -54,6 +53,23 @@ def batch_norm(
         return _by_statistics(x, centre, square, weight, bias, eps)
 
     return linearised(_by_its_own_statistics, rule)(input, weight, bias, eps)
+
+
+@register_rule(torch.batch_norm)
+@follows_directions
+def batch_norm_of_torch(
+    input: Any,
+    weight: Any,
+    bias: Any,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Any:
+    """The same, its arguments in another order."""
+    return batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
 @register_rule(F.layer_norm, torch.layer_norm)
