@@ -21,7 +21,7 @@ from bayesprune.errors import UnsupportedModelError
 from bayesprune.foundation.batches import split
 from bayesprune.foundation.model import eval_mode
 from bayesprune.foundation.progress import progress_bar
-from bayesprune.laplace import KroneckerFactors, KroneckerPosterior, fit_kronecker, sampled_cross_entropy
+from bayesprune.laplace import KroneckerFactors, KroneckerPosterior, fit_kronecker, output_metric
 from bayesprune.laplace.calibration import Loss, own_loss
 from bayesprune.laplace.compensation import ROWS_PER_COLUMN, refit
 from bayesprune.laplace.matrices import damped, from_matrix, is_matrix_product, to_matrix
@@ -256,6 +256,6 @@ def _joined(layer: str, parameter: str) -> str:
 def _factors(source: nn.Module, batches: list[Any], loss: Loss) -> KroneckerPosterior:
     """Only its factors of inputs are used, which are the same for every loss."""
     try:
-        return fit_kronecker(source, batches, num_positions=_POSITIONS, loss=either(sampled_cross_entropy, loss))
+        return fit_kronecker(source, batches, num_positions=_POSITIONS, loss=either(output_metric, loss))
     except UnsupportedModelError:  # no layer is a matrix product, or none takes examples along its first dimension
         return {}

@@ -118,9 +118,8 @@ class BayesPruneCallback(TrainerCallback):
         )
         model = event["model"]
         self._options.convert_model(model)  # with masks: FSDP and PEFT load into those that are there
-        if (
-            optimizer := event.get("optimizer")
-        ) is not None:  # the user's, whose saved state is loaded before the attach
+        optimizer = event.get("optimizer")
+        if optimizer is not None:  # the user's: its saved state is loaded before the attachment is made
             add_to_first_group(unwrapped(optimizer), checkpoint.moved_by_attachment(model))
         if prunes:
             warn_of_pruning(model)

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from bayesprune.errors import UnsupportedModelError
-from bayesprune.hosts.transformers.callers import nearest_caller
 from bayesprune.hosts.transformers.guards import LossScaleProbe, probe_of
-from bayesprune.hosts.transformers.logs import stand_before_loggers
+from bayesprune.hosts.transformers.logs import nearest_caller, stand_before_loggers
 from bayesprune.train.distillation import Distillation
 
 _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -1,6 +1,8 @@
 """What a callback adds to the Trainer's logs: posteriors in a few numbers, before the loggers see them."""
 
 import logging
+import sys
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -8,7 +10,6 @@ from transformers import DefaultFlowCallback, TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
 from bayesprune.foundation.sharding import full_tensor
-from bayesprune.hosts.transformers.callers import nearest_caller
 from bayesprune.layers import named_posteriors
 from bayesprune.prune.scores.weights import snr
 
@@ -43,6 +44,7 @@ def summarize(model: nn.Module) -> dict[str, float]:
 
 
 _LOGGER = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 def stand_before_loggers(callback: TrainerCallback) -> None:
@@ -63,3 +65,16 @@ def stand_before_loggers(callback: TrainerCallback) -> None:
     elif callbacks.index(callback) > flows[0] + 1:
         callbacks.remove(callback)
         callbacks.insert(flows[0] + 1, callback)
+
+
+def nearest_caller(kind: type[_T]) -> _T | None:
+    """The object of this kind whose method is running, the innermost of several; None outside all of them.
+
+    The Trainer hands neither itself nor its list of callbacks to a callback.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if isinstance(caller := frame.f_locals.get("self"), kind):
+            return caller
+        frame = frame.f_back
+    return None
