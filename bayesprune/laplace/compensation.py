@@ -25,14 +25,13 @@ from bayesprune.foundation.model import restored_on_error
 from bayesprune.foundation.sharding import check_whole
 from bayesprune.laplace.kronecker import variational_layer
 from bayesprune.laplace.matrices import (
-    damped,
     from_matrix,
     is_matrix_product,
     removed_columns,
     silence_inputs,
     to_matrix,
 )
-from bayesprune.laplace.regression import DAMPINGS, Moments, best_damping, ridge
+from bayesprune.laplace.regression import DAMPINGS, Moments, best_damping, definite, ridge
 from bayesprune.laplace.sequence import Site, fit_in_sequence, fittable_layers, sites_of
 from bayesprune.layers import VariationalLayer
 
@@ -171,7 +170,7 @@ def refit(
         damping = best_damping(start, stays, fitted, check, about_mean=takes_shift) if both else DAMPINGS[1]
     if choose is not None:
         free = ridge(start, stays, xx, yx, damping)
-        stays &= choose(free, damped(xx, damping)).to(stays.device)
+        stays &= choose(free, definite(xx, damping)).to(stays.device)
     found = ridge(start, stays, xx, yx, damping)
     if settle is not None:
         found = settle(found, xx)

@@ -119,6 +119,13 @@ def ridge(start: Tensor, kept: Tensor, xx: Tensor, yx: Tensor, damping: float) -
     return found
 
 
+def definite(xx: Tensor, damping: float) -> Tensor:
+    """E[x x^T], (G, C, C), damped until it is positive definite: rounding leaves that of constant inputs indefinite."""
+    found = damped(xx, damping)
+    faults = torch.linalg.cholesky_ex(found, check_errors=damping >= _MAX_DAMPING).info
+    return definite(xx, 10 * damping) if faults.any() else found
+
+
 Select = Callable[[Tensor, float], Tensor]
 """select(scores, way): which entries stay, the highest scores (G, R, C) best, a share `way` of the removal done."""
 

@@ -179,3 +179,15 @@ def test_a_layer_behind_a_router_leaves_the_rest_in_sequence():
         with torch.no_grad():
             errors[compensate] = float((model(x) - routed(x)).square().mean())
     assert errors[True] < 0.8 * errors[False]
+
+
+@pytest.mark.parametrize("compensate", [True, "alone"])
+def test_inputs_that_are_constant_are_no_obstacle(compensate):
+    """Their covariance is rounding noise, which has negative directions."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 24), nn.ReLU(), nn.Linear(24, 8))
+    model[0].weight.data.zero_()
+    model[0].bias.data.uniform_(0.5, 3)
+    batches = [(torch.randn(200, 4), torch.randint(8, (200,))) for _ in range(4)]
+    bp.quantize(model, batches, bits=3, compensate=compensate)
+    assert torch.isfinite(model(batches[0][0])).all()

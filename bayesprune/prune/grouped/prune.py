@@ -28,8 +28,7 @@ from bayesprune.foundation.sharding import check_whole
 from bayesprune.foundation.target import Target
 from bayesprune.foundation.text import as_text
 from bayesprune.laplace.compensation import ROWS_PER_COLUMN, refit
-from bayesprune.laplace.matrices import damped
-from bayesprune.laplace.regression import Moments, ridge
+from bayesprune.laplace.regression import Moments, definite, ridge
 from bayesprune.laplace.sequence import Site, dense_moments, fit_in_sequence, fittable_layers, sites_of
 from bayesprune.layers import VariationalLayer
 from bayesprune.layers.shuffled import ShuffledConv2d
@@ -251,7 +250,7 @@ def _curve(layer: nn.Conv2d, moments: tuple[Moments, Moments]) -> dict[int, floa
     xx, yx = (moments[0] + moments[1]).centred(about_mean=True)
     start = layer.weight.detach().double().flatten(1)[None]
     mean = ridge(start, torch.ones_like(start, dtype=torch.bool), xx, yx, _DAMPING)
-    precision = damped(xx, _DAMPING)
+    precision = definite(xx, _DAMPING)
     costs = block_costs(mean[0], precision[0], layer.kernel_size[0] * layer.kernel_size[1])
     energy = float(((mean @ xx) * mean).sum())
     curve = {1: 0.0}

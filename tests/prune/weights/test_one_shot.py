@@ -355,3 +355,14 @@ def test_layers_of_a_model_with_a_single_output_differ_in_cost():
     report = bp.prune_one_shot(bp.to_variational(model), [torch.randn(400, 16)], "weights=0.5")
     first, second = (row.kept / row.total for row in report.rows[:2])
     assert first > second + 0.1
+
+
+def test_inputs_that_are_constant_are_no_obstacle():
+    """Their covariance is rounding noise, which has negative directions."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 8))
+    model[0].weight.data.zero_()
+    model[0].bias.data.uniform_(0.5, 3)
+    data = [torch.randn(200, 4) for _ in range(4)]
+    report = bp.prune_one_shot(bp.to_variational(model), data, "weights=0.5")
+    assert report.kept == report.total // 2
