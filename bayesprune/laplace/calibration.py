@@ -58,7 +58,7 @@ def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
     last example it is close to zero nearly everywhere.
 
     Raises:
-        ValueError: the batch has no labels, or the model does not give one an example.
+        ValueError: the batch has no labels, or the model does not give an example one vector of two logits or more.
     """
     found = split(model, batch)
     if not isinstance(found.labels, Tensor):
@@ -66,7 +66,7 @@ def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
         raise ValueError(
             f"the labels of a batch are {kind}; expected a tensor of class numbers, or pass another loss=."
         )
-    return F.cross_entropy(_logits(model, found), found.labels)
+    return F.cross_entropy(_of_classes(_logits(model, found)), found.labels)
 
 
 def own_loss(model: nn.Module, batch: Any) -> Tensor:
@@ -91,10 +91,11 @@ def sampled_cross_entropy(model: nn.Module, batch: Any) -> Tensor:
     every token a prediction it is the sum over the tokens of an example that its attention mask does not hide.
 
     Raises:
-        ValueError: the model gives neither one vector of logits for an example nor one for each of its tokens.
+        ValueError: the model gives neither one vector of two logits or more for an example nor one for each of its
+            tokens.
     """
     found = split(model, batch)
-    logits = predictions(model, found)
+    logits = _of_classes(predictions(model, found))
     with torch.no_grad():
         labels = torch.distributions.Categorical(logits=logits.detach().float()).sample()
     return F.cross_entropy(logits, labels, reduction="sum") / found.num_examples
@@ -311,5 +312,16 @@ def _logits(model: nn.Module, batch: Batch) -> Tensor:
         raise ValueError(
             f"the model gives {tuple(logits.shape)} logits; expected (examples, classes). Pass loss=, a function of "
             "model and batch that gives the mean over examples of the sum of each one's label losses."
+        )
+    return logits
+
+
+def _of_classes(logits: Tensor) -> Tensor:
+    """The logits (predictions, classes), which are those of two classes at least."""
+    if logits.shape[1] < 2:
+        raise ValueError(
+            "the model gives one logit for each prediction, whose cross-entropy is 0 whatever the weights; expected "
+            "two or more. Pass loss=, a function of model and batch: the mean over examples of binary cross-entropy or "
+            "half the squared error, say, or bp.laplace.output_metric, which needs no labels."
         )
     return logits

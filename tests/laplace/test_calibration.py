@@ -7,7 +7,7 @@ from torch import nn
 
 import bayesprune as bp
 from bayesprune.errors import UnsupportedModelError
-from bayesprune.laplace import cross_entropy, sampled_cross_entropy
+from bayesprune.laplace import cross_entropy, output_metric, sampled_cross_entropy
 from bayesprune.laplace.calibration import record
 
 
@@ -90,3 +90,11 @@ def test_refuses_what_it_cannot_tell_apart():
 
     with pytest.raises(UnsupportedModelError, match=r"linear has inputs of shape \(3, 5, 4\) in a batch of 5"):
         list(record(TimeFirst(), [(torch.randn(5, 3, 4), torch.randint(3, (5,)))]))
+
+
+def test_a_single_logit_is_refused_by_losses_of_classes_and_has_a_metric():
+    model, batch = bp.to_variational(nn.Linear(4, 1)), (torch.randn(5, 4), torch.zeros(5, dtype=torch.long))
+    for loss in (None, sampled_cross_entropy, cross_entropy):
+        with pytest.raises(ValueError, match="one logit for each prediction.*Pass loss="):
+            bp.laplace.fit_laplace(model, [batch], loss=loss)
+    assert next(record(model, [batch], loss=output_metric)).calls[""][0].gradients.abs().min() > 0
