@@ -97,6 +97,18 @@ def test_a_batch_size_that_is_found(tmp_path, monkeypatch):
     assert "- Sparsity: 0.5" in card
 
 
+def test_the_autocast_that_a_training_leaves_goes_by_its_attributes(tmp_path):
+    """As documented; the next Trainer puts its own there."""
+    model, options = tiny.llama(), {"max_steps": 1, "bf16": True}
+    tiny.trainer(model, tmp_path, BayesPruneCallback(), **options).train()
+    del model.forward, model._original_forward, model._is_accelerate_prepared
+    seen = []
+    model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    model(input_ids=torch.arange(tiny.LENGTH)[None])
+    tiny.trainer(model, tmp_path, TrainerCallback(), **options).train()
+    assert seen == [torch.float32, torch.bfloat16]
+
+
 @pytest.mark.slow
 def test_compiled(tmp_path, monkeypatch):
     """One graph for all steps that train, masks included, after an eager batch that shows the scale of the loss."""
