@@ -141,6 +141,18 @@ def unmasked(logits: Tensor, batch: Batch) -> Tensor:
     return logits.reshape(-1, logits.shape[-1])
 
 
+def as_predictions(logits: Tensor) -> Tensor:
+    """What `total_divergence` compares, (predictions, classes): log probabilities; a single output stays as it is."""
+    return logits if logits.shape[1] == 1 else logits.log_softmax(1)
+
+
+def total_divergence(before: Tensor, now: Tensor) -> float:
+    """The sum over predictions of KL(before || now) in nats, or of half the squared error of a single output."""
+    if before.shape[1] == 1:
+        return 0.5 * float((now - before).square().sum())
+    return float(F.kl_div(now, before, log_target=True, reduction="sum"))
+
+
 def counted_positions(batch: Batch, num_positions: int) -> Tensor | None:
     """A mask of the positions that count, (N, T), by the batch's `attention_mask`; None for all.
 

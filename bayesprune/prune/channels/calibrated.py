@@ -22,7 +22,7 @@ from bayesprune.foundation import defaults
 from bayesprune.foundation.batches import device_of, on_device, split
 from bayesprune.foundation.model import eval_mode, same_random_numbers
 from bayesprune.foundation.progress import progress_bar
-from bayesprune.laplace.calibration import output_metric, predictions
+from bayesprune.laplace.calibration import as_predictions, output_metric, predictions, total_divergence
 from bayesprune.laplace.compensation import compensate
 from bayesprune.laplace.kronecker import KroneckerPosterior, fit_kronecker
 from bayesprune.prune.batch_norm import MAX_BATCHES
@@ -30,7 +30,6 @@ from bayesprune.prune.graph.group import ChannelGroup
 from bayesprune.prune.graph.removal import lost_inputs
 from bayesprune.prune.graph.trials import silence_inputs
 from bayesprune.prune.scores.channels import Scored, SNRImportance, lowest_units, unit_scores
-from bayesprune.prune.scores.divergence import as_predictions, total_divergence
 from bayesprune.prune.scores.unit_snr import UnitSNRImportance
 
 MAX_TILT = 3.0

@@ -27,7 +27,7 @@ from bayesprune.foundation.model import eval_mode, restore_values, restored_on_e
 from bayesprune.foundation.progress import progress_bar
 from bayesprune.foundation.sharding import check_whole
 from bayesprune.foundation.target import PATTERN, Target
-from bayesprune.laplace.calibration import unmasked
+from bayesprune.laplace.calibration import as_predictions, total_divergence, unmasked
 from bayesprune.laplace.compensation import Choose, refit
 from bayesprune.laplace.matrices import from_matrix, is_matrix_product, to_matrix
 from bayesprune.laplace.regression import Moments, best_support
@@ -35,7 +35,6 @@ from bayesprune.laplace.sequence import MAX_COLUMNS, Site, dense_moments, fit_in
 from bayesprune.layers import Posterior, holders_of, removable_weights
 from bayesprune.prune.batch_norm import measured_norms, recalibrate_if_better
 from bayesprune.prune.graph.removal import snapshot, undone_on_error
-from bayesprune.prune.scores.divergence import as_predictions, total_divergence
 from bayesprune.prune.weights.prune import (
     WeightReport,
     checked_goal,
