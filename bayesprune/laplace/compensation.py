@@ -26,9 +26,10 @@ from bayesprune.foundation.sharding import check_whole
 from bayesprune.laplace.kronecker import variational_layer
 from bayesprune.laplace.matrices import (
     from_matrix,
+    input_weight,
     is_matrix_product,
     removed_columns,
-    silence_inputs,
+    silenced,
     to_matrix,
 )
 from bayesprune.laplace.regression import DAMPINGS, Moments, best_damping, definite, ridge
@@ -98,8 +99,8 @@ def compensate(
         with restored_on_error(model, dense):
             return compensate(model, batches, removed, dense=dense, damping=damping, progress=progress)
     keeps = {name: _kept_columns(model.get_submodule(name), lost) for name, lost in removed.items() if lost}
-    for name in keeps:
-        silence_inputs(model.get_submodule(name), removed[name])
+    for layer, lost in ((model.get_submodule(name), removed[name]) for name in keeps):
+        input_weight(layer).copy_(silenced(layer, lost))
     layers = fittable_layers(dense)
     sites = sites_of(dense, batches, layers, rows_per_column=ROWS_PER_COLUMN, keeps=keeps)
 

@@ -107,16 +107,17 @@ def input_weight(layer: nn.Module) -> nn.Parameter:
     return layer.get_parameter("weight" if stack is None else stack.cut_parameters(layer, "in")[0][0])
 
 
-def silence_inputs(layer: nn.Module, channels: Sequence[int]) -> None:
-    """Sets the weights of these inputs of a layer of any kind to zero, in place; experts' are numbered through."""
+def silenced(layer: nn.Module, channels: Sequence[int]) -> Tensor:
+    """The weight that meets a layer's inputs, with zeros for these of them; experts' are numbered through."""
     weight, kind, stack = input_weight(layer).detach(), kind_of(layer), stack_of(layer)
     dims = {kind.input_dim} if stack is None else {0, stack.in_dim}
+    values = weight
     if kind.num_input_blocks > 1:
-        weight, dims = weight.unflatten(0, (kind.num_input_blocks, -1)), {0, 2}
-    shape = [size if dim in dims else 1 for dim, size in enumerate(weight.shape)]
+        values, dims = weight.unflatten(0, (kind.num_input_blocks, -1)), {0, 2}
+    shape = [size if dim in dims else 1 for dim, size in enumerate(values.shape)]
     silent = torch.zeros(math.prod(shape), dtype=torch.bool, device=weight.device)
     silent[list(channels)] = True
-    weight.masked_fill_(silent.view(shape), 0)
+    return values.masked_fill(silent.view(shape), 0).view_as(weight)
 
 
 def damped(matrix: Tensor, damping: float) -> Tensor:

@@ -7,7 +7,6 @@ Every weight, bias and table that has entries by head is random meanwhile, so th
 much, however alike the trained heads are. The model is restored afterwards.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from bayesprune.foundation.batches import on_device
 from bayesprune.foundation.kinds import EMBEDDING, kind_of
 from bayesprune.foundation.model import steady_forward, tensors_in
+from bayesprune.laplace.matrices import silenced
 from bayesprune.prune.graph.group import ChannelGroup, cut_parameters, num_stacked
 from bayesprune.prune.graph.removal import SHAPE_ERRORS, Selection, remove, snapshot
 
@@ -134,16 +134,9 @@ def silence(model: nn.Module, group: ChannelGroup, units: Any) -> None:
 
 def silence_inputs(layer: nn.Module, positions: Sequence[int]) -> None:
     """Zeroes what a layer reads at these positions of its inputs, in place, by a new parameter."""
-    name, dim = cut_parameters(layer, "in")[0]
-    weight, stacked = layer.get_parameter(name), num_stacked(layer)
-    groups = kind_of(layer).num_input_blocks
-    values = weight.data.unflatten(0, (groups, -1)) if groups > 1 else weight.data
-    own = {0, 2} if groups > 1 else {*range(stacked), dim}  # dimensions that number inputs
-    shape = [size if d in own else 1 for d, size in enumerate(values.shape)]
-    silent = torch.zeros(math.prod(shape), dtype=torch.bool, device=weight.device)
-    silent[list(positions)] = True
-    values = values.masked_fill(silent.view(shape), 0).view_as(weight)
-    layer._parameters[name] = nn.Parameter(values, requires_grad=weight.requires_grad)
+    name, _ = cut_parameters(layer, "in")[0]
+    trains = layer.get_parameter(name).requires_grad
+    layer._parameters[name] = nn.Parameter(silenced(layer, positions), requires_grad=trains)
 
 
 def _outputs_behind(model: nn.Module, selection: Selection, example_inputs: Any, to_the_end: bool) -> list[Tensor]:

@@ -161,3 +161,16 @@ def test_warns_where_the_function_is_gone(monkeypatch):
     monkeypatch.delattr(BasePruningFunc, "_prune_parameter_and_grad")
     with pytest.warns(UserWarning, match="has no _prune_parameter_and_grad"):
         assert not follow.follow_stds()
+
+
+def test_the_self_test_does_not_look_at_what_memory_holds(monkeypatch):
+    def filled_with_nan(kind, *args):
+        layer = kind(*args)
+        for parameter in layer.parameters():
+            nn.init.constant_(parameter, float("nan"))
+        return layer
+
+    monkeypatch.setattr(follow, "skip_init", filled_with_nan)
+    monkeypatch.setattr(follow, "_PROBLEMS", {})
+    with follow.following() as does_follow:
+        assert does_follow
