@@ -24,8 +24,8 @@ from bayesprune.foundation.progress import progress_bar
 from bayesprune.laplace import KroneckerFactors, KroneckerPosterior, fit_kronecker, output_metric
 from bayesprune.laplace.calibration import Loss, own_loss
 from bayesprune.laplace.compensation import ROWS_PER_COLUMN, refit
-from bayesprune.laplace.matrices import from_matrix, is_matrix_product, to_matrix
-from bayesprune.laplace.regression import Moments, definite
+from bayesprune.laplace.matrices import definite, from_matrix, is_matrix_product, to_matrix
+from bayesprune.laplace.regression import Moments
 from bayesprune.laplace.sequence import Site, fit_in_sequence, fittable_layers, sites_of
 from bayesprune.layers import Posterior, VariationalLayer, variational_layers
 from bayesprune.storage.coding import CODED, encoded

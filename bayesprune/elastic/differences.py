@@ -17,7 +17,7 @@ from bayesprune.bits.rounding import Sweep, round_columns, sweeps
 from bayesprune.bits.steps import posterior_grid
 from bayesprune.laplace import KroneckerFactors, KroneckerPosterior
 from bayesprune.laplace.kronecker import variational_layer
-from bayesprune.laplace.matrices import damped, from_matrix, removed_columns, to_matrix
+from bayesprune.laplace.matrices import definite, from_matrix, removed_columns, to_matrix
 
 _DAMPING = 0.01
 _FACTOR, _STEPS, _MOST = 8.0, 3, 8  # of the search for kappa: a fifth of kappa in the end, and no more trials
@@ -94,7 +94,7 @@ class _Move:
             width = min(part.stop, columns) - part.start
             at = (group, slice(None), slice(part.start, part.start + width))
             if width > 0:
-                self._plans.append((at, sweeps(self.kept[at], damped(between[:width, :width], _DAMPING))))
+                self._plans.append((at, sweeps(self.kept[at], definite(between[:width, :width], _DAMPING))))
 
     def apply(self, fitted: nn.Module, kappa: float) -> tuple[str, Tensor]:
         """Rounds the layer of a model, in place; its weight by name, and what was added to it.

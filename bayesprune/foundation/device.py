@@ -1,6 +1,7 @@
 """What is fast on which device, and how often one is waited for."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,6 +14,15 @@ CHEAP_CALLS = {"cpu"}
 def has_cheap_calls(device: torch.device) -> bool:
     """Whether many passes that stay in cache are better than few; elsewhere each is a kernel to be launched."""
     return device.type in CHEAP_CALLS
+
+
+def present_autocast(device: torch.device) -> Callable[[], torch.autocast]:
+    """Makes the autocast that this thread is under, to be entered later or in another one.
+
+    It has no cache, which would keep weights as they were when the other was entered.
+    """
+    enabled, dtype = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+    return partial(torch.autocast, device.type, dtype=dtype, enabled=enabled, cache_enabled=False)
 
 
 def numbers_of(tensors: Sequence[Tensor]) -> list[int]:

@@ -2,7 +2,8 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -154,13 +155,18 @@ def restore_values(model: nn.Module, before: nn.Module, *names: str) -> None:
 
 
 @contextmanager
-def restored_on_error(model: nn.Module, before: nn.Module) -> Iterator[None]:
-    """Inside, an error leaves the model with the values that it has in a copy of the same structure."""
+def undone_on_error(undo: Callable[[], None]) -> Iterator[None]:
+    """Inside, an error calls this before it goes on."""
     try:
         yield
     except BaseException:
-        restore_values(model, before)
+        undo()
         raise
+
+
+def restored_on_error(model: nn.Module, before: nn.Module) -> AbstractContextManager[None]:
+    """Inside, an error leaves the model with the values that it has in a copy of the same structure."""
+    return undone_on_error(partial(restore_values, model, before))
 
 
 # Operations of torch whose result is noise alone.

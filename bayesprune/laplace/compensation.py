@@ -25,6 +25,7 @@ from bayesprune.foundation.model import restored_on_error
 from bayesprune.foundation.sharding import check_whole
 from bayesprune.laplace.kronecker import variational_layer
 from bayesprune.laplace.matrices import (
+    definite,
     from_matrix,
     input_weight,
     is_matrix_product,
@@ -32,7 +33,7 @@ from bayesprune.laplace.matrices import (
     silenced,
     to_matrix,
 )
-from bayesprune.laplace.regression import DAMPINGS, Moments, best_damping, definite, ridge
+from bayesprune.laplace.regression import DAMPINGS, Moments, best_damping, ridge
 from bayesprune.laplace.sequence import Site, fit_in_sequence, fittable_layers, sites_of
 from bayesprune.layers import VariationalLayer
 

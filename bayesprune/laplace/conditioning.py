@@ -24,7 +24,7 @@ from bayesprune.laplace.kronecker import (
     layer_matrix,
     variational_layer,
 )
-from bayesprune.laplace.matrices import damped, from_matrix, removed_columns, to_matrix
+from bayesprune.laplace.matrices import definite, from_matrix, removed_columns, to_matrix
 from bayesprune.layers import VariationalLayer
 
 _EXCESS = 1e-7  # of a row's loss, to which conjugate gradients bring what is above its smallest one
@@ -138,7 +138,7 @@ def _condition(model: nn.Module, name: str, factors: KroneckerFactors, keep: Ten
     if has_bias:
         keep = torch.cat([keep, keep.new_ones(*keep.shape[:2], 1)], dim=2)
     _check_means(name, layer, factors, keep, has_bias=has_bias)
-    blocks = factors.input_precision() if damping is None else [damped(block, damping) for block in factors.inputs]
+    blocks = factors.input_precision() if damping is None else [definite(block, damping) for block in factors.inputs]
     moved, start = torch.empty_like(factors.mean), 0
     for block in blocks:
         columns = slice(start, start := start + block.shape[-1])

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from bayesprune.foundation.batches import device_of, split
+from bayesprune.foundation.device import present_autocast
 from bayesprune.foundation.kinds import kind_of
 from bayesprune.foundation.model import eval_mode
 from bayesprune.layers import VariationalLayer
@@ -118,7 +119,7 @@ def watched(layers: Mapping[str, VariationalLayer]) -> Iterator[None]:
             if (watch := _WATCH.get()) is None or not isinstance(output, Tensor):
                 return None
             inputs = args[0] if args else next(iter(kwargs.values()))
-            again = partial(_under, _autocast_of(output.device), partial(layer.forward, *args, **kwargs))
+            again = partial(_under, present_autocast(output.device), partial(layer.forward, *args, **kwargs))
             return watch.meet(LayerCall(name, layer, inputs, output, again))
 
         return meet
@@ -152,7 +153,7 @@ class Walk:
         self._error: BaseException | None = None
         self._go, self._halted = threading.Semaphore(0), threading.Semaphore(0)
         forward = partial(self._forward, model, batch, torch.get_default_device())
-        run = partial(_under, _autocast_of(device_of(model)), partial(copy_context().run, forward))
+        run = partial(_under, present_autocast(device_of(model)), partial(copy_context().run, forward))
         self._thread = threading.Thread(target=run, name="bayesprune-walk", daemon=True)
         self._thread.start()
 
@@ -357,15 +358,8 @@ class _Watch(TorchFunctionMode):
             call.lose_values()
 
 
-def _autocast_of(device: torch.device) -> torch.autocast:
-    """The autocast of this thread, for another; without its cache, which would keep weights as they were."""
-    kind = device.type
-    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-    return torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
-
-
-def _under(autocast: torch.autocast, run: Callable[[], Any]) -> Any:
-    with autocast:
+def _under(autocast: Callable[[], torch.autocast], run: Callable[[], Any]) -> Any:
+    with autocast():
         return run()
 
 

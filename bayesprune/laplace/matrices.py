@@ -16,6 +16,9 @@ from bayesprune.foundation.kinds import kind_of
 from bayesprune.layers import VariationalLayer
 from bayesprune.layers.stacks import stack_of
 
+MAX_DAMPING = 1e3
+"""Up to which a matrix is damped ten times as much as before where that has left it indefinite."""
+
 
 def is_matrix_product(layer: VariationalLayer) -> bool:
     """Whether the layer has this form: linear layers and convolutions, transposed ones apart."""
@@ -127,3 +130,10 @@ def damped(matrix: Tensor, damping: float) -> Tensor:
     found = matrix.clone()
     found.diagonal(dim1=-2, dim2=-1).add_(torch.where(mean > 0, damping * mean, float(damping > 0)))
     return found
+
+
+def definite(xx: Tensor, damping: float) -> Tensor:
+    """E[x x^T], (..., C, C), damped until it is definite: rounding leaves that of constant inputs indefinite."""
+    found = damped(xx, damping)
+    faults = torch.linalg.cholesky_ex(found, check_errors=damping >= MAX_DAMPING).info
+    return definite(xx, 10 * damping) if faults.any() else found

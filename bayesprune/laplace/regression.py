@@ -19,12 +19,10 @@ from torch import Tensor
 from bayesprune.estimators.seeded import without_autocast
 from bayesprune.laplace.conditioning import conditional_mean
 from bayesprune.laplace.kronecker import about
-from bayesprune.laplace.matrices import damped
+from bayesprune.laplace.matrices import MAX_DAMPING, damped
 
 DAMPINGS = (1e-3, 1e-2, 1e-1)
 """Tried, as fractions of the mean diagonal of E[x x^T]."""
-
-_MAX_DAMPING = 1e3
 
 
 class Moments:
@@ -111,19 +109,12 @@ def ridge(start: Tensor, kept: Tensor, xx: Tensor, yx: Tensor, damping: float) -
     for group, own in enumerate(kept):
         columns = own.any(0).nonzero()[:, 0]  # what no row keeps is zero in all, and needs no solution
         among, own = precision[group][columns][:, columns], own[:, columns]
-        factor, fault = torch.linalg.cholesky_ex(among, check_errors=not damping or damping >= _MAX_DAMPING)
+        factor, fault = torch.linalg.cholesky_ex(among, check_errors=not damping or damping >= MAX_DAMPING)
         if fault:
             return ridge(start, kept, xx, yx, 10 * damping)
         free = torch.cholesky_solve(push[group][:, columns].mT, factor).mT
         found[group][:, columns] = free if own.all() else conditional_mean(free, among, own)
     return found
-
-
-def definite(xx: Tensor, damping: float) -> Tensor:
-    """E[x x^T], (G, C, C), damped until it is positive definite: rounding leaves that of constant inputs indefinite."""
-    found = damped(xx, damping)
-    faults = torch.linalg.cholesky_ex(found, check_errors=damping >= _MAX_DAMPING).info
-    return definite(xx, 10 * damping) if faults.any() else found
 
 
 Select = Callable[[Tensor, float], Tensor]

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bayesprune.errors import UnsupportedModelError
 from bayesprune.foundation.batches import on_device, split
-from bayesprune.foundation.model import eval_mode
+from bayesprune.foundation.model import eval_mode, undone_on_error
 from bayesprune.foundation.text import first_names
 
 MAX_BATCHES = 50
@@ -46,7 +46,7 @@ def recalibrate_batch_norm(model: nn.Module, data: Iterable[Any], *, max_batches
     first = next(batches, None)
     if first is None:
         raise ValueError("data has no batch; expected an iterable of input batches.")
-    with torch.no_grad(), eval_mode(model), _kept_on_error(norms), _measuring(norms) as unmeasured:
+    with torch.no_grad(), eval_mode(model), undone_on_error(_remembered(norms)), _measuring(norms) as unmeasured:
         for batch in chain([first], batches):
             split(model, on_device(batch, parameter.device)).run(model)
         if without := [name for name, module in model.named_modules() if module in unmeasured]:
@@ -86,20 +86,15 @@ def _measuring(norms: Sequence[_BatchNorm]) -> Iterator[set[nn.Module]]:
             handle.remove()
 
 
-@contextmanager
-def _kept_on_error(norms: Sequence[_BatchNorm]) -> Iterator[Callable[[], None]]:
-    """Inside, an error leaves the norms with the statistics that they had; what is yielded puts them back as well."""
+def _remembered(norms: Sequence[_BatchNorm]) -> Callable[[], None]:
+    """Remembers the statistics of norms; what it returns puts them back."""
     buffers = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
 
     def put_back() -> None:
         for buffer, value in buffers:
             buffer.copy_(value)
 
-    try:
-        yield put_back
-    except BaseException:
-        put_back()
-        raise
+    return put_back
 
 
 def recalibrate_if_better(
@@ -118,8 +113,8 @@ def recalibrate_if_better(
     if distance is None:
         recalibrate_batch_norm(model, batches)
         return True
-    before = distance(model)
-    with _kept_on_error(norms) as put_back:
+    before, put_back = distance(model), _remembered(norms)
+    with undone_on_error(put_back):
         recalibrate_batch_norm(model, batches)
         if is_worse := distance(model) > before:
             put_back()

@@ -8,7 +8,7 @@ means, without gradients, for the statistics alone.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
+from bayesprune.foundation.device import present_autocast
 from bayesprune.foundation.foreach import foreach
 from bayesprune.foundation.model import eval_mode
 from bayesprune.layers import VariationalLayer, variational_layers
@@ -114,7 +115,7 @@ class MeanStatistics:
         if not self._before:  # the first forward of a step; what was loaded or measured before it stays
             self._before = self._copied([norm for norm in self._norms if norm.training])
         if self._steps.at_most % EVERY == 0:
-            self._batch = _Batch(args, kwargs, *_autocast_of(next(model.parameters()).device.type))
+            self._batch = _Batch(args, kwargs, present_autocast(next(model.parameters()).device))
 
 
 def _running(norms: Iterable[_BatchNorm]) -> list[Tensor]:
@@ -127,16 +128,7 @@ class _Batch(NamedTuple):
 
     args: tuple
     kwargs: Mapping[str, Any]
-    device_type: str
-    is_autocast: bool
-    dtype: torch.dtype
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.is_autocast)
-
-
-def _autocast_of(device_type: str) -> tuple[str, bool, torch.dtype]:
-    return device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+    autocast: Callable[[], torch.autocast]
 
 
 @contextmanager

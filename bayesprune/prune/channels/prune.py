@@ -17,6 +17,7 @@ from torch import nn
 
 from bayesprune.errors import InfeasibleTargetError, UnsupportedModelError
 from bayesprune.foundation.macs import macs_by_module
+from bayesprune.foundation.model import undone_on_error
 from bayesprune.foundation.target import Target
 from bayesprune.foundation.text import first_names
 from bayesprune.laplace.compensation import compensate
@@ -45,7 +46,6 @@ from bayesprune.prune.graph.removal import (
     lost_inputs,
     remove,
     restore_point,
-    undone_on_error,
 )
 from bayesprune.prune.scores.channels import (
     GRADIENTS,

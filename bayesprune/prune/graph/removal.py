@@ -4,8 +4,7 @@ Every axis is cut once, by the positions of all groups together, so no index eve
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from bayesprune.foundation.model import undone_on_error
 from bayesprune.layers import VariationalLayer
 from bayesprune.prune.graph.companions import TAG, following
 from bayesprune.prune.graph.group import Axis, ChannelGroup, Member, cut_parameters, gains, num_blocks, tied_parameters
@@ -85,16 +85,6 @@ def restore_point(model: nn.Module) -> Callable[[], None]:
             tensor.data.copy_(value)
 
     return restore
-
-
-@contextmanager
-def undone_on_error(undo: Callable[[], None]) -> Iterator[None]:
-    """Inside, an error calls this before it goes on."""
-    try:
-        yield
-    except BaseException:
-        undo()
-        raise
 
 
 def lost_inputs(selection: Selection) -> dict[str, list[int]]:

@@ -23,12 +23,13 @@ from bayesprune.errors import InfeasibleTargetError, UnsupportedModelError
 from bayesprune.foundation.batches import device_of, on_device
 from bayesprune.foundation.latency import seconds_in_turn
 from bayesprune.foundation.macs import macs_by_module
-from bayesprune.foundation.model import restored_on_error
+from bayesprune.foundation.model import restored_on_error, undone_on_error
 from bayesprune.foundation.sharding import check_whole
 from bayesprune.foundation.target import Target
 from bayesprune.foundation.text import as_text
 from bayesprune.laplace.compensation import ROWS_PER_COLUMN, refit
-from bayesprune.laplace.regression import Moments, definite, ridge
+from bayesprune.laplace.matrices import definite
+from bayesprune.laplace.regression import Moments, ridge
 from bayesprune.laplace.sequence import Site, dense_moments, fit_in_sequence, fittable_layers, sites_of
 from bayesprune.layers import VariationalLayer
 from bayesprune.layers.shuffled import ShuffledConv2d
@@ -328,11 +329,12 @@ def _replaced(model: nn.Module, made: Mapping[str, nn.Module]) -> Iterator[None]
     """Puts modules in the places of those of these names, under all names they have; an error puts those back."""
     others = {id(model.get_submodule(name)): module for name, module in made.items()}
     before = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if id(module) in others]
-    try:
+
+    def put_back() -> None:
+        for name, module in before:
+            model.set_submodule(name, module)
+
+    with undone_on_error(put_back):
         for name, module in before:
             model.set_submodule(name, others[id(module)])
         yield
-    except BaseException:
-        for name, module in before:
-            model.set_submodule(name, module)
-        raise

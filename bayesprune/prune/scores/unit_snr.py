@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch_pruning.dependency import Group
 
 from bayesprune.laplace import KroneckerFactors, KroneckerPosterior
-from bayesprune.laplace.matrices import damped, removed_columns, to_matrix
+from bayesprune.laplace.matrices import definite, removed_columns, to_matrix
 from bayesprune.layers import VariationalLayer
 from bayesprune.prune.graph.group import ChannelGroup
 from bayesprune.prune.scores.channels import Criterion
@@ -195,4 +195,4 @@ def _systems(factors: KroneckerFactors, columns: list[Tensor]) -> Iterable[_Syst
     for group, inside, between in factors.blocks():
         own = [mask[group, inside].nonzero()[:, 0] for mask in columns]
         if any(map(len, own)):
-            yield _System(factors.gram(group, inside), damped(between, _DAMPING), own)
+            yield _System(factors.gram(group, inside), definite(between, _DAMPING), own)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesprune.foundation.batches import device_of, logits_of, on_device, split
-from bayesprune.foundation.model import eval_mode, restore_values, restored_on_error
+from bayesprune.foundation.model import eval_mode, restore_values, restored_on_error, undone_on_error
 from bayesprune.foundation.progress import progress_bar
 from bayesprune.foundation.sharding import check_whole
 from bayesprune.foundation.target import PATTERN, Target
@@ -34,7 +34,7 @@ from bayesprune.laplace.regression import Moments, best_support
 from bayesprune.laplace.sequence import MAX_COLUMNS, Site, dense_moments, fit_in_sequence, fittable_layers, sites_of
 from bayesprune.layers import Posterior, holders_of, removable_weights
 from bayesprune.prune.batch_norm import measured_norms, recalibrate_if_better
-from bayesprune.prune.graph.removal import snapshot, undone_on_error
+from bayesprune.prune.graph.removal import snapshot
 from bayesprune.prune.weights.prune import (
     WeightReport,
     checked_goal,

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from bayesprune.convert import FROZEN, reasons_to_leave
 from bayesprune.foundation.device import numbers_of
 from bayesprune.foundation.kinds import EMBEDDING, kind_of
+from bayesprune.foundation.model import undone_on_error
 from bayesprune.foundation.sharding import full_tensor, whole_mask
 from bayesprune.foundation.target import PATTERN, Target
 from bayesprune.foundation.text import as_text, first_names
 from bayesprune.layers import Posterior, holders_of, named_auxiliaries, named_posteriors, removable_weights
 from bayesprune.prune.batch_norm import recalibrate_batch_norm
-from bayesprune.prune.graph.removal import restore_point, undone_on_error
+from bayesprune.prune.graph.removal import restore_point
 from bayesprune.prune.scores.weights import snr
 from bayesprune.prune.weights.floors import check_min_kept, floor_of, keep_best, within_caps
 from bayesprune.train.attach import is_attached

@@ -54,3 +54,14 @@ def test_channels_that_no_posterior_reads_take_part_in_the_cut():
     report = bp.prune_channels(net, data[0][:2], "macs=0.4", data=data)
     assert all(8 < kept < 32 for kept in report.sizes.values())
     assert report.how.startswith("channels ranked by UnitSNRImportance (2 by SNRImportance, brought to its scale);")
+
+
+def test_inputs_that_are_constant_are_no_obstacle():
+    """Their covariance is rounding noise, which has negative directions."""
+    torch.manual_seed(0)
+    hidden = nn.Linear(4, 24), nn.ReLU(), nn.Linear(24, 24, bias=False), nn.BatchNorm1d(24), nn.ReLU()
+    net = bp.to_variational(nn.Sequential(*hidden, nn.Linear(24, 8)).eval())
+    net[0].weight.data.zero_()
+    net[0].bias.data.uniform_(0.5, 3)
+    report = bp.prune_channels(net, torch.randn(2, 4), "macs=0.5", data=torch.randn(800, 4).split(200))
+    assert report.macs_after <= 0.5 * report.macs_before
