@@ -11,8 +11,10 @@ import torch
 from bayesprune.foundation import latency
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-_CACHE = tempfile.TemporaryDirectory(prefix="datasets-")
-os.environ.setdefault("HF_DATASETS_CACHE", _CACHE.name)
+_CACHE = tempfile.TemporaryDirectory(prefix="bayesprune-tests-")
+os.environ.setdefault("HF_DATASETS_CACHE", _CACHE.name + "/datasets")
+# a cache that outlives the tests may hold kernels for vectors of another processor, with wrong results on this one
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", _CACHE.name + "/inductor")
 torch.set_num_threads(1)
 latency.SECONDS_PER_REPEAT = 0.0  # a repeat is one forward: how exact times are is for tests/reports/test_measure.py
 

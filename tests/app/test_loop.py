@@ -2,9 +2,7 @@
 
 import copy
 import os
-import socket
 import warnings
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +25,7 @@ from bayesprune.app.tasks import loop  # noqa: E402
 from bayesprune.app.tasks.loop import LoaderTask, check_launch  # noqa: E402
 from bayesprune.app.tasks.task import Training  # noqa: E402
 from bayesprune.foundation.target import Target  # noqa: E402
+from tests.processes import free_port  # noqa: E402
 
 NUM_IMAGES, NUM_PROCESSES = 32, 2
 REMOVAL = Training(9, 0.05, learn_stds=True, target=Target("weights", 0.6))
@@ -89,14 +88,6 @@ def rounded(batch_size):
     return model
 
 
-@contextmanager
-def free_port():
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        port = found.getsockname()[1]
-    yield port
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("plain_accelerate")
 @pytest.mark.parametrize("kind", ["MULTI", "FSDP"])
@@ -104,8 +95,7 @@ def test_two_processes_train_the_model_of_one(kind, tmp_path):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not come from a draw")  # of the means, with FSDP
         _, expected = trained(NUM_IMAGES, estimator="mean" if kind == "FSDP" else "moments")
-    with free_port() as port:
-        multiprocessing.spawn(run, (str(tmp_path), port, kind), nprocs=NUM_PROCESSES)
+    multiprocessing.spawn(run, (str(tmp_path), free_port(), kind), nprocs=NUM_PROCESSES)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(NUM_PROCESSES))
     assert (first.pop("is_main"), second.pop("is_main")) == (True, False)
     if kind == "MULTI":

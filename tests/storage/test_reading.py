@@ -33,10 +33,10 @@ def test_long_lists_are_refused_before_they_are_made(saved, item):
     (saved / "bayesprune.json").write_text(
         text.replace('"history": null', f'"history": [{",".join([item] * 2 * 10**6)}]')
     )
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(StorageError, match="values; expected at most|has more than"):
         bp.load(saved, model=net())
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 def test_depth_and_number_of_values():
@@ -148,14 +148,14 @@ def test_wrong_arguments_of_timm(tmp_path, kind):
     timm = pytest.importorskip("timm")
     bp.save(timm.create_model("test_resnet", num_classes=3), tmp_path)
     rewrite(tmp_path / "bayesprune.json", lambda record: record["base"]["args"].update(TIMM[kind]))
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(StorageError):
         bp.load(tmp_path)
     change = TIMM[kind]
     rewrite(tmp_path / "config.json", lambda config: config["model_args"]["base_args"].update(change))
     with pytest.raises(StorageError):
         timm.create_model(f"local-dir:{tmp_path}", pretrained=False)
-    assert time.perf_counter() - start < 20
+    assert time.process_time() - start < 20
 
 
 def test_shapes_of_no_tensor(tmp_path):
@@ -197,7 +197,7 @@ def test_layers_of_transformers_out_of_proportion(tmp_path, change):
 
     bp.save(bert(), tmp_path)
     rewrite(tmp_path / "bayesprune.json", lambda record: record["base"]["args"]["config"].update(change))
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(StorageError, match="out of all proportion|expected at most"):
         bp.load(tmp_path)
-    assert time.perf_counter() - start < 20
+    assert time.process_time() - start < 20

@@ -2,7 +2,6 @@
 
 import copy
 import os
-import socket
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from tests.hosts.transformers import tiny
 from tests.hosts.transformers.test_callback import Recorder, largest_difference
 from tests.hosts.transformers.test_callback_resume import assert_equal
 from tests.oracles import HandMadeAdam
+from tests.processes import free_port
 from tests.train.reference import clamp, others_of, stds_of
 
 pytestmark = [
@@ -205,10 +205,7 @@ def distil(rank: int, port: int, folder: str, kind: str) -> None:
 
 
 def spawn(function, *args) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.start_processes(function, (port, *args), nprocs=NUM_PROCESSES, start_method="spawn")
+    multiprocessing.start_processes(function, (free_port(), *args), nprocs=NUM_PROCESSES, start_method="spawn")
 
 
 @pytest.mark.parametrize(
