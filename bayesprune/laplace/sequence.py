@@ -94,7 +94,7 @@ class _Step:
 
 
 def fittable_layers(dense: nn.Module) -> dict[str, VariationalLayer]:
-    """Linear layers and convolutions that train, with a weight of their own alone, by name."""
+    """Linear layers and convolutions that train, with a weight of their own alone and no gates on it, by name."""
     holders = Counter(id(p) for module in dense.modules() for p in module._parameters.values())
     return {
         name: layer
@@ -103,6 +103,7 @@ def fittable_layers(dense: nn.Module) -> dict[str, VariationalLayer]:
         and is_matrix_product(layer)
         and holders[id(layer.weight)] == 1
         and layer.get_parameter("weight").requires_grad
+        and layer.posterior_hook is None
         and _num_columns(layer) <= MAX_COLUMNS
     }
 

@@ -98,6 +98,20 @@ def test_channels_can_go_from_a_net_with_both_kinds():
     assert model[2].weight_mask.shape == model[2].weight.shape == (2, model[0].out_features)
 
 
+def test_nothing_is_fitted_to_weights_that_gates_decide_on():
+    torch.manual_seed(8)
+    model = bp.to_variational(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)))
+    gates.add_weight_gates(model)
+    spread(model)
+    data, before = [torch.randn(64, 8)], copy.deepcopy(model)
+    report = bp.prune_one_shot(model, data, "weights=0.5")
+    assert {row.note for row in report.rows} == {"gates decide on its weights: call gates.close first"}
+    bp.laplace.compensate(model, data, {"2": [0, 1]})
+    assert not model[2].weight[:, :2].any()
+    assert torch.equal(model[2].weight[:, 2:], before[2].weight[:, 2:])
+    assert torch.equal(model[4].weight, before[4].weight)
+
+
 def test_refuses():
     with pytest.raises(ValueError, match="without variational layers"):
         gates.add_weight_gates(nn.Linear(2, 2))

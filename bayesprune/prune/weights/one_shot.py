@@ -125,7 +125,7 @@ def prune_one_shot(
     layers = fittable_layers(reference)
     sites = sites_of(reference, batches, {name: layers[name] for name in cut}, rows_per_column=_ROWS_PER_COLUMN)
     with restored_on_error(model, reference), undone_on_error(snapshot(model)):
-        if isinstance(goal, Target) and not pattern and scope == "global" and 0 < goal.value < 1:
+        if sites and isinstance(goal, Target) and not pattern and scope == "global" and 0 < goal.value < 1:
             cut = _divided(model, reference, cut, sites, batches, goal.removed, loss, damping)
 
         def fit(site: Site, moments: tuple[Moments, Moments]) -> Tensor | None:
@@ -253,6 +253,8 @@ def _notes(model: nn.Module, rules: Mapping[str, _Rule]) -> dict[str, str]:
             notes[name] = "neither a linear layer nor a convolution: prune_weights takes it"
         elif len(holders[id(rule.posterior.mean)]) > 1:
             notes[name] = "the weight of several layers: prune_weights takes it"
+        elif rule.posterior.layer.posterior_hook is not None:
+            notes[name] = "gates decide on its weights: call gates.close first"
         elif name.rpartition(".")[0] not in layers:
             notes[name] = f"more than {MAX_COLUMNS:,} inputs times taps: prune_weights takes it"
         elif rule.pattern is None and not rule.share:

@@ -155,6 +155,15 @@ def test_what_is_not_named_or_cannot_go_is_left_as_it_is_and_said_so():
     assert model.odd.mask("weight").sum() == 24
 
 
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_a_model_without_layers_for_it_is_left_as_it_is_and_said_so(scope):
+    model = bp.to_variational(nn.ConvTranspose1d(4, 4, 1))
+    report = bp.prune_one_shot(model, [torch.randn(8, 4, 2)], "weights=0.5", scope=scope)
+    assert [(row.kept, row.note) for row in report.rows] == [
+        (16, "neither a linear layer nor a convolution: prune_weights takes it")
+    ]
+
+
 def test_frozen_biases_stay():
     model, x = net(), correlated(100, 8)
     model[2].bias.requires_grad_(False)
