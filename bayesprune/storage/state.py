@@ -59,7 +59,10 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Writes a file under another name first: a kill leaves the old file or the new one, an error the old one alone."""
     partial = path.with_name(f"{path.name}.partial")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode
         write(partial)
+        partial.chmod(mode)  # the access rights of any new file, which safetensors keeps to the owner
         with partial.open("r+b") as file:
             os.fsync(file.fileno())
         partial.replace(path)

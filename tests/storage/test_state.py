@@ -1,5 +1,7 @@
 """A training's state survives a file without pickle, whatever trains beside the stds; damaged files are refused."""
 
+import os
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -70,6 +72,14 @@ def test_whatever_a_training_holds_comes_back(tmp_path):
     assert_same(read_state(path), state)
     assert read_about(path) == {"seed": 1}
     assert [found.name for found in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other systems have other access rights")
+def test_others_may_read_it_as_any_new_file(tmp_path):
+    other = tmp_path / "other"
+    other.touch()
+    write_state(tmp_path / "state.safetensors", {"step": torch.tensor(1)})
+    assert (tmp_path / "state.safetensors").stat().st_mode == other.stat().st_mode
 
 
 def test_a_file_that_is_written_half_leaves_the_one_before(tmp_path):
