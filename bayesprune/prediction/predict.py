@@ -33,6 +33,9 @@ class Prediction(NamedTuple):
         Args:
             num_draws: Number of draws where there are no samples; they are the same at every call.
             temperature: What each draw is divided by; above 1 the classes come closer to each other.
+
+        Raises:
+            ValueError: there is a single logit where classes are expected.
         """
         return classify(draw / temperature for draw in self._draws(num_draws))
 
@@ -67,10 +70,15 @@ def classify(logits: Iterable[Tensor]) -> Classification:
     The mutual information is H(mean p) - mean H(p) (Houlsby et al., 2011).
 
     Raises:
-        ValueError: there is no draw.
+        ValueError: there is no draw, or a single logit where classes are expected.
     """
     count, total, entropies = 0, torch.zeros(()), torch.zeros(())
     for draw in logits:
+        if draw.shape[-1:] == (1,):
+            raise ValueError(
+                f"classify got draws of the shape {tuple(draw.shape)}, a single logit each; expected (N, ..., C) with "
+                "two classes or more. For yes or no average the sigmoid over the draws, or append a zero to each."
+            )
         log_p = draw.to(torch.promote_types(draw.dtype, torch.float32)).log_softmax(-1)
         count, total, entropies = count + 1, log_p.exp() + total, _entropy(log_p.exp()) + entropies
     if not count:
@@ -125,7 +133,7 @@ def predict(model: nn.Module, *inputs: Any, method: str = "sample", num_samples:
         **kwargs: Keyword arguments of the model's forward.
 
     Raises:
-        ValueError: the method is unknown, or fewer than two samples were asked for.
+        ValueError: the method is unknown, fewer than two samples were asked for, or the model has no variational layer.
         TypeError: the output is neither a tensor nor has `.logits`.
         UnsupportedFunctionError: the model calls a function that has no rule for moments.
     """

@@ -285,6 +285,8 @@ def test_dtype_and_dimension():
     assert F.softmax(half, -1, dtype=torch.float32).dtype == torch.float32
     assert F.softmax(half, -1).dtype == torch.bfloat16
     assert F.softmax(half, -1).variance.dtype == torch.float32
+    for function in (torch.softmax, Tensor.softmax, torch.log_softmax, Tensor.log_softmax):
+        assert function(half, -1, torch.float32).dtype == torch.float32
     with pytest.warns(UserWarning, match="Implicit dimension"):
         expected = F.softmax(x.mean + 0)
     assert F.softmax(x).mean.shape == expected.shape

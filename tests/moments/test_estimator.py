@@ -175,6 +175,8 @@ def test_classification_of_equal_draws_has_no_mutual_information():
     assert found.mutual_information.max() < 1e-6
     with pytest.raises(ValueError, match="no draws"):
         classify([])
+    with pytest.raises(ValueError, match=r"\(3, 1\), a single logit each; expected \(N, ..., C\)"):
+        classify([torch.zeros(3, 1)])
 
 
 def test_moments_of_a_single_layer_are_exact():

@@ -34,8 +34,13 @@ from bayesprune.moments.settings import current
 from bayesprune.moments.tensor import Moments, is_uncertain, known, parts
 
 
-@register_rule(F.softmax, torch.softmax, Tensor.softmax)
-def softmax(input: Moments, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Moments:
+@register_rule(F.softmax)
+def _softmax(input: Moments, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Moments:
+    return softmax(input, dim, dtype)
+
+
+@register_rule(torch.softmax, Tensor.softmax)
+def softmax(input: Moments, dim: int | None = None, dtype: torch.dtype | None = None) -> Moments:
     """Along a dimension; where a logit is -inf, probability and variance are 0."""
     dim = _dim(input, dim)
     variance = without_shared(input, dim)
@@ -52,10 +57,15 @@ def softmax(input: Moments, dim: int | None = None, _stacklevel: int = 3, dtype:
     return Moments(p.to(dtype or input.dtype), total, shared)
 
 
-@register_rule(F.log_softmax, torch.log_softmax, Tensor.log_softmax)
-def log_softmax(
+@register_rule(F.log_softmax)
+def _log_softmax(
     input: Moments, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
 ) -> Moments:
+    return log_softmax(input, dim, dtype)
+
+
+@register_rule(torch.log_softmax, Tensor.log_softmax)
+def log_softmax(input: Moments, dim: int | None = None, dtype: torch.dtype | None = None) -> Moments:
     """Along a dimension: var_i = (1 - 2 p_i) v_i + sum_j p_j^2 v_j."""
     dim = _dim(input, dim)
     variance = without_shared(input, dim)
