@@ -7,7 +7,7 @@ training before the cut costs is better spent after it (docs/criterion.md). Sing
 import copy
 import itertools
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sized
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -83,7 +83,9 @@ def compress(
             what was lost on corrupted test images.
 
     Raises:
-        ValueError: an option is out of range, a split is missing, or both target and tolerance are given.
+        TypeError: the data are no mapping.
+        ValueError: an option is out of range, a split is missing, the training data have no length, or both target and
+            tolerance are given.
         InfeasibleTargetError: the target or a level cannot be reached. Nothing was trained, unless a level is out of
             reach of what a search has found; then the result is in `out`, without levels and report.
 
@@ -102,6 +104,8 @@ def compress(
 
     from bayesprune.app.tasks.loop import LoaderTask, check_launch
 
+    if not isinstance(data, Mapping):
+        raise TypeError(f"data is a {type(data).__name__}; expected a mapping of train, validation and test.")
     if missing := [split for split in ("train", "validation", "test") if split not in data]:
         raise ValueError(f"data has no {missing[0]!r} batches; expected a mapping of train, validation and test.")
     if (target is None) == (tolerance is None):
@@ -112,6 +116,11 @@ def compress(
     if not isinstance(train, DataLoader):
         raise ValueError(f"the training batches are a {type(train).__name__}; expected a torch.utils.data.DataLoader.")
     examples: Any = train.dataset
+    if not isinstance(examples, Sized):
+        raise ValueError(
+            f"the training data are a {type(examples).__name__} without a length; expected a dataset with `__len__`, "
+            "the number of examples, by which the posterior weighs data against prior."
+        )
     described = f"{len(examples):,} training examples"
     loaders = Loaders(train, data["validation"], data["test"], len(examples), described)
     accelerator = Accelerator(cpu=device_of(model).type == "cpu", device_placement=False)
@@ -173,7 +182,7 @@ def run(
         model = _smallest(model, task, recipe, progress, reference, validate, distill)
     elif recipe.gates:
         gates.add_weight_gates(model, recipe.goal)
-        task.train(model, progress, Training(recipe.num_epochs, recipe.lr, learn_stds=True))
+        task.train(model, progress, Training(recipe.num_epochs, recipe.lr, learn_stds=True, temperature=0.0))
         gates.close(model)
         validate(model, "removed")
     elif recipe.removes_weights:
@@ -278,7 +287,8 @@ def _levels(model: nn.Module, task: Task, recipe: Recipe, progress: Progress) ->
 
 
 def _convert(model: nn.Module, recipe: Recipe) -> nn.Module:
-    return to_variational(model, std=recipe.structure, relative_std=recipe.relative_std, estimator=recipe.estimator)
+    estimator = "mean" if recipe.gates else recipe.estimator  # gates held to a target are to learn without noise
+    return to_variational(model, std=recipe.structure, relative_std=recipe.relative_std, estimator=estimator)
 
 
 def _check_feasible(model: nn.Module, task: Task, recipe: Recipe) -> None:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import bayesprune as bp
 from bayesprune.app.pipeline import Recipe, run
@@ -150,6 +150,20 @@ def test_compress_does_the_job_from_python(target, by_gates, tmp_path, caplog):
     assert any("Learn how certain" in message for message in said) == (target == "weights=0.5" and not by_gates)
 
 
+@pytest.mark.parametrize(("by_gates", "expected"), [(True, [("mean", 0.0)]), (False, [("auto", "auto")] * 2)])
+def test_gates_of_compress_learn_without_noise_and_kl(by_gates, expected, monkeypatch, tmp_path):
+    found = []
+
+    def attach(optimizer, model, *, temperature, **options):
+        found.append((model[0].estimator, temperature))
+        return bp.attach(optimizer, model, temperature=temperature, **options)
+
+    monkeypatch.setattr("bayesprune.app.tasks.loop.attach", attach)
+    model = nn.Sequential(nn.Linear(8, 40), nn.ReLU(), nn.Linear(40, 3))
+    bp.compress(model, batches(), "weights=0.5", out=tmp_path, num_epochs=1, gates=by_gates)
+    assert found == expected
+
+
 @pytest.mark.parametrize("train_rounded", [True, False])
 def test_compress_rounds_and_codes(train_rounded, tmp_path):
     pytest.importorskip("constriction")
@@ -227,6 +241,11 @@ def test_compress_saves_smaller_versions(tmp_path):
     assert bp.load(tmp_path, model=dense)[0].out_features == small[0].out_features
 
 
+class Endless(IterableDataset):
+    def __iter__(self):
+        return iter([(torch.zeros(8), 0)])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -240,6 +259,8 @@ def test_compress_saves_smaller_versions(tmp_path):
         ({"gates": True, "target": "macs=0.5"}, "gates choose single weights for a target; give one"),
         ({"coding": "zip"}, "coding is 'zip'; expected \"entropy\""),
         ({"data": {"train": []}}, "data has no 'validation' batches"),
+        ({"data": batches()["train"]}, "data is a DataLoader; expected a mapping of train, validation and test"),
+        ({"data": batches() | {"train": DataLoader(Endless())}}, "Endless without a length; expected a dataset"),
         ({"target": None}, "expected one of them"),
         ({"tolerance": 0.1}, "expected one of them"),
         ({"target": "flops=0.5"}, "compress got the target 'flops=0.5'"),
@@ -250,7 +271,7 @@ def test_compress_saves_smaller_versions(tmp_path):
 def test_compress_refuses_before_any_training(options, message, tmp_path):
     model = nn.Sequential(nn.Linear(8, 40), nn.ReLU(), nn.Linear(40, 3))
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         bp.compress(model, **{"data": batches(), "out": tmp_path / "small"} | options)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not (tmp_path / "small").exists()

@@ -90,6 +90,7 @@ class LoaderTask(Task):
                 trained,
                 num_data=self._num_terms(trained),
                 num_steps=num_steps,
+                temperature=training.temperature,
                 warmup=defaults.WARMUP,
                 prune=None if training.target is None else PruneSchedule(training.target),
             )

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from bayesprune.bits import Quantization
+from bayesprune.foundation import defaults
 from bayesprune.foundation.progress import progress_bar
 from bayesprune.foundation.target import Target
 from bayesprune.reports import Metric
@@ -86,6 +87,7 @@ class Training:
         learn_stds: Attach the KL, so that the stds of a variational model are learned.
         target: "weights=...", the fraction of single weights that is kept: the others are removed on the way,
             gradually, leaving time to recover; with `learn_stds` alone.
+        temperature: Weight of the KL, as for `attach`; with `learn_stds` alone.
         distill: What the model learns from beside the labels.
         rounded: What `quantize` said of the model, whose weights are held to their grids; of a stock model.
     """
@@ -94,6 +96,7 @@ class Training:
     lr: float
     learn_stds: bool = False
     target: Target | None = None
+    temperature: float | Literal["auto"] = defaults.TEMPERATURE
     distill: Distillation | None = None
     rounded: Quantization | None = None
 

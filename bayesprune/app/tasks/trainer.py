@@ -70,7 +70,7 @@ def train(model: PreTrainedModel, data: TrainingData, progress: Progress, traini
         callbacks: list[TrainerCallback] = []
         if training.learn_stds:
             prune = None if training.target is None else PruneSchedule(training.target)
-            callbacks.append(BayesPruneCallback(prune=prune))
+            callbacks.append(BayesPruneCallback(temperature=training.temperature, prune=prune))
         if training.distill is not None:
             callbacks.append(DistillationCallback(training.distill))
         if training.rounded is not None:
