@@ -182,8 +182,8 @@ def to_variational(
     """The same model with Gaussian posteriors over its weights, whose means are the trained weights; in place.
 
     Evaluation is unchanged to the last bit; in training mode a forward draws from the posteriors. Load checkpoints and
-    create the optimizer as usual; `bayesprune.attach` trains the stds. Converting twice changes nothing. On the meta
-    device the stds are left to be loaded.
+    create the optimizer as usual; `bayesprune.attach` trains the stds. Converting again keeps the posteriors, takes
+    over `estimator`, and converts layers that have thawed since. On the meta device the stds are left to be loaded.
 
     Args:
         model: The model, on any device, in any mode, which stays. Layers whose weight is frozen (`requires_grad=False`)
@@ -194,7 +194,7 @@ def to_variational(
         relative_std: Initial std as a fraction of the root mean square of the layer's weights.
         filter_fn: `filter_fn(module, name)` is False for a module that is to stay deterministic.
         estimator: What a training forward uses: "auto" is "local_reparameterization" where each weight meets one
-            position per example, else "weight_sampling"; "flipout" and "mean" may be named as well.
+            position per example, else "weight_sampling"; "flipout", "mean" and "moments" may be named as well.
 
     Returns:
         The model itself. `conversion_table(model)` says what was converted, left, or falls back, and why.

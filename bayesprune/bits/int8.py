@@ -20,8 +20,8 @@ _MIN_NUMEL = 64  # of a tensor for which a node more is worth it
 def to_onnx_int8(model: Any) -> list[str]:
     """Stores the weights of an ONNX model that stand on a grid as int8 behind a DequantizeLinear node, in place.
 
-    One step for a tensor, or one for each row. The file takes a quarter, the outputs stay the same; ONNX Runtime makes
-    floats of them when it loads the file, so it runs as fast as before.
+    One step for a tensor, or one for each row. The weights take a quarter of the bytes, the outputs stay the same; ONNX
+    Runtime makes floats of them when it loads the file, so it runs as fast as before.
 
     Args:
         model: An `onnx.ModelProto`: `torch.onnx.export(..., dynamo=True, optimize=False).model_proto`, or what

@@ -63,7 +63,8 @@ def widen(
         model: An ordinary model of linear layers, convolutions, batch and layer norms, and what has no parameters.
         example_inputs: A tensor, a tuple of positional arguments, or a mapping of keyword arguments; on its device.
         factor: How many units there are for each from now on, 2 or more.
-        granularity: What grows: "mlp", hidden units of transformers, and "width", all other channels.
+        granularity: What grows: "mlp", the channels inside residual blocks, and "width", the channels that blocks read
+            from and add to, and those of nets without blocks.
         ignored_layers: Layers, or their names, whose output channels stay as many.
 
     Returns:

@@ -90,8 +90,8 @@ class Horseshoe(_Learned):
     """N(0, s_g^2) with s_g ~ C+(0, tau), a half-Cauchy prior of each group's scale, at its mode given the posterior.
 
     What a full posterior over the scales would add (Louizos et al., 2017; Ghosh et al., 2018) is not here: as a point
-    estimate the scale of a group of n weights differs from that of ARD by a factor between n and n + 2, so the two
-    differ where groups are small, and hardly for whole channels.
+    estimate the squared scale of a group of n weights lies between E / n, that of ARD, and E / (n + 2), for a sum E of
+    second moments. So the two differ where groups are small, and hardly for whole channels.
 
     Attributes:
         group: As for `ARD`.

@@ -142,8 +142,8 @@ def freeze_batch_norm(model: nn.Module) -> FrozenStatistics:
 
     For a short fine-tuning on few images after `prune_channels(..., data=...)`, whose weights were fitted to these
     statistics: batches of few images, or of few of the classes, have others. On a pretrained mobile network and 3,000
-    photographs it is worth two points (docs/benchmarks/mobile.md). Nothing normalises the batch then, so learning rates
-    have to be those of a fine-tuning.
+    photographs it is worth three points (docs/benchmarks/mobile.md). Nothing normalises the batch then, so learning
+    rates have to be those of a fine-tuning.
 
     Returns:
         What ends it by `remove()`, or as a context manager.

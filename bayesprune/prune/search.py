@@ -105,7 +105,7 @@ def smallest_within(
     of all its weights that can go, biases apart. The stds stay as they are, unless `fine_tune` trains them.
 
     Args:
-        model: A variational model with trained posteriors; it is not changed.
+        model: A variational model, with trained posteriors unless there is `data`; it is not changed.
         example_inputs: Inputs of the model's forward, for counting and tracing; single weights need none.
         evaluate: Score of a model on validation data, higher is better, in evaluation mode. Never the test split.
         tolerance: Largest loss of that score that is accepted, in its own unit.
@@ -115,7 +115,8 @@ def smallest_within(
         step: Fraction of what is there that one cut removes at most, between 0 and 1. Without `fine_tune` cuts may be
             larger, since nothing is learned between them.
         min_step: The search ends when a size that failed is no further than this fraction below the one that passed.
-        data: Batches for recalibrating batch norm after each cut.
+        data: Batches for each cut, as for `prune_channels` or `prune_weights`: they recalibrate batch norm, and of
+            channels rank, unless `importance` is given, and fit the weights that stay.
         **options: Further options of `prune_channels` (`importance`, `granularity`, `uniform`, ...) or of
             `prune_weights` (`score`, `scope`, `min_kept`).
 

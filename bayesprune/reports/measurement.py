@@ -84,6 +84,9 @@ def measure(
             without gradients.
         path: The file or directory that the model is saved in, for the bytes on disk.
         num_repeats: Repeats of the timing; 0 leaves it out.
+
+    Raises:
+        ValueError: `evaluate` returned no finite number.
     """
     counts = macs_by_module(model, example_inputs)
     count = count_parameters(model)

@@ -110,7 +110,8 @@ def robustness(
         seed: Of noise, directions and orders.
 
     Raises:
-        ValueError: there is no batch, a corruption or severity is unknown, or a model has no output for each class.
+        ValueError: there is no model or no batch, a corruption or severity is unknown, or a model has no output for
+            each class.
         UnsupportedModelError: a batch has no images, or no tensor of labels.
     """
     if not models:

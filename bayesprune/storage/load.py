@@ -58,7 +58,7 @@ class Saved(Record):
 
 
 def load(directory: str | Path, level: str | None = None, *, model: nn.Module | None = None) -> nn.Module:
-    """The saved model, or a smaller version of it, in eval mode; a timm model on the CPU, built from its recorded name.
+    """The saved model, or a smaller version of it, in eval mode; one of timm or transformers is built, on the CPU.
 
     The dense model is built in the ordinary way, not on torch's meta device: buffers that are not part of a state dict
     get their values only there. Nothing in the files is executed, and no attribute is made that the dense model does

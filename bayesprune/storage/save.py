@@ -60,7 +60,7 @@ def save(
     coding: Literal["entropy"] | None = None,
     levels: Sequence[Level] = (),
 ) -> None:
-    """Writes `model.safetensors`, `bayesprune.json` and, for a timm model, timm's `config.json` to a directory.
+    """Writes `model.safetensors`, `bayesprune.json` and, of a timm or transformers model, `config.json` to a directory.
 
     The files hold no pickle and no code. What is written was rebuilt and compared with the model before the directory
     is touched; a save that fails leaves the previous one in that directory as it was. A model that is still variational
@@ -68,12 +68,14 @@ def save(
     attributes that no file holds are named in a warning. Where several processes train one model, one of them saves.
 
     Args:
-        model: A timm model (then `load(directory)` builds it again) or any module (then `load(directory, model=...)`
-            wants the dense one). On any device, in any mode; neither it nor the global random numbers are changed.
+        model: A model of timm or transformers (then `load(directory)` builds it again) or any module (then
+            `load(directory, model=...)` wants the dense one). On any device, in any mode; neither it nor the global
+            random numbers are changed.
         directory: Made where it is missing.
         model_args: Constructor arguments of the timm model that it does not show, such as `{"img_size": 64}`, as JSON
             values; recent timm versions remember them. None leaves out one that timm remembers.
-        plain: True saves a timm model like any other module: for one whose layers were replaced by others.
+        plain: True saves a model of timm or transformers like any other module: for one whose layers were replaced by
+            others.
         example_inputs: A tensor, a tuple of arguments, or a mapping of keyword arguments for the model, on its device.
             With them its outputs in evaluation mode are compared with those of the model that `load` will build.
         history: What was done to the model, as JSON values; kept in `bayesprune.json`.

@@ -15,8 +15,8 @@ better: 46 % for ten classes at s = 3 (69 % for sharp ones).
 
 Linear ones (negative log-likelihood, divergence from certain probabilities) and the squared error are exact, as are the
 absolute error and Huber's, for a Gaussian; those of single logits or probabilities are a quadrature of 21 nodes.
-Cross-entropy is second order; the file `likelihood` states its error. A loss that a model writes out is a tensor with
-moments; its `backward` is that of the expected loss.
+Cross-entropy is second order. A loss that a model writes out is a tensor with moments; its `backward` is that of the
+expected loss.
 `settings(taylor=True)` does not concern losses.
 """
 

@@ -94,9 +94,10 @@ def prune_channels(
 
     With `data` and no importance, a target of MACs, parameters or latency is met by what its examples say: channels are
     ranked by `UnitSNRImportance` on a Kronecker-factored posterior fitted here, the budget is divided between layers by
-    trial of the whole cut model against the dense one, and `laplace.compensate` moves the weights that stay. That takes
-    seconds for a small network, minutes for a large one, trains nothing and reads no labels. Without `data` channels
-    are ranked by `SNRImportance` over all layers, and nothing makes up for them.
+    trial of the whole cut model against the dense one, and `laplace.compensate` moves the weights that stay. Sizes are
+    met in the same way, without a division. That takes seconds for a small network, minutes for a large one, trains
+    nothing and reads no labels. Without `data` channels are ranked by `SNRImportance` over all layers, and nothing
+    makes up for them.
 
     Args:
         model: With variational layers, or any model when `importance` is given. On any device, not wrapped.

@@ -22,7 +22,8 @@ def dependency_groups(
     """The units of a model that `prune_channels` removes whole, with their place in every parameter; changes nothing.
 
     A unit's members are the output rows of the layers that make it, the input slices of those that read it, and the
-    scales and shifts of norms in between. `priors.ARD` and `priors.Horseshoe` take them as what shares a scale.
+    scales and shifts of norms in between. `priors.ARD`, `priors.Horseshoe` and `priors.GroupLasso` take them as what
+    shares a scale.
 
     Args:
         model: With variational layers or without; the groups are the same.

@@ -45,7 +45,7 @@ _REPEATS = 10
 
 @dataclass(frozen=True)
 class GroupRow:
-    """A convolution: into how many groups it fell, and the share of the energy of its outputs that this cost it.
+    """A convolution: into how many groups it fell, or why it stayed as it was.
 
     Attributes:
         name: Of the layer.

@@ -4,7 +4,8 @@ The score of one weight with posterior N(mu, sigma^2) in a layer whose means hav
 
     mu^2 / (s^a sigma^p),    a = min(1, 2 - p).
 
-p = 2 is the squared signal-to-noise ratio, that is Optimal Brain Damage under a Laplace posterior (LeCun et al., 1989).
+p = 2 is the squared signal-to-noise ratio, which ranks as Optimal Brain Damage does under a Laplace posterior (LeCun et
+al., 1989).
 A smaller p believes the stds in part: they are known roughly, and hold for small changes only. From 2 down to 1 what
 they lose goes to the layer's scale, so that the score stays a pure number; below 1 the score has a unit, but it is the
 same for all layers. p = 0 is the squared magnitude over the layer's. A channel's score is the sum over all weights that
