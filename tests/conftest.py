@@ -19,6 +19,12 @@ torch.set_num_threads(1)
 latency.SECONDS_PER_REPEAT = 0.0  # a repeat is one forward: how exact times are is for tests/reports/test_measure.py
 
 
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """What a module draws as it is imported is the same in every run."""
+    if isinstance(collector, pytest.Module):
+        torch.manual_seed(0)
+
+
 def pytest_collection_finish() -> None:
     """What was imported stays to the end, and is none of what trainers have the garbage collector look for."""
     gc.freeze()

@@ -374,4 +374,4 @@ def test_inputs_that_are_constant_are_no_obstacle():
     model[0].bias.data.uniform_(0.5, 3)
     data = [torch.randn(200, 4) for _ in range(4)]
     report = bp.prune_one_shot(bp.to_variational(model), data, "weights=0.5")
-    assert report.kept == report.total // 2
+    assert report.kept == pytest.approx(report.total / 2, abs=1.5)  # each of three layers rounds its number
