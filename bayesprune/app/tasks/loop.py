@@ -246,7 +246,9 @@ class _Batches:
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         generator, step = _generator_of(self._loader), self.num_done
-        first_epoch, num_skipped = divmod(self.num_done, len(self._loader))
+        # Of an epoch that is done all batches are skipped: samplers draw once more when they have given the last.
+        first_epoch = max(0, self.num_done - 1) // len(self._loader)
+        num_skipped = self.num_done - first_epoch * len(self._loader)
         for epoch in range(first_epoch, self._num_epochs):
             if isinstance(self._loader.sampler, DistributedSampler):
                 self._loader.sampler.set_epoch(epoch)
@@ -256,7 +258,7 @@ class _Batches:
             batches = iter(self._loader)
             for _ in islice(batches, num_skipped):
                 pass
-            if step == self.num_done and self._checkpoint is not None and self._saved is not None:
+            if num_skipped and self._checkpoint is not None and self._saved is not None:
                 self._checkpoint.restore_random_state()
             num_skipped = 0
             for batch in batches:
