@@ -7,7 +7,7 @@ training before the cut costs is better spent after it (docs/criterion.md). Sing
 import copy
 import itertools
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -125,6 +125,7 @@ def compress(
     loaders = Loaders(train, data["validation"], data["test"], len(examples), described)
     accelerator = Accelerator(cpu=device_of(model).type == "cpu", device_placement=False)
     check_launch(accelerator, None)
+    _check_batches(loaders)
     example = first_example(model, next(iter(loaders.validation)))
     task = LoaderTask(loaders, accelerator, metric=metric, example_inputs=example)
     return run(model, task, recipe, Path(out), LoggedProgress(), name=type(model).__name__, is_trained=True)
@@ -284,6 +285,34 @@ def _levels(model: nn.Module, task: Task, recipe: Recipe, progress: Progress) ->
     for level in found:
         progress.say(f"level {level.target}: validation {task.metric.shown(task.score(level.model, 'validation'))}")
     return found
+
+
+def _check_batches(loaders: Loaders) -> None:
+    """Refuses batches of which there are none, or none any more for the second model that is measured on them.
+
+    Raises:
+        ValueError: they are an iterator, or empty.
+    """
+    for split in ("train", "validation", "test"):
+        batches: Any = getattr(loaders, split)
+        if isinstance(batches, Iterator):
+            raise ValueError(
+                f"the {split} batches are a {type(batches).__name__}, which one pass uses up; expected what starts "
+                "anew each time, such as a DataLoader or a list."
+            )
+        if _length(batches) == 0:
+            raise ValueError(
+                f"there is no {split} batch; expected one at least. A DataLoader with drop_last=True leaves out a last "
+                "batch that is not full."
+            )
+
+
+def _length(batches: Any) -> int | None:
+    """How many there are; None where a loader's data do not say."""
+    try:
+        return len(batches)
+    except TypeError:
+        return None
 
 
 def _convert(model: nn.Module, recipe: Recipe) -> nn.Module:

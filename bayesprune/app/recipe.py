@@ -72,7 +72,7 @@ class Recipe:
         names = [str(Target.parse(level, LEVEL_KINDS, "levels", is_partial=True)) for level in self.levels]
         if len(set(names)) < len(names):
             raise ValueError(f"levels has two of one name: {', '.join(names)}. Give each target once.")
-        if self.tolerance is not None and self.tolerance < 0:
+        if self.tolerance is not None and not self.tolerance >= 0:
             raise ValueError(f"tolerance is {self.tolerance!r}; expected the largest accepted loss, 0 or more.")
         if self.gates and (self.target is None or not self.removes_weights):
             raise ValueError("gates choose single weights for a target; give one, such as weights=0.01.")
