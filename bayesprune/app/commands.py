@@ -28,7 +28,7 @@ from bayesprune.reports import Report
 from bayesprune.reports.plots import require_matplotlib
 from bayesprune.storage.coding import require_coding
 from bayesprune.storage.load import read as read_saved
-from bayesprune.storage.reading import read_bounded
+from bayesprune.storage.reading import TENSORS, read_bounded
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Make a trained model smaller."
@@ -159,14 +159,14 @@ def compress(
         lr=default.lr if lr is None else lr,
         std=std,
         estimator=estimator,
-        granularity=default.granularity if granularity is None else tuple(granularity.split(",")),
+        granularity=default.granularity if granularity is None else _parts(granularity),
         uniform=uniform,
         distill=distill,
         by=by,
         bits=bits,
         train_rounded=train_rounded,
         coding="entropy" if coding else None,
-        levels=tuple(levels.split(",")) if levels else (),
+        levels=_parts(levels) if levels else (),
         corruptions=corruptions,
         gates=gates,
     )
@@ -197,6 +197,7 @@ def compress(
     )
     every = CheckpointEvery.parse(checkpoint_every)
     require_matplotlib()  # for the report, which comes last
+    _check_apart(out, model, checkpoint)
     _check_writable(out)
     torch.manual_seed(seed)
     job = prepare(request)
@@ -279,6 +280,24 @@ def _target(target: str | None, tolerance: float | None) -> tuple[str | None, Li
             )
         return None, by
     return wanted, by
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    """What stands between commas."""
+    return tuple(part.strip() for part in text.split(","))
+
+
+def _check_apart(out: Path, model: str, checkpoint: Path | None) -> None:
+    """Refuses to write the result over what it is made of."""
+    sources = [Path(model.partition(":")[2])] if library_of(model) == "hf" else []
+    if checkpoint is not None and checkpoint.name == TENSORS:
+        sources.append(checkpoint.parent)
+    if any(source.is_dir() and source.resolve() == out.resolve() for source in sources):
+        raise typer.BadParameter(
+            f"{str(out)!r} holds the weights that the model starts from, which the result would overwrite; expected "
+            "another directory.",
+            param_hint="--out",
+        )
 
 
 def _check_writable(directory: Path) -> None:

@@ -98,6 +98,8 @@ def prepare(request: Request) -> Job:
         _refuse(
             {**texts, "--max-length": request.max_length}, "for texts, with --task text-classification or causal-lm"
         )
+    if request.task == "causal-lm":
+        _refuse({"--label-column": request.label_column}, "for text-classification; causal-lm has no labels")
     if library_of(request.model) == "hf":
         return _from_transformers(request)
     if request.task not in (None, "image-classification"):

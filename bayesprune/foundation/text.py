@@ -1,5 +1,6 @@
 """Text for people: tables as plain text, the first of many names, and texts from a file made harmless."""
 
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,6 +21,11 @@ def first_names(names: Iterable[Any], *, most: int = 3) -> str:
     names = list(map(str, names))
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def quoted(text: Any) -> str:
+    """The text as a string of Python, as a path stands in a program."""
+    return json.dumps(str(text), ensure_ascii=False)
 
 
 _LONGEST = 200

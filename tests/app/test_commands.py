@@ -5,12 +5,14 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import bayesprune as bp
 from bayesprune.app.data.images import load_data
+from bayesprune.app.tasks.loop import LoaderTask
 from tests.commands import run
 
 pytest.importorskip("timm")
@@ -117,6 +119,7 @@ def test_the_same_seed_gives_the_same_model(compressed, few_digits, tmp_path, ca
         (["--target", "weights=1.5"], "from 0 to 1"),
         (["--target", "weights=0.5", "--uniform"], "uniform"),
         (["--granularity", "heads,hands"], "expected some of"),
+        (["--granularity", "heads, mlp", "--target", "macs=0.001"], "cannot be reached"),
         (["--tolerance", "0.01", "--granularity", "hands"], "expected some of"),
         (["--task", "causal-lm"], "timm's"),
         (["--text-column", "words"], "for texts"),
@@ -150,6 +153,23 @@ def test_an_output_that_is_a_file_is_told_before_any_training(tmp_path, capsys):
     assert code == 1
     assert "taken" in err
     assert "epoch" not in out
+
+
+def test_the_result_is_not_written_over_the_checkpoint(tmp_path, capsys):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"trained")
+    written = tmp_path / ".." / tmp_path.name
+    code, out, err = run(capsys, "compress", "--out", str(written), "--checkpoint", str(path))
+    assert code != 0
+    assert "starts from" in out + err
+    assert path.read_bytes() == b"trained"
+
+
+def test_a_path_of_any_letters_stands_in_the_line_that_loads(tmp_path, monkeypatch):
+    monkeypatch.setattr(bp, "load", lambda directory: directory)
+    for name in ("digits", "größe", 'a "b"', "C:\\new\\table"):
+        exec(LoaderTask.loading_instructions(None, Path(name)), named := {})
+        assert named["model"] == name
 
 
 def test_report_of_a_directory_without_one(tmp_path, capsys):

@@ -176,6 +176,8 @@ BERT = "bert --task text-classification --data {root}/labelled.tsv"
         (LLAMA.replace("plain.txt", "short.txt --max-length 10"), "too short"),
         (f"{LLAMA} --pretrained", "for timm"),
         (f"{LLAMA} --augment", "for images"),
+        (f"{LLAMA} --label-column label", "has no labels"),
+        (f"{LLAMA} --out {{root}}/llama", "starts from"),
         (f"{LLAMA} --device cuda:1", "cuda:1"),
         (f"{LLAMA} --max-length 8 --target macs=0.01", "cannot be reached"),
         (f"{LLAMA} --device abacus", "cannot be used here"),

@@ -21,6 +21,7 @@ from bayesprune.foundation import defaults
 from bayesprune.foundation.batches import device_of, logits_of, on_device, split
 from bayesprune.foundation.model import load_values
 from bayesprune.foundation.sharding import full_tensor, shard_like, shard_values_like, whole_values
+from bayesprune.foundation.text import quoted
 from bayesprune.prune import PruneSchedule
 from bayesprune.reports import ACCURACY, PERPLEXITY, Metric, accuracy, perplexity
 from bayesprune.train import attach
@@ -159,7 +160,7 @@ class LoaderTask(Task):
 
     def loading_instructions(self, directory: Path) -> str:
         """By `bayesprune.load`."""
-        return f'import bayesprune; model = bayesprune.load("{directory}")'
+        return f"import bayesprune; model = bayesprune.load({quoted(directory)})"
 
     def close(self) -> None:
         """Waits for the main process, and ends the group of processes."""

@@ -23,6 +23,7 @@ from transformers import (
 from bayesprune.app.pretrained import AUTO_CLASSES
 from bayesprune.app.tasks.task import Checkpoint, Progress, Split, Training, check_finite, own_forward
 from bayesprune.bits import Quantization, StraightThrough
+from bayesprune.foundation.text import quoted
 from bayesprune.hosts.transformers.callback import BayesPruneCallback
 from bayesprune.hosts.transformers.distillation import DistillationCallback
 from bayesprune.prune.weights.schedule import PruneSchedule
@@ -218,7 +219,9 @@ class TrainerTask:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         auto_class = AUTO_CLASSES[self.kind]
         first = "import bayesprune; " if "quantization_config" in config else ""
-        return f'{first}from transformers import {auto_class}; model = {auto_class}.from_pretrained("{directory}")'
+        return (
+            f"{first}from transformers import {auto_class}; model = {auto_class}.from_pretrained({quoted(directory)})"
+        )
 
     def close(self) -> None:
         """Nothing: each training ends what it began."""
