@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bayesprune.elastic.positions import fill_kept
 from bayesprune.errors import UnsupportedModelError
 from bayesprune.foundation.target import Target
+from bayesprune.foundation.text import first_names
 from bayesprune.layers import variational_layers
 from bayesprune.prune import recalibrate_batch_norm
 from bayesprune.prune.batch_norm import measured_norms
@@ -85,7 +86,7 @@ class LevelDraws:
     def drawn(self) -> Iterator[str | None]:
         """Inside, the model is at a level drawn by torch's generator: its target, or None for the model itself.
 
-        The backward pass belongs inside, too.
+        The backward pass belongs inside, too, the optimizer's step behind it.
         """
         every = [None, *self._factors]
         ends = [None, self._smallest]
@@ -103,6 +104,7 @@ class LevelDraws:
 
         Raises:
             ValueError: there is no such level.
+            RuntimeError: at the end, weights of which the level lacks some were moved inside.
         """
         factors = self._factors.get(str(Target.parse(target, KINDS, "at")))
         if factors is None:
@@ -120,6 +122,12 @@ class LevelDraws:
                 for name, parameter in own.items():
                     _times(parameter, factors[name])
             yield
+            values = zip(own.items(), before, strict=False)
+            if moved := [name for (name, its), (_, value) in values if _has_moved(its, value, factors[name])]:
+                raise RuntimeError(
+                    f"{first_names(moved)} moved while the model was at a level, and is put back to what it was; take "
+                    "the optimizer's step behind the `with` block, where only forward and backward belong."
+                )
         finally:
             for handle in handles:
                 handle.remove()
@@ -214,6 +222,12 @@ def _times(tensor: Tensor, factors: Factors) -> Tensor:
     for factor in factors:
         tensor.mul_(factor)
     return tensor
+
+
+@torch.no_grad()
+def _has_moved(parameter: Tensor, value: Tensor, factors: Factors) -> bool:
+    """Whether a finite weight is another one than this value times the factors; fused optimizers raise no version."""
+    return bool(((parameter != _times(value.clone(), factors)) & parameter.isfinite()).any())
 
 
 def _num_kept(model: nn.Module, factors: dict[str, Factors]) -> int:

@@ -158,6 +158,13 @@ def test_what_does_not_fit_is_refused(batch):
         draws.at("macs=0.5"),
     ):
         pass
+    before = values(model)
+    gradients(model, batch)
+    for is_fused in (False, True):
+        optimizer = torch.optim.Adam(model.parameters(), 0.1, fused=is_fused)
+        with pytest.raises(RuntimeError, match="moved while the model was at a level.*behind"), draws.at("macs=0.4"):
+            optimizer.step()
+        model.load_state_dict(before)
     with pytest.raises(ValueError, match="pass batches as data"):
         draws.levels()
     with pytest.raises(ValueError, match="got no levels"):
