@@ -146,8 +146,9 @@ class Distillation:
             task_loss: The loss on the labels, a mean; not needed where the weight is 1.
 
         Raises:
-            ValueError: student and teacher give outputs of different shapes, the outputs have a single class, the
-                task's loss is missing, or features are to be compared and there are none.
+            ValueError: student and teacher give outputs of different shapes, or the teacher probabilities where outputs
+                are no classes; the outputs have a single class, the task's loss is missing, or features are to be
+                compared and there are none.
         """
         if task_loss is None and self.weight < 1:
             raise ValueError(f"the teacher has {self.weight:g} of the loss; expected task_loss for the rest of it.")
@@ -220,6 +221,11 @@ class Distillation:
     def _logits(self, answer: Any, dim: int) -> Tensor:
         """The teacher's answer as logits, classes last."""
         if isinstance(answer, Classification):
+            if self.likelihood != "categorical":
+                raise ValueError(
+                    f"the teacher gives probabilities of classes, and the likelihood is {self.likelihood!r}; expected "
+                    "what bp.predict returns, of which the mean is taken, or logits."
+                )
             return answer.probabilities.log()
         if isinstance(answer, Prediction) and self.likelihood == "categorical":
             samples = None if answer.samples is None else answer.samples.movedim(dim + 1, -1)
@@ -284,7 +290,8 @@ def _counted(outputs: Any, batch: Batch, positions: torch.Size) -> Tensor | None
 def _of_classes(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """T^2 * KL of softmaxes: (..., C) to (...)."""
     expected = (teacher / temperature).softmax(-1)
-    return temperature**2 * F.kl_div((logits / temperature).log_softmax(-1), expected, reduction="none").sum(-1)
+    terms = F.kl_div((logits / temperature).log_softmax(-1), expected, reduction="none")
+    return temperature**2 * terms.masked_fill_(expected == 0, 0.0).sum(-1)  # impossible for both: 0 times infinity
 
 
 def _of_labels(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:

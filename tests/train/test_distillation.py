@@ -191,6 +191,25 @@ def test_a_certain_teacher_may_say_that_a_class_is_impossible():
     torch.testing.assert_close(loss, T**2 * F.cross_entropy(logits / T, torch.zeros_like(Y)))
 
 
+def test_a_class_that_is_masked_in_both_counts_for_nothing():
+    model = student()
+    masked = torch.zeros(model(X).shape[1], dtype=torch.bool)
+    masked[0] = True
+
+    def distilled(logits):
+        model.zero_grad()
+        loss = bp.distillation(lambda x: answer[:, logits.shape[1] - answer.shape[1] :], weight=1.0)(logits, X)
+        loss.backward()
+        return loss.detach(), [parameter.grad for parameter in model.parameters()]
+
+    answer = stock_net()(X).detach().masked_fill(masked, -math.inf)
+    loss, gradients = distilled(model(X).masked_fill(masked, -math.inf))
+    answer = answer[:, 1:]
+    expected, expected_gradients = distilled(model(X)[:, 1:])
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradients, expected_gradients)
+
+
 def test_draws_of_maps_have_their_classes_second():
     torch.manual_seed(0)
     model, images = nn.Conv2d(2, 5, 1), torch.randn(2, 2, 3, 4)
@@ -255,6 +274,9 @@ def test_what_cannot_be_compared_is_told():
         bp.distillation("resnet50")
     model = nn.Linear(3, 1)
     x = torch.randn(2, 3)
+    classes = bp.predict(net(), X, num_samples=2).classify()
+    with pytest.raises(ValueError, match="probabilities of classes, and the likelihood is 'bernoulli'"):
+        bp.distillation(lambda x: classes, weight=1.0, likelihood="bernoulli")(student()(X), X)
     with pytest.raises(ValueError, match='have one class.*"gaussian"'):
         bp.distillation(model, weight=1.0)(model(x), x)
     flat = nn.Sequential(model, nn.Flatten(0))
