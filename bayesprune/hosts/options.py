@@ -13,7 +13,7 @@ from bayesprune.priors import Prior
 from bayesprune.prune.weights.schedule import PruneSchedule
 from bayesprune.train.attach import attach
 from bayesprune.train.attachment import Attachment
-from bayesprune.train.checks import check_schedule, check_warmup
+from bayesprune.train.checks import check_options, check_schedule, check_warmup
 
 
 @dataclass
@@ -30,6 +30,7 @@ class TrainingOptions:
     schedule: PruneSchedule | None = field(init=False)
 
     def __post_init__(self) -> None:
+        check_options(self.temperature, self.std_lr, self.max_noise_cost)
         check_warmup(self.warmup)
         self.schedule = PruneSchedule(self.prune) if isinstance(self.prune, str) else self.prune
         check_schedule(self.schedule)

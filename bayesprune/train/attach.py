@@ -17,7 +17,14 @@ from bayesprune.layers import Posterior, make_masks, named_posteriors
 from bayesprune.priors import Gaussian, Prior
 from bayesprune.train.attachment import ATTACHMENTS, Attachment
 from bayesprune.train.averages import has_masks, warn_of_averages
-from bayesprune.train.checks import check_groups, check_hooks, check_length, check_options, check_types
+from bayesprune.train.checks import (
+    check_groups,
+    check_hooks,
+    check_length,
+    check_num_data,
+    check_options,
+    check_types,
+)
 from bayesprune.train.complexity import complexity_of
 from bayesprune.train.kl import bind_prior
 from bayesprune.train.optimizers import held_by, unwrapped
@@ -82,7 +89,8 @@ def attach(
             that takes no step through `step`.
     """
     check_types(optimizer, model)
-    check_options(num_data, temperature, std_lr, max_noise_cost)
+    check_num_data(num_data)
+    check_options(temperature, std_lr, max_noise_cost)
     check_length(num_steps, warmup, prune)
     optimizer = unwrapped(optimizer)
     check_hooks(optimizer)

@@ -17,14 +17,22 @@ _CUTS_APART = ("FullyShardedDataParallel", "DeepSpeedOptimizerWrapper", "DataPar
 _STEPS_OTHERWISE = ("LBFGS", "Lomo", "AdaLomo", "LayerWiseDummyOptimizer", "ScheduleFreeWrapper")
 
 
-def check_options(num_data: int, temperature: float | str, std_lr: float, max_noise_cost: float | None) -> None:
+def check_num_data(num_data: int) -> None:
+    """Refuses a number of examples that is none.
+
+    Raises:
+        ValueError: it is not above 0.
+    """
+    if not num_data > 0:
+        raise ValueError(f"num_data is {num_data!r}; expected the number of training examples, above 0.")
+
+
+def check_options(temperature: float | str, std_lr: float, max_noise_cost: float | None) -> None:
     """Refuses numbers out of range.
 
     Raises:
         ValueError: one of them is.
     """
-    if not num_data > 0:
-        raise ValueError(f"num_data is {num_data!r}; expected the number of training examples, above 0.")
     if temperature != "auto" and (isinstance(temperature, str) or not temperature >= 0):
         raise ValueError(f'temperature is {temperature!r}; expected a number of 0 or more, or "auto".')
     if not std_lr >= 0:

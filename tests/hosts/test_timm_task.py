@@ -346,6 +346,8 @@ def test_what_would_go_wrong_without_a_word(tmp_path):
         classification(net()).train()(*batches()[0])
     with pytest.raises(ValueError, match="not a number of steps"):
         classification(net(), warmup=100)
+    with pytest.raises(ValueError, match="std_lr is -1"):
+        classification(stock_net(), std_lr=-1)
     with pytest.raises(ValueError, match="variational already"):
         classification(net(), convert={"std": "per_channel"})
     with pytest.raises(ValueError, match="number of training examples is unknown"):

@@ -37,6 +37,7 @@ from bayesprune.hosts.transformers.tolerance import Tolerance, evaluation_prefix
 from bayesprune.priors import Prior
 from bayesprune.prune.weights.schedule import PruneSchedule
 from bayesprune.train.attachment import Attachment
+from bayesprune.train.checks import check_num_data
 from bayesprune.train.optimizers import add_to_first_group, unwrapped
 
 _LOGGER = logging.getLogger(__name__)
@@ -91,6 +92,8 @@ class BayesPruneCallback(TrainerCallback):
         Raises:
             ValueError: a number is out of range.
         """
+        if num_data is not None:
+            check_num_data(num_data)
         self.num_data, self.tolerance = num_data, tolerance
         self._options = TrainingOptions(prior, temperature, warmup, std_lr, max_noise_cost, prune, convert)
         self._attachment: Attachment | None = None
@@ -149,7 +152,9 @@ class BayesPruneCallback(TrainerCallback):
                 "bayesprune.to_variational(model) from model_init."
             )
         saved = checkpoint.read(args, state.global_step, model) if state.global_step else None
-        num_data = self.num_data or (saved.num_data if saved else count_terms(loader, model))
+        num_data = self.num_data
+        if num_data is None:
+            num_data = saved.num_data if saved is not None else count_terms(loader, model)
         optimizer, num_steps = event["optimizer"], state.max_steps
         self._attachment = self._options.attach(optimizer, model, num_data=num_data, num_steps=num_steps)
         if saved is not None:

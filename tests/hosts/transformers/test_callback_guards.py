@@ -145,6 +145,10 @@ def test_a_late_callback_on_a_variational_model_is_in_time(tmp_path):
 def test_options_are_checked(tmp_path):
     with pytest.raises(ValueError, match="warmup is 100; expected a share of the training"):
         BayesPruneCallback(warmup=100)
+    with pytest.raises(ValueError, match="temperature is -1"):
+        BayesPruneCallback(temperature=-1)
+    with pytest.raises(ValueError, match="num_data is 0"):
+        BayesPruneCallback(num_data=0)
     with pytest.raises(TypeError, match=r"prune is 50; expected .*PruneSchedule\(.weights=0\.2.\), or None"):
         BayesPruneCallback(prune=50)
     with pytest.raises(ValueError, match="expected the fraction of the weights to keep"):
