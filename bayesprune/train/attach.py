@@ -84,7 +84,7 @@ def attach(
     Raises:
         TypeError: the optimizer is none, or a list of them, or `prune` is no schedule.
         ValueError: a number is out of range, `num_steps` is missing, the model has no variational layer or none that
-            trains, the optimizer holds none of it, or has an attachment to it already.
+            trains, the optimizer holds none of it, maximizes, or has an attachment to it already.
         UnsupportedModelError: DeepSpeed, FSDP 1 or `nn.DataParallel`, which cut means and stds apart, or an optimizer
             that takes no step through `step`.
     """

@@ -183,6 +183,13 @@ class Attachment:
                 f"the attachment's state has moments of {num_saved} stds, and it trains {len(self._stds)}; expected "
                 "the optimizers of the run that was saved, all of them attached before a state is loaded."
             )
+        shapes = {index: moments["exp_avg"].shape for index, moments in state["std_optimizer"]["state"].items()}
+        if wrong := [index for index, shape in shapes.items() if shape != self._stds[index].shape]:
+            raise ValueError(
+                f"the attachment's state has a std of shape {tuple(shapes[wrong[0]])} where the model has one of shape "
+                f"{tuple(self._stds[wrong[0]].shape)}. Convert the model as in the run that was saved, with the same "
+                "std=..."
+            )
         self._complexity.load_state_dict(state["complexity"])
         self.step = state["step"]
         self._std_optimizer.load_state_dict(state["std_optimizer"])
@@ -194,6 +201,7 @@ class Attachment:
         self._train(self._parts)
         if self._removal is not None:
             self._removal.resume(self.step)
+        self._probe()
         if "noise" in state:
             self._noise.load(state["noise"])
         self._draws.load(state.get("ahead", {}))
@@ -297,6 +305,11 @@ class Attachment:
             if trained.issuperset(id(getattr(layer, name)) for name in layer.active_names())
         )
         self._watch = Watch([p for p in self._parts if id(p.mean) in held], type(self._optimizer).__name__)
+        self._probe()
+
+    def _probe(self) -> None:
+        """Remembers what the optimizer does not hold, as it is now."""
+        held = held_by(self._optimizer)
         self._probes = Probes(posterior for posterior in self._parts if id(posterior.mean) not in held)
 
     def _give_up(self, means: Collection[int]) -> None:

@@ -143,7 +143,7 @@ def check_groups(
         attached: Those of each attachment that it has.
 
     Raises:
-        ValueError: it holds none of the means, or has an attachment to them.
+        ValueError: it holds none of the means, has an attachment to them, or maximizes.
     """
     means = {id(posterior.mean) for posterior in posteriors}
     held = 0
@@ -152,6 +152,11 @@ def check_groups(
         count = sum(id(parameter) in means for parameter in group["params"])
         held += count
         decay = max(decay, group.get("weight_decay", 0.0) if count else 0.0)
+        if count and group.get("maximize", False):
+            raise ValueError(
+                f"{type(optimizer).__name__} has maximize=True, and would raise the KL, too; expected one that makes "
+                "the loss smaller: turn the sign of the loss, and leave maximize out."
+            )
     if any(id(other.mean) in means for others in attached for other in others):
         raise ValueError(
             f"{type(optimizer).__name__} has an attachment to this model already; call its detach() first."

@@ -14,8 +14,8 @@ Bound = dict[Posterior, BoundPrior]
 
 
 def total(terms: Sequence[Tensor]) -> Tensor:
-    """The sum of scalars that may be on several devices."""
-    return torch.stack([term.to(terms[0]) for term in terms]).sum()
+    """The sum of scalars that may be on several devices; of none, zero."""
+    return torch.stack([term.to(terms[0]) for term in terms]).sum() if terms else torch.zeros(())
 
 
 def sum_kl(bound: Bound, keep: Callable[[Posterior], Tensor | None] = attrgetter("mask")) -> Tensor:

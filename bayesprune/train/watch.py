@@ -111,10 +111,15 @@ class Probes:
         self._before = {posterior: _probe(posterior.mean).clone() for posterior in posteriors}
 
     def moved(self, held: Collection[int]) -> Iterator[str]:
-        """Names of those that moved, other than to zero, but for parameters with these ids; each is told of once."""
+        """Names of those that moved, other than to zero, but for parameters with these ids; each is told of once.
+
+        A frozen one was not moved by a training: it was loaded.
+        """
         for posterior, before in list(self._before.items()):
+            if posterior.is_frozen or id(posterior.mean) in held:
+                continue
             now = _probe(posterior.mean)
-            if id(posterior.mean) not in held and bool(((now != before) & (now != 0)).any()):
+            if bool(((now != before) & (now != 0)).any()):
                 del self._before[posterior]
                 yield posterior.name
 

@@ -86,6 +86,19 @@ def test_a_state_of_another_model_is_refused():
         attachments[0].load_state_dict(attachments[1].state_dict())
 
 
+def test_a_state_of_stds_of_another_structure_is_refused():
+    states = []
+    for std in ("per_weight", "per_channel"):
+        model = net(std)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        attachment = bp.attach(optimizer, model, num_data=NUM_DATA)
+        train(model, optimizer)
+        states.append(attachment.state_dict())
+    with pytest.raises(ValueError, match=r"std of shape \(.*where the model has one of shape \(.*the same std="):
+        attachment.load_state_dict(states[0])
+    attachment.load_state_dict(states[1])
+
+
 def test_kl_divergence_is_from_the_attached_prior():
     model = net()
     attachment = bp.attach(torch.optim.SGD(model.parameters(), lr=0.1), model, num_data=1)
@@ -161,6 +174,8 @@ def test_wrong_optimizers_are_refused():
         bp.attach(torch.optim.SGD(model[1].parameters(), lr=0.1), model, num_data=1)
     with pytest.raises(ValueError, match="no variational layer"):
         bp.attach(torch.optim.SGD(model[1].parameters(), lr=0.1), model[1], num_data=1)
+    with pytest.raises(ValueError, match="SGD has maximize=True, and would raise the KL"):
+        bp.attach(torch.optim.SGD(model.parameters(), lr=0.1, maximize=True), model, num_data=1)
     with pytest.raises(UnsupportedModelError, match="attach got LBFGS"):
         bp.attach(torch.optim.LBFGS(model.parameters()), model, num_data=1)
 

@@ -208,7 +208,7 @@ def test_another_optimizer_takes_over():
     """The one before may stay as it is; a step of it with the same means is no longer one on the ELBO."""
     model = net()
     first = OPTIMIZERS["sgd"](model.parameters())
-    bp.attach(first, model, num_data=NUM_DATA)
+    before = bp.attach(first, model, num_data=NUM_DATA)
     train(model, first)
     start, expected = copy.deepcopy(model), copy.deepcopy(model)
     second = OPTIMIZERS["adamw"](model.parameters())
@@ -216,6 +216,7 @@ def test_another_optimizer_takes_over():
     train(model, second)
     train_on_elbo(expected, OPTIMIZERS["adamw"])
     assert_same_parameters(model, expected, start)
+    assert before.kl_divergence() == 0
     with pytest.raises(RuntimeError, match=r"SGD takes a step with 0.weight, to which another optimizer was attached"):
         first.step()
 

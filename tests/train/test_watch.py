@@ -99,6 +99,22 @@ def test_what_is_right_is_not_warned_of():
     loop(model, last.step, count=20)
 
 
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_means_that_nobody_moves_may_be_loaded(is_frozen):
+    """Frozen layers of a model that was made without its weights; or others, once a saved attachment is loaded."""
+    model, source = net(), net()
+    with torch.no_grad():
+        source[0].weight *= 2
+    optimizer = torch.optim.SGD(model[5].parameters(), lr=0.01)
+    attachment = bp.attach(optimizer, model, num_data=NUM_DATA)
+    model[0].requires_grad_(not is_frozen)
+    model.load_state_dict(source.state_dict())
+    if not is_frozen:
+        attachment.load_state_dict(attachment.state_dict())
+    loop(model, optimizer.step, count=12)
+    assert attachment.step == 12
+
+
 def test_a_model_is_not_kept_alive():
     model = net()
     bp.attach(torch.optim.SGD(model.parameters(), lr=0.1), model, num_data=NUM_DATA)
