@@ -140,6 +140,17 @@ def test_augmentation_changes_only_training_images(tmp_path):
     assert len(rows(data, "test")) == 1
 
 
+def test_augmented_images_have_the_size_that_a_given_transform_makes(folder):
+    image = pytest.importorskip("PIL.Image")
+
+    def transform(picture: image.Image) -> torch.Tensor:
+        return torch.zeros(3, *picture.resize((24, 20)).size[::-1])
+
+    data = load_data(str(folder), transform=transform, augment=True)
+    assert data.input_size == (3, 20, 24)
+    assert {image.shape[1:] for loader in (data.train, data.validation) for image, _ in loader} == {(3, 20, 24)}
+
+
 def test_torchvision_data_set(tmp_path):
     pytest.importorskip("timm")
 

@@ -116,14 +116,15 @@ def load_data(
             validation = train
             kept, held_out = last_tenth_of_each_class(labels, what="image")
         plain = transform or _transform(input_size, config, augment=False)
+        held = _Images(validation, held_out, plain, input_size[0])
+        channels, height, width = held[0][0].shape  # which a given transform decides
+        input_size = (channels, height, width)
         training = _transform(input_size, config, augment=True) if augment else plain
         splits = (
-            _Images(train, kept, training, input_size[0]),
-            _Images(validation, held_out, plain, input_size[0]),
-            _Images(test, range(len(_labels(test))), plain, input_size[0]),
+            _Images(train, kept, training, channels),
+            held,
+            _Images(test, range(len(_labels(test))), plain, channels),
         )
-        channels, height, width = splits[1][0][0].shape
-        input_size = (channels, height, width)
     sizes = tuple(len(split) for split in splits)
     return Data(
         train=DataLoader(
