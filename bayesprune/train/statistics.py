@@ -8,6 +8,7 @@ means, without gradients, for the statistics alone.
 """
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -36,7 +37,7 @@ class MeanStatistics:
     """
 
     def __init__(self, model: nn.Module, steps: StepCount) -> None:
-        """Looks at the forwards of this model from now on; `steps` are those that were taken."""
+        """Looks at the forwards of this model from now on, while `steps` lives: those that were taken."""
         layers = [layer for _, layer in variational_layers(model) if layer.estimator not in ("mean", "moments")]
         is_sharded = any(hasattr(parameter, "to_local") for parameter in model.parameters())
         self._model, self._layers = model, [] if is_sharded else layers
@@ -44,7 +45,7 @@ class MeanStatistics:
         self._norms = [norm for norm in norms if norm.momentum]
         self._before: dict[_BatchNorm, tuple[Tensor, Tensor]] = {}
         self._batch: _Batch | None = None
-        self._steps = steps
+        self._steps: weakref.ref[StepCount] | None = weakref.ref(steps)
         self._handles: list[RemovableHandle] = []
         if self._layers and self._norms:
             self._handles = [
@@ -54,7 +55,8 @@ class MeanStatistics:
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy of the model, whose steps nobody tells: it changes nothing there."""
-        return vars(self) | {"_layers": [], "_norms": [], "_handles": [], "_before": {}, "_batch": None}
+        nothing = {"_layers": [], "_norms": [], "_handles": [], "_before": {}, "_batch": None, "_steps": None}
+        return vars(self) | nothing
 
     def update(self) -> None:
         """Undoes what noise of this step did, and gathers from the last batch where it is time."""
@@ -62,7 +64,7 @@ class MeanStatistics:
         batch, norms, self._before, self._batch = self._batch, list(self._before), {}, None
         if batch is None or not norms:
             return
-        number = self._steps.at_most // EVERY + 1
+        number = self._num_steps // EVERY + 1
         try:
             with eval_mode(self._model), sampling(self._model, "mean"), _gathering(norms, number), batch.autocast():
                 self._model(*batch.args, **batch.kwargs)
@@ -102,19 +104,25 @@ class MeanStatistics:
         # A layer that was made deterministic has no override.
         return not all(getattr(layer, "estimator_override", None) in ("mean", "moments") for layer in self._layers)
 
+    @property
+    def _num_steps(self) -> int:
+        """Steps taken; below zero where the attachment that counted them is gone."""
+        steps = None if self._steps is None else self._steps()
+        return -1 if steps is None else steps.at_most
+
     def _look_back(self, model: nn.Module, *_: Any) -> None:
-        if self._concerns(model):
+        if self._concerns(model) and self._num_steps >= 0:
             self._undo()
 
     def _look(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if not self._concerns(model):
             return
-        if not isinstance(self._layers[0], VariationalLayer):  # made deterministic
-            self.end()
+        if self._num_steps < 0 or not isinstance(self._layers[0], VariationalLayer):
+            self.end()  # nobody tells the steps any more, or the model was made deterministic
             return
         if not self._before:  # the first forward of a step; what was loaded or measured before it stays
             self._before = self._copied([norm for norm in self._norms if norm.training])
-        if self._steps.at_most % EVERY == 0:
+        if self._num_steps % EVERY == 0:
             self._batch = _Batch(args, kwargs, present_autocast(next(model.parameters()).device))
 
 

@@ -1,6 +1,7 @@
 """Noise that a network does not bear: what it costs is measured, bounded and said; batch norm does not gather it."""
 
 import copy
+import gc
 import logging
 import warnings
 
@@ -286,6 +287,16 @@ def test_a_training_at_the_means_afterwards_gathers_as_ever():
             for _ in range(9):
                 net(x).sum().backward()
     assert torch.equal(model[1].running_var, expected[1].running_var)
+
+
+def test_a_loop_with_another_optimizer_gathers_as_ever():
+    """The one that was attached to is gone, as where a function made it, and nobody detached it."""
+    model = conv_with_norm()[0].train()
+    gc.collect()
+    before = model[1].running_mean.clone()
+    for _ in range(3):
+        model(torch.randn(16, 2, 4, 4) + 5).sum().backward()
+    assert bool((model[1].running_mean != before).all())
 
 
 def test_what_is_measured_between_a_forward_and_its_step_stays_until_then():
