@@ -5,7 +5,7 @@ the one place that a callback reaches: it stands inside DDP, FSDP 2 and accelera
 alike, and leaves accumulation, clipping, scaling and the average over processes to the Trainer. It is there from the
 beginning of a training to its end, and works in training mode alone, so that evaluations have the loss on the labels.
 No event tells that an error or an interruption ended a training. So another hook looks who calls the model, and both
-go where that is not the Trainer which has the callback.
+go where the Trainer which has the callback is not among the callers.
 """
 
 import math
@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from bayesprune.errors import UnsupportedModelError
 from bayesprune.hosts.transformers.guards import LossScaleProbe, probe_of
-from bayesprune.hosts.transformers.logs import nearest_caller, stand_before_loggers
+from bayesprune.hosts.transformers.logs import callers, stand_before_loggers
 from bayesprune.train.distillation import Distillation
 
 _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -132,8 +132,7 @@ class DistillationCallback(TrainerCallback):
         self._sums = _NOTHING
 
     def _before(self, model: nn.Module, args: tuple) -> None:
-        trainer = nearest_caller(Trainer)
-        if trainer is None or self not in trainer.callback_handler.callbacks:
+        if not any(self in trainer.callback_handler.callbacks for trainer in callers(Trainer)):
             self._end()
 
     def _after(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from collections.abc import Iterator
 from typing import TypeVar
 
 import torch
@@ -68,13 +69,17 @@ def stand_before_loggers(callback: TrainerCallback) -> None:
 
 
 def nearest_caller(kind: type[_T]) -> _T | None:
-    """The object of this kind whose method is running, the innermost of several; None outside all of them.
+    """The innermost of `callers`; None outside all of them."""
+    return next(callers(kind), None)
+
+
+def callers(kind: type[_T]) -> Iterator[_T]:
+    """The objects of this kind whose methods are running, from the innermost on.
 
     The Trainer hands neither itself nor its list of callbacks to a callback.
     """
-    frame = sys._getframe(1)
+    frame = sys._getframe()
     while frame is not None:
         if isinstance(caller := frame.f_locals.get("self"), kind):
-            return caller
+            yield caller
         frame = frame.f_back
-    return None

@@ -253,6 +253,25 @@ def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
         made.callback_handler.on_train_begin(made.args, made.state, made.control)
 
 
+class _Evaluates(TrainerCallback):
+    """Measures the model by another Trainer after each step."""
+
+    def on_step_end(self, args, state, control, **event):
+        Trainer(event["model"], args, eval_dataset=tiny.classification()[:8]).evaluate()
+        event["model"].train()
+
+
+def test_another_trainer_inside_a_callback_leaves_the_teacher_in_place(tmp_path):
+    distill = distilled("bert")
+    logs = []
+    for others in ((), (_Evaluates(),)):
+        made = tiny.trainer(tiny.bert(), tmp_path, DistillationCallback(distill), *others, max_steps=3, logging_steps=1)
+        made.train()
+        logs.append([(entry["loss"], entry["distillation"]) for entry in made.state.log_history if "loss" in entry])
+    assert len(logs[0]) == 3
+    assert logs[0] == logs[1]
+
+
 class _Interrupted(TrainerCallback):
     """Somebody presses Ctrl-C."""
 
