@@ -77,7 +77,7 @@ class Tolerance:
         if self.is_exceeded(shortfall):
             return -shortfall
         value = self._sign * metrics[self.key]
-        return sparsity + _TIE_BREAK * value / (1 + abs(value))
+        return sparsity + _TIE_BREAK * 0.5 * (1 + value / (1 + abs(value)))  # never below 0, as what exceeds it is
 
     @property
     def _sign(self) -> int:

@@ -190,6 +190,9 @@ def test_scores_put_sparsity_before_accuracy():
 
     assert score(0.9, 0.85) < 0 < score(0.5, 0.9) < score(0.8, 0.885) < score(0.8, 0.89) < score(0.81, 0.885)
     assert tolerance.is_exceeded(float("nan"))
+    strict, losses = Tolerance(1e-5), [{"eval_loss": value} for value in (1.2, 1.2001)]
+    within, beyond = (strict.score(0.0, each, strict.shortfall(each, losses)) for each in losses)
+    assert beyond < 0 < within, "losses count with the opposite sign"
     assert Tolerance(0.1).shortfall({"eval_loss": 2.0}, [{"eval_loss": 1.5}, {"eval_loss": 3.0}]) == 0.5
 
 
