@@ -6,6 +6,7 @@ training before the cut costs is better spent after it (docs/criterion.md). Sing
 
 import copy
 import itertools
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import AbstractContextManager, nullcontext
@@ -151,7 +152,8 @@ def run(
 
     def validate(candidate: nn.Module, label: str) -> float:
         value, num_parameters = task.score(candidate, "validation"), count_parameters(candidate).nonzero
-        history.append(HistoryPoint(num_parameters, value, label))
+        if math.isfinite(value):  # as a number in a file of JSON has to be
+            history.append(HistoryPoint(num_parameters, value, label))
         progress.say(f"validation {task.metric.shown(value)} with {num_parameters:,} non-zero parameters")
         return value
 
@@ -271,7 +273,8 @@ def _rounded(
         trained = f"{label}, trained on"
         scores[trained] = validate(model, trained)
         remark += ", and were held to them while training went on for as many epochs again (straight-through)"
-        if (scores[trained] - scores[label]) * (-1 if task.metric.is_lower_better else 1) < 0:
+        gained = (scores[trained] - scores[label]) * (-1 if task.metric.is_lower_better else 1)
+        if not gained >= 0:  # NaN is no gain
             model.load_state_dict(before)
             progress.say("that was worse: the rounded weights stay as they were")
             remark += ". That was worse, and the result has the weights of before"
@@ -378,10 +381,12 @@ def _fine_tune(
     stds = [part for p in named_posteriors(model) for part in p.log_std_parts if part.requires_grad]
     for part in stds:
         part.requires_grad_(False)  # DDP waits for the gradient of whatever may have one
-    with sampling(model, "mean"):  # as it will be used; the stds stay as they were learned
-        task.train(model, progress, Training(num_epochs, lr, distill=distill))
-    for part in stds:
-        part.requires_grad_(True)
+    try:
+        with sampling(model, "mean"):  # as it will be used; the stds stay as they were learned
+            task.train(model, progress, Training(num_epochs, lr, distill=distill))
+    finally:
+        for part in stds:
+            part.requires_grad_(True)
 
 
 def _example(model: nn.Module, task: Task) -> Any:

@@ -1,6 +1,7 @@
 """The pipeline over a task whose metric is known: what tolerance means, and what the report says of the metric."""
 
 import copy
+import math
 from contextlib import contextmanager
 
 import pytest
@@ -208,16 +209,39 @@ class Spoils(BySize):
             model[0].weight.data.zero_()
 
 
-@pytest.mark.parametrize(("metric", "sign"), [(ACCURACY, 1), (PERPLEXITY, -1)], ids=["accuracy", "perplexity"])
-def test_training_that_makes_rounded_weights_worse_is_undone(metric, sign, tmp_path):
+@pytest.mark.parametrize(
+    ("metric", "score"),
+    [
+        (ACCURACY, lambda kept: 10 + kept),
+        (PERPLEXITY, lambda kept: 10 - kept),
+        (PERPLEXITY, lambda kept: 10 - kept if kept > 0.3 else math.nan),
+    ],
+    ids=["accuracy", "perplexity", "nan"],
+)
+def test_training_that_makes_rounded_weights_worse_is_undone(metric, score, tmp_path):
     model = nn.Sequential(nn.Linear(8, 40), nn.ReLU(), nn.Linear(40, 4))
-    task, progress = Spoils(metric, lambda kept: 10 + sign * kept), Silent()
+    task, progress = Spoils(metric, score), Silent()
     recipe = Recipe("macs=0.5", None, 2, 0.1, 0.1, None, "auto", ("width",), bits=4)
     report = run(model, task, recipe, tmp_path, progress, name="two layers", is_trained=True).report
     assert model[0].weight.any()
     assert "that was worse: the rounded weights stay as they were" in progress.said
     assert "the result has the weights of before" in report.tables[0].remark
     assert report.after.accuracy == task.score(model, "test")
+    assert [point.label for point in report.history][:4] == ["dense", "removed", "fine-tuned", "4 bits"]
+    assert Report.from_json((tmp_path / "report.json").read_text()).history == report.history
+
+
+def test_an_error_in_a_fine_tuning_leaves_the_stds_to_be_trained(tmp_path):
+    class Fails(BySize):
+        def train(self, model, progress, training, *, checkpoint=None):
+            if not training.learn_stds:
+                raise KeyboardInterrupt
+
+    model = nn.Sequential(nn.Linear(8, 40), nn.ReLU(), nn.Linear(40, 4))
+    recipe = Recipe("weights=0.5", None, 1, 0.1, 0.1, None, "auto", ("width",))
+    with pytest.raises(KeyboardInterrupt):
+        run(model, Fails(ACCURACY, lambda kept: kept), recipe, tmp_path, Silent(), name="two layers", is_trained=True)
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_sharded_weights_are_not_held_to_grids(tmp_path):
