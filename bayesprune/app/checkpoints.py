@@ -81,9 +81,7 @@ class Checkpoints:
         self._request = json.loads(json.dumps(dict(request)))
         self._scores: list[float] = []
         path = directory / _JOB
-        if path.is_file():
-            self._go_on(path)
-        elif is_writer:
+        if not (path.is_file() and self._go_on(path)) and is_writer:
             directory.mkdir(parents=True, exist_ok=True)
             self._write_job()
 
@@ -122,12 +120,15 @@ class Checkpoints:
         if self._is_writer:
             shutil.rmtree(self._directory)
 
-    def _go_on(self, path: Path) -> None:
+    def _go_on(self, path: Path) -> bool:
+        """Takes up what an earlier run has left; whether it left anything but its options."""
         try:
             job = json.loads(path.read_text(encoding="utf-8"))
             request, scores = dict(job["request"]), [float(score) for score in job["scores"]]
         except (ValueError, KeyError, TypeError) as error:
             raise StorageError(f"{path} is damaged ({error}); delete {self._directory} to start again.") from error
+        if not scores and not any(self._directory.glob("*.safetensors")):
+            return False
         both = request.keys() | self._request.keys()
         if changed := sorted(key for key in both if request.get(key) != self._request.get(key)):
             shown = ", ".join(f"{key} {request.get(key)!r} (now {self._request.get(key)!r})" for key in changed)
@@ -137,6 +138,7 @@ class Checkpoints:
             )
         self._scores = scores
         _LOGGER.info("going on from the checkpoints in %s", self._directory)
+        return True
 
     def _write_job(self) -> None:
         if self._is_writer:

@@ -61,7 +61,9 @@ def compress(
     data_dir: Annotated[Path | None, Option(help="Where images of torch/NAME and hfds/NAME are kept.")] = None,
     download: Annotated[bool, Option(help="Let torchvision download torch/NAME into the data directory.")] = False,
     augment: Annotated[bool, Option(help="Random crops and mirror images in training.")] = False,
-    image_size: Annotated[int | None, Option(help="Side of the images.", show_default="that of the data")] = None,
+    image_size: Annotated[
+        int | None, Option(min=1, help="Side of the images.", show_default="that of the data")
+    ] = None,
     text_column: Annotated[str | None, Option(help="Column of texts.", show_default="text, sentence, ...")] = None,
     label_column: Annotated[str | None, Option(help="Column of labels.", show_default="label, labels, ...")] = None,
     max_length: Annotated[
@@ -133,7 +135,7 @@ def compress(
     estimator: Annotated[
         str, Option(help="With weights or snr: auto, weight_sampling, flipout, local_reparameterization.")
     ] = "auto",
-    seed: Annotated[int, Option()] = 0,
+    seed: Annotated[int, Option(min=0)] = 0,
     device: Annotated[str | None, Option(help="cpu, cuda, ...", show_default="cuda if there is one")] = None,
     checkpoint_every: Annotated[
         str, Option(help="Steps (500) or a time (30s, 10min, 2h); with hf: only the ends of trainings are kept.")

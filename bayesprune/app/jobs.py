@@ -98,6 +98,11 @@ def prepare(request: Request) -> Job:
         _refuse(
             {**texts, "--max-length": request.max_length}, "for texts, with --task text-classification or causal-lm"
         )
+        data = request.data or ""
+        if not data.startswith("torch/"):
+            _refuse({"--download": request.download}, "for images of torch/NAME")
+        if not data.startswith(("torch/", "hfds/")):
+            _refuse({"--data-dir": request.data_dir}, "for images of torch/NAME and hfds/NAME")
     if request.task == "causal-lm":
         _refuse({"--label-column": request.label_column}, "for text-classification; causal-lm has no labels")
     if library_of(request.model) == "hf":

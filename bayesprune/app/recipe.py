@@ -1,5 +1,6 @@
 """What a compression is to do: the options of `bayesprune compress` and of `bp.compress`, checked."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -65,6 +66,9 @@ class Recipe:
         check_options(self.structure, self.relative_std, self.estimator)
         if self.num_epochs < 1:
             raise ValueError(f"num_epochs is {self.num_epochs!r}; expected 1 or more.")
+        for name in ("train_lr", "lr"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected a learning rate of 0 or more.")
         if self.bits is not None and not 2 <= self.bits <= 12:
             raise ValueError(f"bits is {self.bits!r}; expected the width of a weight, from 2 to 12.")
         if self.coding not in (None, "entropy"):

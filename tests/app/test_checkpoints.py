@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+import bayesprune as bp
 from bayesprune.app.checkpoints import CheckpointEvery, Checkpoints, ResumableTask
 from bayesprune.app.data.images import Data
 from bayesprune.app.pipeline import Recipe, run
@@ -133,6 +134,18 @@ def test_other_options_and_damaged_files_are_refused(tmp_path):
     path = tmp_path / "checkpoints" / "running.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(StorageError, match=r"running\.safetensors.*Delete"):
+        job(tmp_path, Until(5), target="macs=0.6")
+
+
+def test_a_job_that_left_nothing_may_be_given_other_options(tmp_path):
+    """As after an error in the first of them, which a user mends and tries again."""
+    with pytest.raises(bp.errors.InfeasibleTargetError):
+        job(tmp_path, Until(5), target="macs=0.001")
+    with pytest.raises(Killed):
+        job(tmp_path, Until(1), target="macs=0.6")
+    with pytest.raises(Killed):
+        job(tmp_path, Until(5), target="weights=0.4")
+    with pytest.raises(StorageError, match="with other options"):
         job(tmp_path, Until(5), target="macs=0.6")
 
 

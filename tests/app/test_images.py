@@ -180,6 +180,8 @@ def test_hugging_face_data_set(folder, monkeypatch, tmp_path_factory):
 
 
 def test_unknown_names_say_what_is_known(tmp_path):
+    with pytest.raises(ValueError, match="expected the name of a data set of Hugging Face after hfds/"):
+        load_data("hfds/")
     with pytest.raises(ValueError, match=r"load_data got 'digit', which is no folder; expected 'digits', 'torch/NAME'"):
         load_data("digit")
     with pytest.raises(ValueError, match=r"load_data got 'torch/mnits'; of torchvision it knows cifar10, .*mnist"):

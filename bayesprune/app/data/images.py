@@ -192,6 +192,8 @@ def _image_datasets(
     is_folder = library not in ("torch", "hfds")
     if library == "torch" and name not in _TORCHVISION:
         raise ValueError(f"load_data got {spec!r}; of torchvision it knows {', '.join(_TORCHVISION)}")
+    if library == "hfds" and not name:
+        raise ValueError(f"load_data got {spec!r}; expected the name of a data set of Hugging Face after hfds/")
     if is_folder and not Path(spec).is_dir():
         raise ValueError(
             f"load_data got {spec!r}, which is no folder; expected 'digits', 'torch/NAME', 'hfds/NAME' or a folder "
