@@ -120,12 +120,17 @@ class StraightThrough:
 
         Raises:
             TypeError: the first two are no optimizer and model.
-            ValueError: no weight has a grid, the optimizer holds none that has one, the report is of another model,
-                or `num_steps` is missing.
+            ValueError: no weight has a grid, the optimizer holds none that has one or has them held to grids already,
+                the report is of another model, or `num_steps` is missing.
             UnsupportedModelError: weights are cut over processes (FSDP, DeepSpeed), or the optimizer takes no step
-                through `step`.
+                through `step`, or moves weights outside it, too.
         """
         check_types(optimizer, model, "StraightThrough")
+        if hasattr(optimizer, "sync_lookahead"):
+            raise UnsupportedModelError(
+                f"StraightThrough got {type(optimizer).__name__}, which moves weights after the steps of the optimizer "
+                "inside it, off their grids; expected an optimizer that moves them in its step()."
+            )
         optimizer = unwrapped(optimizer)
         check_hooks(optimizer, "StraightThrough")
         if schedule is not None and (num_steps is None or not num_steps > 0):
@@ -147,6 +152,7 @@ class StraightThrough:
             grids = {name: Grid(step, report["limits"][name]) for name, step in report["steps"].items()}
         self._without_rest = posteriors.keys() | grids.keys()
         self._rounded = {tensor.name: tensor for tensor in _held(optimizer, self._model, masks, grids)}
+        _check_alone(optimizer, self._rounded.values())
         if isinstance(report, Mapping):
             self._continue(report)
         self.extra = 0
@@ -316,6 +322,22 @@ def _held(
         raise ValueError(
             f"{type(optimizer).__name__} holds none of the {len(grids)} tensors that have a grid; expected the "
             "optimizer of this very model."
+        )
+
+
+def _check_alone(optimizer: Optimizer, tensors: Iterable[_Rounded]) -> None:
+    """Refuses tensors that are held to grids already: each would take the other's rounding for the weights themselves.
+
+    Raises:
+        ValueError: there is one.
+    """
+    owners = [getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_pre_hooks.values()]
+    others = [each for owner in owners if isinstance(owner, StraightThrough) for each in owner._rounded.values()]
+    taken = {id(other.parameter) for other in others}
+    if doubled := [tensor.name for tensor in tensors if id(tensor.parameter) in taken]:
+        raise ValueError(
+            f"{type(optimizer).__name__} has {first_names(doubled)} held to a grid already; call finish() of that "
+            "StraightThrough first."
         )
 
 

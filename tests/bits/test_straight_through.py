@@ -305,6 +305,14 @@ def test_a_state_of_other_shapes_is_refused(batch):
         runs[1].load_state_dict(runs[0].state_dict())
 
 
+def test_weights_that_move_outside_steps_are_refused(batch):
+    lookahead = pytest.importorskip("timm.optim").Lookahead
+    model = net()
+    report = bp.quantize(model, [batch], bits=3)
+    with pytest.raises(UnsupportedModelError, match="got Lookahead, which moves weights after the steps"):
+        StraightThrough(lookahead(optimizer_of(model)), model, report)
+
+
 def test_what_does_not_fit_is_refused(batch):
     model = net()
     optimizer = optimizer_of(model)
@@ -313,7 +321,14 @@ def test_what_does_not_fit_is_refused(batch):
     report = bp.quantize(model, [batch], bits=3)
     with pytest.raises(ValueError, match="num_steps is None"):
         StraightThrough(optimizer, model, report, schedule=WidthSchedule())
-    state = StraightThrough(optimizer, model, report).state_dict()
+    rounding = StraightThrough(optimizer, model, report)
+    state = rounding.state_dict()
+    with pytest.raises(
+        ValueError, match=r"AdamW has 0\.weight, 4\.weight, 4\.bias held to a grid already; call finish"
+    ):
+        StraightThrough(optimizer, model, report)
+    rounding.finish()
+    StraightThrough(optimizer, model, report).finish()
     first = StraightThrough(torch.optim.SGD([model[0].weight], 0.1), model, report)
     with pytest.raises(ValueError, match=r"differ in 4\.bias, 4\.weight, which one of them does not hold"):
         first.load_state_dict(state)
