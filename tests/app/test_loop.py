@@ -183,6 +183,31 @@ def test_the_kl_of_a_language_model_is_divided_by_its_label_tokens(monkeypatch):
     assert asked == [4 * 5 - 2]
 
 
+@pytest.mark.usefixtures("plain_accelerate")
+def test_a_batch_without_labels_that_count_moves_nothing():
+    tokens = torch.arange(24).view(4, 6) % 5
+    labels = tokens.clone()
+    labels[:2] = -100
+    loader = DataLoader(TensorDataset(tokens, labels), 2)
+    losses = Losses()
+    whole = LoaderTask(
+        Loaders(loader, loader, loader, 4, "tokens"), accelerate.Accelerator(cpu=True), metric=bp.reports.PERPLEXITY
+    )
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5))
+    whole.train(model, losses, Training(1, 0.05))
+    assert losses.found[0] == 0 < losses.found[1]
+    assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+
+
+class Losses:
+    """Progress that keeps the losses."""
+
+    @contextmanager
+    def training(self, num_epochs, steps_per_epoch):
+        self.found = []
+        yield self.found.append
+
+
 def of_two_processes(loader):
     """The task of the second of two processes, which are not there."""
     there = SimpleNamespace(num_processes=2, process_index=1, is_main_process=False, distributed_type="MULTI_CPU")

@@ -147,6 +147,8 @@ class LoaderTask(Task):
         logits, labels = logits_of(outputs).float(), self._terms(labels)
         if self.metric == PERPLEXITY:
             logits, labels = logits[:, :-1].flatten(0, 1), labels.flatten()
+        if not bool((labels != _IGNORED).any()):
+            return logits.sum() * 0.0  # a mean of no terms
         return F.cross_entropy(logits, labels, ignore_index=_IGNORED)
 
     def _terms(self, labels: Any) -> Tensor:
