@@ -3,6 +3,7 @@
 import copy
 import os
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
