@@ -143,7 +143,7 @@ class Attachment:
         self._draws.remove()
         ATTACHMENTS.discard(self)
         take_out(self._optimizer, self._added)
-        put_back(self._taken_out)
+        put_back(self._optimizer, self._taken_out)
         self._added, self._taken_out = [], []
 
     def state_dict(self) -> dict[str, Any]:

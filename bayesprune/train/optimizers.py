@@ -1,7 +1,7 @@
 """What hooks on the user's optimizer do to it, and have to know of it."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
@@ -59,33 +59,53 @@ def with_gradients(
     return args[:1], {**kwargs, "closure": closure_and_update}
 
 
-Place = tuple[list[nn.Parameter], int, nn.Parameter]
-"""A group's parameters, and what stood at which of its positions."""
+class Place(NamedTuple):
+    """A group's parameters, and what stood at which of its positions; its name where the optimizer was given names."""
+
+    params: list[nn.Parameter]
+    position: int
+    parameter: nn.Parameter
+    name: str | None
 
 
 def take_out(optimizer: Optimizer, parameters: Iterable[Tensor]) -> list[Place]:
     """Takes these out of the optimizer's groups; `put_back` is the opposite."""
     ids = {id(parameter) for parameter in parameters}
-    return [
-        (group["params"], position, group["params"].pop(position))
-        for group in optimizer.param_groups
-        for position in reversed(range(len(group["params"])))
-        if id(group["params"][position]) in ids
-    ]
+    places = []
+    for group in optimizer.param_groups:
+        params, names = group["params"], _names_of(group)
+        for position in reversed(range(len(params))):
+            if id(params[position]) in ids:
+                name = None if names is None else names.pop(position)
+                places.append(Place(params, position, params.pop(position), name))
+    return places
 
 
-def put_back(places: Iterable[Place]) -> None:
+def put_back(optimizer: Optimizer, places: Iterable[Place]) -> None:
     """Puts parameters back to where they were."""
-    for params, position, parameter in reversed(list(places)):
+    groups = {id(group["params"]): group for group in optimizer.param_groups}  # loading a state replaces the groups
+    for params, position, parameter, name in reversed(list(places)):
+        names = _names_of(groups.get(id(params), {"params": params}))
         params.insert(position, parameter)
+        if names is not None and name is not None:
+            names.insert(position, name)
 
 
 def add_to_first_group(optimizer: Optimizer, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
     """Puts those that the optimizer does not hold into its first group; schedulers count groups, not parameters."""
     held = held_by(optimizer)
     added = [parameter for parameter in parameters if id(parameter) not in held]
-    optimizer.param_groups[0]["params"].extend(added)
+    group = optimizer.param_groups[0]
+    if (names := _names_of(group)) is not None:
+        names.extend(f"bayesprune.{len(names) + number}" for number in range(len(added)))
+    group["params"].extend(added)
     return added
+
+
+def _names_of(group: dict[str, Any]) -> list[str] | None:
+    """The names of a group's parameters; None where the optimizer was given none, as before torch knew them."""
+    names = group.get("param_names")
+    return names if isinstance(names, list) and len(names) == len(group["params"]) else None
 
 
 def grad_scaler_tensors(optimizer: Optimizer) -> tuple[Tensor | None, Tensor | None]:

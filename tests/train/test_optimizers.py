@@ -10,6 +10,7 @@ from torch import nn
 import bayesprune as bp
 from bayesprune import gates
 from bayesprune.errors import UnsupportedModelError
+from bayesprune.layers import named_posteriors
 from bayesprune.train.kl import bind_prior
 from tests.oracles import HandMadeAdam
 from tests.train.reference import (
@@ -152,6 +153,30 @@ def test_detached_optimizers_are_as_they_were(stds_with):
     for attachment in attachments:
         attachment.detach()
     assert [[id(p) for p in optimizer.param_groups[0]["params"]] for optimizer in pair] == before
+
+
+def test_names_of_parameters_stay_with_them():
+    model = net()
+    stds = {id(part) for posterior in named_posteriors(model) for part in posterior.log_std_parts}
+    rest = [(name, p) for name, p in model.named_parameters() if name == "0.weight" or id(p) in stds]
+    first = torch.optim.SGD(model.named_parameters(), lr=0.1)
+    second = torch.optim.SGD(rest, lr=0.1)
+    if "param_names" not in first.param_groups[0]:
+        pytest.skip("this torch gives optimizers no names")
+    before = [copy.deepcopy(optimizer.param_groups[0]["param_names"]) for optimizer in (first, second)]
+    attachments = [bp.attach(optimizer, model, num_data=NUM_DATA) for optimizer in (first, second)]
+    named = {id(parameter): name for name, parameter in model.named_parameters()}
+    for optimizer in (first, second):
+        (group,) = optimizer.param_groups
+        assert [named[id(parameter)] for parameter in group["params"]] == group["param_names"]
+    first.load_state_dict(first.state_dict())
+    for attachment in attachments:
+        attachment.detach()
+    assert [optimizer.param_groups[0]["param_names"] for optimizer in (first, second)] == before
+    alone = torch.optim.SGD([("weight", model[0].weight)], lr=0.1)
+    bp.attach(alone, model, num_data=NUM_DATA)
+    (group,) = alone.param_groups
+    assert len(set(group["param_names"])) == len(group["params"]) > 1
 
 
 def test_two_players_in_one_model():
