@@ -40,12 +40,11 @@ class Saved:
 def write(args: TrainingArguments, step: int, attachment: Attachment, model: nn.Module) -> None:
     """Puts the attachment's state into the checkpoint of this step, whole or not at all; every process calls it."""
     directory = _of_step(args, step)
+    state = whole_values(attachment.state_dict())  # which waits for all processes, so each of them does it
+    about = {"fingerprint": fingerprint(model), "num_data": attachment.num_data}
     if args.should_save and not directory.is_dir():  # the search for hyperparameters has folders of its own
         _LOGGER.warning("there is no %s: this trial's checkpoint cannot be resumed", directory)
-        return
-    state = whole_values(attachment.state_dict())
-    about = {"fingerprint": fingerprint(model), "num_data": attachment.num_data}
-    if args.should_save:
+    elif args.should_save:
         write_state(directory / FILE_NAME, state, about)
 
 

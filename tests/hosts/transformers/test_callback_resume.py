@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from transformers import Trainer, TrainerCallback, ViTConfig, ViTForImageClassif
 
 import bayesprune as bp
 from bayesprune.errors import StorageError
-from bayesprune.hosts.transformers import BayesPruneCallback, PruneSchedule
+from bayesprune.hosts.transformers import BayesPruneCallback, PruneSchedule, checkpoint
 from bayesprune.hosts.transformers.checkpoint import FILE_NAME
 from tests.hosts.transformers import tiny
 
@@ -103,6 +104,19 @@ def test_the_state_is_one_file_without_pickle(tmp_path):
     assert about["about"]["num_data"] == sum(label != -100 for row in tiny.language() for label in row["labels"][1:])
     assert dict(about["outline"]["dict"])["step"] == SAVED
     assert not [*tmp_path.rglob("*.partial")]
+
+
+@pytest.mark.parametrize("should_save", [True, False])
+def test_each_process_gathers_where_there_is_no_directory(should_save, tmp_path, monkeypatch):
+    """As in a search for hyperparameters: a process that did not would leave the others waiting for it."""
+    gathered = []
+    monkeypatch.setattr(checkpoint, "whole_values", lambda state: gathered.append(state) or state)
+    model = bp.to_variational(tiny.llama())
+    attachment = bp.attach(torch.optim.SGD(model.parameters()), model, num_data=1)
+    args = SimpleNamespace(output_dir=str(tmp_path), should_save=should_save)
+    checkpoint.write(args, 3, attachment, model)
+    assert len(gathered) == 1
+    assert not [*tmp_path.rglob("*")]
 
 
 def test_resumed_from_elsewhere(tmp_path):
