@@ -167,7 +167,7 @@ def test_the_result_is_not_written_over_the_checkpoint(tmp_path, capsys):
     written = tmp_path / ".." / tmp_path.name
     code, out, err = run(capsys, "compress", "--out", str(written), "--checkpoint", str(path))
     assert code != 0
-    assert "starts from" in out + err
+    assert "overwrite" in out + err
     assert path.read_bytes() == b"trained"
 
 
