@@ -27,6 +27,7 @@ from bayesprune.convert import conversion_table, to_deterministic, to_variationa
 from bayesprune.elastic import Level, levels
 from bayesprune.foundation import defaults
 from bayesprune.foundation.batches import device_of, first_example, on_device
+from bayesprune.laplace.calibration import length_of
 from bayesprune.layers import named_posteriors
 from bayesprune.prediction.predict import sampling
 from bayesprune.prune import freeze_batch_norm, prune_channels, prune_weights, signal_to_noise, smallest_within
@@ -303,19 +304,11 @@ def _check_batches(loaders: Loaders) -> None:
                 f"the {split} batches are a {type(batches).__name__}, which one pass uses up; expected what starts "
                 "anew each time, such as a DataLoader or a list."
             )
-        if _length(batches) == 0:
+        if length_of(batches, None) == 0:
             raise ValueError(
                 f"there is no {split} batch; expected one at least. A DataLoader with drop_last=True leaves out a last "
                 "batch that is not full."
             )
-
-
-def _length(batches: Any) -> int | None:
-    """How many there are; None where a loader's data do not say."""
-    try:
-        return len(batches)
-    except TypeError:
-        return None
 
 
 def _convert(model: nn.Module, recipe: Recipe) -> nn.Module:

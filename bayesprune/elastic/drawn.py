@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from bayesprune.elastic.positions import fill_kept
 from bayesprune.errors import UnsupportedModelError
+from bayesprune.foundation.device import numbers_of
 from bayesprune.foundation.target import Target
 from bayesprune.foundation.text import first_names
 from bayesprune.layers import variational_layers
@@ -123,7 +124,8 @@ class LevelDraws:
                     _times(parameter, factors[name])
             yield
             values = zip(own.items(), before, strict=False)
-            if moved := [name for (name, its), (_, value) in values if _has_moved(its, value, factors[name])]:
+            numbers = numbers_of([_num_moved(its, value, factors[name]) for (name, its), (_, value) in values])
+            if moved := [name for name, number in zip(own, numbers, strict=True) if number]:
                 raise RuntimeError(
                     f"{first_names(moved)} moved while the model was at a level, and is put back to what it was; take "
                     "the optimizer's step behind the `with` block, where only forward and backward belong."
@@ -225,9 +227,9 @@ def _times(tensor: Tensor, factors: Factors) -> Tensor:
 
 
 @torch.no_grad()
-def _has_moved(parameter: Tensor, value: Tensor, factors: Factors) -> bool:
-    """Whether a finite weight is another one than this value times the factors; fused optimizers raise no version."""
-    return bool(((parameter != _times(value.clone(), factors)) & parameter.isfinite()).any())
+def _num_moved(parameter: Tensor, value: Tensor, factors: Factors) -> Tensor:
+    """How many finite weights are other ones than these values times the factors; fused optimizers raise no version."""
+    return ((parameter != _times(value.clone(), factors)) & parameter.isfinite()).sum()
 
 
 def _num_kept(model: nn.Module, factors: dict[str, Factors]) -> int:

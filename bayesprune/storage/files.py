@@ -83,7 +83,7 @@ def write_together(directory: Path, writers: Mapping[str, Writer]) -> None:
         order = sorted(writers, key=lambda name: (name.endswith(".safetensors"), name == TENSORS))
         for name in order:  # JSON first, whose access rights are the user's, the largest last
             writers[name](temporary[name])
-            mode = _settle(temporary[name], mode)
+            mode = settle(temporary[name], mode)
         with _alone_in(directory):
             stale = _of_earlier_saves(directory)
             _swap({name: directory / name for name in writers}, temporary, previous)
@@ -139,8 +139,8 @@ def num_bytes(size: int | str) -> int:
     return size
 
 
-def _settle(path: Path, mode: int | None) -> int:
-    """Puts the file on the disk; with the access rights of its siblings, which safetensors keeps to the owner."""
+def settle(path: Path, mode: int | None) -> int:
+    """Puts the file on the disk; with these access rights, as of any new file, which safetensors keeps to the owner."""
     if mode is not None:
         path.chmod(mode)
     with path.open("r+b") as file:

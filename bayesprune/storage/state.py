@@ -4,7 +4,6 @@ The Trainer's checkpoints keep an attachment in it, and those of `bayesprune com
 """
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bayesprune.errors import StorageError
+from bayesprune.storage.files import settle
 
 _KEY, _FORMAT_VERSION = "bayesprune", 3
 
@@ -62,9 +62,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         partial.touch()
         mode = partial.stat().st_mode
         write(partial)
-        partial.chmod(mode)  # the access rights of any new file, which safetensors keeps to the owner
-        with partial.open("r+b") as file:
-            os.fsync(file.fileno())
+        settle(partial, mode)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -17,6 +17,7 @@ from bayesprune.app.checkpoints import CheckpointEvery, Running
 from bayesprune.app.data import Loaders
 from bayesprune.app.data.images import Data
 from tests.app.test_checkpoints import Killed, Until
+from tests.processes import free_port
 
 accelerate = pytest.importorskip("accelerate")
 
@@ -26,7 +27,6 @@ from bayesprune.app.tasks import loop  # noqa: E402
 from bayesprune.app.tasks.loop import LoaderTask, check_launch  # noqa: E402
 from bayesprune.app.tasks.task import Training  # noqa: E402
 from bayesprune.foundation.target import Target  # noqa: E402
-from tests.processes import free_port  # noqa: E402
 
 NUM_IMAGES, NUM_PROCESSES = 32, 2
 REMOVAL = Training(9, 0.05, learn_stds=True, target=Target("weights", 0.6))

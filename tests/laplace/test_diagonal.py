@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributions import Normal, kl_divergence
+from torch.utils.data import DataLoader, IterableDataset
 
 import bayesprune as bp
 from bayesprune.errors import UnsupportedModelError
@@ -170,6 +171,21 @@ def test_what_is_not_known_is_said_and_stays():
     assert torch.equal(model["unused"].weight_log_std, before)
     with pytest.raises(UnsupportedModelError, match="BoundLearned, which has no precision"):
         fit_laplace(model, batches, prior=bp.priors.ARD())
+
+
+class Endless(IterableDataset):
+    """Examples without a length, which a loader of them has none of either."""
+
+    def __iter__(self):
+        return iter([(torch.ones(4), 0), (torch.zeros(4), 1)])
+
+
+def test_a_loader_of_data_without_a_length_will_do():
+    model = bp.to_variational(nn.Linear(4, 3))
+    other = copy.deepcopy(model)
+    fit_laplace(model, DataLoader(Endless(), batch_size=1))
+    fit_laplace(other, list(DataLoader(Endless(), batch_size=1)))
+    assert torch.equal(model.weight_log_std, other.weight_log_std)
 
 
 def test_gradients_that_are_not_finite_are_refused():
