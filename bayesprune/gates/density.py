@@ -26,6 +26,33 @@ LARGEST_LOGIT = 8.0
 
 
 @torch.no_grad()
+def move(gates: Sequence[WeightGate], mean_square: Tensor, weight: float, found_inf: Tensor | None = None) -> None:
+    """Moves logits against their gradients, in units of the root mean square of the gradients of all gates.
+
+    An optimizer with a scale for each of them, as Adam, moves all logits alike, however little is at stake. With one
+    scale for all, a logit is the sum of what opening its weight would have gained, and logits can be compared.
+
+    Args:
+        gates: Held gates of one model; those without a gradient do not move.
+        mean_square: The running mean of the squares of their gradients, a scalar, updated in place; 0 before the first.
+        weight: Weight of this step in it.
+        found_inf: Not 0 where a gradient scaler found an overflow: then nothing changes.
+    """
+    gradients = {gate: gate.logits.grad for gate in gates if gate.logits.grad is not None}
+    if not gradients:
+        return
+    norms = torch.stack([torch.linalg.vector_norm(gradient).to(mean_square) for gradient in gradients.values()])
+    now = norms.square().sum() / sum(gradient.numel() for gradient in gradients.values())
+    now = torch.where(mean_square == 0, now, mean_square.lerp(now, weight))
+    overflows = None if found_inf is None else found_inf.to(mean_square.device) > 0
+    mean_square.copy_(now if overflows is None else torch.where(overflows, mean_square, now))
+    unit = mean_square.sqrt().clamp_min(torch.finfo(mean_square.dtype).tiny)
+    for gate, gradient in gradients.items():
+        step = gradient * (gate.lr / unit).to(gradient.device)
+        gate.logits.sub_(step if overflows is None else step.masked_fill(overflows.to(step.device), 0.0))
+
+
+@torch.no_grad()
 def hold(gates: Sequence[WeightGate], progress: float) -> None:
     """Makes the gates meet their target as far as it is due.
 

@@ -14,15 +14,18 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from bayesprune.errors import UnsupportedModelError
-from bayesprune.gates.density import DECIDED, hold
+from bayesprune.gates.density import DECIDED, hold, move
 from bayesprune.gates.gate import ChannelGate, Gate, GatedSide, WeightGate, named_gates, weight_gate
 from bayesprune.layers import Posterior
 from bayesprune.train.complexity import Bound, Complexity, sum_kl, total
 from bayesprune.train.optimizers import has_fused_kernel, step_scaled
 
+_FORGETS = 1e-3
+"""Weight of a step in the running mean of the squares of the gradients of held gates; as Adam's second moment has."""
+
 
 class GatedComplexity(Complexity):
-    """The gates of a model, what they do to the KL, and the optimizer that moves their logits.
+    """The gates of a model, what they do to the KL, and how their logits move.
 
     Attributes:
         gates: The gates by name.
@@ -39,14 +42,16 @@ class GatedComplexity(Complexity):
                 raise UnsupportedModelError(
                     f"the gates of {name} are sharded by FSDP; expected a model that is whole on every process (DDP)."
                 )
-            by_lr[gate.lr].append(gate.logits)
+            if gate.has_prior:
+                by_lr[gate.lr].append(gate.logits)
             for side in gate.sides if isinstance(gate, ChannelGate) else ():
                 self._sides[id(side.layer)].append(side)
         self._held = [gate for gate in self.gates.values() if isinstance(gate, WeightGate) and gate.target is not None]
         self._num_steps: int | None = None
         self.parameters, self.names = [gate.logits for gate in self.gates.values()], list(self.gates)
+        self._mean_square = torch.zeros((), device=self._held[0].logits.device if self._held else None)
         groups = [{"params": logits, "lr": lr} for lr, logits in by_lr.items()]
-        self._optimizer = Adam(groups, fused=has_fused_kernel(self.parameters))
+        self._optimizer = Adam(groups, fused=has_fused_kernel(self.parameters)) if groups else None
 
     def inclusion(self, posterior: Posterior) -> Tensor | None:
         """Probability that each weight is there, of the parameter's shape, in the graph; None where no gate decides."""
@@ -121,17 +126,17 @@ class GatedComplexity(Complexity):
 
     def step(self, number: int, found_inf: Tensor | None = None) -> None:
         """Moves the logits, unless a gradient scaler found an overflow, and holds them to their target."""
+        if self._optimizer is not None:
+            step_scaled(self._optimizer, None, found_inf)
         progress = number / self._num_steps if self._num_steps else 0.0
-        if progress > DECIDED:
-            for gate in self._held:
-                gate.logits.grad = None
-        step_scaled(self._optimizer, None, found_inf)
         if self._held and progress <= DECIDED:
+            move(self._held, self._mean_square, max(_FORGETS, 1 / number), found_inf)
             hold(self._held, progress)
 
     def state_dict(self) -> dict[str, Any]:
-        """Names of the gates and the optimizer's state."""
-        return {"names": self.names, "optimizer": self._optimizer.state_dict()}
+        """Names of the gates, the optimizer's state, and how large the gradients of held gates are."""
+        optimizer = {} if self._optimizer is None else self._optimizer.state_dict()
+        return {"names": self.names, "optimizer": optimizer, "mean_square": self._mean_square}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from the state of the same gates.
@@ -140,4 +145,6 @@ class GatedComplexity(Complexity):
             ValueError: the state belongs to other gates.
         """
         super().load_state_dict(state)
-        self._optimizer.load_state_dict(state["optimizer"])
+        if self._optimizer is not None:
+            self._optimizer.load_state_dict(state["optimizer"])
+        self._mean_square.copy_(state["mean_square"])

@@ -73,7 +73,7 @@ def ways(method: str) -> list[Way]:
     """The settings to choose from, six for each method."""
     if method in ("magnitude", "OBD", "attentive"):
         return [Way(method, lr) for lr in (1e-3, 2e-3, 4e-3, 8e-3, 1.2e-2, 1.6e-2)]
-    strengths = {"gates": (1e-2, 2e-2), "L1 mask": (1e-4, 4e-4), "posterior": (0.03, 0.3)}[method]
+    strengths = {"gates": (2e-3, 1e-2), "L1 mask": (1e-4, 4e-4), "posterior": (0.03, 0.3)}[method]
     return [Way(method, lr, strength) for lr in (2e-3, 4e-3, 8e-3) for strength in strengths]
 
 

@@ -1,6 +1,7 @@
 """Gates that are held to a target."""
 
 import copy
+import math
 import warnings
 
 import pytest
@@ -11,7 +12,7 @@ from torch.nn.functional import mse_loss
 import bayesprune as bp
 from bayesprune import gates
 from bayesprune.foundation.target import Target
-from bayesprune.gates.density import REACHED, hold
+from bayesprune.gates.density import REACHED, hold, move
 from bayesprune.gates.gate import GateOptions, WeightGate, named_gates
 
 OPTIONS = GateOptions(0.01, 0.99, 0.5, 0.05)
@@ -122,6 +123,38 @@ def test_a_held_gate_decides_in_training_as_in_evaluation_and_has_the_gradient_o
     drawn.sum().backward()
     soft = (held.logits.detach() / OPTIONS.temperature).sigmoid()
     torch.testing.assert_close(held.logits.grad, soft * (1 - soft) / OPTIONS.temperature)
+
+
+def test_logits_move_by_what_is_at_stake():
+    """One size of gradients for all gates: the logits of a quiet layer move less than those of a loud one."""
+    quiet, loud = gate(torch.zeros(2, 4), "weights=0.5"), gate(torch.zeros(1, 4), "weights=0.5")
+    gates_, mean_square, small, large = [quiet, loud], torch.zeros(()), torch.full((2, 4), 0.1), torch.full((1, 4), 2.0)
+    mean = (8 * 0.01 + 4 * 4.0) / 12
+
+    def step(weight, factor=1.0, found_inf=None):
+        quiet.logits.grad, loud.logits.grad = factor * small, factor * large
+        move(gates_, mean_square, weight, found_inf)
+
+    step(0.5)
+    torch.testing.assert_close(mean_square, torch.tensor(mean))
+    torch.testing.assert_close(quiet.logits.detach(), -OPTIONS.lr * small / mean**0.5)
+    torch.testing.assert_close(loud.logits.detach(), -OPTIONS.lr * large / mean**0.5)
+    before = loud.logits.detach().clone()
+    step(0.5, math.inf, torch.ones(()))
+    assert torch.equal(loud.logits, before)
+    torch.testing.assert_close(mean_square, torch.tensor(mean))
+    step(0.25, 2.0, torch.zeros(()))
+    torch.testing.assert_close(mean_square, torch.tensor(0.75 * mean + 0.25 * 4 * mean))
+    torch.testing.assert_close(loud.logits.detach(), before - OPTIONS.lr * 2 * large / (1.75 * mean) ** 0.5)
+
+
+def test_logits_stay_where_no_gradient_says_anything():
+    silent, absent = gate(torch.ones(2, 2), "weights=0.5"), gate(torch.ones(2, 2), "weights=0.5")
+    silent.logits.grad = torch.zeros(2, 2)
+    move([silent, absent], torch.zeros(()), 1.0)
+    move([absent], torch.zeros(()), 1.0)
+    assert (silent.logits == 1).all()
+    assert (absent.logits == 1).all()
 
 
 def test_attach_needs_the_length_of_the_training():
