@@ -174,10 +174,10 @@ def compress(
     )
     if corruptions and task in ("text-classification", "causal-lm"):
         raise typer.BadParameter("it is for images, and this task has texts; leave it out.", param_hint="--corruptions")
-    if not recipe.learns_stds and (std is not None or estimator != "auto"):
+    if not recipe.learns_stds and std is not None:
         raise typer.BadParameter(
-            "--std and --estimator are for stds that are learned; a budget of MACs or parameters, and --gates, learn "
-            "none. Leave them out, or give a --target of weights or snr."
+            "--std is for stds that are learned; a budget of MACs or parameters, and --gates, learn none. Leave it "
+            "out, or give a --target of weights or snr."
         )
     request = Request(
         model=model,

@@ -80,6 +80,11 @@ class Recipe:
             raise ValueError(f"tolerance is {self.tolerance!r}; expected the largest accepted loss, 0 or more.")
         if self.gates and (self.target is None or not self.removes_weights):
             raise ValueError("gates choose single weights for a target; give one, such as weights=0.01.")
+        if self.estimator != defaults.ESTIMATOR and not self.learns_stds:
+            raise ValueError(
+                f"estimator is {self.estimator!r}, and no stds are learned: a budget of MACs or parameters, and gates, "
+                "learn none. Leave it out, or give a target of weights or snr."
+            )
         if not self.removes_weights:
             checked_target(self.goal, None, self.granularity, self.uniform, 1)
         elif self.uniform:

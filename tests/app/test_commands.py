@@ -141,6 +141,7 @@ def test_the_same_seed_gives_the_same_model(compressed, few_digits, tmp_path, ca
         (["--corruptions", "--model", "hf:here", "--task", "causal-lm"], "for images"),
         (["--std", "per_kernel"], "per_channel"),
         (["--std", "per_weight"], "learn none"),
+        (["--estimator", "flipout"], "no stds are learned"),
         (["--device", "abacus"], "cannot be used here"),
         (["--device", "cuda:99"], "cannot be used here"),
     ],
