@@ -48,10 +48,10 @@ def quantize(
     model (see `bayesprune.bits.steps`), and is searched for the largest tolerated loss, or the largest file. Weights
     that are zero stay zero. With data the weights of a row make up for each other's rounding (see
     `bayesprune.bits.rounding`), and each layer for those before it (`bayesprune.bits.work`). Biases of converted layers
-    are rounded like weights, and so are embeddings where there are data. What else has no posterior, such as norms, their
-    running statistics and frozen layers (`requires_grad=False`), keeps 11 significant bits, as many as float16 has. The
-    values remain ordinary tensors of the same dtype: nothing is attached to the model. Training on makes it an ordinary
-    one again, unless `bits.StraightThrough` holds it to its grids.
+    are rounded like weights, and so are embeddings where there are data. What else has no posterior, such as norms,
+    their running statistics and frozen layers (`requires_grad=False`), keeps 11 significant bits, as many as float16
+    has. The values remain ordinary tensors of the same dtype: nothing is attached to the model. Training on makes it an
+    ordinary one again, unless `bits.StraightThrough` holds it to its grids.
 
     Args:
         model: A variational model, whose own stds are used, or a stock one; that is given a diagonal Laplace posterior

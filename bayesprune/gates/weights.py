@@ -42,7 +42,9 @@ def add_weight_gates(
             KL of the weight itself.
         initial_inclusion: Posterior probability at the start.
         temperature: Of the binary concrete relaxation.
-        lr: Learning rate of the gates' logits.
+        lr: Learning rate of the gates' logits: about what one step moves each by; with a target it is what a gradient
+            of ordinary size moves its logit by, the root mean square of those of all gates, and other logits move by as
+            much more or less as theirs is.
 
     Raises:
         ValueError: the model has no variational layer, or none that trains, has gates on weights, a number is out of

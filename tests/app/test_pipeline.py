@@ -281,7 +281,7 @@ class Endless(IterableDataset):
         ({"num_epochs": 0}, "num_epochs is 0; expected 1 or more"),
         ({"bits": 1}, "bits is 1; expected the width of a weight, from 2 to 12"),
         ({"gates": True, "target": "macs=0.5"}, "gates choose single weights for a target; give one"),
-        ({"gates": True, "target": "weights=0.5", "estimator": "flipout"}, "estimator is 'flipout', and no stds are lea"),
+        ({"gates": True, "target": "weights=0.5", "estimator": "flipout"}, "and no stds are learned"),
         ({"target": "macs=0.5", "estimator": "flipout"}, "estimator is 'flipout', and no stds are learned"),
         ({"coding": "zip"}, "coding is 'zip'; expected \"entropy\""),
         ({"data": {"train": []}}, "data has no 'validation' batches"),
