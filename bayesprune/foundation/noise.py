@@ -82,7 +82,7 @@ def normal_blocks(seed: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     yield from zip(blocks, *(tensor.view(-1).split(size) for tensor in tensors), strict=True)
 
 
-@torch.library.custom_op("bayesprune::normal", mutates_args=(), tags=torch.Tag.nondeterministic_seeded)
+@torch.library.custom_op("bayesprune::normal", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def _read(shape: list[int], like: Tensor) -> Tensor:
     """`normal` as one operation of a compiled program, which torch's own numbers would take most of the time of."""
     return torch.cat(table_blocks(draw_seed(), shape, like.device)).view(shape)

@@ -74,7 +74,8 @@ def ways(method: str) -> list[Way]:
     if method in ("magnitude", "OBD", "attentive"):
         return [Way(method, lr) for lr in (1e-3, 2e-3, 4e-3, 8e-3, 1.2e-2, 1.6e-2)]
     strengths = {"gates": (2e-3, 1e-2), "L1 mask": (1e-4, 4e-4), "posterior": (0.03, 0.3)}[method]
-    return [Way(method, lr, strength) for lr in (2e-3, 4e-3, 8e-3) for strength in strengths]
+    lrs = (4e-3, 8e-3, 1.6e-2) if method == "gates" else (2e-3, 4e-3, 8e-3)
+    return [Way(method, lr, strength) for lr in lrs for strength in strengths]
 
 
 METHODS = ("gates", "posterior", "L1 mask", "magnitude", "OBD", "attentive")

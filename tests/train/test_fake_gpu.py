@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorDeviceMismatchError
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 import bayesprune as bp
 from bayesprune import estimators
@@ -91,7 +91,7 @@ def autocast(dtype):
 
 
 def test_what_would_be_noticed(gpu):
-    with pytest.raises(FakeTensorDeviceMismatchError):
+    with pytest.raises(RuntimeError, match="device"):
         torch.empty(2, device=GPU) + torch.empty(2)
     with pytest.raises(DataDependentOutputException):
         torch.empty(2, device=GPU).sum().item()
