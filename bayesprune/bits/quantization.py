@@ -16,7 +16,7 @@ from bayesprune.bits.steps import Grid, posterior_grid, width_grid, width_of
 from bayesprune.bits.work import Weight, Work
 from bayesprune.convert import to_variational
 from bayesprune.errors import InfeasibleTargetError
-from bayesprune.foundation.batches import device_of, on_device
+from bayesprune.foundation.batches import with_examples
 from bayesprune.foundation.sharding import check_whole
 from bayesprune.foundation.text import first_names
 from bayesprune.laplace import fit_laplace, output_metric
@@ -76,7 +76,8 @@ def quantize(
             classes) nor (examples, tokens, classes) it also says how exactly weights have to be known.
 
     Raises:
-        ValueError: not exactly one of tolerance, bits and bytes is given, or one is out of range; data are missing.
+        ValueError: not exactly one of tolerance, bits and bytes is given, or one is out of range; data are missing, or
+            have no loss that is a number.
         InfeasibleTargetError: no step is small enough for the tolerance, or large enough for the bytes. The model is
             as it was then.
         StorageError: bytes are asked for, and `constriction` is missing.
@@ -92,7 +93,7 @@ def quantize(
     """
     check_whole(model, "quantize")
     _check(tolerance, bits, bytes, per, compensate)
-    batches = None if data is None else [on_device(batch, device_of(model)) for batch in data]
+    batches = None if data is None else list(with_examples(model, data))
     if tolerance is not None and not batches:
         raise ValueError("tolerance needs data to measure the loss on; pass batches, or ask for bits or bytes.")
     loss = own_loss if loss is None else loss
@@ -116,7 +117,7 @@ def quantize(
         if bits is not None:
             work.round_in_sequence(lambda weight: _fixed(weight, bits))
         elif tolerance is not None:
-            limit = work.loss() + tolerance
+            limit = _loss_of(work) + tolerance
             kappa = _search(work, lambda: work.loss() <= limit, f"a loss within {tolerance:g} nats")
         elif bytes is not None:
             kappa = _search(work, lambda: work.coded_bytes() <= bytes, f"{bytes:,} bytes", larger_fits=True)
@@ -139,6 +140,21 @@ def quantize(
         for tensor, value in pairs:
             tensor.copy_(value)
     return report
+
+
+def _loss_of(work: Work) -> float:
+    """The loss before anything is rounded.
+
+    Raises:
+        ValueError: it is no number.
+    """
+    loss = work.loss()
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"the mean loss on the data is {loss}, to which no tolerance can be added; expected a finite number. Leave "
+            "out batches of which no label counts (all are -100), or ask for bits or bytes."
+        )
+    return loss
 
 
 def _search(work: Work, fits: Callable[[], bool], what: str, *, larger_fits: bool = False) -> float:
@@ -172,7 +188,8 @@ def _search(work: Work, fits: Callable[[], bool], what: str, *, larger_fits: boo
             low, high = (middle, high) if is_small(middle) else (low, middle)
         kappa = high if larger_fits else low
         if is_small(kappa) is larger_fits:
-            raise InfeasibleTargetError(f"quantize found no steps that give {what}. Ask for less.")
+            advice = "Allow more of them." if larger_fits else "Allow a larger loss, or ask for bits or bytes."
+            raise InfeasibleTargetError(f"quantize found no steps that give {what}. {advice}")
         rounded, at = work.round_in_sequence, None
     return kappa
 

@@ -13,7 +13,7 @@ What is meant is read off the signature of the model's forward.
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -132,6 +132,15 @@ def on_device(value: Any, device: torch.device) -> Any:
 def device_of(model: nn.Module) -> torch.device:
     """The device of the model's first parameter; the CPU for a model without parameters."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def with_examples(model: nn.Module, batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches on the model's device, but those that hold no example and so say nothing."""
+    device = device_of(model)
+    for batch in batches:
+        moved = on_device(batch, device)
+        if split(model, moved).num_examples:
+            yield moved
 
 
 def logits_of(output: Any) -> Tensor:

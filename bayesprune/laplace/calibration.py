@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bayesprune.errors import UnsupportedModelError
-from bayesprune.foundation.batches import Batch, logits_of, named_tensor, on_device, split, takes_labels
+from bayesprune.foundation.batches import Batch, logits_of, named_tensor, split, takes_labels, with_examples
 from bayesprune.foundation.model import eval_mode, requires_grad
 from bayesprune.foundation.progress import progress_bar
 from bayesprune.layers import VariationalLayer, variational_layers
@@ -213,11 +213,10 @@ def visit_calls(
         ValueError: there was no batch.
         UnsupportedModelError: the inputs of a layer do not divide into the batch's examples.
     """
-    device = next(model.parameters()).device
     loss = sampled_cross_entropy if loss is None else loss
     batch = None
-    for batch in progress_bar(islice(loader, num_batches), "Take gradients", "batch", total=total):
-        batch = on_device(batch, device)
+    batches = with_examples(model, islice(loader, num_batches))
+    for batch in progress_bar(batches, "Take gradients", "batch", total=total):
         inputs = split(model, batch)
         with ExitStack() as stack:
             for context in (torch.enable_grad(), eval_mode(model), requires_grad(model, True)):

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayesprune.foundation.batches import device_of, on_device
+from bayesprune.foundation.batches import with_examples
 from bayesprune.foundation.model import restored_on_error
 from bayesprune.foundation.sharding import check_whole
 from bayesprune.laplace.kronecker import variational_layer
@@ -92,7 +92,7 @@ def compensate(
         ... )
     """
     check_whole(model, "compensate")
-    batches = [on_device(batch, device_of(model)) for batch in data]
+    batches = list(with_examples(model, data))
     if not batches:
         raise ValueError("data has no batch; expected an iterable of input batches.")
     if dense is None:

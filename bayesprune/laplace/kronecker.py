@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesprune.errors import UnsupportedModelError
-from bayesprune.foundation.batches import Batch, device_of, on_device
+from bayesprune.foundation.batches import Batch, with_examples
 from bayesprune.foundation.sharding import check_whole
 from bayesprune.laplace.calibration import Call, Loss, check_sums, counted_positions, length_of, visit_calls
 from bayesprune.laplace.diagonal import prior_precisions, set_precision
@@ -153,7 +153,7 @@ def fit_kronecker(
         raise ValueError(f"block_size is {block_size!r}; expected 1 or more, 1024 say.")
     precisions = {posterior.name: value for posterior, value in prior_precisions(model, prior).items()}
     holders = _holders(model)
-    batches = iter(loader)
+    batches = with_examples(model, loader)
     first = list(islice(batches, 1))
     total = length_of(loader, num_batches)
     share = None if num_positions is None else num_positions / _checked_length(loader, total)
@@ -277,10 +277,7 @@ def _shifted_norms(model: nn.Module, holders: dict[int, _Holder], first: list[An
     """The batch norm that takes the outputs of a layer without a bias, and of that layer alone, by its weight."""
     layers = {holder.name: holder.layer for holder in holders.values() if is_matrix_product(holder.layer)}
     names = {id(module): name for name, module in model.named_modules()}
-    device = device_of(model)
-    calls = [
-        call for batch in first for call in layer_calls(model, on_device(batch, device), layers, with_values=False)
-    ]
+    calls = [call for batch in first for call in layer_calls(model, batch, layers, with_values=False)]
     runs = Counter(call.name for call in calls)
     return {
         id(call.layer.weight): names[id(call.norm)]

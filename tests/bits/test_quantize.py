@@ -364,6 +364,14 @@ def test_data_are_asked_for_where_they_are_needed(trained):
 
 def test_too_few_bytes(trained, data):
     model = copy.deepcopy(trained)
-    with pytest.raises(InfeasibleTargetError, match="no steps that give 20 bytes"):
+    with pytest.raises(InfeasibleTargetError, match=r"no steps that give 20 bytes\. Allow more of them"):
         bp.quantize(model, data, bytes=20)
+    assert all(torch.equal(value, trained.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_a_loss_that_is_no_number_has_no_tolerance(trained, data):
+    model = copy.deepcopy(trained)
+    uncounted = [*data, (data[0][0], torch.full_like(data[0][1], -100))]
+    with pytest.raises(ValueError, match=r"mean loss on the data is nan.*all are -100"):
+        bp.quantize(model, uncounted, tolerance=0.1, compensate=False)
     assert all(torch.equal(value, trained.state_dict()[name]) for name, value in model.state_dict().items())

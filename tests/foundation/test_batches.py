@@ -156,6 +156,27 @@ def test_all_who_take_data_read_every_form(form):
     assert scores[0] == scores[1]
 
 
+def test_a_batch_without_examples_says_nothing():
+    def changed(batches):
+        torch.manual_seed(1)
+        net = bp.to_variational(TwoInputs())
+        bp.laplace.fit_laplace(net, batches)
+        bp.laplace.set_marginal_stds(net, bp.laplace.fit_kronecker(net, batches))
+        bp.prune_one_shot(net, batches, "weights=0.5")
+        bp.prune_channels(net, (A, B), {"left": 3}, data=batches)
+        bp.quantize(net, batches, tolerance=0.1)
+        recalibrate_batch_norm(net, batches)
+        return net.state_dict()
+
+    full, empty = ((A, B), Y), ((A[:0], B[:0]), Y[:0])
+    expected = changed([full])
+    for batches in ([full, empty], [empty, full]):
+        found = changed(batches)
+        assert all(torch.equal(value, found[name]) for name, value in expected.items())
+    with pytest.raises(ValueError, match="no batch"):
+        bp.laplace.fit_laplace(bp.to_variational(TwoInputs()), [empty])
+
+
 def test_labels_that_are_no_tensor_are_said():
     net = bp.to_variational(nn.Sequential(nn.Linear(3, 3)))
     with pytest.raises(ValueError, match="the labels of a batch are NoneType; expected a tensor"):

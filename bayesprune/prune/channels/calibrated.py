@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesprune.foundation import defaults
-from bayesprune.foundation.batches import device_of, on_device, split
+from bayesprune.foundation.batches import split, with_examples
 from bayesprune.foundation.model import eval_mode, same_random_numbers
 from bayesprune.foundation.progress import progress_bar
 from bayesprune.laplace.calibration import as_predictions, output_metric, predictions, total_divergence
@@ -55,9 +55,8 @@ class Calibration:
     def __init__(self, model: nn.Module, data: Iterable[Any]) -> None:
         self.batches: list[Any] = []
         self.num_examples = 0
-        device = device_of(model)
-        for batch in islice(data, MAX_BATCHES):
-            self.batches.append(on_device(batch, device))
+        for batch in with_examples(model, islice(data, MAX_BATCHES)):
+            self.batches.append(batch)
             self.num_examples += split(model, self.batches[-1]).num_examples
             if self.num_examples >= defaults.CALIBRATION_EXAMPLES:
                 break

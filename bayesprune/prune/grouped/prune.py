@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from bayesprune.errors import InfeasibleTargetError, UnsupportedModelError
-from bayesprune.foundation.batches import device_of, on_device
+from bayesprune.foundation.batches import with_examples
 from bayesprune.foundation.latency import seconds_in_turn
 from bayesprune.foundation.macs import macs_by_module
 from bayesprune.foundation.model import restored_on_error, undone_on_error
@@ -131,7 +131,7 @@ def prune_groups(
         raise ImportError("prune_groups assigns channels by scipy, which is missing: pip install 'bayesprune[groups]'.")
     check_whole(model, "prune_groups")
     goal = _checked(target)
-    batches = [on_device(batch, device_of(model)) for batch in data]
+    batches = list(with_examples(model, data))
     if not batches:
         raise ValueError("data has no batch; expected an iterable of input batches.")
     dense = copy.deepcopy(model)

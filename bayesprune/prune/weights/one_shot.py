@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayesprune.foundation.batches import device_of, logits_of, on_device, split
+from bayesprune.foundation.batches import device_of, logits_of, on_device, split, with_examples
 from bayesprune.foundation.model import eval_mode, restore_values, restored_on_error, undone_on_error
 from bayesprune.foundation.progress import progress_bar
 from bayesprune.foundation.sharding import check_whole
@@ -114,7 +114,7 @@ def prune_one_shot(
         for posterior, share in zip(posteriors, removed_fractions(posteriors, goal), strict=True)
     }
     notes = _notes(model, rules)
-    batches = [on_device(batch, device_of(model)) for batch in islice(data, num_batches)]
+    batches = list(with_examples(model, islice(data, num_batches)))
     if not batches:
         raise ValueError("data has no batch; expected an iterable of input batches.")
     if scope not in ("global", "layer"):
