@@ -25,6 +25,8 @@ from bayesprune.foundation.model import eval_mode
 ExampleInputs: TypeAlias = Tensor | Sequence[Any] | Mapping[str, Any]
 """A tensor, a sequence of positional arguments, the list of images of a detector, or a mapping of keyword arguments."""
 
+_IGNORED = -100  # a label that does not count, as for torch's losses
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
@@ -167,12 +169,12 @@ def accuracy(model: nn.Module, loader: Iterable[Any], device: torch.device | str
 
     Args:
         loader: Batches in any form that `bayesprune.foundation.batches` names: (inputs, labels), or mappings with
-            `labels`, say. Labels are class numbers of shape (N,).
+            `labels`, say. Labels are class numbers of shape (N,), or -100 for what does not count, as in torch's loss.
         device: Where the batches go; by default where the model is.
 
     Raises:
-        ValueError: the loader is empty, the model has no output for each class, or the labels do not have the shape of
-            the predictions.
+        ValueError: the loader has no label that counts, the model has no output for each class, or the labels do not
+            have the shape of the predictions.
     """
     device = device_of(model) if device is None else torch.device(device)
     correct = total = 0
@@ -186,11 +188,14 @@ def accuracy(model: nn.Module, loader: Iterable[Any], device: torch.device | str
                     f"labels have shape {tuple(labels.shape)}, predictions {tuple(predictions.shape)}; expected one "
                     "class number for each prediction."
                 )
-            correct += (predictions == labels).sum()
-            total += labels.numel()
+            correct += (predictions == labels).sum()  # which no prediction is where a label does not count
+            total += (labels != _IGNORED).sum()
     if not total:
-        raise ValueError("the loader gave no examples; pass one that starts anew each time, such as a DataLoader.")
-    return int(correct) / total
+        raise ValueError(
+            "the loader gave no examples, or none whose label counts (is not -100); pass one that starts anew each "
+            "time, such as a DataLoader."
+        )
+    return int(correct) / int(total)
 
 
 def check_classes(scores: Tensor) -> None:
@@ -227,7 +232,7 @@ def perplexity(model: nn.Module, loader: Iterable[Any], device: torch.device | s
             logits, following = logits[:, :-1], labels[:, 1:]
             loss = F.cross_entropy(logits.flatten(0, 1).float(), following.flatten(), reduction="sum")
             nats += loss.double().cpu()
-            num_tokens += int((following != -100).sum())
+            num_tokens += int((following != _IGNORED).sum())
     if not num_tokens:
         raise ValueError("the loader gave no token to predict; pass sequences of two tokens or more, and their labels.")
     return float((nats / num_tokens).exp())

@@ -220,6 +220,10 @@ def test_accuracy_is_the_fraction_of_top_1():
     assert reports.accuracy(nn.Identity(), batches) == 0.5
 
 
+def test_a_label_that_no_loss_counts_is_no_error():
+    assert reports.accuracy(nn.Identity(), [(torch.eye(4), torch.tensor([0, -100, 1, -100]))]) == 0.5
+
+
 def test_accuracy_reads_logits_of_an_output_object_and_inputs_by_name():
     class Classifier(nn.Module):
         def forward(self, values):
@@ -232,6 +236,8 @@ def test_accuracy_reads_logits_of_an_output_object_and_inputs_by_name():
 def test_accuracy_refuses_what_would_give_a_wrong_number():
     with pytest.raises(ValueError, match="gave no examples"):
         reports.accuracy(nn.Identity(), [])
+    with pytest.raises(ValueError, match="none whose label counts"):
+        reports.accuracy(nn.Identity(), [(torch.eye(3), torch.full((3,), -100))])
     with pytest.raises(ValueError, match=r"shape \(3, 1\), predictions \(3,\)"):
         reports.accuracy(nn.Identity(), [(torch.eye(3), torch.zeros(3, 1))])
 
