@@ -47,6 +47,19 @@ def test_masks_that_attach_makes_come_after_the_average():
     assert average is not None
 
 
+def test_an_average_of_masks_is_said_when_the_first_weights_go():
+    model, attachment = attached()
+    bp.prune.make_masks(model)
+    average = AveragedModel(model, use_buffers=True)
+    with pytest.warns(UserWarning, match=r"AveragedModel\(use_buffers=True\) averages .*masks.* use_buffers=False"):
+        bp.prune_weights(model, "weights=0.5")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bp.prune_weights(model, "weights=0.4")
+    assert average.use_buffers
+    assert attachment.step == 0
+
+
 @pytest.mark.parametrize("other", ["a copy", "of another model", "none attached"])
 def test_other_copies_are_no_averages_of_it(other):
     model, attachment = attached()

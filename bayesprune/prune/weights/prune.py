@@ -28,7 +28,7 @@ from bayesprune.prune.graph.removal import restore_point
 from bayesprune.prune.scores.weights import snr
 from bayesprune.prune.weights.floors import check_min_kept, floor_of, keep_best, within_caps
 from bayesprune.train.attach import is_attached
-from bayesprune.train.averages import has_masks, warn_of_averages
+from bayesprune.train.averages import warn_of_averages
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -172,7 +172,7 @@ def set_masks(
 ) -> WeightReport:
     """Removes what is not kept of each posterior, in place, in all layers that hold it; None leaves one as it is."""
     rows, holders = [], holders_of(model)
-    if is_attached(model) and not has_masks(model):
+    if is_attached(model) and not any(bool(_removed(posterior).any()) for posterior in posteriors):
         warn_of_averages(model)
     for posterior, keep in zip(posteriors, keeps, strict=True):
         if keep is not None:
