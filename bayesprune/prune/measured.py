@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch_pruning.dependency import Group
 
 from bayesprune.foundation.model import eval_mode
+from bayesprune.foundation.numbers import as_number
 from bayesprune.foundation.progress import progress_bar
 from bayesprune.foundation.target import Target
 from bayesprune.layers import Posterior, removable_weights
@@ -205,7 +206,7 @@ def _counts(total: int, levels: Sequence[float]) -> list[int]:
 
 
 def _measured(loss: Loss, model: nn.Module) -> float:
-    value = float(loss(model))
+    value = as_number(loss(model), "loss")
     if not math.isfinite(value):
         raise ValueError(f"the loss is {value}; expected a number. Check the calibration data and the model.")
     return value

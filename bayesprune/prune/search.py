@@ -21,6 +21,7 @@ from rich.table import Table
 from torch import nn
 
 from bayesprune.errors import InfeasibleTargetError
+from bayesprune.foundation.numbers import as_number
 from bayesprune.foundation.sharding import check_whole
 from bayesprune.foundation.target import Target
 from bayesprune.foundation.text import as_text
@@ -121,12 +122,13 @@ def smallest_within(
             `prune_weights` (`score`, `scope`, `min_kept`).
 
     Raises:
-        ValueError: an option is not one of those named, or out of range, or the importance is of one model alone, as
-            `UnitSNRImportance` and `MeasuredImportance` are.
+        TypeError: `evaluate` returned no number.
+        ValueError: an option is not one of those named, or out of range, the score of the uncut model is NaN, or the
+            importance is of one model alone, as `UnitSNRImportance` and `MeasuredImportance` are.
         UnsupportedModelError: the model is sharded over processes.
     """
     check_whole(model, "smallest_within")
-    if tolerance < 0:
+    if not tolerance >= 0:  # nor NaN
         raise ValueError(f"tolerance is {tolerance!r}; expected the largest accepted loss of the score, 0 or more.")
     if by not in UNITS:
         raise ValueError(f"by is {by!r}; expected one of {', '.join(UNITS)}.")
@@ -144,8 +146,10 @@ def smallest_within(
         )
     if "ignored_layers" in options:  # of the model, where copies of it are cut
         options["ignored_layers"] = layer_names(model, options["ignored_layers"])
-    data, score = repeatable(data), evaluate(model)
+    data, score = repeatable(data), as_number(evaluate(model), "evaluate")
     reference = score if reference is None else reference
+    if math.isnan(reference):
+        raise ValueError("the score to compare with is nan; expected a number. Check evaluate on the uncut model.")
     kept = 1.0 if by == "macs" else _share_of_weights(model)
     smallest, trials = model, [SearchStep(kept, score, score >= reference - tolerance)]
     passed, failed, failed_sizes = kept, _SMALLEST, set[float]()
@@ -163,7 +167,7 @@ def smallest_within(
             continue
         if fine_tune is not None:
             fine_tune(candidate)
-        score = evaluate(candidate)
+        score = as_number(evaluate(candidate), "evaluate")
         trials.append(SearchStep(size, score, score >= reference - tolerance))
         verdict = "kept" if trials[-1].accepted else "undone"
         _LOGGER.info("smallest_within: %.2f%% of the %s, score %.4f, %s", 100 * size, UNITS[by], score, verdict)

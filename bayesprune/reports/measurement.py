@@ -9,6 +9,7 @@ from torch import nn
 
 from bayesprune.foundation.batches import given
 from bayesprune.foundation.macs import COUNTER
+from bayesprune.foundation.numbers import as_number
 from bayesprune.reports.layers import LayerRow, LayerSize, LayerSNR, layer_sizes, pair_layers
 from bayesprune.reports.measure import (
     ExampleInputs,
@@ -108,7 +109,7 @@ def measure(
 
 def _evaluated(model: nn.Module, evaluate: Callable[[nn.Module], float]) -> float:
     with evaluating(model):
-        value = float(evaluate(model))
+        value = as_number(evaluate(model), "evaluate")
     if not math.isfinite(value):
         raise ValueError(f"evaluate returned {value}; expected a finite number, such as the fraction that is right.")
     return value

@@ -1,6 +1,7 @@
 """The search of `smallest_within`: how it bisects, what it keeps, what it says, what it refuses."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -164,6 +165,7 @@ def test_the_curve_is_said_from_large_to_small():
     "options",
     [
         {"tolerance": -0.1},
+        {"tolerance": math.nan},
         {"tolerance": 0.1, "step": 1.0},
         {"tolerance": 0.1, "min_step": 0.5},
         {"tolerance": 0.1, "by": "heads"},
@@ -172,6 +174,24 @@ def test_the_curve_is_said_from_large_to_small():
 def test_refuses_options_out_of_range(options):
     with pytest.raises(ValueError, match="expected"):
         bp.prune.smallest_within(model(), X, evaluate=lambda net: 1.0, **options)
+
+
+@pytest.mark.parametrize("score", [None, "high", torch.ones(2)])
+def test_a_score_that_is_no_number_is_said(score):
+    with pytest.raises(TypeError, match="evaluate returned .*; expected a number"):
+        bp.prune.smallest_within(model(), X, evaluate=lambda net: score, tolerance=0.1)
+
+
+def test_a_score_of_nan_has_no_smaller_model():
+    with pytest.raises(ValueError, match="score to compare with is nan"):
+        bp.prune.smallest_within(model(), X, evaluate=lambda net: math.nan, tolerance=0.1)
+
+
+def test_a_score_may_be_a_tensor():
+    found = bp.prune.smallest_within(
+        model(), evaluate=lambda net: net[0].weight.mean() * 0 + 0.5, tolerance=0.1, by="weights"
+    )
+    assert json.loads(json.dumps(found.to_dict()))["trials"][0]["score"] == 0.5
 
 
 def test_channels_need_example_inputs():

@@ -178,6 +178,8 @@ def test_what_cannot_be_reported_is_refused():
         reports.report(model, network(4), BATCH, snr={"model.0.weight": torch.ones(4, 6)}, num_repeats=0)
     with pytest.raises(ValueError, match="evaluate returned nan"):
         reports.report(model, network(4), BATCH, evaluate=lambda _: float("nan"))
+    with pytest.raises(TypeError, match="evaluate returned None; expected a number"):
+        reports.report(model, network(4), BATCH, evaluate=lambda _: None)
 
 
 def test_json_round_trip(report):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from bayesprune.foundation.batches import device_of, logits_of, on_device, split, with_examples
 from bayesprune.foundation.model import eval_mode, restore_values, restored_on_error, undone_on_error
+from bayesprune.foundation.numbers import as_number
 from bayesprune.foundation.progress import progress_bar
 from bayesprune.foundation.sharding import check_whole
 from bayesprune.foundation.target import PATTERN, Target
@@ -183,14 +184,14 @@ def _divided(
     measure = divergence(reference, _judges(reference, batches)) if loss is None else loss
     costs = {}
     with eval_mode(model):
-        base = float(measure(model))
+        base = as_number(measure(model), "loss")
         bar = progress_bar(None, "Divide between layers", "layer", total=len(sites))
         for site, moments in dense_moments(reference, batches, sites):
             found = []
             for share in levels(sparsity):
                 choose = _choice(replace(rules[site.name], share=share), {})
                 refit(model, reference, site, moments, choose=choose, damping=damping)
-                found.append(float(measure(model)) - base)
+                found.append(as_number(measure(model), "loss") - base)
             restore_values(model, reference, *(name for name in (site.name, site.norm) if name is not None))
             costs[site.name] = (found[0], found[1])
             bar.update()
