@@ -17,6 +17,7 @@ from bayesprune.bits.work import Weight, Work
 from bayesprune.convert import to_variational
 from bayesprune.errors import InfeasibleTargetError
 from bayesprune.foundation.batches import with_examples
+from bayesprune.foundation.model import bare_model
 from bayesprune.foundation.sharding import check_whole
 from bayesprune.foundation.text import first_names
 from bayesprune.laplace import fit_laplace, output_metric
@@ -92,6 +93,7 @@ def quantize(
         [4, 4, 4, 4]
     """
     check_whole(model, "quantize")
+    model = bare_model(model)
     _check(tolerance, bits, bytes, per, compensate)
     batches = None if data is None else list(with_examples(model, data))
     if tolerance is not None and not batches:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from bayesprune.convert import to_deterministic, to_variational
 from bayesprune.elastic.differences import rounded
 from bayesprune.elastic.positions import fill_kept, kept_positions, number_entries
+from bayesprune.foundation.model import bare_model
 from bayesprune.foundation.sharding import check_whole
 from bayesprune.foundation.target import Target
 from bayesprune.laplace import KroneckerPosterior, fit_laplace
@@ -95,6 +96,7 @@ def levels(
         16
     """
     check_whole(model, "levels")
+    model = bare_model(model)
     goals = [Target.parse(target, KINDS, "levels") for target in targets]
     ranking = model if any(variational_layers(model)) else to_variational(copy.deepcopy(model))
     plain = to_deterministic(copy.deepcopy(model)).eval()

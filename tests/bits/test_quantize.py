@@ -375,3 +375,16 @@ def test_a_loss_that_is_no_number_has_no_tolerance(trained, data):
     with pytest.raises(ValueError, match=r"mean loss on the data is nan.*all are -100"):
         bp.quantize(model, uncounted, tolerance=0.1, compensate=False)
     assert all(torch.equal(value, trained.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("convert", [False, True])
+def test_a_compiled_model_is_rounded_as_the_one_inside(trained, data, convert):
+    plain = copy.deepcopy(trained)
+    plain = bp.to_variational(plain) if convert else plain
+    inside = copy.deepcopy(plain)
+    torch.manual_seed(0)
+    expected = bp.quantize(plain, data, bits=4)
+    torch.manual_seed(0)
+    report = bp.quantize(torch.compile(inside, backend="eager"), data, bits=4)
+    assert report.grids.keys() == expected.grids.keys()
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in inside.state_dict().items())

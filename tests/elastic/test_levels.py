@@ -109,6 +109,14 @@ def test_entries_that_are_no_whole_positions_are_told():
         kept_positions(model, shapes)
 
 
+def test_levels_of_a_compiled_model_are_those_of_the_one_inside(trained, batches):
+    compiled = torch.compile(trained, backend="eager")
+    pairs = [bp.elastic.levels(model, example(), ["weights=0.5"], data=batches) for model in (trained, compiled)]
+    (expected,), (found,) = pairs
+    assert type(found.model) is Net
+    assert state(found.model).keys() == state(expected.model).keys()
+
+
 def test_levels_hold_the_models_own_values_and_are_nested(trained):
     before = state(trained)
     found = without_data(trained)
