@@ -164,7 +164,9 @@ class BayespruneQuantizer(HfQuantizer):
             _check_config(found, self.quantization_config, where)
         return config
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], model: PreTrainedModel | None = None
+    ) -> list[Any]:
         """None: the files hold the names that the model has in memory."""
         return []
 
