@@ -119,7 +119,7 @@ def quantize(
         if bits is not None:
             work.round_in_sequence(lambda weight: _fixed(weight, bits))
         elif tolerance is not None:
-            limit = _loss_of(work) + tolerance
+            limit = _finite(work.loss() if before is None else before) + tolerance
             kappa = _search(work, lambda: work.loss() <= limit, f"a loss within {tolerance:g} nats")
         elif bytes is not None:
             kappa = _search(work, lambda: work.coded_bytes() <= bytes, f"{bytes:,} bytes", larger_fits=True)
@@ -144,13 +144,12 @@ def quantize(
     return report
 
 
-def _loss_of(work: Work) -> float:
+def _finite(loss: float) -> float:
     """The loss before anything is rounded.
 
     Raises:
         ValueError: it is no number.
     """
-    loss = work.loss()
     if not math.isfinite(loss):
         raise ValueError(
             f"the mean loss on the data is {loss}, to which no tolerance can be added; expected a finite number. Leave "

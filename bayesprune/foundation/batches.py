@@ -23,6 +23,9 @@ from torch.utils._pytree import tree_map
 LABELS = ("labels", "label", "label_ids", "targets", "target")
 """Keys of a mapping that are no inputs, unless the forward cannot do without them."""
 
+IGNORED_LABEL = -100
+"""The label that does not count, of torch's and transformers' losses."""
+
 _IMAGE_DIM = 3  # of an image by itself; a batch of them has one more
 
 

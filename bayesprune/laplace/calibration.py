@@ -3,7 +3,7 @@
 Nothing is trained, no `.grad` is touched, and the model runs in evaluation mode, at its means.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import Any, NamedTuple, cast
@@ -300,10 +300,10 @@ def _showing(model: nn.Module, anchor: Tensor, batch: Batch, visit: Visit) -> It
 def length_of(loader: Iterable[Any], num_batches: int | None) -> int | None:
     """How many batches there are, `num_batches` at most; None where the loader, or its data, do not say."""
     try:
-        number = len(loader)  # type: ignore[arg-type]
-    except TypeError:
-        return None
-    return number if num_batches is None else min(number, num_batches)
+        number = len(loader) if isinstance(loader, Sized) else None
+    except TypeError:  # of a DataLoader whose data have none
+        number = None
+    return number if number is None or num_batches is None else min(number, num_batches)
 
 
 def check_examples(name: str, inputs: Tensor, num_examples: int) -> None:

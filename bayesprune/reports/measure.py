@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bayesprune.foundation import macs
-from bayesprune.foundation.batches import device_of, given, logits_of, on_device, split
+from bayesprune.foundation.batches import IGNORED_LABEL, device_of, given, logits_of, on_device, split
 from bayesprune.foundation.kinds import EMBEDDING, kind_of
 from bayesprune.foundation.latency import seconds_in_turn
 from bayesprune.foundation.macs import COUNTER
@@ -24,8 +24,6 @@ from bayesprune.foundation.model import eval_mode
 
 ExampleInputs: TypeAlias = Tensor | Sequence[Any] | Mapping[str, Any]
 """A tensor, a sequence of positional arguments, the list of images of a detector, or a mapping of keyword arguments."""
-
-_IGNORED = -100  # a label that does not count, as for torch's losses
 
 
 @contextmanager
@@ -189,7 +187,7 @@ def accuracy(model: nn.Module, loader: Iterable[Any], device: torch.device | str
                     "class number for each prediction."
                 )
             correct += (predictions == labels).sum()  # which no prediction is where a label does not count
-            total += (labels != _IGNORED).sum()
+            total += (labels != IGNORED_LABEL).sum()
     if not total:
         raise ValueError(
             "the loader gave no examples, or none whose label counts (is not -100); pass one that starts anew each "
@@ -232,7 +230,7 @@ def perplexity(model: nn.Module, loader: Iterable[Any], device: torch.device | s
             logits, following = logits[:, :-1], labels[:, 1:]
             loss = F.cross_entropy(logits.flatten(0, 1).float(), following.flatten(), reduction="sum")
             nats += loss.double().cpu()
-            num_tokens += int((following != _IGNORED).sum())
+            num_tokens += int((following != IGNORED_LABEL).sum())
     if not num_tokens:
         raise ValueError("the loader gave no token to predict; pass sequences of two tokens or more, and their labels.")
     return float((nats / num_tokens).exp())

@@ -18,13 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bayesprune.foundation import defaults
-from bayesprune.foundation.batches import Batch, logits_of, on_device, split
+from bayesprune.foundation.batches import IGNORED_LABEL, Batch, logits_of, on_device, split
 from bayesprune.foundation.model import bare_model, tensors_in
 from bayesprune.foundation.text import first_names
 from bayesprune.prediction.predict import Classification, Prediction
 
 Likelihood = Literal["categorical", "bernoulli", "gaussian"]
-_IGNORED = -100  # the label that torch's and transformers' losses leave out
 _MAPS = 4  # dimensions of (N, C, H, W)
 
 
@@ -275,12 +274,12 @@ def _counted(outputs: Any, batch: Batch, positions: torch.Size) -> Tensor | None
     if "shift_labels" in batch.kwargs:
         labels = batch.kwargs["shift_labels"]
     elif isinstance(labels, Tensor) and labels.dim() > 1 and "CausalLM" in type(outputs).__name__:
-        labels = F.pad(labels[..., 1:], (0, 1), value=_IGNORED)
+        labels = F.pad(labels[..., 1:], (0, 1), value=IGNORED_LABEL)
     has_encoder = hasattr(outputs, "encoder_last_hidden_state")
     attended = batch.kwargs.get("decoder_attention_mask" if has_encoder else "attention_mask")
     masks = []
     if isinstance(labels, Tensor) and labels.dtype.is_signed and not labels.is_floating_point():
-        masks.append(labels != _IGNORED)
+        masks.append(labels != IGNORED_LABEL)
     if isinstance(attended, Tensor):
         masks.append(attended != 0)
     masks = [mask for mask in masks if mask.shape == positions]

@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 
 import bayesprune as bp
 from bayesprune import gates
-from bayesprune.gates.gate import named_gates
+from bayesprune.gates.gate import WeightGate, named_gates
 
 TARGETS = ("2:4", "1:8", "1:16")
 METHODS = {
@@ -77,7 +77,8 @@ def pruned(model: nn.Module, method: str, target: str, lr: float, x: Tensor, y: 
     if method in ("patterns", "alone"):
         gates.add_weight_gates(model, target)
         for _, gate in named_gates(model):
-            gate.masks = gate.masks if method == "patterns" else None  # type: ignore[attr-defined]
+            if isinstance(gate, WeightGate) and method == "alone":
+                gate.masks = None
     elif method == "magnitude":
         bp.prune_weights(model, target, score=lambda posterior: posterior.mean.abs())
     elif method == "OBD":

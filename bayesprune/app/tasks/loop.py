@@ -18,15 +18,13 @@ from bayesprune.app.data import Loaders
 from bayesprune.app.tasks.task import Checkpoint, Progress, Split, Task, Training, check_finite, own_forward
 from bayesprune.bits import StraightThrough
 from bayesprune.foundation import defaults
-from bayesprune.foundation.batches import device_of, logits_of, on_device, split
+from bayesprune.foundation.batches import IGNORED_LABEL, device_of, logits_of, on_device, split
 from bayesprune.foundation.model import load_values
 from bayesprune.foundation.sharding import full_tensor, shard_like, shard_values_like, whole_values
 from bayesprune.foundation.text import quoted
 from bayesprune.prune import PruneSchedule
 from bayesprune.reports import ACCURACY, PERPLEXITY, Metric, accuracy, perplexity
 from bayesprune.train import attach
-
-_IGNORED = -100  # a label that is no term of the loss
 
 
 class LoaderTask(Task):
@@ -140,16 +138,16 @@ class LoaderTask(Task):
         if self.metric != PERPLEXITY:
             return self.data.num_data
         labels = (self._terms(split(model, batch).labels) for batch in self.data.train)
-        return int(self._of_main(sum(int(tokens.ne(_IGNORED).sum()) for tokens in labels)))
+        return int(self._of_main(sum(int(tokens.ne(IGNORED_LABEL).sum()) for tokens in labels)))
 
     def _loss(self, outputs: Any, labels: Any) -> Tensor:
         """Mean cross-entropy of the labels, of a language model those of the token after each position."""
         logits, labels = logits_of(outputs).float(), self._terms(labels)
         if self.metric == PERPLEXITY:
             logits, labels = logits[:, :-1].flatten(0, 1), labels.flatten()
-        if not bool((labels != _IGNORED).any()):
+        if not bool((labels != IGNORED_LABEL).any()):
             return logits.sum() * 0.0  # a mean of no terms
-        return F.cross_entropy(logits, labels, ignore_index=_IGNORED)
+        return F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL)
 
     def _terms(self, labels: Any) -> Tensor:
         if not isinstance(labels, Tensor):

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
+from bayesprune.foundation.batches import IGNORED_LABEL
+
 _MAX_EXAMPLES = 4096  # read at most; the count of a larger data set is extrapolated, to about 1 %
 _CHUNK = 32
 
@@ -46,7 +48,7 @@ def count_terms(loader: DataLoader, model: nn.Module) -> int:
             labels = _labels(loader.collate_fn([dataset[index] for index in chunk]), model)
             if labels is None or labels.dim() < 2:
                 return total
-            count += int(labels.ne(-100).sum())
+            count += int(labels.ne(IGNORED_LABEL).sum())
     return round(count * total / read)
 
 

@@ -57,7 +57,7 @@ class Calibration:
         self.num_examples = 0
         for batch in with_examples(model, islice(data, MAX_BATCHES)):
             self.batches.append(batch)
-            self.num_examples += split(model, self.batches[-1]).num_examples
+            self.num_examples += split(model, batch).num_examples
             if self.num_examples >= defaults.CALIBRATION_EXAMPLES:
                 break
         if not self.batches:
