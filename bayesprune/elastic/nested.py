@@ -175,7 +175,7 @@ class _Cutter:
             found = {group: unit_scores(SNRImportance(), group) for group in groups}
         else:
             self._posterior = logit_posterior(self._start, calibration)
-            found, _ = unit_costs(self._start, groups, self._posterior)
+            found, _ = unit_costs(self._start, groups, self._posterior, calibration)
         scored = [its for its in found.values() if its is not None]
         if calibration is None or not calibration.has_predictions:
             return _Ranked({its.group.name: _by_channel(its, its.scores) for its in scored})

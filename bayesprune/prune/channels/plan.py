@@ -270,7 +270,7 @@ def counts_for(groups: Sequence[ChannelGroup], sizes: Mapping[str, int], left_wh
     for name, kept in sizes.items():
         if name in left_whole:
             raise InfeasibleTargetError(
-                f"the sizes ask {name} to keep {kept} channels, and it cannot lose any: {left_whole[name]}. Leave it "
+                f"the sizes ask {name} to keep {kept} channels, and it cannot lose any: {left_whole[name].rstrip('.')}. Leave it "
                 "out of the sizes. Nothing was changed."
             )
         if name not in by_name:

@@ -155,9 +155,9 @@ def prune_channels(
     else:
         ranks = importance
     score = _rms_snr if what == "snr" else partial(unit_scores, ranks)
-    guessed: list[str] = []
+    silenced: list[str] = []
     if calibration is not None and is_calibrated:
-        found, guessed = unit_costs(dense, structure.groups, logit_posterior(dense, calibration))
+        found, silenced = unit_costs(dense, structure.groups, logit_posterior(dense, calibration), calibration)
     else:
         with scored_once():
             found = {group: score(group) for group in structure.groups}
@@ -209,7 +209,7 @@ def prune_channels(
             importance,
             calibration,
             _divided(tilt, uniform=uniform, is_given=sizes is not None),
-            guessed,
+            silenced,
             is_calibrated=is_calibrated,
             compensates=compensates,
         ),
@@ -241,7 +241,7 @@ def _how(
     importance: Importance | None,
     calibration: Calibration | None,
     divided: str,
-    guessed: Collection[str],
+    silenced: Collection[str],
     *,
     is_calibrated: bool,
     compensates: bool,
@@ -249,7 +249,7 @@ def _how(
     """One line on what decided and what made up for it."""
     default = UnitSNRImportance if is_calibrated else SNRImportance
     name = default.__name__ if importance is None else type(importance).__name__
-    others = f" ({first_names(guessed)} by SNRImportance, brought to its scale)" if guessed else ""
+    others = f" ({first_names(silenced)} by how far silence moves the logits)" if silenced else ""
     parts = [f"channels ranked by {name}{others}", divided]
     if compensates and calibration is not None:
         parts.append(f"weights fitted to the dense model on {calibration.num_examples:,} examples")
