@@ -27,11 +27,13 @@ from bayesprune.convert import conversion_table, to_deterministic, to_variationa
 from bayesprune.elastic import Level, levels
 from bayesprune.foundation import defaults
 from bayesprune.foundation.batches import device_of, first_example, on_device
+from bayesprune.foundation.model import undone_on_error
 from bayesprune.laplace.calibration import length_of
 from bayesprune.layers import named_posteriors
 from bayesprune.prediction.predict import sampling
 from bayesprune.prune import freeze_batch_norm, prune_channels, prune_weights, signal_to_noise, smallest_within
 from bayesprune.prune.graph.group import GRANULARITY
+from bayesprune.prune.graph.removal import restore_point
 from bayesprune.reports import ACCURACY, ExtraTable, HistoryPoint, Metric, Report, count_parameters, report
 from bayesprune.storage import save
 from bayesprune.storage.base import describe
@@ -66,7 +68,8 @@ def compress(
     measured on the validation batches; the test batches give the report's figures.
 
     Args:
-        model: A trained classifier, or causal language model, on its device; changed in place, but for a search.
+        model: A trained classifier, or causal language model, on its device; changed in place, but for a search. An
+            error on the way leaves it as it was, of which a copy is kept meanwhile.
         data: Batches under "train", a DataLoader, "validation" and "test", in any form that
             `bayesprune.foundation.batches` names, with labels.
         target: What is kept: "macs=0.5", "params=0.5", "snr=1" or "weights=0.2". None searches for the smallest model
@@ -86,8 +89,8 @@ def compress(
 
     Raises:
         TypeError: the data are no mapping.
-        ValueError: an option is out of range, a split is missing, the training data have no length, or both target and
-            tolerance are given.
+        ValueError: an option is out of range, a split is missing, the training data have no length, labels are no class
+            numbers of the model, or both target and tolerance are given.
         InfeasibleTargetError: the target or a level cannot be reached. Nothing was trained, unless a level is out of
             reach of what a search has found; then the result is in `out`, without levels and report.
 
@@ -130,7 +133,9 @@ def compress(
     _check_batches(loaders)
     example = first_example(model, next(iter(loaders.validation)))
     task = LoaderTask(loaders, accelerator, metric=metric, example_inputs=example)
-    return run(model, task, recipe, Path(out), LoggedProgress(), name=type(model).__name__, is_trained=True)
+    task.score(model, "test")  # which comes last: what cannot be measured is told now
+    with undone_on_error(restore_point(model)):
+        return run(model, task, recipe, Path(out), LoggedProgress(), name=type(model).__name__, is_trained=True)
 
 
 def run(

@@ -160,6 +160,27 @@ def logits_of(output: Any) -> Tensor:
     raise TypeError(f"the model returned {type(output).__name__}; expected a tensor or an output with `.logits`.")
 
 
+def check_labels(labels: Tensor, num_classes: int) -> None:
+    """Refuses class numbers that no output stands for, which end in an index error, on a GPU far from their cause.
+
+    Args:
+        labels: Of a batch; fractions, as of mixed images, are no class numbers.
+        num_classes: Number of outputs.
+
+    Raises:
+        ValueError: one is below 0 and does not say that it does not count, or is too large.
+    """
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        return
+    wrong = labels[(labels != IGNORED_LABEL) & ((labels < 0) | (labels >= num_classes))]
+    if wrong.numel():
+        raise ValueError(
+            f"a batch has the label {int(wrong[0])}, and the model has {num_classes} outputs; expected class numbers "
+            f"from 0 to {num_classes - 1}, or {IGNORED_LABEL} for what does not count. Number the classes from 0, or "
+            "give the model an output for each."
+        )
+
+
 def named_tensor(output: Any, name: str) -> Tensor | None:
     """What stands in a model's output by this name, as a key or an attribute; None where that is no tensor."""
     found = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)

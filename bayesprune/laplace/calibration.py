@@ -13,7 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bayesprune.errors import UnsupportedModelError
-from bayesprune.foundation.batches import Batch, logits_of, named_tensor, split, takes_labels, with_examples
+from bayesprune.foundation.batches import (
+    Batch,
+    check_labels,
+    logits_of,
+    named_tensor,
+    split,
+    takes_labels,
+    with_examples,
+)
 from bayesprune.foundation.model import eval_mode, requires_grad
 from bayesprune.foundation.progress import progress_bar
 from bayesprune.layers import VariationalLayer, variational_layers
@@ -58,7 +66,8 @@ def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
     last example it is close to zero nearly everywhere.
 
     Raises:
-        ValueError: the batch has no labels, or the model does not give an example one vector of two logits or more.
+        ValueError: the batch has no labels, or one that is no class, or the model does not give an example one vector
+            of two logits or more.
     """
     found = split(model, batch)
     if not isinstance(found.labels, Tensor):
@@ -66,7 +75,9 @@ def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
         raise ValueError(
             f"the labels of a batch are {kind}; expected a tensor of class numbers, or pass another loss=."
         )
-    return F.cross_entropy(_of_classes(_logits(model, found)), found.labels)
+    logits = _of_classes(_logits(model, found))
+    check_labels(found.labels, logits.shape[1])
+    return F.cross_entropy(logits, found.labels)
 
 
 def own_loss(model: nn.Module, batch: Any) -> Tensor:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bayesprune.foundation import macs
-from bayesprune.foundation.batches import IGNORED_LABEL, device_of, given, logits_of, on_device, split
+from bayesprune.foundation.batches import IGNORED_LABEL, check_labels, device_of, given, logits_of, on_device, split
 from bayesprune.foundation.kinds import EMBEDDING, kind_of
 from bayesprune.foundation.latency import seconds_in_turn
 from bayesprune.foundation.macs import COUNTER
@@ -171,8 +171,8 @@ def accuracy(model: nn.Module, loader: Iterable[Any], device: torch.device | str
         device: Where the batches go; by default where the model is.
 
     Raises:
-        ValueError: the loader has no label that counts, the model has no output for each class, or the labels do not
-            have the shape of the predictions.
+        ValueError: the loader has no label that counts, the model has no output for each class, or the labels are no
+            class numbers, or do not have the shape of the predictions.
     """
     device = device_of(model) if device is None else torch.device(device)
     correct = total = 0
@@ -186,6 +186,7 @@ def accuracy(model: nn.Module, loader: Iterable[Any], device: torch.device | str
                     f"labels have shape {tuple(labels.shape)}, predictions {tuple(predictions.shape)}; expected one "
                     "class number for each prediction."
                 )
+            check_labels(labels, logits.shape[1])
             correct += (predictions == labels).sum()  # which no prediction is where a label does not count
             total += (labels != IGNORED_LABEL).sum()
     if not total:
@@ -219,7 +220,7 @@ def perplexity(model: nn.Module, loader: Iterable[Any], device: torch.device | s
         device: Where the batches go; by default where the model is.
 
     Raises:
-        ValueError: the loader has no token that counts.
+        ValueError: the loader has no token that counts, or one that the model has no output for.
     """
     device = device_of(model) if device is None else torch.device(device)
     nats = torch.zeros((), dtype=torch.float64)
@@ -228,6 +229,7 @@ def perplexity(model: nn.Module, loader: Iterable[Any], device: torch.device | s
         for batch in loader:
             logits, labels = _predicted(model, batch, device)
             logits, following = logits[:, :-1], labels[:, 1:]
+            check_labels(following, logits.shape[-1])
             loss = F.cross_entropy(logits.flatten(0, 1).float(), following.flatten(), reduction="sum")
             nats += loss.double().cpu()
             num_tokens += int((following != IGNORED_LABEL).sum())

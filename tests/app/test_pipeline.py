@@ -308,6 +308,25 @@ def test_compress_refuses_before_any_training(options, message, tmp_path):
     assert not (tmp_path / "small").exists()
 
 
+@pytest.mark.parametrize("label", [12, -1])
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_a_label_that_is_no_class_leaves_the_model_as_it_was(split, label, tmp_path):
+    data = batches()
+    data[split].dataset.tensors[1][90] = label
+    model = nn.Sequential(nn.Linear(8, 40), nn.ReLU(), nn.Linear(40, 3))
+    before, parameters = copy.deepcopy(model.state_dict()), list(model.parameters())
+    with pytest.raises(
+        ValueError, match=f"has the label {label}, and the model has 3 outputs; expected .* from 0 to 2"
+    ):
+        bp.compress(model, data, "macs=0.5", out=tmp_path / "small", num_epochs=1)
+    assert [type(module) for module in model] == [nn.Linear, nn.ReLU, nn.Linear]
+    assert all(old is new for old, new in zip(parameters, model.parameters(), strict=True))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not (tmp_path / "small").exists()
+    assert model.training
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
 def test_a_level_out_of_reach_of_what_a_search_found_leaves_the_result(tmp_path):
     with pytest.raises(bp.errors.InfeasibleTargetError, match="macs=0.2 cannot be reached"):
         smallest(ACCURACY, lambda kept: 1.0, 0.1, tmp_path, levels=("macs=0.2",))

@@ -173,6 +173,12 @@ def test_what_is_not_known_is_said_and_stays():
         fit_laplace(model, batches, prior=bp.priors.ARD())
 
 
+def test_a_label_that_no_output_stands_for_is_told():
+    model, x = bp.to_variational(nn.Linear(3, 2)), torch.randn(2, 3)
+    with pytest.raises(ValueError, match="has the label 5, and the model has 2 outputs; expected class numbers"):
+        fit_laplace(model, [(x, torch.tensor([0, 5]))], loss=cross_entropy)
+
+
 class Endless(IterableDataset):
     """Examples without a length, which a loader of them has none of either."""
 

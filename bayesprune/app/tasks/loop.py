@@ -18,7 +18,7 @@ from bayesprune.app.data import Loaders
 from bayesprune.app.tasks.task import Checkpoint, Progress, Split, Task, Training, check_finite, own_forward
 from bayesprune.bits import StraightThrough
 from bayesprune.foundation import defaults
-from bayesprune.foundation.batches import IGNORED_LABEL, device_of, logits_of, on_device, split
+from bayesprune.foundation.batches import IGNORED_LABEL, check_labels, device_of, logits_of, on_device, split
 from bayesprune.foundation.model import load_values
 from bayesprune.foundation.sharding import full_tensor, shard_like, shard_values_like, whole_values
 from bayesprune.foundation.text import quoted
@@ -147,6 +147,7 @@ class LoaderTask(Task):
             logits, labels = logits[:, :-1].flatten(0, 1), labels.flatten()
         if not bool((labels != IGNORED_LABEL).any()):
             return logits.sum() * 0.0  # a mean of no terms
+        check_labels(labels, logits.shape[1])
         return F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL)
 
     def _terms(self, labels: Any) -> Tensor:
