@@ -103,11 +103,16 @@ def sampled_cross_entropy(model: nn.Module, batch: Any) -> Tensor:
 
     Raises:
         ValueError: the model gives neither one vector of two logits or more for an example nor one for each of its
-            tokens.
+            tokens, or they are not finite.
     """
     found = split(model, batch)
     logits = _of_classes(predictions(model, found))
     with torch.no_grad():
+        if bool(logits.log_softmax(1).isnan().any()):
+            raise ValueError(
+                "the model's logits are NaN or infinite on these data; expected finite numbers. Look for NaN and "
+                "infinity in the data and in the weights."
+            )
         labels = torch.distributions.Categorical(logits=logits.detach().float()).sample()
     return F.cross_entropy(logits, labels, reduction="sum") / found.num_examples
 

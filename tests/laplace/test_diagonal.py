@@ -194,6 +194,16 @@ def test_a_loader_of_data_without_a_length_will_do():
     assert torch.equal(model.weight_log_std, other.weight_log_std)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_inputs_that_are_not_finite_are_told_in_a_sentence(value):
+    x = torch.randn(6, 3)
+    x[1, 2] = value
+    with pytest.raises(
+        ValueError, match=r"the model's logits are NaN or infinite on these data; expected finite numbers"
+    ):
+        fit_laplace(bp.to_variational(nn.Linear(3, 2)), [x])
+
+
 def test_gradients_that_are_not_finite_are_refused():
     model, x = bp.to_variational(nn.Linear(3, 2)), torch.randn(6, 3)
     x[1, 2] = float("inf")
