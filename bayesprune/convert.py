@@ -310,7 +310,8 @@ def _check_finite(module: nn.Module, name: str) -> None:
         if bad:
             raise ValueError(
                 f"{name + '.' if name else ''}{key} has {bad} of {parameter.numel()} values that are NaN or infinite; "
-                "expected trained, finite weights. Check the checkpoint, or leave the layer out with filter_fn."
+                "expected trained, finite weights. Check the checkpoint, or in Python leave the layer "
+                "out with filter_fn."
             )
 
 

@@ -346,7 +346,8 @@ class Attachment:
                     "noise",
                     posterior.name,
                     "its gradient does not come from a draw: the weight is used without calling the layer's forward, "
-                    "or the layer is in eval mode. Its std stays as it is and says nothing; use filter_fn.",
+                    "or the layer is in eval mode. Its std stays as it is and says nothing. In Python, "
+                    "leave it out with filter_fn.",
                 )
 
     def _warn_of_collapse(self) -> None:

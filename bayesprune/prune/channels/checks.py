@@ -56,7 +56,7 @@ def checked_target(
         }
         raise ValueError(
             f'the target "{found}" is a criterion of its own; it takes no importance{but.get(found.kind, "")} and no '
-            "uniform=True."
+            "equal share of every group (uniform)."
         )
     if round_to < 1:
         raise ValueError(f"round_to is {round_to!r}; expected 1 or more.")

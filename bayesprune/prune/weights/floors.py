@@ -13,6 +13,7 @@ from torch import Tensor
 from bayesprune.errors import InfeasibleTargetError
 from bayesprune.foundation.device import kth_smallest, numbers_of
 
+_ADVICE = "Ask for a larger fraction, or in Python for no floor (min_kept=0). Nothing was changed."
 _ROUNDING = 1e-9  # 0.1 * 30 is a little above 3
 
 
@@ -82,7 +83,7 @@ def within_caps(counts: Sequence[int], caps: Sequence[int]) -> list[int]:
     if excess > sum(left):
         raise InfeasibleTargetError(
             f"{sum(counts)} weights were to go, and the floors under the tensors let {sum(capped) + sum(left)} of them "
-            "go. Ask for a lower sparsity, or for min_kept=0. Nothing was changed."
+            f"go. {_ADVICE}"
         )
     if not excess:
         return capped
@@ -107,5 +108,5 @@ def _check(count: int, total: int, floors: Sequence[int]) -> None:
     if count > total - sum(floors):
         raise InfeasibleTargetError(
             f"{total - count:,} of {total:,} weights were to stay, and the floors under {len(floors)} tensors keep "
-            f"{sum(floors):,}. Ask for a lower sparsity, or for min_kept=0. Nothing was changed."
+            f"{sum(floors):,}. {_ADVICE}"
         )
