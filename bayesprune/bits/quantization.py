@@ -77,6 +77,7 @@ def quantize(
             classes) nor (examples, tokens, classes) it also says how exactly weights have to be known.
 
     Raises:
+        TypeError: the loss returned no number, or one without a gradient where one is taken.
         ValueError: not exactly one of tolerance, bits and bytes is given, or one is out of range; data are missing, or
             have no loss that is a number.
         InfeasibleTargetError: no step is small enough for the tolerance, or large enough for the bytes. The model is

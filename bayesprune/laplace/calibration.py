@@ -23,6 +23,7 @@ from bayesprune.foundation.batches import (
     with_examples,
 )
 from bayesprune.foundation.model import eval_mode, requires_grad
+from bayesprune.foundation.numbers import as_loss
 from bayesprune.foundation.progress import progress_bar
 from bayesprune.layers import VariationalLayer, variational_layers
 from bayesprune.layers.drawn import DrawnLayer
@@ -226,6 +227,7 @@ def visit_calls(
         total: How many there will be, for the progress bar.
 
     Raises:
+        TypeError: the loss is no number, or has no gradient.
         ValueError: there was no batch.
         UnsupportedModelError: the inputs of a layer do not divide into the batch's examples.
     """
@@ -241,7 +243,7 @@ def visit_calls(
             ran = stack.enter_context(_showing(model, anchor, inputs, visit))
             value = loss(model, batch)
             if ran:
-                torch.autograd.grad(value, anchor, allow_unused=True)
+                torch.autograd.grad(as_loss(value, "loss"), anchor, allow_unused=True)
         yield inputs
     if batch is None:
         raise ValueError("the loader has no batch; expected an iterable of (inputs, labels).")

@@ -5,6 +5,7 @@ make the model faster on ordinary hardware (removed channels do, see `prune_chan
 """
 
 import logging
+import reprlib
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -135,6 +136,7 @@ def prune_weights(
             the model as it was, of which a copy is kept meanwhile.
 
     Raises:
+        TypeError: `score` returned no tensor of floats of a weight's shape.
         InfeasibleTargetError: `min_kept` leaves fewer weights to remove than the target says; nothing was changed.
         ValueError: the target is none of these or out of range, the scores are NaN, there is no batch, or the model has
             no variational layers, or none that trains.
@@ -295,7 +297,7 @@ def _inputs(posterior: Posterior) -> tuple[int, int]:
 
 def _scores(posteriors: Iterable[Posterior], score: Score) -> dict[Posterior, Tensor]:
     """Scores of each, -inf for what is gone; whether they are numbers is asked for all at once."""
-    found = {posterior: full_tensor(score(posterior)) for posterior in posteriors}
+    found = {posterior: full_tensor(_checked_score(score(posterior), posterior)) for posterior in posteriors}
     for (posterior, scores), bad in zip(
         found.items(), numbers_of([s.isnan().sum() for s in found.values()]), strict=True
     ):
@@ -307,6 +309,16 @@ def _scores(posteriors: Iterable[Posterior], score: Score) -> dict[Posterior, Te
         limits = torch.finfo(scores.dtype)
         found[posterior] = scores.clamp(limits.min, limits.max).masked_fill(_removed(posterior), -torch.inf)
     return found
+
+
+def _checked_score(scores: Any, posterior: Posterior) -> Tensor:
+    if not isinstance(scores, Tensor) or scores.shape != posterior.mean.shape or not scores.is_floating_point():
+        what = f"{scores.dtype} of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else reprlib.repr(scores)
+        raise TypeError(
+            f"score returned {what} for {posterior.name}; expected a tensor of floats of the weight's shape, "
+            f"{tuple(posterior.mean.shape)}."
+        )
+    return scores
 
 
 def _num_kept(posteriors: Iterable[Posterior]) -> dict[Posterior, int]:

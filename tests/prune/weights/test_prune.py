@@ -322,6 +322,18 @@ def test_scores_that_are_not_numbers_are_refused():
     assert kept(model).all()
 
 
+@pytest.mark.parametrize(
+    "score", [lambda p: None, lambda p: 1.0, lambda p: p.mean.detach().sum(1), lambda p: torch.ones_like(p.mean).int()]
+)
+def test_a_score_of_another_kind_is_told(score):
+    model = net()
+    with pytest.raises(
+        TypeError, match=r"score returned .* for 0\.weight; expected a tensor of floats of the weight's"
+    ):
+        bp.prune_weights(model, "weights=0.5", score=score)
+    assert kept(model).all()
+
+
 @pytest.mark.parametrize("data", [[], [torch.ones(1, 8)], [torch.full((4, 8), torch.nan)]])
 def test_data_that_batch_norm_cannot_measure_leaves_the_model_as_it_was(data):
     model = bp.to_variational(nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Linear(6, 2)))
