@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from bayesprune import gates
 from bayesprune.app.data import Loaders
-from bayesprune.app.lost import check_images, what_was_lost
+from bayesprune.app.lost import check_images, what_was_lost, with_scores
 from bayesprune.app.recipe import Recipe
 from bayesprune.app.tasks.task import LoggedProgress, Progress, Task, Training
 from bayesprune.bits import quantize
@@ -241,19 +241,22 @@ def run(
             dense,
             model,
             task.example_inputs,
-            evaluate=lambda candidate: task.score(candidate, "test"),
             snr=ratios,
             history=history,
             metric=task.metric,
             paths=(directory, out),
             title=f"{name} on {task.description}",
         )
-    if recipe.corruptions:
-        progress.say("corrupting the test images")
-        tables += what_was_lost(dense, model, task, num_batches=_BATCHES)
-    result = replace(result, tables=tables)
+    result = replace(
+        with_scores(result, *(task.score(candidate, "test") for candidate in (dense, model))), tables=tables
+    )
     result.save(out)
     task.save_preparation(out)
+    if recipe.corruptions:  # which may fail, and then there is the report without
+        progress.say("corrupting the test images")
+        tables += what_was_lost(dense, model, task, num_batches=_BATCHES)
+        result = replace(result, tables=tables)
+        result.save(out)
     return Compressed(model, result)
 
 

@@ -244,6 +244,27 @@ def test_an_error_in_a_fine_tuning_leaves_the_stds_to_be_trained(tmp_path):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_test_score_that_is_no_number_is_said_in_the_report(bad, tmp_path):
+    class Undefined(BySize):
+        def score(self, model, split):
+            score = super().score(model, split)
+            return bad if split == "test" and score > 10 else score
+
+    task = Undefined(PERPLEXITY, lambda kept: 9 / kept)
+    model, recipe = (
+        nn.Sequential(nn.Linear(8, 40), nn.ReLU(), nn.Linear(40, 4)),
+        Recipe("macs=0.5", None, 1, 0.1, 0.1, None, "auto", ("width",)),
+    )
+    report = run(model, task, recipe, tmp_path, Silent(), name="two layers", is_trained=True).report
+    assert (report.before.accuracy, report.after.accuracy) == (9, None)
+    assert f"The test perplexity after is {bad}, which is no finite number" in " ".join(str(report).split())
+    again = Report.from_json((tmp_path / "report.json").read_text())
+    assert again.notes == report.notes
+    assert "Look for NaN and infinity in the test data" in (tmp_path / "report.html").read_text()
+    assert (tmp_path / "beside.txt").is_file()
+
+
 def test_sharded_weights_are_not_held_to_grids(tmp_path):
     task = BySize(ACCURACY, lambda kept: kept)
     task.is_sharded = True
