@@ -17,9 +17,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from bayesprune.convert import FROZEN, reasons_to_leave
+from bayesprune.estimators import as_gaussian
 from bayesprune.foundation.device import numbers_of
 from bayesprune.foundation.kinds import EMBEDDING, kind_of
-from bayesprune.foundation.model import undone_on_error
+from bayesprune.foundation.model import eval_mode, undone_on_error
 from bayesprune.foundation.sharding import full_tensor, whole_mask
 from bayesprune.foundation.target import PATTERN, Target
 from bayesprune.foundation.text import as_text, first_names
@@ -38,7 +39,10 @@ Score = Callable[[Posterior], Tensor]
 
 @dataclass(frozen=True)
 class WeightRow:
-    """One weight tensor: its name, how many weights it has and keeps, and whether it was passed over or held back."""
+    """One weight tensor: its name, how many weights it has and keeps, and whether it was passed over or held back.
+
+    A weight behind a closed gate is kept, for the gate may open; the note says how many there are.
+    """
 
     name: str
     total: int
@@ -182,8 +186,21 @@ def set_masks(
             for layer, name in holders[id(posterior.mean)]:
                 layer.set_mask(name, keep)
     for (posterior, kept), note in zip(_num_kept(posteriors).items(), notes, strict=True):
-        rows.append(WeightRow(posterior.name, posterior.mean.numel(), kept, note))
+        said = "; ".join(filter(None, (note, _note_on_gates(posterior))))
+        rows.append(WeightRow(posterior.name, posterior.mean.numel(), kept, said))
     return WeightReport(tuple(rows), _untouched(model, posteriors))
+
+
+def _note_on_gates(posterior: Posterior) -> str:
+    """How many of the weights that are kept evaluation reads as zeros, for their gates are closed; else empty."""
+    layer = posterior.layer
+    if layer.posterior_hook is None:
+        return ""
+    with eval_mode(layer):
+        seen = full_tensor(as_gaussian(layer.posterior(posterior.parameter)).mean)
+    closed = (seen == 0) & (full_tensor(posterior.mean) != 0) & ~_removed(posterior)
+    num_closed = int(closed.sum())
+    return f"{num_closed:,} of the kept are behind closed gates: gates.close removes them" if num_closed else ""
 
 
 def _untouched(model: nn.Module, removable: Sequence[Posterior]) -> tuple[WeightRow, ...]:
