@@ -34,6 +34,7 @@ from bayesprune.train.optimizers import (
     has_fused_kernel,
     held_by,
     put_back,
+    put_last,
     step_scaled,
     take_out,
     with_gradients,
@@ -96,6 +97,7 @@ class Attachment:
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
+        put_last(optimizer)
         self._look()
         ATTACHMENTS.add(self)
 
