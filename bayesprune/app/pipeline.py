@@ -26,7 +26,7 @@ from bayesprune.bits import quantize
 from bayesprune.convert import conversion_table, to_deterministic, to_variational
 from bayesprune.elastic import Level, levels
 from bayesprune.foundation import defaults
-from bayesprune.foundation.batches import device_of, first_example, on_device
+from bayesprune.foundation.batches import check_batches, device_of, first_example, on_device
 from bayesprune.foundation.model import undone_on_error
 from bayesprune.laplace.calibration import length_of
 from bayesprune.layers import named_posteriors
@@ -307,6 +307,7 @@ def _check_batches(loaders: Loaders) -> None:
     """
     for split in ("train", "validation", "test"):
         batches: Any = getattr(loaders, split)
+        check_batches(batches, f"data[{split!r}]")
         if isinstance(batches, Iterator):
             raise ValueError(
                 f"the {split} batches are a {type(batches).__name__}, which one pass uses up; expected what starts "

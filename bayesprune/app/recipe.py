@@ -73,6 +73,8 @@ class Recipe:
             raise ValueError(f"bits is {self.bits!r}; expected the width of a weight, from 2 to 12.")
         if self.coding not in (None, "entropy"):
             raise ValueError(f'coding is {self.coding!r}; expected "entropy", or nothing for plain tensors.')
+        if isinstance(self.levels, str):
+            raise ValueError(f"levels is {self.levels!r}; expected several targets, such as ({self.levels!r},).")
         names = [str(Target.parse(level, LEVEL_KINDS, "levels", is_partial=True)) for level in self.levels]
         if len(set(names)) < len(names):
             raise ValueError(f"levels has two of one name: {', '.join(names)}. Give each target once.")

@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.util import find_spec
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -274,9 +275,9 @@ def _check(
         raise ValueError(
             f"quantize got tolerance={tolerance!r}, bits={bits!r}, bytes={num_bytes!r}; expected one of the three."
         )
-    if tolerance is not None and not tolerance > 0:
+    if tolerance is not None and not (isinstance(tolerance, Real) and tolerance > 0):
         raise ValueError(f"tolerance is {tolerance!r}; expected nats that the loss may rise by, above 0.")
-    if num_bytes is not None and num_bytes <= 0:
+    if num_bytes is not None and not (isinstance(num_bytes, Real) and num_bytes > 0):
         raise ValueError(f"bytes is {num_bytes!r}; expected the size of the coded tensors, above 0.")
     widths = [] if bits is None else list(bits.values()) if isinstance(bits, Mapping) else [bits]
     if any(type(width) is not int or not 2 <= width <= 12 for width in widths):

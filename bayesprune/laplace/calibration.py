@@ -5,7 +5,6 @@ Nothing is trained, no `.grad` is touched, and the model runs in evaluation mode
 
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import ExitStack, contextmanager
-from itertools import islice
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -233,7 +232,7 @@ def visit_calls(
     """
     loss = sampled_cross_entropy if loss is None else loss
     batch = None
-    batches = with_examples(model, islice(loader, num_batches))
+    batches = with_examples(model, loader, num_batches)
     for batch in progress_bar(batches, "Take gradients", "batch", total=total):
         inputs = split(model, batch)
         with ExitStack() as stack:

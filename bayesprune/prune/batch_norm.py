@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bayesprune.errors import UnsupportedModelError
-from bayesprune.foundation.batches import on_device, split
+from bayesprune.foundation.batches import check_batches, on_device, split
 from bayesprune.foundation.model import eval_mode, undone_on_error
 from bayesprune.foundation.text import first_names
 
@@ -42,6 +42,7 @@ def recalibrate_batch_norm(model: nn.Module, data: Iterable[Any], *, max_batches
     parameter = next(model.parameters(), None)
     if parameter is None:
         raise UnsupportedModelError("the model has no parameter, so nothing says on which device its batches belong.")
+    check_batches(data)
     batches = islice(data, max_batches)
     first = next(batches, None)
     if first is None:

@@ -10,7 +10,16 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from bayesprune.errors import UnsupportedModelError
-from bayesprune.foundation.batches import IGNORED_LABEL, Batch, check_labels, device_of, logits_of, on_device, split
+from bayesprune.foundation.batches import (
+    IGNORED_LABEL,
+    Batch,
+    check_batches,
+    check_labels,
+    device_of,
+    logits_of,
+    on_device,
+    split,
+)
 from bayesprune.foundation.text import as_text
 from bayesprune.layers import variational_layers
 from bayesprune.prediction import predict
@@ -115,6 +124,11 @@ def robustness(
             model has no output for each class.
         UnsupportedModelError: a batch has no images, or no tensor of labels.
     """
+    if not isinstance(models, Mapping):
+        raise TypeError(
+            f"robustness got a {type(models).__name__}; expected models by name, such as {{'dense': dense}}."
+        )
+    check_batches(batches, "batches")
     if not models:
         raise ValueError("robustness got no model; expected a mapping such as {'dense': dense, 'pruned': pruned}.")
     first = next(iter(models.values()))

@@ -294,6 +294,7 @@ class Endless(IterableDataset):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"levels": "macs=0.5"}, "levels is 'macs=0.5'; expected several targets"),
         ({"levels": ("macs=2",)}, "levels got the target 'macs=2'"),
         ({"levels": ("macs=0.5", "macs=0.50")}, "levels has two of one name: macs=0.5, macs=0.5"),
         ({"levels": ("macs=0.01",)}, "macs=0.01 cannot be reached"),
@@ -311,6 +312,8 @@ class Endless(IterableDataset):
         ({"data": batches() | {"test": iter(batches()["test"])}}, "the test batches are a .*, which one pass uses up"),
         ({"data": batches() | {"validation": (batch for batch in [])}}, "the validation batches are a generator"),
         ({"data": batches() | {"validation": []}}, "there is no validation batch"),
+        ({"data": batches() | {"test": torch.zeros(4, 8)}}, r"data\['test'\] is a Tensor; expected batches"),
+        ({"metric": PERPLEXITY}, "expected those of a causal language model, .* take `accuracy`"),
         ({"data": batches() | {"train": DataLoader([0], 2, drop_last=True)}}, "there is no train batch.*drop_last"),
         ({"target": None}, "expected one of them"),
         ({"target": None, "tolerance": float("nan")}, "tolerance is nan; expected the largest accepted loss"),

@@ -252,6 +252,16 @@ def test_a_label_that_no_output_stands_for_is_told(measured, label):
         measured(model, [(logits, labels)])
 
 
+def test_perplexity_is_of_causal_language_models():
+    """Of a model with a decoder beside an encoder the logits are of the label at their own position."""
+    with pytest.raises(ValueError, match=r"\(2, 3\), labels \(2,\); expected those of a causal language model"):
+        reports.perplexity(nn.Identity(), [(torch.randn(2, 3), torch.tensor([0, 1]))])
+    decoder = _Turned()
+    decoder.config = SimpleNamespace(is_encoder_decoder=True)
+    with pytest.raises(ValueError, match="_Turned has an encoder and a decoder, .* expected a causal language model"):
+        reports.perplexity(decoder, [(torch.randn(2, 3, 4), torch.zeros(2, 4, dtype=torch.long))])
+
+
 class _Turned(nn.Module):
     """Logits with the classes last."""
 

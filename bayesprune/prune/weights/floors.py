@@ -6,6 +6,7 @@ What a floor keeps is paid by the other tensors, so that the total is what was a
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -28,7 +29,8 @@ def check_min_kept(min_kept: float) -> None:
     Raises:
         ValueError: it is neither.
     """
-    if not (0 <= min_kept < 1 or (min_kept >= 1 and float(min_kept).is_integer())):
+    is_number = isinstance(min_kept, Real)
+    if not is_number or not (0 <= min_kept < 1 or (min_kept >= 1 and float(min_kept).is_integer())):
         raise ValueError(f"min_kept is {min_kept!r}; expected a fraction from 0, below 1, or a whole number from 1 on.")
 
 

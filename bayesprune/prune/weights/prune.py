@@ -21,7 +21,7 @@ from bayesprune.estimators import as_gaussian
 from bayesprune.foundation.device import numbers_of
 from bayesprune.foundation.kinds import EMBEDDING, kind_of
 from bayesprune.foundation.model import eval_mode, undone_on_error
-from bayesprune.foundation.sharding import full_tensor, whole_mask
+from bayesprune.foundation.sharding import check_module, full_tensor, whole_mask
 from bayesprune.foundation.target import PATTERN, Target
 from bayesprune.foundation.text import as_text, first_names
 from bayesprune.layers import Posterior, holders_of, named_auxiliaries, named_posteriors, removable_weights
@@ -145,6 +145,7 @@ def prune_weights(
         ValueError: the target is none of these or out of range, the scores are NaN, there is no batch, or the model has
             no variational layers, or none that trains.
     """
+    check_module(model, "prune_weights")
     posteriors = removable_weights(model)
     goal = checked_goal(target, ("weights", "snr", PATTERN), "prune_weights")
     if scope not in ("global", "layer"):

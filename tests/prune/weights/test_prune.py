@@ -292,6 +292,11 @@ def test_other_checkpoints_do_not_bring_removed_weights_back():
         ({"0": 0.0, "2": 0.0}, {}, "144 weights were to go, and the floors under the tensors let 142"),
         ("weights=0.5", {"min_kept": -1}, "min_kept is -1; expected a fraction from 0, below 1, or a whole number"),
         ("weights=0.5", {"min_kept": 1.5}, "min_kept is 1.5"),
+        (
+            "weights=0.5",
+            {"min_kept": "10%"},
+            "min_kept is '10%'; expected a fraction from 0, below 1, or a whole number",
+        ),
         ("weights=0.5", {"scope": "channel"}, 'scope is \'channel\'; expected "global" or "layer"'),
     ],
 )
