@@ -88,7 +88,7 @@ def compress(
             what was lost on corrupted test images.
 
     Raises:
-        TypeError: the data are no mapping.
+        TypeError: the data are no mapping, or of no batches, or the metric is none.
         ValueError: an option is out of range, a split is missing, the training data have no length, labels are no class
             numbers of the model, or both target and tolerance are given.
         InfeasibleTargetError: the target or a level cannot be reached. Nothing was trained, unless a level is out of
@@ -113,6 +113,10 @@ def compress(
         raise TypeError(f"data is a {type(data).__name__}; expected a mapping of train, validation and test.")
     if missing := [split for split in ("train", "validation", "test") if split not in data]:
         raise ValueError(f"data has no {missing[0]!r} batches; expected a mapping of train, validation and test.")
+    if not isinstance(metric, Metric):
+        raise TypeError(f"metric is {metric!r}; expected bp.reports.ACCURACY or bp.reports.PERPLEXITY.")
+    if Path(out).exists() and not Path(out).is_dir():
+        raise ValueError(f"out is {str(out)!r}, which is a file; expected a directory, or a path where none is yet.")
     if (target is None) == (tolerance is None):
         raise ValueError(f"got target={target!r} and tolerance={tolerance!r}; expected one of them.")
     chosen = {"granularity": GRANULARITY, "std": None, "estimator": defaults.ESTIMATOR}

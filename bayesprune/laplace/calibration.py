@@ -77,7 +77,7 @@ def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
         )
     logits = _of_classes(_logits(model, found))
     check_labels(found.labels, logits.shape[1])
-    return F.cross_entropy(logits, found.labels)
+    return F.cross_entropy(logits, found.labels if found.labels.is_floating_point() else found.labels.long())
 
 
 def own_loss(model: nn.Module, batch: Any) -> Tensor:

@@ -251,7 +251,7 @@ def perplexity(model: nn.Module, loader: Iterable[Any], device: torch.device | s
                     f"logits have shape {tuple(logits.shape)}, labels {tuple(labels.shape)}; expected those of a "
                     "causal language model, (N, T, C) and (N, T). For a classifier take `accuracy`."
                 )
-            logits, following = logits[:, :-1], labels[:, 1:]
+            logits, following = logits[:, :-1], labels[:, 1:].long()
             check_labels(following, logits.shape[-1])
             loss = F.cross_entropy(logits.flatten(0, 1).float(), following.flatten(), reduction="sum")
             nats += loss.double().cpu()

@@ -301,6 +301,10 @@ class Endless(IterableDataset):
         ({"target": "weights=0.001"}, "0 of 440 weights were to stay"),
         ({"corruptions": True}, "corruptions are for images, and an example has none"),
         ({"num_epochs": 0}, "num_epochs is 0; expected 1 or more"),
+        ({"num_epochs": 1.5}, "num_epochs is 1.5; expected 1 or more"),
+        ({"lr": "1e-3"}, "lr is '1e-3'; expected a learning rate"),
+        ({"metric": "accuracy"}, "metric is 'accuracy'; expected bp.reports.ACCURACY"),
+        ({"out": __file__}, "test_pipeline.py', which is a file; expected a directory"),
         ({"bits": 1}, "bits is 1; expected the width of a weight, from 2 to 12"),
         ({"gates": True, "target": "macs=0.5"}, "gates choose single weights for a target; give one"),
         ({"gates": True, "target": "weights=0.5", "estimator": "flipout"}, "and no stds are learned"),
@@ -349,6 +353,22 @@ def test_a_label_that_is_no_class_leaves_the_model_as_it_was(split, label, tmp_p
     assert not (tmp_path / "small").exists()
     assert model.training
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.float32])
+def test_labels_are_whole_numbers_of_any_width(dtype, tmp_path):
+    data = batches()
+    for loader in data.values():
+        loader.dataset.tensors = (loader.dataset.tensors[0], loader.dataset.tensors[1].to(dtype))
+    model = nn.Sequential(nn.Linear(8, 40), nn.ReLU(), nn.Linear(40, 3))
+    if dtype.is_floating_point:
+        with pytest.raises(ValueError, match=r"labels of a training batch are torch\.float32; expected whole numbers"):
+            bp.compress(model, data, "macs=0.5", out=tmp_path, num_epochs=1)
+        assert model[0].out_features == 40
+        return
+    bp.compress(model, data, "macs=0.5", out=tmp_path, num_epochs=1)
+    assert model[0].out_features == 20
+    bp.laplace.fit_laplace(bp.to_variational(model), data["train"], loss=bp.laplace.cross_entropy)
 
 
 def test_a_level_out_of_reach_of_what_a_search_found_leaves_the_result(tmp_path):

@@ -154,7 +154,9 @@ class LoaderTask(Task):
         if not isinstance(labels, Tensor):
             kind = type(labels).__name__
             raise ValueError(f"the labels of a training batch are {kind}; expected a tensor of class numbers.")
-        return labels[:, 1:] if self.metric == PERPLEXITY else labels
+        if labels.is_floating_point():
+            raise ValueError(f"the labels of a training batch are {labels.dtype}; expected whole numbers, of classes.")
+        return (labels[:, 1:] if self.metric == PERPLEXITY else labels).long()
 
     def save_preparation(self, directory: Path) -> None:
         """Nothing: timm's `config.json` says how images are prepared."""
