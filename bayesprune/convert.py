@@ -19,7 +19,7 @@ from bayesprune import estimators
 from bayesprune.errors import UnsupportedModelError
 from bayesprune.foundation import defaults
 from bayesprune.foundation.kinds import kind_of
-from bayesprune.foundation.sharding import is_sharded
+from bayesprune.foundation.sharding import check_module, is_sharded
 from bayesprune.foundation.text import as_text
 from bayesprune.layers import (
     STRUCTURES,
@@ -231,6 +231,7 @@ def to_deterministic(model: nn.Module) -> nn.Module:
 
     Removed weights, and those that gates have closed, are zeros. Nothing keeps them so: fine-tune before this call.
     """
+    check_module(model, "to_deterministic")
     for _, layer in list(variational_layers(close_auxiliaries(model))):
         layer.drop_masks()
         parts = [key for name in layer.active_names() for key in layer._part_names(name)]
@@ -285,6 +286,7 @@ def check_options(std: str, relative_std: float, estimator: str) -> None:
 
 
 def _check_plain(model: nn.Module) -> None:
+    check_module(model, "to_variational")
     if isinstance(model, torch.jit.ScriptModule):
         raise UnsupportedModelError("to_variational got a scripted model; pass the eager model it was made from.")
     if hasattr(model, "_orig_mod") or any(m._compiled_call_impl is not None for m in model.modules()):
@@ -310,7 +312,8 @@ def _check_finite(module: nn.Module, name: str) -> None:
         if bad:
             raise ValueError(
                 f"{name + '.' if name else ''}{key} has {bad} of {parameter.numel()} values that are NaN or infinite; "
-                "expected trained, finite weights. Check the checkpoint, or leave the layer out with filter_fn."
+                "expected trained, finite weights. Check the checkpoint, or in Python leave the layer "
+                "out with filter_fn."
             )
 
 

@@ -1,6 +1,7 @@
-"""What the smaller model has lost beside accuracy, as tables of the report."""
+"""What the smaller model has lost, as the report says it: the test scores, and tables of what else there is."""
 
 import copy
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +12,21 @@ from bayesprune.app.tasks.task import Task
 from bayesprune.convert import to_variational
 from bayesprune.errors import UnsupportedFunctionError
 from bayesprune.laplace import fit_laplace
-from bayesprune.reports import ExtraTable
+from bayesprune.reports import ExtraTable, Report
 from bayesprune.robustness import robustness
+
+
+def with_scores(found: Report, before: float, after: float) -> Report:
+    """The report with both models' test scores; one that is no finite number is left out, and said."""
+    measured, notes = [], list(found.notes)
+    for measurement, score in ((found.before, before), (found.after, after)):
+        measured.append(replace(measurement, accuracy=score if math.isfinite(score) else None))
+        if not math.isfinite(score):
+            notes.append(
+                f"The test {found.metric.name} {measurement.label} is {score}, which is no finite number and has "
+                "no place in the table. Look for NaN and infinity in the test data and in the model's outputs."
+            )
+    return replace(found, before=measured[0], after=measured[1], notes=tuple(notes))
 
 
 def check_images(example_inputs: Any) -> None:

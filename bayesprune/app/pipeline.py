@@ -19,19 +19,21 @@ from torch.utils.data import DataLoader
 
 from bayesprune import gates
 from bayesprune.app.data import Loaders
-from bayesprune.app.lost import check_images, what_was_lost
+from bayesprune.app.lost import check_images, what_was_lost, with_scores
 from bayesprune.app.recipe import Recipe
 from bayesprune.app.tasks.task import LoggedProgress, Progress, Task, Training
 from bayesprune.bits import quantize
 from bayesprune.convert import conversion_table, to_deterministic, to_variational
 from bayesprune.elastic import Level, levels
 from bayesprune.foundation import defaults
-from bayesprune.foundation.batches import device_of, first_example, on_device
+from bayesprune.foundation.batches import check_batches, device_of, first_example, on_device
+from bayesprune.foundation.model import undone_on_error
 from bayesprune.laplace.calibration import length_of
 from bayesprune.layers import named_posteriors
 from bayesprune.prediction.predict import sampling
 from bayesprune.prune import freeze_batch_norm, prune_channels, prune_weights, signal_to_noise, smallest_within
 from bayesprune.prune.graph.group import GRANULARITY
+from bayesprune.prune.graph.removal import restore_point
 from bayesprune.reports import ACCURACY, ExtraTable, HistoryPoint, Metric, Report, count_parameters, report
 from bayesprune.storage import save
 from bayesprune.storage.base import describe
@@ -66,7 +68,8 @@ def compress(
     measured on the validation batches; the test batches give the report's figures.
 
     Args:
-        model: A trained classifier, or causal language model, on its device; changed in place, but for a search.
+        model: A trained classifier, or causal language model, on its device; changed in place, but for a search. An
+            error on the way leaves it as it was, of which a copy is kept meanwhile.
         data: Batches under "train", a DataLoader, "validation" and "test", in any form that
             `bayesprune.foundation.batches` names, with labels.
         target: What is kept: "macs=0.5", "params=0.5", "snr=1" or "weights=0.2". None searches for the smallest model
@@ -85,9 +88,9 @@ def compress(
             what was lost on corrupted test images.
 
     Raises:
-        TypeError: the data are no mapping.
-        ValueError: an option is out of range, a split is missing, the training data have no length, or both target and
-            tolerance are given.
+        TypeError: the data are no mapping, or of no batches, or the metric is none.
+        ValueError: an option is out of range, a split is missing, the training data have no length, labels are no class
+            numbers of the model, or both target and tolerance are given.
         InfeasibleTargetError: the target or a level cannot be reached. Nothing was trained, unless a level is out of
             reach of what a search has found; then the result is in `out`, without levels and report.
 
@@ -110,6 +113,10 @@ def compress(
         raise TypeError(f"data is a {type(data).__name__}; expected a mapping of train, validation and test.")
     if missing := [split for split in ("train", "validation", "test") if split not in data]:
         raise ValueError(f"data has no {missing[0]!r} batches; expected a mapping of train, validation and test.")
+    if not isinstance(metric, Metric):
+        raise TypeError(f"metric is {metric!r}; expected bp.reports.ACCURACY or bp.reports.PERPLEXITY.")
+    if Path(out).exists() and not Path(out).is_dir():
+        raise ValueError(f"out is {str(out)!r}, which is a file; expected a directory, or a path where none is yet.")
     if (target is None) == (tolerance is None):
         raise ValueError(f"got target={target!r} and tolerance={tolerance!r}; expected one of them.")
     chosen = {"granularity": GRANULARITY, "std": None, "estimator": defaults.ESTIMATOR}
@@ -130,7 +137,9 @@ def compress(
     _check_batches(loaders)
     example = first_example(model, next(iter(loaders.validation)))
     task = LoaderTask(loaders, accelerator, metric=metric, example_inputs=example)
-    return run(model, task, recipe, Path(out), LoggedProgress(), name=type(model).__name__, is_trained=True)
+    task.score(model, "test")  # which comes last: what cannot be measured is told now
+    with undone_on_error(restore_point(model)):
+        return run(model, task, recipe, Path(out), LoggedProgress(), name=type(model).__name__, is_trained=True)
 
 
 def run(
@@ -236,19 +245,22 @@ def run(
             dense,
             model,
             task.example_inputs,
-            evaluate=lambda candidate: task.score(candidate, "test"),
             snr=ratios,
             history=history,
             metric=task.metric,
             paths=(directory, out),
             title=f"{name} on {task.description}",
         )
-    if recipe.corruptions:
-        progress.say("corrupting the test images")
-        tables += what_was_lost(dense, model, task, num_batches=_BATCHES)
-    result = replace(result, tables=tables)
+    result = replace(
+        with_scores(result, *(task.score(candidate, "test") for candidate in (dense, model))), tables=tables
+    )
     result.save(out)
     task.save_preparation(out)
+    if recipe.corruptions:  # which may fail, and then there is the report without
+        progress.say("corrupting the test images")
+        tables += what_was_lost(dense, model, task, num_batches=_BATCHES)
+        result = replace(result, tables=tables)
+        result.save(out)
     return Compressed(model, result)
 
 
@@ -299,6 +311,7 @@ def _check_batches(loaders: Loaders) -> None:
     """
     for split in ("train", "validation", "test"):
         batches: Any = getattr(loaders, split)
+        check_batches(batches, f"data[{split!r}]")
         if isinstance(batches, Iterator):
             raise ValueError(
                 f"the {split} batches are a {type(batches).__name__}, which one pass uses up; expected what starts "

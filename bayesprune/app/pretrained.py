@@ -152,7 +152,7 @@ def longest_input(config: PreTrainedConfig, tokenizer: Any, asked: int | None, *
     if asked is None:
         return min(default, limit)
     if not 2 <= asked <= limit:
-        raise ValueError(f"max_length is {asked}; expected 2 to {limit} tokens, the most that this model takes.")
+        raise ValueError(f"--max-length is {asked}; expected 2 to {limit} tokens, the most that this model takes.")
     return asked
 
 

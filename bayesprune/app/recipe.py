@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Literal
 
 from bayesprune.convert import check_options
@@ -64,15 +65,17 @@ class Recipe:
     def __post_init__(self) -> None:
         """Refuses now what would be refused after minutes of training."""
         check_options(self.structure, self.relative_std, self.estimator)
-        if self.num_epochs < 1:
+        if not isinstance(self.num_epochs, Integral) or self.num_epochs < 1:
             raise ValueError(f"num_epochs is {self.num_epochs!r}; expected 1 or more.")
         for name in ("train_lr", "lr"):
-            if not 0 <= getattr(self, name) < math.inf:
+            if not isinstance(getattr(self, name), Real) or not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected a learning rate of 0 or more.")
         if self.bits is not None and not 2 <= self.bits <= 12:
             raise ValueError(f"bits is {self.bits!r}; expected the width of a weight, from 2 to 12.")
         if self.coding not in (None, "entropy"):
             raise ValueError(f'coding is {self.coding!r}; expected "entropy", or nothing for plain tensors.')
+        if isinstance(self.levels, str):
+            raise ValueError(f"levels is {self.levels!r}; expected several targets, such as ({self.levels!r},).")
         names = [str(Target.parse(level, LEVEL_KINDS, "levels", is_partial=True)) for level in self.levels]
         if len(set(names)) < len(names):
             raise ValueError(f"levels has two of one name: {', '.join(names)}. Give each target once.")

@@ -85,7 +85,7 @@ def causal_lm(source: str, data: str, options: Options) -> Job:
             if len(splits["train"]) < 2:
                 raise ValueError(
                     f"{data!r} is too short: its training split has {len(splits['train'])} blocks of {length} tokens "
-                    f"left, and some are held out for {split}. Give more text, or a smaller max_length."
+                    f"left, and some are held out for {split}. Give more text, or a smaller --max-length."
                 )
             parts = last_tenth_of_each_class(torch.zeros(len(splits["train"]), dtype=torch.long), what="block")
             splits["train"], splits[split] = ([splits["train"][i] for i in part] for part in parts)

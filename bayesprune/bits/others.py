@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bayesprune.convert import to_deterministic
 from bayesprune.foundation.batches import split
 from bayesprune.foundation.model import eval_mode, requires_grad
+from bayesprune.foundation.numbers import as_loss
 from bayesprune.laplace import output_metric
 from bayesprune.laplace.calibration import Loss
 from bayesprune.laplace.diagonal import prior_precisions
@@ -67,7 +68,7 @@ def embedding_precisions(
     sums = dict.fromkeys(tensors, 0.0)
     for batch in batches:
         with torch.enable_grad(), eval_mode(model), requires_grad(model, True):
-            total = metric(model, batch) * split(model, batch).num_examples
+            total = as_loss(metric(model, batch), "loss") * split(model, batch).num_examples
             gradients = torch.autograd.grad(total, list(tensors.values()), allow_unused=True)
         for name, gradient in zip(tensors, gradients, strict=True):
             sums[name] += 0.0 if gradient is None else float(gradient.to_dense().double().square().mean())

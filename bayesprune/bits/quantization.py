@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.util import find_spec
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -77,6 +78,7 @@ def quantize(
             classes) nor (examples, tokens, classes) it also says how exactly weights have to be known.
 
     Raises:
+        TypeError: the loss returned no number, or one without a gradient where one is taken.
         ValueError: not exactly one of tolerance, bits and bytes is given, or one is out of range; data are missing, or
             have no loss that is a number.
         InfeasibleTargetError: no step is small enough for the tolerance, or large enough for the bytes. The model is
@@ -273,9 +275,9 @@ def _check(
         raise ValueError(
             f"quantize got tolerance={tolerance!r}, bits={bits!r}, bytes={num_bytes!r}; expected one of the three."
         )
-    if tolerance is not None and not tolerance > 0:
+    if tolerance is not None and not (isinstance(tolerance, Real) and tolerance > 0):
         raise ValueError(f"tolerance is {tolerance!r}; expected nats that the loss may rise by, above 0.")
-    if num_bytes is not None and num_bytes <= 0:
+    if num_bytes is not None and not (isinstance(num_bytes, Real) and num_bytes > 0):
         raise ValueError(f"bytes is {num_bytes!r}; expected the size of the coded tensors, above 0.")
     widths = [] if bits is None else list(bits.values()) if isinstance(bits, Mapping) else [bits]
     if any(type(width) is not int or not 2 <= width <= 12 for width in widths):

@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +78,7 @@ class StraightThrough:
 
     Attributes:
         extra: Bits that the grids have now beyond those asked for.
+        comes_last: What is attached to the optimizer, before or later, meets the weights as they are.
 
     Examples:
         >>> import torch, bayesprune as bp
@@ -95,6 +96,8 @@ class StraightThrough:
         True
     """
 
+    comes_last: ClassVar[bool] = True
+
     def __init__(
         self,
         optimizer: Optimizer,
@@ -107,8 +110,8 @@ class StraightThrough:
         """Rounds the weights, and hooks the optimizer's steps.
 
         Args:
-            optimizer: Any torch optimizer that computes a step from one gradient; attach to it first where the model
-                is variational and its posterior is to be trained on.
+            optimizer: Any torch optimizer that computes a step from one gradient; attach to it, before or later, where
+                the model is variational and its posterior is to be trained on.
             model: Rounded by `quantize`: then it trains on from there, with the zeros of rounding. Or as it was before
                 and the report of a rounded copy: then its weights are rounded to the nearest places of those grids, and
                 those that are zero for rounding may become others.

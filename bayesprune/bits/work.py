@@ -20,6 +20,7 @@ from bayesprune.bits.steps import Grid
 from bayesprune.errors import UnsupportedModelError
 from bayesprune.foundation.batches import split
 from bayesprune.foundation.model import eval_mode
+from bayesprune.foundation.numbers import as_number
 from bayesprune.foundation.progress import progress_bar
 from bayesprune.laplace import KroneckerFactors, KroneckerPosterior, fit_kronecker, output_metric
 from bayesprune.laplace.calibration import Loss, own_loss
@@ -154,7 +155,7 @@ class Work:
         with eval_mode(self.model):
             for batch in self._batches:
                 count = split(self.model, batch).num_examples
-                total += count * float(self._loss(self.model, batch))
+                total += count * as_number(self._loss(self.model, batch), "loss")
                 number += count
         return total / number
 

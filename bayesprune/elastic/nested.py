@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from bayesprune.convert import to_deterministic, to_variational
 from bayesprune.elastic.differences import rounded
 from bayesprune.elastic.positions import fill_kept, kept_positions, number_entries
+from bayesprune.foundation.batches import check_batches
 from bayesprune.foundation.model import bare_model
 from bayesprune.foundation.sharding import check_whole
 from bayesprune.foundation.target import Target
@@ -97,9 +98,13 @@ def levels(
     """
     check_whole(model, "levels")
     model = bare_model(model)
+    if isinstance(targets, str):
+        raise ValueError(f"levels got {targets!r}; expected several targets, such as [{targets!r}].")
     goals = [Target.parse(target, KINDS, "levels") for target in targets]
     ranking = model if any(variational_layers(model)) else to_variational(copy.deepcopy(model))
     plain = to_deterministic(copy.deepcopy(model)).eval()
+    if data is not None:
+        check_batches(data)
     batches = None if data is None else list(data)
     if ranking is not model and not batches:
         raise ValueError(

@@ -14,6 +14,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -137,10 +138,29 @@ def device_of(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
-def with_examples(model: nn.Module, batches: Iterable[Any]) -> Iterator[Any]:
-    """The batches on the model's device, but those that hold no example and so say nothing."""
+def check_batches(data: Any, name: str = "data") -> None:
+    """Refuses what gives no batches one by one: a single batch, above all.
+
+    Raises:
+        TypeError: so it is.
+    """
+    gives_items = hasattr(data, "__iter__") or hasattr(data, "__getitem__")
+    if isinstance(data, Tensor | Mapping | str) or not gives_items:
+        raise TypeError(
+            f"{name} is a {type(data).__name__}; expected batches: a DataLoader, or a list such as [(inputs, labels)], "
+            "in which a single batch stands, too."
+        )
+
+
+def with_examples(model: nn.Module, batches: Iterable[Any], most: int | None = None) -> Iterator[Any]:
+    """The batches on the model's device, so many at most, but those that hold no example and so say nothing.
+
+    Raises:
+        TypeError: they are a single batch, or no batches.
+    """
+    check_batches(batches)
     device = device_of(model)
-    for batch in batches:
+    for batch in islice(batches, most):
         moved = on_device(batch, device)
         if split(model, moved).num_examples:
             yield moved
@@ -158,6 +178,27 @@ def logits_of(output: Any) -> Tensor:
         if (found := named_tensor(output, name)) is not None:
             return found
     raise TypeError(f"the model returned {type(output).__name__}; expected a tensor or an output with `.logits`.")
+
+
+def check_labels(labels: Tensor, num_classes: int) -> None:
+    """Refuses class numbers that no output stands for, which end in an index error, on a GPU far from their cause.
+
+    Args:
+        labels: Of a batch; fractions, as of mixed images, are no class numbers.
+        num_classes: Number of outputs.
+
+    Raises:
+        ValueError: one is below 0 and does not say that it does not count, or is too large.
+    """
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        return
+    wrong = labels[(labels != IGNORED_LABEL) & ((labels < 0) | (labels >= num_classes))]
+    if wrong.numel():
+        raise ValueError(
+            f"a batch has the label {int(wrong[0])}, and the model has {num_classes} outputs; expected class numbers "
+            f"from 0 to {num_classes - 1}, or {IGNORED_LABEL} for what does not count. Number the classes from 0, or "
+            "give the model an output for each."
+        )
 
 
 def named_tensor(output: Any, name: str) -> Tensor | None:

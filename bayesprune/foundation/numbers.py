@@ -1,4 +1,4 @@
-"""Numbers that a function of the user returned."""
+"""Numbers that a function of the user returned, and losses to be differentiated."""
 
 import reprlib
 from typing import Any
@@ -22,3 +22,21 @@ def as_number(value: Any, source: str) -> float:
         raise TypeError(
             f"{source} returned {reprlib.repr(value)}; expected a number, or a tensor that holds one."
         ) from None
+
+
+def as_loss(value: Any, source: str) -> Tensor:
+    """The value, if it is a tensor of one number that has a gradient.
+
+    Args:
+        value: What was returned.
+        source: What returned it, for the message.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+        raise TypeError(
+            f"{source} returned {reprlib.repr(value)}; expected a tensor of one number that has a gradient, a mean "
+            "over examples: no float, as .item() gives, and nothing that was computed without gradients."
+        )
+    return value

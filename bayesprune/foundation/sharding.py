@@ -32,13 +32,25 @@ def is_sharded(model: nn.Module) -> bool:
     )
 
 
-def check_whole(model: nn.Module, caller: str) -> None:
-    """Refuses a model that is sharded over processes, and says how to gather it.
+def check_module(model: Any, caller: str) -> None:
+    """Refuses what is no model.
 
     Raises:
-        UnsupportedModelError: it is.
+        TypeError: so it is.
     """
-    if isinstance(model, nn.Module) and is_sharded(model):
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{caller} got a {type(model).__name__} in place of a model; expected a torch.nn.Module.")
+
+
+def check_whole(model: nn.Module, caller: str) -> None:
+    """Refuses what is no model, and one that is sharded over processes, and says how to gather it.
+
+    Raises:
+        TypeError: it is no model.
+        UnsupportedModelError: it is sharded.
+    """
+    check_module(model, caller)
+    if is_sharded(model):
         raise UnsupportedModelError(
             f"{caller} got a model that is sharded over processes and needs it whole: gather its values in every "
             "process with torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "

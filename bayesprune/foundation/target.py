@@ -4,6 +4,7 @@ The library, the callback, the tasks, the command line and the report read and w
 """
 
 import math
+import reprlib
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -58,7 +59,7 @@ class Target:
         found = _read(str(target)) if isinstance(target, str | Target) else None
         if found is None or found.kind not in kinds:
             expected = ", ".join(_EXAMPLES[kind] for kind in kinds)
-            raise ValueError(f"{caller} got the target {target!r}; expected a text like {expected}.")
+            raise ValueError(f"{caller} got the target {reprlib.repr(target)}; expected a text like {expected}.")
         if complaint := found.complaint():
             raise ValueError(f"{caller} got the target {str(target)!r}; {complaint}.")
         if is_partial and found.kind == "weights" and not 0 < found.value < 1:

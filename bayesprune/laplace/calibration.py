@@ -5,7 +5,6 @@ Nothing is trained, no `.grad` is touched, and the model runs in evaluation mode
 
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import ExitStack, contextmanager
-from itertools import islice
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -13,8 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bayesprune.errors import UnsupportedModelError
-from bayesprune.foundation.batches import Batch, logits_of, named_tensor, split, takes_labels, with_examples
+from bayesprune.foundation.batches import (
+    Batch,
+    check_labels,
+    logits_of,
+    named_tensor,
+    split,
+    takes_labels,
+    with_examples,
+)
 from bayesprune.foundation.model import eval_mode, requires_grad
+from bayesprune.foundation.numbers import as_loss
 from bayesprune.foundation.progress import progress_bar
 from bayesprune.layers import VariationalLayer, variational_layers
 from bayesprune.layers.drawn import DrawnLayer
@@ -58,7 +66,8 @@ def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
     last example it is close to zero nearly everywhere.
 
     Raises:
-        ValueError: the batch has no labels, or the model does not give an example one vector of two logits or more.
+        ValueError: the batch has no labels, or one that is no class, or the model does not give an example one vector
+            of two logits or more.
     """
     found = split(model, batch)
     if not isinstance(found.labels, Tensor):
@@ -66,7 +75,9 @@ def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
         raise ValueError(
             f"the labels of a batch are {kind}; expected a tensor of class numbers, or pass another loss=."
         )
-    return F.cross_entropy(_of_classes(_logits(model, found)), found.labels)
+    logits = _of_classes(_logits(model, found))
+    check_labels(found.labels, logits.shape[1])
+    return F.cross_entropy(logits, found.labels if found.labels.is_floating_point() else found.labels.long())
 
 
 def own_loss(model: nn.Module, batch: Any) -> Tensor:
@@ -92,11 +103,16 @@ def sampled_cross_entropy(model: nn.Module, batch: Any) -> Tensor:
 
     Raises:
         ValueError: the model gives neither one vector of two logits or more for an example nor one for each of its
-            tokens.
+            tokens, or they are not finite.
     """
     found = split(model, batch)
     logits = _of_classes(predictions(model, found))
     with torch.no_grad():
+        if bool(logits.log_softmax(1).isnan().any()):
+            raise ValueError(
+                "the model's logits are NaN or infinite on these data; expected finite numbers. Look for NaN and "
+                "infinity in the data and in the weights."
+            )
         labels = torch.distributions.Categorical(logits=logits.detach().float()).sample()
     return F.cross_entropy(logits, labels, reduction="sum") / found.num_examples
 
@@ -210,12 +226,13 @@ def visit_calls(
         total: How many there will be, for the progress bar.
 
     Raises:
+        TypeError: the loss is no number, or has no gradient.
         ValueError: there was no batch.
         UnsupportedModelError: the inputs of a layer do not divide into the batch's examples.
     """
     loss = sampled_cross_entropy if loss is None else loss
     batch = None
-    batches = with_examples(model, islice(loader, num_batches))
+    batches = with_examples(model, loader, num_batches)
     for batch in progress_bar(batches, "Take gradients", "batch", total=total):
         inputs = split(model, batch)
         with ExitStack() as stack:
@@ -225,7 +242,7 @@ def visit_calls(
             ran = stack.enter_context(_showing(model, anchor, inputs, visit))
             value = loss(model, batch)
             if ran:
-                torch.autograd.grad(value, anchor, allow_unused=True)
+                torch.autograd.grad(as_loss(value, "loss"), anchor, allow_unused=True)
         yield inputs
     if batch is None:
         raise ValueError("the loader has no batch; expected an iterable of (inputs, labels).")

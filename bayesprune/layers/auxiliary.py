@@ -84,7 +84,7 @@ def without_auxiliaries(
 
     @functools.wraps(function)
     def run(model: nn.Module, *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        modules = [module for _, module in named_auxiliaries(model)]
+        modules = [module for _, module in named_auxiliaries(model)] if isinstance(model, nn.Module) else []
         for module in modules:
             module.passes = True
         try:

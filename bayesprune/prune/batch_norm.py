@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bayesprune.errors import UnsupportedModelError
-from bayesprune.foundation.batches import on_device, split
+from bayesprune.foundation.batches import check_batches, on_device, split
 from bayesprune.foundation.model import eval_mode, undone_on_error
 from bayesprune.foundation.text import first_names
 
@@ -33,7 +33,7 @@ def recalibrate_batch_norm(model: nn.Module, data: Iterable[Any], *, max_batches
         max_batches: No more batches than these are used.
 
     Raises:
-        ValueError: there was no batch, or a norm got single values alone.
+        ValueError: there was no batch, a norm got single values alone, or the statistics are not finite.
         UnsupportedModelError: the model has no parameter to tell the device from.
     """
     norms = measured_norms(model)
@@ -42,11 +42,17 @@ def recalibrate_batch_norm(model: nn.Module, data: Iterable[Any], *, max_batches
     parameter = next(model.parameters(), None)
     if parameter is None:
         raise UnsupportedModelError("the model has no parameter, so nothing says on which device its batches belong.")
+    check_batches(data)
     batches = islice(data, max_batches)
     first = next(batches, None)
     if first is None:
         raise ValueError("data has no batch; expected an iterable of input batches.")
-    with torch.no_grad(), eval_mode(model), undone_on_error(_remembered(norms)), _measuring(norms) as unmeasured:
+    with (
+        torch.no_grad(),
+        eval_mode(model),
+        undone_on_error(_remembered(norms)),
+        _measuring(norms) as (measured, unmeasured),
+    ):
         for batch in chain([first], batches):
             split(model, on_device(batch, parameter.device)).run(model)
         if without := [name for name, module in model.named_modules() if module in unmeasured]:
@@ -54,12 +60,17 @@ def recalibrate_batch_norm(model: nn.Module, data: Iterable[Any], *, max_batches
                 f"every batch gave {first_names(without)} a single value a channel, which has no variance; expected "
                 "batches of more than one example. Nothing was changed."
             )
+        if broken := [name for name, module in model.named_modules() if module in measured and not _is_finite(module)]:
+            raise ValueError(
+                f"the statistics of {first_names(broken)} are not finite on these data; expected finite numbers. Look "
+                "for NaN and infinity in the data and in the weights. Nothing was changed."
+            )
     return model
 
 
 @contextmanager
-def _measuring(norms: Sequence[_BatchNorm]) -> Iterator[set[nn.Module]]:
-    """Inside, norms average over the batches that they meet; yields those that met none which can be measured."""
+def _measuring(norms: Sequence[_BatchNorm]) -> Iterator[tuple[set[nn.Module], set[nn.Module]]]:
+    """Inside, norms average over the batches that they meet; yields those that did, and those that could not."""
     momenta = [norm.momentum for norm in norms]
     measured, unmeasured = set[nn.Module](), set[nn.Module]()
 
@@ -79,11 +90,15 @@ def _measuring(norms: Sequence[_BatchNorm]) -> Iterator[set[nn.Module]]:
     try:
         for norm in norms:
             norm.training = True  # compiled models look at it, and not for new hooks
-        yield unmeasured
+        yield measured, unmeasured
     finally:
         for norm, momentum, handle in zip(norms, momenta, handles, strict=True):
             norm.momentum = momentum
             handle.remove()
+
+
+def _is_finite(norm: nn.Module) -> bool:
+    return all(bool(buffer.isfinite().all()) for buffer in norm.buffers(recurse=False))
 
 
 def _remembered(norms: Sequence[_BatchNorm]) -> Callable[[], None]:

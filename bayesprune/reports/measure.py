@@ -16,7 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bayesprune.foundation import macs
-from bayesprune.foundation.batches import IGNORED_LABEL, device_of, given, logits_of, on_device, split
+from bayesprune.foundation.batches import (
+    IGNORED_LABEL,
+    check_batches,
+    check_labels,
+    device_of,
+    given,
+    logits_of,
+    on_device,
+    split,
+)
 from bayesprune.foundation.kinds import EMBEDDING, kind_of
 from bayesprune.foundation.latency import seconds_in_turn
 from bayesprune.foundation.macs import COUNTER
@@ -171,9 +180,10 @@ def accuracy(model: nn.Module, loader: Iterable[Any], device: torch.device | str
         device: Where the batches go; by default where the model is.
 
     Raises:
-        ValueError: the loader has no label that counts, the model has no output for each class, or the labels do not
-            have the shape of the predictions.
+        ValueError: the loader has no label that counts, the model has no output for each class, or the labels are no
+            class numbers, or do not have the shape of the predictions.
     """
+    check_batches(loader, "the loader")
     device = device_of(model) if device is None else torch.device(device)
     correct = total = 0
     with evaluating(model):
@@ -184,8 +194,10 @@ def accuracy(model: nn.Module, loader: Iterable[Any], device: torch.device | str
             if predictions.shape != labels.shape:
                 raise ValueError(
                     f"labels have shape {tuple(labels.shape)}, predictions {tuple(predictions.shape)}; expected one "
-                    "class number for each prediction."
+                    "class number for each prediction, with the classes along dimension 1. For a causal language model "
+                    "take `perplexity`; for another model of tokens pass an `evaluate` of your own."
                 )
+            check_labels(labels, logits.shape[1])
             correct += (predictions == labels).sum()  # which no prediction is where a label does not count
             total += (labels != IGNORED_LABEL).sum()
     if not total:
@@ -219,15 +231,28 @@ def perplexity(model: nn.Module, loader: Iterable[Any], device: torch.device | s
         device: Where the batches go; by default where the model is.
 
     Raises:
-        ValueError: the loader has no token that counts.
+        ValueError: the loader has no token that counts, or one that the model has no output for, or the model is no
+            causal language model.
     """
+    check_batches(loader, "the loader")
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(model).__name__} has an encoder and a decoder, whose logits are of the label at their own "
+            "position; expected a causal language model, whose are of the next one. Pass an `evaluate` of your own."
+        )
     device = device_of(model) if device is None else torch.device(device)
     nats = torch.zeros((), dtype=torch.float64)
     num_tokens = 0
     with evaluating(model):
         for batch in loader:
             logits, labels = _predicted(model, batch, device)
-            logits, following = logits[:, :-1], labels[:, 1:]
+            if logits.dim() != 3 or labels.shape != logits.shape[:2]:
+                raise ValueError(
+                    f"logits have shape {tuple(logits.shape)}, labels {tuple(labels.shape)}; expected those of a "
+                    "causal language model, (N, T, C) and (N, T). For a classifier take `accuracy`."
+                )
+            logits, following = logits[:, :-1], labels[:, 1:].long()
+            check_labels(following, logits.shape[-1])
             loss = F.cross_entropy(logits.flatten(0, 1).float(), following.flatten(), reduction="sum")
             nats += loss.double().cpu()
             num_tokens += int((following != IGNORED_LABEL).sum())

@@ -10,6 +10,7 @@ from torch import nn
 from bayesprune.foundation.batches import given
 from bayesprune.foundation.macs import COUNTER
 from bayesprune.foundation.numbers import as_number
+from bayesprune.foundation.sharding import check_module
 from bayesprune.reports.layers import LayerRow, LayerSize, LayerSNR, layer_sizes, pair_layers
 from bayesprune.reports.measure import (
     ExampleInputs,
@@ -89,6 +90,7 @@ def measure(
     Raises:
         ValueError: `evaluate` returned no finite number.
     """
+    check_module(model, "measure")
     counts = macs_by_module(model, example_inputs)
     count = count_parameters(model)
     return Measurement(

@@ -10,7 +10,16 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from bayesprune.errors import UnsupportedModelError
-from bayesprune.foundation.batches import Batch, device_of, logits_of, on_device, split
+from bayesprune.foundation.batches import (
+    IGNORED_LABEL,
+    Batch,
+    check_batches,
+    check_labels,
+    device_of,
+    logits_of,
+    on_device,
+    split,
+)
 from bayesprune.foundation.text import as_text
 from bayesprune.layers import variational_layers
 from bayesprune.prediction import predict
@@ -102,7 +111,8 @@ def robustness(
 
     Args:
         models: By what they are called.
-        batches: Images (N, C, H, W) and labels, in any form that `bayesprune.foundation.batches` names.
+        batches: Images (N, C, H, W) and labels, in any form that `bayesprune.foundation.batches` names; -100 is the
+            label of what does not count.
         foreign: Batches of images that belong to no class; by default those of `batches` with their pixels in
             random order.
         corruptions: Some of `CORRUPTIONS`.
@@ -110,10 +120,15 @@ def robustness(
         seed: Of noise, directions and orders.
 
     Raises:
-        ValueError: there is no model or no batch, a corruption or severity is unknown, or a model has no output for
-            each class.
+        ValueError: there is no model or no batch with labels that count, a corruption or severity is unknown, or a
+            model has no output for each class.
         UnsupportedModelError: a batch has no images, or no tensor of labels.
     """
+    if not isinstance(models, Mapping):
+        raise TypeError(
+            f"robustness got a {type(models).__name__}; expected models by name, such as {{'dense': dense}}."
+        )
+    check_batches(batches, "batches")
     if not models:
         raise ValueError("robustness got no model; expected a mapping such as {'dense': dense, 'pruned': pruned}.")
     first = next(iter(models.values()))
@@ -131,13 +146,21 @@ def robustness(
         for batch in known:
             yield _with_images(batch, lambda x: x.flatten(2)[..., _order(x, generator)].view_as(x))
 
-    clean = [_probabilities(model, known) for model in models.values()]
-    labels = torch.cat([batch.labels.cpu() for batch in known])
+    every = torch.cat([batch.labels.cpu() for batch in known])
+    counts = every != IGNORED_LABEL
+    if not counts.any():
+        raise ValueError("robustness got no batch with a label that counts; pass batches of images and labels.")
+
+    def of_labelled(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
+        return _probabilities(model, batches)[counts]
+
+    clean, labels = [of_labelled(model, known) for model in models.values()], every[counts]
+    check_labels(labels, min(found.shape[1] for found in clean))
     rows = [CorruptionRow("none", 0, tuple(_accuracy(found, labels) for found in clean))]
     for name in corruptions:
         for severity in severities:
             these = list(changed(name, severity))
-            found = tuple(_accuracy(_probabilities(model, these), labels) for model in models.values())
+            found = tuple(_accuracy(of_labelled(model, these), labels) for model in models.values())
             rows.append(CorruptionRow(name, severity, found))
     others = list(shuffled()) if foreign is None else [split(first, batch) for batch in foreign]
     strange = [_probabilities(model, others) for model in models.values()]

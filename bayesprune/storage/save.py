@@ -231,8 +231,6 @@ def _tensors_to_write(model: nn.Module, spec: ModelRecord) -> dict[str, Tensor]:
 
 
 def _check_unwrapped(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"save got a {type(model).__name__}; expected a torch.nn.Module.")
     check_whole(model, "save")
     wrapper = type(model)
     modules = ("torch.nn.parallel", "torch.distributed.fsdp", "torch._dynamo", "torch.jit", "deepspeed")

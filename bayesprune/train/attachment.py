@@ -34,6 +34,7 @@ from bayesprune.train.optimizers import (
     has_fused_kernel,
     held_by,
     put_back,
+    put_last,
     step_scaled,
     take_out,
     with_gradients,
@@ -96,6 +97,7 @@ class Attachment:
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
+        put_last(optimizer)
         self._look()
         ATTACHMENTS.add(self)
 
@@ -346,7 +348,8 @@ class Attachment:
                     "noise",
                     posterior.name,
                     "its gradient does not come from a draw: the weight is used without calling the layer's forward, "
-                    "or the layer is in eval mode. Its std stays as it is and says nothing; use filter_fn.",
+                    "or the layer is in eval mode. Its std stays as it is and says nothing. In Python, "
+                    "leave it out with filter_fn.",
                 )
 
     def _warn_of_collapse(self) -> None:

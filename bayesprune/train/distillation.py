@@ -145,12 +145,18 @@ class Distillation:
             task_loss: The loss on the labels, a mean; not needed where the weight is 1.
 
         Raises:
+            TypeError: the task's loss is no tensor.
             ValueError: student and teacher give outputs of different shapes, or the teacher probabilities where outputs
                 are no classes; the outputs have a single class, the task's loss is missing, or features are to be
                 compared and there are none.
         """
         if task_loss is None and self.weight < 1:
             raise ValueError(f"the teacher has {self.weight:g} of the loss; expected task_loss for the rest of it.")
+        if not isinstance(task_loss, Tensor | float | int | None):
+            raise TypeError(
+                f"task_loss is a {type(task_loss).__name__}; expected a tensor, the mean loss on the labels: of an "
+                "output of transformers its `.loss`."
+            )
         return self.mixed(self.divergences(outputs, batch), task_loss)
 
     def mixed(self, divergences: Tensor, task_loss: Tensor | None, num_terms: Tensor | float | None = None) -> Tensor:

@@ -59,6 +59,15 @@ def with_gradients(
     return args[:1], {**kwargs, "closure": closure_and_update}
 
 
+def put_last(optimizer: Optimizer) -> None:
+    """Moves hooks whose owner `comes_last` behind all others: what holds weights to grids, say, has others see them."""
+    registries: list[dict[int, Any]] = [optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks]
+    for hooks in registries:
+        for key, hook in list(hooks.items()):
+            if getattr(getattr(hook, "__self__", None), "comes_last", False):
+                hooks[key] = hooks.pop(key)  # dicts keep the order in which keys came
+
+
 class Place(NamedTuple):
     """A group's parameters, and what stood at which of its positions; its name where the optimizer was given names."""
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bayesprune.app.data import images as reading
 from bayesprune.app.data.images import Data, load_data
 
 CLASSES = ("cat", "dog", "owl")
@@ -235,6 +236,15 @@ def test_one_image_of_a_class_cannot_be_held_out(tmp_path):
     write_images(tmp_path / "test")
     with pytest.raises(ValueError, match="one training image of class 0"):
         load_data(str(tmp_path))
+
+
+def test_labels_of_a_split_that_are_kept_secret_are_told_before_any_training(folder, monkeypatch):
+    read = reading._labels
+    monkeypatch.setattr(reading, "_labels", lambda data: read(data) if len(data) != 15 else torch.full((15,), -1))
+    with pytest.raises(
+        ValueError, match=r"whose test images have the label -1 \(15 of 15\); expected numbers of the 3"
+    ):
+        load_data(str(folder))
 
 
 @pytest.mark.parametrize(("package", "extra"), [("sklearn", "digits"), ("timm", "timm")])

@@ -244,6 +244,27 @@ def test_an_error_in_a_fine_tuning_leaves_the_stds_to_be_trained(tmp_path):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_test_score_that_is_no_number_is_said_in_the_report(bad, tmp_path):
+    class Undefined(BySize):
+        def score(self, model, split):
+            score = super().score(model, split)
+            return bad if split == "test" and score > 10 else score
+
+    task = Undefined(PERPLEXITY, lambda kept: 9 / kept)
+    model, recipe = (
+        nn.Sequential(nn.Linear(8, 40), nn.ReLU(), nn.Linear(40, 4)),
+        Recipe("macs=0.5", None, 1, 0.1, 0.1, None, "auto", ("width",)),
+    )
+    report = run(model, task, recipe, tmp_path, Silent(), name="two layers", is_trained=True).report
+    assert (report.before.accuracy, report.after.accuracy) == (9, None)
+    assert f"The test perplexity after is {bad}, which is no finite number" in " ".join(str(report).split())
+    again = Report.from_json((tmp_path / "report.json").read_text())
+    assert again.notes == report.notes
+    assert "Look for NaN and infinity in the test data" in (tmp_path / "report.html").read_text()
+    assert (tmp_path / "beside.txt").is_file()
+
+
 def test_sharded_weights_are_not_held_to_grids(tmp_path):
     task = BySize(ACCURACY, lambda kept: kept)
     task.is_sharded = True
@@ -273,12 +294,17 @@ class Endless(IterableDataset):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"levels": "macs=0.5"}, "levels is 'macs=0.5'; expected several targets"),
         ({"levels": ("macs=2",)}, "levels got the target 'macs=2'"),
         ({"levels": ("macs=0.5", "macs=0.50")}, "levels has two of one name: macs=0.5, macs=0.5"),
         ({"levels": ("macs=0.01",)}, "macs=0.01 cannot be reached"),
         ({"target": "weights=0.001"}, "0 of 440 weights were to stay"),
         ({"corruptions": True}, "corruptions are for images, and an example has none"),
         ({"num_epochs": 0}, "num_epochs is 0; expected 1 or more"),
+        ({"num_epochs": 1.5}, "num_epochs is 1.5; expected 1 or more"),
+        ({"lr": "1e-3"}, "lr is '1e-3'; expected a learning rate"),
+        ({"metric": "accuracy"}, "metric is 'accuracy'; expected bp.reports.ACCURACY"),
+        ({"out": __file__}, "test_pipeline.py', which is a file; expected a directory"),
         ({"bits": 1}, "bits is 1; expected the width of a weight, from 2 to 12"),
         ({"gates": True, "target": "macs=0.5"}, "gates choose single weights for a target; give one"),
         ({"gates": True, "target": "weights=0.5", "estimator": "flipout"}, "and no stds are learned"),
@@ -290,6 +316,8 @@ class Endless(IterableDataset):
         ({"data": batches() | {"test": iter(batches()["test"])}}, "the test batches are a .*, which one pass uses up"),
         ({"data": batches() | {"validation": (batch for batch in [])}}, "the validation batches are a generator"),
         ({"data": batches() | {"validation": []}}, "there is no validation batch"),
+        ({"data": batches() | {"test": torch.zeros(4, 8)}}, r"data\['test'\] is a Tensor; expected batches"),
+        ({"metric": PERPLEXITY}, "expected those of a causal language model, .* take `accuracy`"),
         ({"data": batches() | {"train": DataLoader([0], 2, drop_last=True)}}, "there is no train batch.*drop_last"),
         ({"target": None}, "expected one of them"),
         ({"target": None, "tolerance": float("nan")}, "tolerance is nan; expected the largest accepted loss"),
@@ -306,6 +334,41 @@ def test_compress_refuses_before_any_training(options, message, tmp_path):
         bp.compress(model, **{"data": batches(), "out": tmp_path / "small"} | options)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.parametrize("label", [12, -1])
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_a_label_that_is_no_class_leaves_the_model_as_it_was(split, label, tmp_path):
+    data = batches()
+    data[split].dataset.tensors[1][90] = label
+    model = nn.Sequential(nn.Linear(8, 40), nn.ReLU(), nn.Linear(40, 3))
+    before, parameters = copy.deepcopy(model.state_dict()), list(model.parameters())
+    with pytest.raises(
+        ValueError, match=f"has the label {label}, and the model has 3 outputs; expected .* from 0 to 2"
+    ):
+        bp.compress(model, data, "macs=0.5", out=tmp_path / "small", num_epochs=1)
+    assert [type(module) for module in model] == [nn.Linear, nn.ReLU, nn.Linear]
+    assert all(old is new for old, new in zip(parameters, model.parameters(), strict=True))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not (tmp_path / "small").exists()
+    assert model.training
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.float32])
+def test_labels_are_whole_numbers_of_any_width(dtype, tmp_path):
+    data = batches()
+    for loader in data.values():
+        loader.dataset.tensors = (loader.dataset.tensors[0], loader.dataset.tensors[1].to(dtype))
+    model = nn.Sequential(nn.Linear(8, 40), nn.ReLU(), nn.Linear(40, 3))
+    if dtype.is_floating_point:
+        with pytest.raises(ValueError, match=r"labels of a training batch are torch\.float32; expected whole numbers"):
+            bp.compress(model, data, "macs=0.5", out=tmp_path, num_epochs=1)
+        assert model[0].out_features == 40
+        return
+    bp.compress(model, data, "macs=0.5", out=tmp_path, num_epochs=1)
+    assert model[0].out_features == 20
+    bp.laplace.fit_laplace(bp.to_variational(model), data["train"], loss=bp.laplace.cross_entropy)
 
 
 def test_a_level_out_of_reach_of_what_a_search_found_leaves_the_result(tmp_path):

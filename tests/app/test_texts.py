@@ -87,6 +87,20 @@ def test_names_of_classes_are_in_order_of_numbers_or_of_the_alphabet(tmp_path):
     assert (texts.class_names, texts.are_numbered, texts.train.labels[:2]) == (("bad", "ok"), False, [1, 0])
 
 
+@pytest.mark.parametrize("kind", ["tsv", "jsonl"])
+def test_rows_whose_label_does_not_count_are_left_out(kind, tmp_path, caplog):
+    rows = [*ROWS[:10], ("no class", -100), *ROWS[10:], ("nor this", -100)]
+    path = tmp_path / f"a.{kind}"
+    write(path, rows)
+    if kind == "jsonl":
+        path.write_text("\n".join(json.dumps({"text": text, "label": label}) for text, label in rows))
+    texts = classified_texts(str(path), Columns())
+    assert (texts.class_names, texts.are_numbered) == (("0", "1"), True)
+    splits = (texts.train, texts.validation, texts.test)
+    assert sorted(text for split in splits for text in split.texts) == sorted(text for text, _ in ROWS)
+    assert "2 rows are left out: their label -100 does not count" in caplog.text
+
+
 def test_columns_of_any_name_can_be_given(tmp_path):
     path = write(tmp_path / "a.tsv", header="utterance\tintent")
     assert len(classified_texts(path, Columns("utterance", "intent")).train.texts) == 34
@@ -115,6 +129,7 @@ def test_texts_without_labels(tmp_path):
         ("a.tsv", "hi\t0\nho\t1\n", "no column of texts"),
         ("a.tsv", "text\tlabel\nhi\t0\nhi\n", "row 2 has no label"),
         ("a.tsv", "text\tlabel\nhi\t\n", "row 1 has no label"),
+        ("a.tsv", "text\tlabel\nhi\t-100\nho\t -100\n", "every label is -100, with which a row does not count"),
         ("a.tsv", "text\tlabel\n", r"a\.tsv cannot be read .* expected a first line of names, then rows"),
         ("a.csv", "", "is empty"),
         ("a.csv", "text,label\na,1\nb,c,2\n", "line 3, saw 3.* expected .* texts with commas in quotes"),

@@ -172,7 +172,7 @@ BERT = "bert --task text-classification --data {root}/labelled.tsv"
         (LLAMA.replace("llama", "mute"), "no tokenizer"),
         (LLAMA.replace("plain", "none"), "no file or folder"),
         (BERT.replace("bert", "vit"), "ViTConfig"),
-        (f"{LLAMA} --max-length 100", "2 to 64"),
+        (f"{LLAMA} --max-length 100", "--max-length is 100; expected 2 to 64"),
         (LLAMA.replace("plain.txt", "short.txt --max-length 10"), "too short"),
         (f"{LLAMA} --pretrained", "for timm"),
         (f"{LLAMA} --augment", "for images"),

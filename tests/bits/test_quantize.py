@@ -346,7 +346,9 @@ def test_the_finest_posterior_grid_reaches_the_largest_weight(dtype):
         ({"bits": 1}, "whole numbers from 2 to 12"),
         ({"bits": {"9": 4}}, "bits names 9; expected prefixes of names of tensors that are rounded"),
         ({"tolerance": 0.0}, "above 0"),
+        ({"tolerance": "1%"}, "tolerance is '1%'; expected nats that the loss may rise by"),
         ({"bytes": 0}, "above 0"),
+        ({"bytes": "5MB"}, "bytes is '5MB'; expected the size of the coded tensors"),
         ({"bits": 4, "per": "row"}, 'expected "tensor" or "channel"'),
     ],
 )

@@ -140,6 +140,45 @@ def test_pruned_weights_of_a_variational_model_stay_zero_and_stds_train(batch):
             assert not posterior.mean[~posterior.mask].any()
 
 
+@pytest.mark.parametrize("closure", [False, True])
+def test_an_attachment_made_later_sees_the_weights_as_they_are(closure, batch):
+    """It removes by their own values, not by the rounded ones, of which many are equal."""
+
+    def run(is_attached_first):
+        torch.manual_seed(0)
+        model = bp.to_variational(net(), estimator="mean")
+        report = bp.quantize(model, bits=3)
+        optimizer = torch.optim.AdamW(model.parameters(), 3e-2, weight_decay=0.0)
+        schedule = bp.prune.PruneSchedule("weights=0.5", begin=0.2, end=0.8, score=bp.prune.scores.magnitude)
+        options = {"num_data": 64, "num_steps": 10, "prune": schedule}
+        if is_attached_first:
+            bp.attach(optimizer, model, **options)
+        rounding = StraightThrough(optimizer, model, report)
+        if not is_attached_first:
+            bp.attach(optimizer, model, **options)
+
+        def loss():
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(batch[0]), batch[1])
+            loss.backward()
+            return loss
+
+        for _ in range(10):
+            if closure:
+                optimizer.step(loss)
+            else:
+                loss()
+                optimizer.step()
+        rounding.finish()
+        return model.state_dict()
+
+    expected, found = run(True), run(False)
+    assert not expected["4.weight_mask"].all()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+    assert not found["4.weight"][~found["4.weight_mask"]].any()
+
+
 def test_noise_is_drawn_about_rounded_means(batch):
     model = bp.to_variational(net())
     report = bp.quantize(model, bits=3)

@@ -133,6 +133,15 @@ def test_an_error_on_the_way_leaves_the_model_as_it_was(data, monkeypatch, make)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
 
 
+@pytest.mark.parametrize("value", ["low", None, (1.0, 2.0), torch.ones(2)])
+def test_a_loss_that_is_no_number_is_told_and_leaves_the_model_as_it_was(data, value):
+    model = net()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(TypeError, match="loss returned .*; expected a number, or a tensor that holds one"):
+        bp.quantize(model, data, bits=3, loss=lambda model, batch: value)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_compensation_is_one_of_three(data):
     with pytest.raises(ValueError, match="compensate is 'layer'; expected True, \"alone\" or False"):
         bp.quantize(net(), data, bits=3, compensate="layer")

@@ -1,5 +1,6 @@
 """One reading of batches: what a forward gets of each form, and that all who take data read them so."""
 
+import copy
 from collections import UserDict, namedtuple
 
 import pytest
@@ -215,3 +216,30 @@ def test_a_detector_is_measured_reported_and_recalibrated():
     found = bp.report(before, model, images, evaluate=boxes, metric=Metric("boxes"), num_repeats=1)
     assert "boxes" in str(found)
     assert found.after.nonzero_parameters < before.nonzero_parameters
+
+
+NET = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 3))
+TAKERS = {
+    "prune_channels": lambda data: bp.prune_channels(bp.to_variational(NET), A, "macs=0.5", data=data),
+    "prune_weights": lambda data: bp.prune_weights(bp.to_variational(NET), "weights=0.5", data=data),
+    "prune_one_shot": lambda data: bp.prune_one_shot(bp.to_variational(NET), data, "weights=0.5"),
+    "quantize": lambda data: bp.quantize(NET, data, bits=4),
+    "levels": lambda data: bp.elastic.levels(NET, A, ["macs=0.5"], data=data),
+    "fit_laplace": lambda data: bp.laplace.fit_laplace(bp.to_variational(NET), data),
+    "fit_kronecker": lambda data: bp.laplace.fit_kronecker(bp.to_variational(NET), data),
+    "accuracy": lambda data: accuracy(NET, data),
+    "perplexity": lambda data: bp.reports.perplexity(NET, data),
+    "robustness": lambda data: bp.robustness.robustness({"net": NET}, data),
+}
+
+
+@pytest.mark.parametrize("name", TAKERS)
+@pytest.mark.parametrize("data", [A, {"x": A, "labels": Y}, "images", 5], ids=["tensor", "mapping", "text", "number"])
+def test_a_single_batch_in_place_of_batches_is_told_by_all_who_take_data(name, data):
+    before = copy.deepcopy(NET.state_dict())
+    with pytest.raises(
+        TypeError, match=r" is a \w+; expected batches: a DataLoader, or a list such as \[\(inputs, labels"
+    ):
+        TAKERS[name](data)
+    bp.to_deterministic(NET)
+    assert all(torch.equal(value, before[key]) for key, value in NET.state_dict().items())

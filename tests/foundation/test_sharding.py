@@ -74,3 +74,15 @@ def test_what_is_gathered_is_the_model(process_group, tmp_path):
     assert torch.equal(whole(X), model(X))
     for call in TAKES_ALL.values():
         call(copy.deepcopy(whole), tmp_path)
+
+
+@pytest.mark.parametrize("caller", [*TAKES_ALL, "prune_weights", "to_variational", "to_deterministic", "measure"])
+def test_what_is_no_model_is_told_by_who_got_it(caller, tmp_path):
+    others = {
+        "prune_weights": lambda model, folder: bp.prune_weights(model, "weights=0.5"),
+        "to_variational": lambda model, folder: bp.to_variational(model),
+        "to_deterministic": lambda model, folder: bp.to_deterministic(model),
+        "measure": lambda model, folder: bp.report(model, net(), X),
+    }
+    with pytest.raises(TypeError, match=f"{caller} got a str in place of a model; expected a torch.nn.Module"):
+        (TAKES_ALL | others)[caller]("resnet18", tmp_path)

@@ -37,6 +37,12 @@ def test_what_is_no_target_is_refused_with_all_that_would_be(text):
         Target.parse(text, ALL, "prune")
 
 
+def test_what_is_no_target_is_shown_in_short():
+    """As where the target and the data changed places."""
+    with pytest.raises(ValueError, match=r"prune got the target \[tensor\(.{5,30}\)\]; expected a text like"):
+        Target.parse([torch.randn(100, 100)], ALL, "prune")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     "text",
     [

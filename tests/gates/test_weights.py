@@ -76,6 +76,23 @@ def test_sparsity_by_inclusion_and_copies():
     assert probabilities[mask].min() >= probabilities[~mask].max()
 
 
+@pytest.mark.parametrize("score", [inclusion, bp.prune.scores.magnitude])
+def test_the_report_of_a_removal_says_what_else_closed_gates_take(score):
+    model = gates.add_weight_gates(bp.to_variational(nets()["conv"][0])).train()
+    spread(model)
+    report = bp.prune_weights(model, "weights=0.8", score=score)
+    is_open = {name: gate.is_open for name, gate in named_gates(model)}
+    closed = {n: int((~gate & model.get_submodule(n[:1]).mask("weight")).sum()) for n, gate in is_open.items()}
+    assert min(closed.values()) > 0
+    for row in report.rows:
+        assert row.note == f"{closed[row.name]} of the kept are behind closed gates: gates.close removes them"
+    assert model[0].training
+    gates.close(model)
+    for row in bp.prune_weights(model, "weights=1").rows:
+        before = next(its for its in report.rows if its.name == row.name)
+        assert (row.kept, row.note) == (before.kept - closed[row.name], "")
+
+
 def test_tied_weights_have_one_gate():
     model = bp.to_variational(Tied(nn.Linear(3, 3), nn.Linear(3, 3)))
     gates.add_weight_gates(model)
@@ -105,7 +122,9 @@ def test_nothing_is_fitted_to_weights_that_gates_decide_on():
     spread(model)
     data, before = [torch.randn(64, 8)], copy.deepcopy(model)
     report = bp.prune_one_shot(model, data, "weights=0.5")
-    assert {row.note for row in report.rows} == {"gates decide on its weights: call gates.close first"}
+    assert {row.note.partition(";")[0] for row in report.rows} == {
+        "gates decide on its weights: call gates.close first"
+    }
     bp.laplace.compensate(model, data, {"2": [0, 1]})
     assert not model[2].weight[:, :2].any()
     assert torch.equal(model[2].weight[:, 2:], before[2].weight[:, 2:])

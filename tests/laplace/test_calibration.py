@@ -92,6 +92,17 @@ def test_refuses_what_it_cannot_tell_apart():
         list(record(TimeFirst(), [(torch.randn(5, 3, 4), torch.randint(3, (5,)))]))
 
 
+@pytest.mark.parametrize(
+    "read",
+    [torch.Tensor.item, str, lambda value: (value, value), lambda value: value.detach(), lambda value: value.repeat(2)],
+)
+def test_a_loss_without_a_gradient_is_told(read):
+    batches = [(torch.randn(6, 3), torch.randint(2, (6,)))]
+    model = bp.to_variational(nn.Linear(3, 2))
+    with pytest.raises(TypeError, match=r"loss returned .*; expected a tensor of one number that has a gradient"):
+        bp.laplace.fit_laplace(model, batches, loss=lambda *of: read(bp.laplace.cross_entropy(*of)))
+
+
 def test_a_single_logit_is_refused_by_losses_of_classes_and_has_a_metric():
     model, batch = bp.to_variational(nn.Linear(4, 1)), (torch.randn(5, 4), torch.zeros(5, dtype=torch.long))
     for loss in (None, sampled_cross_entropy, cross_entropy):

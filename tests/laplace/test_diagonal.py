@@ -173,6 +173,12 @@ def test_what_is_not_known_is_said_and_stays():
         fit_laplace(model, batches, prior=bp.priors.ARD())
 
 
+def test_a_label_that_no_output_stands_for_is_told():
+    model, x = bp.to_variational(nn.Linear(3, 2)), torch.randn(2, 3)
+    with pytest.raises(ValueError, match="has the label 5, and the model has 2 outputs; expected class numbers"):
+        fit_laplace(model, [(x, torch.tensor([0, 5]))], loss=cross_entropy)
+
+
 class Endless(IterableDataset):
     """Examples without a length, which a loader of them has none of either."""
 
@@ -186,6 +192,16 @@ def test_a_loader_of_data_without_a_length_will_do():
     fit_laplace(model, DataLoader(Endless(), batch_size=1))
     fit_laplace(other, list(DataLoader(Endless(), batch_size=1)))
     assert torch.equal(model.weight_log_std, other.weight_log_std)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_inputs_that_are_not_finite_are_told_in_a_sentence(value):
+    x = torch.randn(6, 3)
+    x[1, 2] = value
+    with pytest.raises(
+        ValueError, match=r"the model's logits are NaN or infinite on these data; expected finite numbers"
+    ):
+        fit_laplace(bp.to_variational(nn.Linear(3, 2)), [x])
 
 
 def test_gradients_that_are_not_finite_are_refused():

@@ -135,6 +135,11 @@ def test_a_batch_of_one_example_is_passed_over_where_a_norm_cannot_measure_it():
     [
         ([torch.ones(1, 3)] * 2, "every batch gave 1, 4 a single value"),
         ([torch.ones(8, 3), torch.ones(8, 5)], "mat1 and mat2"),
+        (
+            [torch.ones(8, 3), torch.full((8, 3), torch.nan)],
+            "statistics of 1, 4 are not finite on these data; expected",
+        ),
+        ([torch.full((8, 3), torch.inf)], "statistics of 1, 4 are not finite"),
     ],
 )
 def test_an_error_leaves_the_statistics_as_they_were(data, message):

@@ -242,6 +242,33 @@ def test_accuracy_refuses_what_would_give_a_wrong_number():
         reports.accuracy(nn.Identity(), [(torch.eye(3), torch.zeros(3, 1))])
 
 
+@pytest.mark.parametrize("measured", [reports.accuracy, reports.perplexity])
+@pytest.mark.parametrize("label", [3, -1])
+def test_a_label_that_no_output_stands_for_is_told(measured, label):
+    logits, labels = torch.randn(2, 3, 4), torch.zeros(2, 4, dtype=torch.long)
+    labels[1, 2] = label
+    model = nn.Identity() if measured is reports.accuracy else _Turned()
+    with pytest.raises(ValueError, match=f"a batch has the label {label}, and the model has 3 outputs; expected class"):
+        measured(model, [(logits, labels)])
+
+
+def test_perplexity_is_of_causal_language_models():
+    """Of a model with a decoder beside an encoder the logits are of the label at their own position."""
+    with pytest.raises(ValueError, match=r"\(2, 3\), labels \(2,\); expected those of a causal language model"):
+        reports.perplexity(nn.Identity(), [(torch.randn(2, 3), torch.tensor([0, 1]))])
+    decoder = _Turned()
+    decoder.config = SimpleNamespace(is_encoder_decoder=True)
+    with pytest.raises(ValueError, match="_Turned has an encoder and a decoder, .* expected a causal language model"):
+        reports.perplexity(decoder, [(torch.randn(2, 3, 4), torch.zeros(2, 4, dtype=torch.long))])
+
+
+class _Turned(nn.Module):
+    """Logits with the classes last."""
+
+    def forward(self, logits):
+        return logits.mT
+
+
 @pytest.mark.parametrize("shape", [(3,), (3, 1), (3, 1, 2)])
 def test_accuracy_refuses_a_model_without_an_output_for_each_class(shape):
     """The largest of one logit is class 0 whatever it says."""

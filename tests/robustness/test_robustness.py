@@ -160,6 +160,19 @@ def test_what_does_not_fit_is_refused():
         robustness({"a": Net()}, [x])
 
 
+def test_examples_whose_label_does_not_count_are_left_out_of_the_scores():
+    x, y = images(), torch.tensor([0, 1, 2, 3])
+    found = robustness({"a": Net()}, [(x, torch.where(y == 1, -100, y))], corruptions=[], foreign=[x])
+    expected = robustness({"a": Net()}, [(x[y != 1], y[y != 1])], corruptions=[], foreign=[x])
+    assert found.rows == expected.rows
+    assert found.nll == pytest.approx(expected.nll)
+    assert found.ece == pytest.approx(expected.ece)
+    with pytest.raises(ValueError, match="no batch with a label that counts"):
+        robustness({"a": Net()}, [(x, torch.full((4,), -100))])
+    with pytest.raises(ValueError, match="has the label 4, and the model has 4 outputs"):
+        robustness({"a": Net()}, [(x, y + 1)])
+
+
 @pytest.mark.parametrize("convert", [nn.Module.eval, bp.to_variational])
 def test_a_model_without_an_output_for_each_class_is_refused(convert):
     model = convert(nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 1)))

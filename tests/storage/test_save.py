@@ -306,5 +306,5 @@ def test_models_that_cannot_be_saved_are_refused(tmp_path, build, said):
 
 
 def test_what_is_no_module_is_refused(tmp_path):
-    with pytest.raises(TypeError, match=r"OrderedDict; expected a torch\.nn\.Module"):
+    with pytest.raises(TypeError, match=r"OrderedDict in place of a model; expected a torch\.nn\.Module"):
         bp.save(pruned().state_dict(), tmp_path / "new")

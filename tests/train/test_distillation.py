@@ -69,6 +69,8 @@ def test_the_teacher_alone_needs_no_labels():
     assert abs(distill(teacher(X), X)) < 1e-12
     with pytest.raises(ValueError, match="expected task_loss"):
         bp.distillation(teacher)(model(X), X)
+    with pytest.raises(TypeError, match=r"task_loss is a tuple; expected a tensor, .* `\.loss`"):
+        bp.distillation(teacher)(model(X), X, (1.0,))
 
 
 def test_the_gradient_reaches_the_student_alone_and_is_that_of_the_soft_labels():

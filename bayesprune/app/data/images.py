@@ -110,6 +110,8 @@ def load_data(
                 f"load_data got {spec!r}, whose training images are all of one class, {names[-1]!r}; expected two "
                 "classes or more, in a folder one folder of images per class"
             )
+        for split, of_split in (("training", train), ("validation", validation), ("test", test)):
+            _check_labels(spec, split, () if of_split is None else _labels(of_split).tolist(), names)
         kept = range(len(labels))
         held_out: Sequence[int] = range(len(_labels(validation))) if validation is not None else ()
         if validation is None:
@@ -260,6 +262,16 @@ def _labels(dataset: Any) -> Tensor:
     return torch.as_tensor(
         [label for _, label in reader.samples] if hasattr(reader, "samples") else reader.dataset[reader.label_key][:]
     )
+
+
+def _check_labels(spec: str, split: str, labels: Sequence[int], names: Sequence[str]) -> None:
+    wrong = [label for label in labels if not 0 <= label < len(names)]
+    if wrong:
+        raise ValueError(
+            f"load_data got {spec!r}, whose {split} images have the label {wrong[0]} ({len(wrong):,} of "
+            f"{len(labels):,}); expected numbers of the {len(names)} training classes, from 0 on. Leave out images "
+            "without a label, or name a split whose labels are known"
+        )
 
 
 def _class_names(dataset: Any, labels: Tensor) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ and quotation marks are text.
 
 import csv
 import glob
+import logging
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,9 @@ from typing import Any
 import torch
 
 from bayesprune.app.data import last_tenth_of_each_class
+from bayesprune.foundation.batches import IGNORED_LABEL
+
+_LOGGER = logging.getLogger(__name__)
 
 TEXT_COLUMNS = ("text", "sentence", "content", "review", "comment", "document", "message")
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target")
@@ -86,7 +90,7 @@ def classified_texts(spec: str, columns: Columns) -> ClassifiedTexts:
     Args:
         spec: A CSV, TSV, JSON or JSON lines file; a folder of files `train`, and `validation` or `test`, of such a
             kind; or a data set of `datasets`, as `hfds/NAME`, `hfds:NAME` or `hfds/NAME:CONFIGURATION`. Where a split
-            is missing, the last tenth of each training class is held out for it.
+            is missing, the last tenth of each training class is held out for it. Rows labelled -100 are left out.
         columns: Names of the columns.
 
     Raises:
@@ -178,7 +182,7 @@ def _find_columns(names: Sequence[str], columns: Columns, where: str) -> tuple[s
 
 
 def _checked(texts: Sequence[Any], labels: Sequence[Any], where: str) -> Rows:
-    """The same as rows, none of which lacks its text or label."""
+    """The same as rows, none of which lacks its text or label, but those whose label says that they do not count."""
     if not texts:
         raise ValueError(f"{where} holds no rows.")
     for number, text in enumerate(texts, start=1):
@@ -187,7 +191,14 @@ def _checked(texts: Sequence[Any], labels: Sequence[Any], where: str) -> Rows:
     for number, label in enumerate(labels, start=1):
         if label is None or label == "":
             raise ValueError(f"{where}: row {number} has no label; fill it in, or leave the row out.")
-    return Rows(list(texts), list(labels))
+    ignored = {number for number, label in enumerate(labels) if str(label).strip() == str(IGNORED_LABEL)}
+    if not ignored:
+        return Rows(list(texts), list(labels))
+    if len(ignored) == len(labels):
+        raise ValueError(f"{where}: every label is {IGNORED_LABEL}, with which a row does not count; expected classes.")
+    _LOGGER.warning("%s: %d rows are left out: their label %d does not count", where, len(ignored), IGNORED_LABEL)
+    counted = [number for number in range(len(texts)) if number not in ignored]
+    return Rows([texts[number] for number in counted], [labels[number] for number in counted])
 
 
 def _table(path: Path, suffix: str) -> Any:
@@ -249,7 +260,7 @@ def _from_datasets(name: str, columns: Columns) -> tuple[dict[str, Rows], tuple[
         found, where = loaded[key], f"hfds/{name}, {key} split"
         text, label = _find_columns(found.column_names, columns, where)
         labels = [] if label is None else list(found[label])
-        if labels and set(labels) == {_NO_LABEL}:
+        if labels and set(labels) <= {_NO_LABEL, IGNORED_LABEL}:
             continue
         if label is not None and isinstance(feature := found.features[label], datasets.ClassLabel):
             class_names = tuple(class_name.strip() for class_name in feature.names)

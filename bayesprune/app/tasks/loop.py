@@ -18,7 +18,7 @@ from bayesprune.app.data import Loaders
 from bayesprune.app.tasks.task import Checkpoint, Progress, Split, Task, Training, check_finite, own_forward
 from bayesprune.bits import StraightThrough
 from bayesprune.foundation import defaults
-from bayesprune.foundation.batches import IGNORED_LABEL, device_of, logits_of, on_device, split
+from bayesprune.foundation.batches import IGNORED_LABEL, check_labels, device_of, logits_of, on_device, split
 from bayesprune.foundation.model import load_values
 from bayesprune.foundation.sharding import full_tensor, shard_like, shard_values_like, whole_values
 from bayesprune.foundation.text import quoted
@@ -147,13 +147,16 @@ class LoaderTask(Task):
             logits, labels = logits[:, :-1].flatten(0, 1), labels.flatten()
         if not bool((labels != IGNORED_LABEL).any()):
             return logits.sum() * 0.0  # a mean of no terms
+        check_labels(labels, logits.shape[1])
         return F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL)
 
     def _terms(self, labels: Any) -> Tensor:
         if not isinstance(labels, Tensor):
             kind = type(labels).__name__
             raise ValueError(f"the labels of a training batch are {kind}; expected a tensor of class numbers.")
-        return labels[:, 1:] if self.metric == PERPLEXITY else labels
+        if labels.is_floating_point():
+            raise ValueError(f"the labels of a training batch are {labels.dtype}; expected whole numbers, of classes.")
+        return (labels[:, 1:] if self.metric == PERPLEXITY else labels).long()
 
     def save_preparation(self, directory: Path) -> None:
         """Nothing: timm's `config.json` says how images are prepared."""

@@ -7,6 +7,7 @@ accumulation and its average over processes stay the Trainer's own.
 
 import logging
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
@@ -16,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from bayesprune.foundation import defaults
 from bayesprune.foundation.model import load_values
-from bayesprune.foundation.sharding import full_tensor
+from bayesprune.foundation.sharding import full_tensor, shard_like
 from bayesprune.hosts.options import TrainingOptions, is_variational
 from bayesprune.hosts.transformers import checkpoint
 from bayesprune.hosts.transformers.counting import count_terms
@@ -100,6 +101,9 @@ class BayesPruneCallback(TrainerCallback):
         self._probe: LossScaleProbe | None = None
         self._shapes: dict[str, tuple[torch.Size, ...]] = {}
         self._within_tolerance: dict[str, Tensor] | None = None
+        self._within_step: int | None = None  # where the model was that; None is in another run
+        self._ended: dict[str, Tensor] | None = None  # the model with which the tolerance had ended the run resumed
+        self._is_ended = False
         self._evaluated_names: set[str] = set()  # of the metrics, on all sets
         self._frozen: Frozen = []
 
@@ -160,8 +164,30 @@ class BayesPruneCallback(TrainerCallback):
         if saved is not None:
             self._attachment.load_state_dict(saved.attachment)
         self._shapes = shapes(model)
-        self._within_tolerance, self._evaluated_names = self._copy(model), set()
+        self._evaluated_names = set()
+        self._resume_tolerance(saved, state, model)
         self._probe = probe_of(model, args, loader)
+
+    def _resume_tolerance(self, saved: checkpoint.Saved | None, state: TrainerState, model: nn.Module) -> None:
+        """Takes up what the tolerance had done so far."""
+        self._within_tolerance, self._within_step = self._copy(model), state.global_step
+        if saved is not None and saved.within_tolerance is not None and self._within_tolerance is not None:
+            own = model.state_dict()
+            within = {key: shard_like(value, own[key]) for key, value in saved.within_tolerance.items()}
+            self._within_tolerance, self._within_step = _on_cpu(within), None
+        self._is_ended = saved is not None and saved.ended_by is not None and saved.ended_by == self._limits()
+        self._ended = _on_cpu(model.state_dict()) if self._is_ended else None
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
+        """Undoes the step, which the Trainer takes in any case, where a tolerance had ended the run that is resumed."""
+        if self._ended is not None:
+            load_values(event["model"], self._ended)
+            control.should_training_stop = True
+            _LOGGER.warning(
+                "the tolerance had ended this training before step %d already: it ends again, with the model of the "
+                "checkpoint. Another tolerance would let it go on.",
+                state.global_step,
+            )
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any
@@ -225,11 +251,12 @@ class BayesPruneCallback(TrainerCallback):
             return
         is_compressed = self._options.schedule is None or self._attachment.sparsity > 0
         if not (is_compressed and self.tolerance.is_exceeded(shortfall)):
-            self._within_tolerance = self._copy(model)
+            self._within_tolerance, self._within_step = self._copy(model), state.global_step
             return
-        control.should_training_stop = True
+        control.should_training_stop = self._is_ended = True
         if self._within_tolerance is not None:
             load_values(model, self._within_tolerance)
+            self._within_step = state.global_step
         _LOGGER.warning(
             "%s is %g at step %d, %g worse than the reference: the training ends%s",
             self.tolerance.key,
@@ -242,7 +269,14 @@ class BayesPruneCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
         """Adds the attachment's state to the checkpoint."""
         if self._attachment is not None and not args.save_only_model:
-            checkpoint.write(args, state.global_step, self._attachment, event["model"])
+            checkpoint.write(
+                args,
+                state.global_step,
+                self._attachment,
+                event["model"],
+                within_tolerance=None if self._within_step == state.global_step else self._within_tolerance,
+                ended_by=self._limits() if self._is_ended else None,
+            )
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
         """Leaves optimizer and model to themselves; removed weights stay zeros.
@@ -264,7 +298,8 @@ class BayesPruneCallback(TrainerCallback):
             self._attachment.detach()
         if self._probe is not None:
             self._probe.end()
-        self._attachment = self._probe = self._within_tolerance = None
+        self._attachment = self._probe = self._within_tolerance = self._ended = None
+        self._is_ended = False
 
     def _evaluated(self, metrics: Mapping[str, Any], state: TrainerState, model: nn.Module) -> dict[str, float]:
         """What an evaluation's metrics get, unless they have it; nothing for other logs."""
@@ -283,4 +318,11 @@ class BayesPruneCallback(TrainerCallback):
     def _copy(self, model: nn.Module) -> dict[str, Tensor] | None:
         if self.tolerance is None or self.tolerance.then != "rollback":
             return None
-        return {key: value.detach().to("cpu", copy=True) for key, value in model.state_dict().items()}
+        return _on_cpu(model.state_dict())
+
+    def _limits(self) -> dict[str, Any] | None:
+        return None if self.tolerance is None else asdict(self.tolerance)
+
+
+def _on_cpu(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.detach().to("cpu", copy=True) for key, value in values.items()}

@@ -3,16 +3,18 @@
 import hashlib
 import logging
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from bayesprune.errors import StorageError
+from bayesprune.foundation.batches import device_of
 from bayesprune.foundation.sharding import full_tensor, whole_values
 from bayesprune.layers import named_auxiliaries, named_posteriors
 from bayesprune.storage.state import read_about, read_state, write_state
@@ -26,22 +28,42 @@ _NAMES_DIFFER = (
     "Put `model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)` before "
     "Trainer(...)."
 )
+_WITHIN = "within_tolerance"
 _FINGERPRINT_SIZE = 1024  # stds of each parameter
 
 
 @dataclass(frozen=True)
 class Saved:
-    """The attachment's state that was read, and the number of examples or label tokens it was attached with."""
+    """What a checkpoint holds beside the Trainer's own files.
+
+    Attributes:
+        attachment: The attachment's state.
+        num_data: Number of examples or label tokens that it was attached with.
+        within_tolerance: Values of the model to roll back to; None where those are the checkpoint's own.
+        ended_by: The tolerance that had ended the training there; None where none had.
+    """
 
     attachment: dict[str, Any]
     num_data: int
+    within_tolerance: dict[str, Tensor] | None = None
+    ended_by: dict[str, Any] | None = None
 
 
-def write(args: TrainingArguments, step: int, attachment: Attachment, model: nn.Module) -> None:
-    """Puts the attachment's state into the checkpoint of this step, whole or not at all; every process calls it."""
+def write(
+    args: TrainingArguments,
+    step: int,
+    attachment: Attachment,
+    model: nn.Module,
+    *,
+    within_tolerance: Mapping[str, Tensor] | None = None,
+    ended_by: dict[str, Any] | None = None,
+) -> None:
+    """Puts all that `Saved` says into the checkpoint of this step, whole or not at all; every process calls it."""
     directory = _of_step(args, step)
     state = whole_values(attachment.state_dict())  # which waits for all processes, so each of them does it
-    about = {"fingerprint": fingerprint(model), "num_data": attachment.num_data}
+    if within_tolerance is not None:
+        state |= {_WITHIN: gathered(within_tolerance, model)}
+    about = {"fingerprint": fingerprint(model), "num_data": attachment.num_data, "ended_by": ended_by}
     if args.should_save and not directory.is_dir():  # the search for hyperparameters has folders of its own
         _LOGGER.warning("there is no %s: this trial's checkpoint cannot be resumed", directory)
     elif args.should_save:
@@ -60,7 +82,9 @@ def read(args: TrainingArguments, step: int, model: nn.Module) -> Saved:
     expected = fingerprint(model)
     for path in looked:
         if path.is_file() and (about := read_about(path))["fingerprint"] == expected:
-            return Saved(read_state(path), about["num_data"])
+            state = read_state(path)
+            within = state.pop(_WITHIN, None)
+            return Saved(state, about["num_data"], within, about.get("ended_by"))
     there = [str(path) for path in looked if path.is_file()]
     if not there:
         raise StorageError(
@@ -73,6 +97,15 @@ def read(args: TrainingArguments, step: int, model: nn.Module) -> Saved:
         "another run's checkpoint, name the right one in TrainingArguments(resume_from_checkpoint=...) as well. If the "
         f"Trainer said that keys were missing: {_NAMES_DIFFER}"
     )
+
+
+def gathered(values: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Values of a model that lie on the CPU, whole; sharded ones are sent between the model's devices one by one."""
+    device = device_of(model)
+    return {
+        key: full_tensor(value.to(device)).cpu() if hasattr(value, "full_tensor") else value
+        for key, value in values.items()
+    }
 
 
 def warn_unless_best_is_loaded(directory: str | None, model: nn.Module) -> None:

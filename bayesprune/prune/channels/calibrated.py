@@ -11,7 +11,6 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
-from itertools import islice
 from typing import Any
 
 import torch
@@ -56,7 +55,7 @@ class Calibration:
     def __init__(self, model: nn.Module, data: Iterable[Any]) -> None:
         self.batches: list[Any] = []
         self.num_examples = 0
-        for batch in with_examples(model, islice(data, MAX_BATCHES)):
+        for batch in with_examples(model, data, MAX_BATCHES):
             self.batches.append(batch)
             self.num_examples += split(model, batch).num_examples
             if self.num_examples >= defaults.CALIBRATION_EXAMPLES:

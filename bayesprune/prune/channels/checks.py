@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection, Mapping
+from numbers import Integral
 from typing import Any
 
 from torch import nn
@@ -56,10 +57,10 @@ def checked_target(
         }
         raise ValueError(
             f'the target "{found}" is a criterion of its own; it takes no importance{but.get(found.kind, "")} and no '
-            "uniform=True."
+            "equal share of every group (uniform)."
         )
-    if round_to < 1:
-        raise ValueError(f"round_to is {round_to!r}; expected 1 or more.")
+    if not isinstance(round_to, Integral) or round_to < 1:
+        raise ValueError(f"round_to is {round_to!r}; expected a whole number, 1 or more.")
     return found
 
 

@@ -269,9 +269,10 @@ def counts_for(groups: Sequence[ChannelGroup], sizes: Mapping[str, int], left_wh
     by_name = {group.name: group for group in groups}
     for name, kept in sizes.items():
         if name in left_whole:
+            reason = left_whole[name].rstrip(".")
             raise InfeasibleTargetError(
-                f"the sizes ask {name} to keep {kept} channels, and it cannot lose any: {left_whole[name].rstrip('.')}. Leave it "
-                "out of the sizes. Nothing was changed."
+                f"the sizes ask {name} to keep {kept} channels, and it cannot lose any: {reason}. Leave it out of the "
+                "sizes. Nothing was changed."
             )
         if name not in by_name:
             raise ValueError(

@@ -339,9 +339,10 @@ def _choose(
     if (reached := costs.cost(what, counts)) <= value * dense or what == "latency":  # which is measured afterwards
         return counts
     held = holdings(model, costs.parts(what, counts), dense, costs.layers, left_whole)
+    rounded = f", and a multiple of round_to={round_to}" if round_to > 1 else ""
     raise InfeasibleTargetError(
         f"the target {what}={value:g} cannot be reached: at least {reached / dense:.4f} of the {what} stay. Each of "
-        f"the {len(scores)} groups of channels keeps a tenth, and round_to={round_to}. What stays is in "
+        f"the {len(scores)} groups of channels keeps a tenth{rounded}. What stays is in "
         f"{'; '.join(map(str, held[:4]))}. Ask for a larger fraction. Nothing was changed."
     )
 
@@ -367,7 +368,8 @@ def _attempt(
             return failures, lambda: None, 0
         raise UnsupportedModelError(
             f"{type(model).__name__} does not run after the cut ({_first_line(error)}), though it does after the cut "
-            "of any one group; nothing was changed. Name layers that should stay whole in ignored_layers."
+            "of any one group; nothing was changed. In Python, name layers that "
+            "should stay whole in ignored_layers, or remove single weights."
         ) from error
 
 

@@ -142,7 +142,8 @@ class Observed:
             raise UnsupportedModelError(
                 f"torch-pruning {version('torch-pruning')} cannot trace {type(self.model).__name__} "
                 f"({type(error).__name__}: {error}); expected a model whose forward runs on example_inputs under "
-                "autograd, not wrapped, compiled or scripted. Single weights can be removed with prune_weights."
+                "autograd, not wrapped, compiled or scripted. Single weights can be removed all the same, by "
+                'prune_weights or a target such as "weights=0.2".'
             ) from error
 
 

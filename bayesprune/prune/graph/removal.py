@@ -29,6 +29,7 @@ Selection = Sequence[tuple[ChannelGroup, Sequence[tuple[int, ...]]]]
 
 @dataclass(frozen=True)
 class _State:
+    kind: type[nn.Module]
     attributes: dict
     parameters: dict
     buffers: dict
@@ -57,11 +58,11 @@ def remove(model: nn.Module, selection: Selection) -> Callable[[], None]:
 
 
 def snapshot(model: nn.Module) -> Callable[[], None]:
-    """Remembers the attributes of every module by reference; what it returns puts them back.
+    """Remembers the class and the attributes of every module by reference; what it returns puts them back.
 
     That suffices while changes make new tensors and leave the old ones alone, as cutting does.
     """
-    before = {m: _State(dict(m.__dict__), dict(m._parameters), dict(m._buffers)) for m in model.modules()}
+    before = {m: _State(type(m), dict(m.__dict__), dict(m._parameters), dict(m._buffers)) for m in model.modules()}
 
     def undo() -> None:
         for module, state in before.items():
@@ -70,6 +71,7 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
                 current.update(old)
             module.__dict__.clear()
             module.__dict__.update(state.attributes)
+            module.__class__ = state.kind
 
     return undo
 

@@ -145,7 +145,8 @@ def prune_groups(
     else:
         groups = _divided(able, dense_moments(dense, batches, able), layers, macs, goal)
     if not any(number > 1 for number in groups.values()):
-        raise ValueError(f"no convolution of the model can have groups: {'; '.join(notes.values())[:300]}")
+        why = "; ".join(dict.fromkeys(notes.values()))[:300] or "it has none"
+        raise ValueError(f"no convolution of the model can have groups: {why}.")
     orders: dict[str, tuple[Tensor, Tensor]] = {}
 
     def fit(site: Site, moments: tuple[Moments, Moments]) -> Tensor | None:

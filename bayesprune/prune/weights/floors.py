@@ -6,6 +6,7 @@ What a floor keeps is paid by the other tensors, so that the total is what was a
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from bayesprune.errors import InfeasibleTargetError
 from bayesprune.foundation.device import kth_smallest, numbers_of
 
+_ADVICE = "Ask for a larger fraction, or in Python for no floor (min_kept=0). Nothing was changed."
 _ROUNDING = 1e-9  # 0.1 * 30 is a little above 3
 
 
@@ -27,7 +29,8 @@ def check_min_kept(min_kept: float) -> None:
     Raises:
         ValueError: it is neither.
     """
-    if not (0 <= min_kept < 1 or (min_kept >= 1 and float(min_kept).is_integer())):
+    is_number = isinstance(min_kept, Real)
+    if not is_number or not (0 <= min_kept < 1 or (min_kept >= 1 and float(min_kept).is_integer())):
         raise ValueError(f"min_kept is {min_kept!r}; expected a fraction from 0, below 1, or a whole number from 1 on.")
 
 
@@ -82,7 +85,7 @@ def within_caps(counts: Sequence[int], caps: Sequence[int]) -> list[int]:
     if excess > sum(left):
         raise InfeasibleTargetError(
             f"{sum(counts)} weights were to go, and the floors under the tensors let {sum(capped) + sum(left)} of them "
-            "go. Ask for a lower sparsity, or for min_kept=0. Nothing was changed."
+            f"go. {_ADVICE}"
         )
     if not excess:
         return capped
@@ -107,5 +110,5 @@ def _check(count: int, total: int, floors: Sequence[int]) -> None:
     if count > total - sum(floors):
         raise InfeasibleTargetError(
             f"{total - count:,} of {total:,} weights were to stay, and the floors under {len(floors)} tensors keep "
-            f"{sum(floors):,}. Ask for a lower sparsity, or for min_kept=0. Nothing was changed."
+            f"{sum(floors):,}. {_ADVICE}"
         )

@@ -16,7 +16,6 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any
 
 import torch
@@ -115,7 +114,7 @@ def prune_one_shot(
         for posterior, share in zip(posteriors, removed_fractions(posteriors, goal), strict=True)
     }
     notes = _notes(model, rules)
-    batches = list(with_examples(model, islice(data, num_batches)))
+    batches = list(with_examples(model, data, num_batches))
     if not batches:
         raise ValueError("data has no batch; expected an iterable of input batches.")
     if scope not in ("global", "layer"):

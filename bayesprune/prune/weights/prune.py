@@ -5,6 +5,7 @@ make the model faster on ordinary hardware (removed channels do, see `prune_chan
 """
 
 import logging
+import reprlib
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -16,10 +17,11 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from bayesprune.convert import FROZEN, reasons_to_leave
+from bayesprune.estimators import as_gaussian
 from bayesprune.foundation.device import numbers_of
 from bayesprune.foundation.kinds import EMBEDDING, kind_of
-from bayesprune.foundation.model import undone_on_error
-from bayesprune.foundation.sharding import full_tensor, whole_mask
+from bayesprune.foundation.model import eval_mode, undone_on_error
+from bayesprune.foundation.sharding import check_module, full_tensor, whole_mask
 from bayesprune.foundation.target import PATTERN, Target
 from bayesprune.foundation.text import as_text, first_names
 from bayesprune.layers import Posterior, holders_of, named_auxiliaries, named_posteriors, removable_weights
@@ -37,7 +39,10 @@ Score = Callable[[Posterior], Tensor]
 
 @dataclass(frozen=True)
 class WeightRow:
-    """One weight tensor: its name, how many weights it has and keeps, and whether it was passed over or held back."""
+    """One weight tensor: its name, how many weights it has and keeps, and whether it was passed over or held back.
+
+    A weight behind a closed gate is kept, for the gate may open; the note says how many there are.
+    """
 
     name: str
     total: int
@@ -135,10 +140,12 @@ def prune_weights(
             the model as it was, of which a copy is kept meanwhile.
 
     Raises:
+        TypeError: `score` returned no tensor of floats of a weight's shape.
         InfeasibleTargetError: `min_kept` leaves fewer weights to remove than the target says; nothing was changed.
         ValueError: the target is none of these or out of range, the scores are NaN, there is no batch, or the model has
             no variational layers, or none that trains.
     """
+    check_module(model, "prune_weights")
     posteriors = removable_weights(model)
     goal = checked_goal(target, ("weights", "snr", PATTERN), "prune_weights")
     if scope not in ("global", "layer"):
@@ -180,8 +187,21 @@ def set_masks(
             for layer, name in holders[id(posterior.mean)]:
                 layer.set_mask(name, keep)
     for (posterior, kept), note in zip(_num_kept(posteriors).items(), notes, strict=True):
-        rows.append(WeightRow(posterior.name, posterior.mean.numel(), kept, note))
+        said = "; ".join(filter(None, (note, _note_on_gates(posterior))))
+        rows.append(WeightRow(posterior.name, posterior.mean.numel(), kept, said))
     return WeightReport(tuple(rows), _untouched(model, posteriors))
+
+
+def _note_on_gates(posterior: Posterior) -> str:
+    """How many of the weights that are kept evaluation reads as zeros, for their gates are closed; else empty."""
+    layer = posterior.layer
+    if layer.posterior_hook is None:
+        return ""
+    with eval_mode(layer):
+        seen = full_tensor(as_gaussian(layer.posterior(posterior.parameter)).mean)
+    closed = (seen == 0) & (full_tensor(posterior.mean) != 0) & ~_removed(posterior)
+    num_closed = int(closed.sum())
+    return f"{num_closed:,} of the kept are behind closed gates: gates.close removes them" if num_closed else ""
 
 
 def _untouched(model: nn.Module, removable: Sequence[Posterior]) -> tuple[WeightRow, ...]:
@@ -295,7 +315,7 @@ def _inputs(posterior: Posterior) -> tuple[int, int]:
 
 def _scores(posteriors: Iterable[Posterior], score: Score) -> dict[Posterior, Tensor]:
     """Scores of each, -inf for what is gone; whether they are numbers is asked for all at once."""
-    found = {posterior: full_tensor(score(posterior)) for posterior in posteriors}
+    found = {posterior: full_tensor(_checked_score(score(posterior), posterior)) for posterior in posteriors}
     for (posterior, scores), bad in zip(
         found.items(), numbers_of([s.isnan().sum() for s in found.values()]), strict=True
     ):
@@ -307,6 +327,16 @@ def _scores(posteriors: Iterable[Posterior], score: Score) -> dict[Posterior, Te
         limits = torch.finfo(scores.dtype)
         found[posterior] = scores.clamp(limits.min, limits.max).masked_fill(_removed(posterior), -torch.inf)
     return found
+
+
+def _checked_score(scores: Any, posterior: Posterior) -> Tensor:
+    if not isinstance(scores, Tensor) or scores.shape != posterior.mean.shape or not scores.is_floating_point():
+        what = f"{scores.dtype} of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else reprlib.repr(scores)
+        raise TypeError(
+            f"score returned {what} for {posterior.name}; expected a tensor of floats of the weight's shape, "
+            f"{tuple(posterior.mean.shape)}."
+        )
+    return scores
 
 
 def _num_kept(posteriors: Iterable[Posterior]) -> dict[Posterior, int]:

@@ -168,17 +168,23 @@ def evaluate(rank: int, port: int, folder: str, kind: str) -> None:
         **options,
     )
     best.train()
-    kept = trainer(
-        kind,
-        tiny.llama(),
-        folder,
-        BayesPruneCallback(prune=schedule, tolerance=Tolerance(0.0, reference=-1.0)),
-        max_steps=8,
-        eval_strategy="steps",
-        eval_steps=4,
+    kept, resumed = (
+        trainer(
+            kind,
+            tiny.llama(),
+            f"{folder}/kept",
+            BayesPruneCallback(prune=schedule, tolerance=Tolerance(0.0, reference=-1.0)),
+            max_steps=8,
+            eval_strategy="steps",
+            eval_steps=4,
+            save_strategy="steps",
+            save_steps=6,
+        )
+        for _ in range(2)
     )
     kept.train()
-    for made in (best, kept):
+    resumed.train(resume_from_checkpoint=f"{folder}/kept/checkpoint-6")
+    for made in (best, kept, resumed):
         entries = {entry["step"]: entry for entry in made.state.log_history if "eval_loss" in entry}
         assert entries[8]["eval_sparsity"] == pytest.approx(0.97, abs=1e-3)
         metrics = made.evaluate()

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, ViTConfig, ViTForImageClassif
 
 import bayesprune as bp
 from bayesprune.errors import StorageError
-from bayesprune.hosts.transformers import BayesPruneCallback, PruneSchedule, checkpoint
+from bayesprune.hosts.transformers import BayesPruneCallback, PruneSchedule, Tolerance, checkpoint
 from bayesprune.hosts.transformers.checkpoint import FILE_NAME
 from tests.hosts.transformers import tiny
 
@@ -144,6 +144,47 @@ def test_a_checkpoint_of_another_prior_is_refused(tmp_path):
     )
     with pytest.raises(ValueError, match="expected the prior of the run that was saved"):
         other.train(resume_from_checkpoint=True)
+
+
+def tolerated(directory: Path, *others: TrainerCallback, save_steps: int, then="rollback", drop=0.0):
+    """Evaluated every four steps; the weights go at the tenth, so that the evaluation of step 12 ends the training."""
+    schedule, tolerance = (
+        PruneSchedule("weights=0.05", begin=0.5, end=0.5),
+        Tolerance(drop, "accuracy", then, reference=0.0),
+    )
+    made = BayesPruneCallback(prune=schedule, tolerance=tolerance)
+    options = {"max_steps": 20, "eval_strategy": "steps", "eval_steps": 4}
+    made = tiny.trainer(tiny.bert(), directory, made, *others, save_strategy="steps", save_steps=save_steps, **options)
+    made.compute_metrics = lambda _: {"accuracy": -float(made.state.global_step >= 12)}
+    return made
+
+
+@pytest.mark.parametrize("then", ["rollback", "stop"])
+def test_a_run_that_the_tolerance_had_ended_stays_ended(then, tmp_path):
+    """The checkpoint of its last step has the model that it ended with."""
+    whole = tolerated(tmp_path, save_steps=4, then=then)
+    whole.train()
+    assert whole.state.global_step == 12
+    expected = {key: value.clone() for key, value in whole.model.state_dict().items()}
+    resumed = tolerated(tmp_path, save_steps=4, then=then)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
+    assert resumed.state.global_step == 13, "the Trainer takes a step before it can be ended"
+    assert_equal(resumed.model.state_dict(), expected)
+    more = tolerated(tmp_path, save_steps=4, then=then, drop=2.0)
+    more.train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
+    assert more.state.global_step == 20, "another tolerance lets it go on"
+
+
+def test_a_resumed_run_rolls_back_to_what_was_evaluated(tmp_path):
+    """Not to the checkpoint, which lies between two evaluations."""
+    whole = tolerated(tmp_path / "whole", save_steps=10)
+    whole.train()
+    assert whole.state.global_step == 12
+    tolerated(tmp_path / "parts", Interrupt(11), save_steps=10).train()
+    resumed = tolerated(tmp_path / "parts", save_steps=10)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 12
+    assert_equal(resumed.model.state_dict(), whole.model.state_dict())
 
 
 def vit(directory: Path, **options):

@@ -292,6 +292,11 @@ def test_other_checkpoints_do_not_bring_removed_weights_back():
         ({"0": 0.0, "2": 0.0}, {}, "144 weights were to go, and the floors under the tensors let 142"),
         ("weights=0.5", {"min_kept": -1}, "min_kept is -1; expected a fraction from 0, below 1, or a whole number"),
         ("weights=0.5", {"min_kept": 1.5}, "min_kept is 1.5"),
+        (
+            "weights=0.5",
+            {"min_kept": "10%"},
+            "min_kept is '10%'; expected a fraction from 0, below 1, or a whole number",
+        ),
         ("weights=0.5", {"scope": "channel"}, 'scope is \'channel\'; expected "global" or "layer"'),
     ],
 )
@@ -322,11 +327,23 @@ def test_scores_that_are_not_numbers_are_refused():
     assert kept(model).all()
 
 
-@pytest.mark.parametrize("data", [[], [torch.ones(1, 8)]])
+@pytest.mark.parametrize(
+    "score", [lambda p: None, lambda p: 1.0, lambda p: p.mean.detach().sum(1), lambda p: torch.ones_like(p.mean).int()]
+)
+def test_a_score_of_another_kind_is_told(score):
+    model = net()
+    with pytest.raises(
+        TypeError, match=r"score returned .* for 0\.weight; expected a tensor of floats of the weight's"
+    ):
+        bp.prune_weights(model, "weights=0.5", score=score)
+    assert kept(model).all()
+
+
+@pytest.mark.parametrize("data", [[], [torch.ones(1, 8)], [torch.full((4, 8), torch.nan)]])
 def test_data_that_batch_norm_cannot_measure_leaves_the_model_as_it_was(data):
     model = bp.to_variational(nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Linear(6, 2)))
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match="batch"):
+    with pytest.raises(ValueError, match=r"batch|not finite"):
         bp.prune_weights(model, "weights=0.5", data=data)
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
