@@ -9,6 +9,7 @@ from bayesprune.prune.grouped.prune import GroupReport, prune_groups
 from bayesprune.prune.measured import MeasuredImportance, layer_shares
 from bayesprune.prune.scores.channels import SNRImportance
 from bayesprune.prune.scores.evidence import EvidenceImportance, evidence
+from bayesprune.prune.scores.scale_snr import ScaleSNRImportance
 from bayesprune.prune.scores.unit_snr import UnitSNRImportance
 from bayesprune.prune.scores.weights import SNRScore, signal_to_noise
 from bayesprune.prune.search import Compression, SearchStep, smallest_within
@@ -27,6 +28,7 @@ __all__ = [
     "PruneSchedule",
     "SNRImportance",
     "SNRScore",
+    "ScaleSNRImportance",
     "SearchStep",
     "UnitSNRImportance",
     "WeightReport",

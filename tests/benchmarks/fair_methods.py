@@ -198,6 +198,11 @@ def unit_snr(net: Net, model: nn.Module, option: str) -> Importance:
     )
 
 
+def scale_snr(net: Net, model: nn.Module, option: str) -> Importance:
+    """The squared SNR of a factor on a channel: what it costs when nothing makes up for it."""
+    return bp.prune.ScaleSNRImportance(model, net.batches)
+
+
 def _normalizer(option: str) -> Any:
     return None if option == "as it is" else "mean"
 
@@ -214,6 +219,7 @@ SCORES = {
     "random": Score(random),
     ATTENTIVE: Score(attentive, ("share 0.9", "share 0.5")),
     "unit SNR": Score(unit_snr, ("logit metric", "sampled labels"), KRONECKER, is_control=False),
+    "scale SNR": Score(scale_snr, needs=frozenset(f"draw {n}" for n in range(4)), is_control=False),
     "Laplace SNR": Score(laplace, POWERS, GRADIENTS, is_control=False),
     "README's way": Score(snr, POWERS, phase="per_channel", is_control=False),
     "README's training, without its stds": Score(without_stds, REDUCTIONS, phase="per_channel"),

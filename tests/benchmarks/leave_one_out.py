@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cifar_resnet import Images, trained_resnet20
+from cifar_resnet import Images, ResNet, trained_resnet20
 from common import parser, read, spread, write
 from criterion import CHANNEL_METHODS, CHANNELS, WARM, chosen
 from criterion_methods import EXAMPLE, Method, channel_importance, prepare_channels
+from scales import of_fisher, of_labels, of_logits, scale_costs
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -29,14 +30,20 @@ from bayesprune.prune.graph.find import find_groups
 from bayesprune.prune.graph.group import ChannelGroup
 from bayesprune.prune.graph.removal import snapshot
 from bayesprune.prune.graph.trials import silence
+from bayesprune.prune.scores.channels import Criterion
 
 Measured = dict[str, list[list[float]]]
-SETTINGS: dict[str, Any] = {"images": 128, "budget": CHANNELS["20"].before, "lr": CHANNELS["20"].lr}
+SETTINGS: dict[str, Any] = {"images": 1024, "budget": CHANNELS["20"].before, "lr": CHANNELS["20"].lr}
 SKIPPED = ("magnitude after L1", "DepGraph, group norm")  # they train otherwise and score as magnitude does
 METHODS = [m for m in (*CHANNEL_METHODS, WARM) if m.name not in SKIPPED and not m.conditioned]
 NETWORKS = (Method("", ""), Method("", "", "per_channel"), WARM)
 COLUMNS = ("all_divergence", "inside_divergence", "all", "inside")
-AGAIN = "the same increases, measured on other images"
+SCALES = {
+    "scale SNR, example by example": of_logits,
+    "scale SNR, Fisher information": of_fisher,
+    "scale SNR, sampled labels": of_labels,
+}
+AGAIN = "the same increases, one half of the images against the other"
 INTRODUCTION = """# CIFAR-10, channels removed one by one
 
     python tests/benchmarks/leave_one_out.py --data-dir DATA [--float32]
@@ -48,8 +55,10 @@ those of the whole network). Spearman's rank correlation of the scores with both
 seeds: over all channels, and inside layers (mean over the {layers} layers). "ours" reads its stds off the training's
 gradients, "ours, variational" and "SNR^2 at temperature 10" score networks that were trained with noise, whose
 increases are their own. Rows about Kronecker factors read 1,024 training images: "unit SNR" is what removing a
-channel costs once the others have made up for it, "Kronecker cost" what it costs when nothing does, which is what is
-measured here; the metric is that of the logits, or the Fisher information with sampled labels. "{again}" says how
+channel costs once the others have made up for it, "Kronecker cost" and "scale SNR" what it costs when nothing does,
+which is what is measured here: the one by the factors of the layer that reads it, the other by the derivatives of the
+logits with respect to a factor on its activations (`ScaleSNRImportance`, and example by example). The metric is that of
+the logits, or the Fisher information, the latter exact or by one sampled label for each image. "{again}" says how
 much of a measurement is chance: a score that knew the truth could reach about the square root of it. **The loss on so
 few images is noise**, since labels decide its sign; the divergence less so. The file says which rows were trained in
 float32.
@@ -60,29 +69,53 @@ float32.
 
 
 @torch.no_grad()
-def outputs(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Log probabilities (N, classes) in evaluation mode, and labels (N,)."""
+def increases(model: ResNet, groups: Any, images: Tensor, labels: Tensor) -> Measured:
+    """By group, what silencing each channel alone adds to the loss, and how far it moves the predictions, in nats.
+
+    The blocks before the channel's own are run once for its whole group, in evaluation mode.
+    """
     model.eval()
-    found = [(model(images).log_softmax(1), labels) for images, labels in batches]
-    return torch.cat([values for values, _ in found]), torch.cat([labels for _, labels in found])
-
-
-def increases(model: nn.Module, groups: Any, batches: list[tuple[Tensor, Tensor]]) -> Measured:
-    """By group, what silencing each channel alone adds to the loss, and how far it moves the predictions, in nats."""
-    dense, labels = outputs(model, batches)
+    blocks = {
+        f"{stage}.{n}": b
+        for stage in ("layer1", "layer2", "layer3")
+        for n, b in model.get_submodule(stage).named_children()
+    }
+    inputs: dict[str, Tensor] = {}
+    handles = [
+        block.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args[0]))
+        for name, block in blocks.items()
+    ]
+    dense = model(images).log_softmax(1)
+    for handle in handles:
+        handle.remove()
     found: Measured = {"loss": [], "divergence": []}
     for group in tqdm(groups, desc="layers"):
         costs, divergences = [], []
+        own = next(name for name in blocks if group.members[0].axis[0].startswith(f"{name}."))
+        behind = [block for name, block in blocks.items() if name >= own]
         for unit in group.units:
             undo = snapshot(model)
             silence(model, group, [unit])
-            values, _ = outputs(model, batches)
+            x = inputs[own]
+            for block in behind:
+                x = block(x)
+            values = model.linear(x.mean((2, 3))).log_softmax(1)
             costs.append(float(F.nll_loss(values, labels) - F.nll_loss(dense, labels)))
             divergences.append(float(F.kl_div(values, dense, reduction="batchmean", log_target=True)))
             undo()
         found["loss"].append(costs)
         found["divergence"].append(divergences)
     return found
+
+
+def mean_of(one: Measured, other: Measured) -> Measured:
+    """What was measured on as many images each, over all of them."""
+    return {
+        name: [
+            [(a + b) / 2 for a, b in zip(*layers, strict=True)] for layers in zip(one[name], other[name], strict=True)
+        ]
+        for name in one
+    }
 
 
 def kronecker_costs(posterior: KroneckerPosterior, group: ChannelGroup) -> list[float]:
@@ -104,49 +137,30 @@ def kronecker_costs(posterior: KroneckerPosterior, group: ChannelGroup) -> list[
     return costs
 
 
-def activation_fisher(model: nn.Module, groups: Any, batches: list[tuple[Tensor, Tensor]]) -> list[list[float]]:
-    """Half of E (sum of activation times gradient)^2 by unit, labels sampled (Theis et al., 2018, arXiv:1801.05787)."""
-    modules = dict(model.named_modules())
-    readers = [next(m for m in group.members if m.axis[1] == "in") for group in groups]
-    inputs: dict[str, Tensor] = {}
-    handles = [
-        modules[reader.axis[0]].register_forward_pre_hook(
-            lambda _, args, name=reader.axis[0]: inputs.__setitem__(name, args[0])
-        )
-        for reader in readers
-    ]
-    sums = [0.0] * len(groups)
-    model.eval()
-    for images, _ in batches:
-        loss = sampled_cross_entropy(model, (images, None)) * len(images)
-        held = [inputs[reader.axis[0]] for reader in readers]
-        for number, (x, gradient) in enumerate(zip(held, torch.autograd.grad(loss, held), strict=True)):
-            sums[number] = sums[number] + (x * gradient).sum((2, 3)).square().sum(0).detach()
-    for handle in handles:
-        handle.remove()
-    return [
-        [float(total[list(reader.positions[unit[0]])].sum()) / 2 for unit in group.units]
-        for group, reader, total in zip(groups, readers, sums, strict=True)
-    ]
-
-
 def run_kronecker(
-    model: nn.Module, measured: Measured, groups: Any, train: Images, seed: int
+    model: ResNet, measured: Measured, groups: Any, train: Images, seed: int
 ) -> dict[str, dict[str, float]]:
     """Both correlations of the scores that read Kronecker factors, by name."""
     batches = list(train.random(16, 2_000 + seed, augment=False))
     torch.manual_seed(seed)
-    found = {"Fisher of the activations": correlations(activation_fisher(model, groups, batches), measured)}
+    found = {"scale SNR": correlations(by_unit(bp.prune.ScaleSNRImportance(model, batches), groups), measured)}
+    for name, cotangents in SCALES.items():
+        costs = scale_costs(model, groups, batches, cotangents)
+        found[name] = correlations([each.tolist() for each in costs], measured)
     bp.to_variational(model, estimator="mean")
     for suffix, loss in (("", output_metric), (", sampled labels", sampled_cross_entropy)):
         torch.manual_seed(seed)
         posterior = bp.laplace.fit_kronecker(model, batches, num_data=len(train.labels), loss=loss)
         scores = {"Kronecker cost": [kronecker_costs(posterior, group) for group in groups]}
-        importance = bp.prune.UnitSNRImportance(model, posterior)
-        by_channel = [importance.of_group(group).tolist() for group in groups]
-        scores["unit SNR"] = [[c[unit[0]] for unit in g.units] for g, c in zip(groups, by_channel, strict=True)]
+        scores["unit SNR"] = by_unit(bp.prune.UnitSNRImportance(model, posterior), groups)
         found |= {f"{name}{suffix}": correlations(values, measured) for name, values in scores.items()}
     return found
+
+
+def by_unit(importance: Criterion, groups: Any) -> list[list[float]]:
+    """The scores of each group's units."""
+    found = [importance.of_group(group) for group in groups]
+    return [[float(scores[unit[0]]) for unit in group.units] for scores, group in zip(found, groups, strict=True)]
 
 
 def run(method: Method, model: nn.Module, measured: Measured, groups: Any, train: Images) -> dict[str, float]:
@@ -180,10 +194,8 @@ def main() -> None:
         directory = Path(args.data_dir)
         train = Images(directory / "cifar10", "train", slice(0, -500))
         held_out = Images(directory / "cifar10", "train", slice(-500, None))
-        both = chosen(held_out, 2 * SETTINGS["images"], torch.Generator().manual_seed(0))
-        images, labels = (torch.cat(parts) for parts in zip(*both, strict=True))
-        batches, others = zip(images.chunk(2), labels.chunk(2), strict=True)
-        batches, others = [batches], [others]
+        batches = chosen(held_out, SETTINGS["images"], torch.Generator().manual_seed(0))
+        images, labels = (torch.cat(parts).chunk(2) for parts in zip(*batches, strict=True))
         precision = torch.float32 if args.float32 else torch.bfloat16
         for seed, network in product(args.seeds, NETWORKS):
             methods = [m for m in METHODS if (m.std, m.temperature) == (network.std, network.temperature)]
@@ -197,16 +209,16 @@ def main() -> None:
             random = train.random(budget.before, seed, augment=True)
             model, _ = prepare_channels(trained_resnet20(directory), network, random, budget, precision)
             groups = find_groups(model, EXAMPLE).groups
-            measured = increases(model, groups, batches)
+            halves = [increases(model, groups, *half) for half in zip(images, labels, strict=True)]
+            measured = mean_of(*halves)
             sizes = {"channels": sum(map(len, measured["loss"])), "layers": len(groups), "seed": seed}
             sizes["precision"] = str(precision).removeprefix("torch.")
             found = {method.name: run(method, model, measured, groups, train) for method in methods}
             if is_plain:
-                again = increases(model, groups, others)
                 found[AGAIN] = {
                     key: value
                     for name in measured
-                    for key, value in correlations(again[name], {name: measured[name]}).items()
+                    for key, value in correlations(halves[0][name], {name: halves[1][name]}).items()
                 }
                 found |= run_kronecker(model, measured, groups, train, seed)
             rows = [row for row in rows if row["seed"] != seed or row["method"] not in found]

@@ -18,24 +18,23 @@ from torch import Tensor, nn
 
 from bayesprune.foundation import defaults
 from bayesprune.foundation.batches import split, with_examples
-from bayesprune.foundation.kinds import kind_of
-from bayesprune.foundation.model import eval_mode, requires_grad, same_random_numbers
+from bayesprune.foundation.model import eval_mode, same_random_numbers
 from bayesprune.foundation.progress import progress_bar
 from bayesprune.laplace.calibration import as_predictions, output_metric, predictions, total_divergence
 from bayesprune.laplace.compensation import compensate
 from bayesprune.laplace.kronecker import KroneckerPosterior, fit_kronecker
 from bayesprune.prune.batch_norm import MAX_BATCHES
-from bayesprune.prune.graph.group import ChannelGroup, Member, cut_parameters, num_stacked
+from bayesprune.prune.graph.group import ChannelGroup
 from bayesprune.prune.graph.removal import lost_inputs
 from bayesprune.prune.graph.trials import silence_inputs
 from bayesprune.prune.scores.channels import Scored, SNRImportance, lowest_units, unit_scores
+from bayesprune.prune.scores.scale_snr import ScaleSNRImportance
 from bayesprune.prune.scores.unit_snr import UnitSNRImportance
 
 MAX_TILT = 3.0
 _SEARCH_EXAMPLES = 256  # to compensate in the search; as many others judge
 _DAMPING = 0.01  # of compensation in the search, which then takes a third of the time
 _POSITIONS = 128  # for each input or output of a layer, to fit its posterior
-_DRAWS = 64  # of signs, for costs that nothing makes up for
 _MAX_LOGITS = 2**21  # of a batch that are kept
 
 _LOGGER = logging.getLogger(__name__)
@@ -96,73 +95,15 @@ def unit_costs(
     """Each group's units with what they cost, and the names of the groups for whose units nothing makes up.
 
     The cost is the unit SNR. Where no reader of a group is in the posterior, as of the hidden units of experts, it is
-    that of `silencing_costs`.
+    the scale SNR.
     """
     importance = UnitSNRImportance(model, posterior)
     found = {group: unit_scores(importance, group) for group in progress_bar(groups, "Rank units", "group")}
     others = [group for group, scored in found.items() if scored is None and unit_scores(SNRImportance(), group)]
     if others:
-        found |= silencing_costs(model, others, calibration)
-    return found, [group.name for group in others]
-
-
-def silencing_costs(
-    model: nn.Module, groups: Sequence[ChannelGroup], calibration: Calibration
-) -> dict[ChannelGroup, Scored]:
-    """Half of E |J|^2 of each unit: to second order half the squared change of the logits when it reads as zero.
-
-    J are the derivatives of an example's logits with respect to a factor on what is read of the unit: those with
-    respect to the weights that read it, times the weights. So the cost is half the squared SNR of that factor, which is
-    one, under its Laplace posterior, in the unit of the unit SNR where nothing makes up for the unit. Of a group that
-    no layer reads the weights that make it stand in. Random signs on all logits of a batch make the square of the sum
-    over its examples an estimate of the sum of their squares (`output_metric`).
-
-    Cost: 64 backward passes, or one for each batch where they are more.
-    """
-    members = {
-        group: [
-            (member, name)
-            for member in [m for m in group.members if m.axis[1] == "in"] or group.members
-            for name in _matrices(member)
-        ]
-        for group in groups
-    }
-    weights = {(m.layer, name): _weight(m, name) for its in members.values() for m, name in its}
-    totals = {group: torch.zeros(group.num_channels, dtype=torch.double) for group in groups}
-    num_draws = math.ceil(_DRAWS / len(calibration.batches))
-    with torch.enable_grad(), eval_mode(model), requires_grad(model, True), same_random_numbers(model):
-        for batch in progress_bar(calibration.batches, "Silence units", "batch"):
-            for _ in range(num_draws):
-                change = split(model, batch).num_examples * output_metric(model, batch)
-                gradients = torch.autograd.grad(change, list(weights.values()), materialize_grads=True)
-                products = {key: (w * g).detach() for (key, w), g in zip(weights.items(), gradients, strict=True)}
-                for group, its in members.items():
-                    factor = torch.zeros(group.num_channels, dtype=torch.double)  # J of each root channel
-                    for member, name in its:
-                        sums = kind_of(member.layer).sums(products[member.layer, name], member.axis[1]).double().cpu()
-                        factor.index_add_(0, member.positions.roots, sums[member.positions.places])
-                    if not group.num_experts:
-                        factor[group.roots] = factor[group.roots].sum(1, keepdim=True)
-                    totals[group] += 0.5 * factor.square() / (num_draws * calibration.num_examples)
-    found = {}
-    for group, costs in totals.items():
-        ranked = group.by_rank(costs)
-        by_unit = costs[ranked.roots]
-        found[group] = Scored(ranked, (by_unit.sum(1) if group.num_experts else by_unit[:, 0]).tolist())
-    return found
-
-
-def _matrices(member: Member) -> list[str]:
-    """The weights of a layer that hold something of each unit, in the rows or columns of a matrix."""
-    if not isinstance(member.layer, nn.Module):
-        return []
-    names = [name for name, _ in cut_parameters(member.layer, member.axis[1])]
-    return [name for name in names if _weight(member, name).dim() > 1 + num_stacked(member.layer)]
-
-
-def _weight(member: Member, name: str) -> Tensor:
-    assert isinstance(member.layer, nn.Module), "a tensor is no matrix that reads units"
-    return member.layer.get_parameter(name)
+        importance = ScaleSNRImportance(model, calibration.batches)
+        found |= {group: unit_scores(importance, group) for group in others}
+    return found, [group.name for group in others if found[group]]
 
 
 def logit_posterior(model: nn.Module, calibration: Calibration) -> KroneckerPosterior:

@@ -155,9 +155,9 @@ def prune_channels(
     else:
         ranks = importance
     score = _rms_snr if what == "snr" else partial(unit_scores, ranks)
-    silenced: list[str] = []
+    uncompensated: list[str] = []
     if calibration is not None and is_calibrated:
-        found, silenced = unit_costs(dense, structure.groups, logit_posterior(dense, calibration), calibration)
+        found, uncompensated = unit_costs(dense, structure.groups, logit_posterior(dense, calibration), calibration)
     else:
         with scored_once():
             found = {group: score(group) for group in structure.groups}
@@ -209,7 +209,7 @@ def prune_channels(
             importance,
             calibration,
             _divided(tilt, uniform=uniform, is_given=sizes is not None),
-            silenced,
+            uncompensated,
             is_calibrated=is_calibrated,
             compensates=compensates,
         ),
@@ -241,7 +241,7 @@ def _how(
     importance: Importance | None,
     calibration: Calibration | None,
     divided: str,
-    silenced: Collection[str],
+    uncompensated: Collection[str],
     *,
     is_calibrated: bool,
     compensates: bool,
@@ -249,8 +249,9 @@ def _how(
     """One line on what decided and what made up for it."""
     default = UnitSNRImportance if is_calibrated else SNRImportance
     name = default.__name__ if importance is None else type(importance).__name__
-    others = f" ({first_names(silenced)} by how far silence moves the logits)" if silenced else ""
-    parts = [f"channels ranked by {name}{others}", divided]
+    if uncompensated:
+        name += f" ({first_names(uncompensated)} by ScaleSNRImportance, since nothing makes up for them)"
+    parts = [f"channels ranked by {name}", divided]
     if compensates and calibration is not None:
         parts.append(f"weights fitted to the dense model on {calibration.num_examples:,} examples")
     elif calibration is None:

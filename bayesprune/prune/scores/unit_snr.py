@@ -26,6 +26,9 @@ from bayesprune.layers import VariationalLayer
 from bayesprune.prune.graph.group import ChannelGroup
 from bayesprune.prune.scores.channels import Criterion
 
+Readers = Mapping[nn.Module, Mapping[int, Sequence[int]]]
+"""Positions along the inputs of each layer that reads units, by root channel."""
+
 _DENSE = 0.8  # share of a matrix that is left, below which it is copied without the rest
 _DAMPING = 0.01  # of A, as a fraction of its mean diagonal; conditioning takes the same
 
@@ -62,36 +65,19 @@ class UnitSNRImportance(Criterion):
     @torch.no_grad()
     def scores(self, group: Group) -> Tensor | None:
         """Scores (C,) of the root channels of a dependency group, each a unit by itself; None where none is known."""
-        positions: dict[tuple[str, VariationalLayer], dict[int, list[int]]] = {}
-        for item in group:
-            layer, root_idxs = item.dep.layer, item.root_idxs
-            if item.dep.handler.__name__ != "prune_in_channels" or not isinstance(layer, VariationalLayer):
-                continue
-            if root_idxs is not None and None not in root_idxs:
-                of = positions.setdefault((self._names.get(id(layer), ""), layer), {})
-                for root, position in zip(root_idxs, item.idxs, strict=True):
-                    of.setdefault(root, []).append(position)
-        return self._scores(positions, [(root,) for root in group[0].root_idxs])
+        return self._scores(readers_in(group), [(root,) for root in group[0].root_idxs])
 
     @torch.no_grad()
     def of_group(self, group: ChannelGroup) -> Tensor | None:
         """Scores (C,) of the root channels of a group of units; those of a unit are equal."""
-        readers = {
-            (member.axis[0], member.layer): member.positions
-            for member in group.members
-            if member.axis[1] == "in" and isinstance(member.layer, VariationalLayer)
-        }
+        readers = {m.layer: m.positions for m in group.members if m.axis[1] == "in" and isinstance(m.layer, nn.Module)}
         return self._scores(readers, group.units)
 
-    def _scores(
-        self,
-        readers: Mapping[tuple[str, VariationalLayer], Mapping[int, Sequence[int]]],
-        units: Sequence[Sequence[int]],
-    ) -> Tensor | None:
+    def _scores(self, readers: Readers, units: Sequence[Sequence[int]]) -> Tensor | None:
         systems = [
             system
-            for (name, layer), positions in readers.items()
-            if name in self._posterior
+            for layer, positions in readers.items()
+            if isinstance(layer, VariationalLayer) and (name := self._names.get(id(layer), "")) in self._posterior
             for system in _systems(
                 _checked_factors(name, layer, self._posterior[name]),
                 [removed_columns(layer, [p for root in unit for p in positions.get(root, ())]) for unit in units],
@@ -105,6 +91,18 @@ class UnitSNRImportance(Criterion):
             highest = max(highest, cost)
             scores[list(units[unit])] = highest
         return scores
+
+
+def readers_in(group: Group) -> Readers:
+    """The layers that read the channels of a dependency group of torch-pruning."""
+    readers: dict[nn.Module, dict[int, list[int]]] = {}
+    for item in group:
+        layer, root_idxs = item.dep.layer, item.root_idxs
+        if item.dep.handler.__name__ == "prune_in_channels" and root_idxs is not None and None not in root_idxs:
+            positions = readers.setdefault(layer, {})
+            for root, position in zip(root_idxs, item.idxs, strict=True):
+                positions.setdefault(root, []).append(position)
+    return readers
 
 
 def _checked_factors(name: str, layer: VariationalLayer, factors: KroneckerFactors) -> KroneckerFactors:

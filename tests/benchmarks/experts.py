@@ -1,0 +1,174 @@
+"""A Llama whose neurons became four experts, and lose units: which units cost least where nothing makes up for them.
+
+The trained Llama of `tinystories.py` gets four copies of the neurons of each layer as experts, a little noise on each,
+and a router that sends a token to two of them (sparse upcycling: Komatsuzaki et al., 2022, arXiv:2212.05055); it is
+trained on for some hundred steps. Then `prune_channels` cuts it at once, from stories of the training text, and nothing
+is trained. The controls keep as many units of each group as the default, and have the same compensation of the layers
+around the experts. The last 10 % of the text is reported.
+
+    python tests/benchmarks/experts.py --data-dir DATA
+    python tests/benchmarks/experts.py --table
+"""
+
+import copy
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from common import keep, parser, read, spread, write
+from tinystories import Benchmark, Settings
+from torch import Tensor, nn
+from transformers import MixtralConfig, MixtralForCausalLM
+
+import bayesprune as bp
+from bayesprune.prune.scores.channels import removed_weights
+
+SETTINGS: dict[str, Any] = {"experts": 4, "of a token": 2, "noise": 0.3, "steps": 400, "lr": 1e-3, "stories": 128}
+LEVELS = (0.75, 0.5)
+"""Fractions of the parameters that are kept."""
+DEFAULT = "the default"
+
+
+class Taylor(bp.prune.SNRImportance):
+    """The first-order change of the loss without a unit, as torch-pruning's Taylor, which does not know experts."""
+
+    def scores(self, group: Any) -> Tensor | None:
+        removed = removed_weights(group, lambda layer, name: layer.get_parameter(name) * layer.get_parameter(name).grad)
+        return None if removed is None else removed.score.abs()
+
+
+CONTROLS: dict[str, Callable[[], Any]] = {
+    "magnitude": lambda: bp.SNRImportance(0),  # torch-pruning's own does not know experts either
+    "Taylor": Taylor,
+    "random": tp.importance.RandomImportance,
+}
+INTRODUCTION = """# TinyStories, a mixture of experts
+
+    python tests/benchmarks/experts.py --data-dir DATA
+    python tests/benchmarks/experts.py --table
+
+The second command writes this page from `experts.json`. The Llama of [TinyStories](tinystories.md) with {experts}
+experts in place of the neurons of each of its 2 layers, of which a token takes {token}: copies of its neurons with
+noise, trained on for {steps} steps of 8 stories ({params:,} parameters, perplexity {dense:.2f}). Then it is cut in one
+call from {stories} stories of the training text, drawn anew for each seed, and not trained. Perplexity on the last 10 %
+of the text, mean ± standard deviation over the seeds; lower is better.
+
+Nothing makes up for hidden units of experts. "The default" takes for their cost how far the logits move when a unit is
+silent, to second order (`silencing_costs`), and unit SNR for heads. The controls keep as many units and heads of each
+layer as it, and the layers around the experts are fitted alike. "What it was before" ranked the units of experts by
+their means alone, scaled to the median cost of the heads.
+
+| ranked by | {levels} |
+|---|{rules}
+"""
+
+
+def upcycled(llama: Any, *, seed: int) -> MixtralForCausalLM:
+    """The Llama with experts that are its neurons, and noise on them relative to the weights' deviation."""
+    config = llama.config
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names += ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "bos_token_id")
+    torch.manual_seed(seed)
+    model = MixtralForCausalLM(
+        MixtralConfig(
+            **{name: getattr(config, name) for name in (*names, "eos_token_id")},
+            num_local_experts=SETTINGS["experts"],
+            num_experts_per_tok=SETTINGS["of a token"],
+        )
+    )
+    model.load_state_dict(llama.state_dict(), strict=False)
+    for layer, stock in zip(model.model.layers, llama.model.layers, strict=True):
+        experts: Any = layer.mlp.experts
+        gates_and_values = torch.cat([stock.mlp.gate_proj.weight, stock.mlp.up_proj.weight])
+        for own, weight in ((experts.gate_up_proj, gates_and_values), (experts.down_proj, stock.mlp.down_proj.weight)):
+            own.data = weight.data + SETTINGS["noise"] * weight.std() * torch.randn(own.shape)
+    return model
+
+
+def trained(bench: Benchmark, folder: Path) -> MixtralForCausalLM:
+    """The mixture, trained; made at the first call."""
+    path = folder / "experts.pt"
+    if not path.exists():
+        model = upcycled(bench.dense(), seed=0)
+        bench.fine_tune(model, SETTINGS["lr"], 0)
+        folder.mkdir(parents=True, exist_ok=True)
+        keep(model, path)
+    return torch.load(path, weights_only=False)
+
+
+def cut(bench: Benchmark, model: nn.Module, target: Any, importance: Any, seed: int) -> tuple[nn.Module, Any]:
+    """The model cut at once, and the report."""
+    torch.manual_seed(seed)
+    model = bp.to_variational(copy.deepcopy(model), estimator="mean").eval()
+    example = {"input_ids": torch.tensor([bench.train[0]["input_ids"]])}
+    granularity = ("heads", "mlp")
+    data = bench.calibration(seed)
+    if isinstance(importance, Taylor):
+        for batch in data:
+            model(**batch).loss.backward()
+    report = bp.prune_channels(model, example, target, granularity=granularity, importance=importance, data=data)
+    return model, report
+
+
+def markdown(runs: list[dict[str, Any]]) -> str:
+    """The page."""
+    (dense,) = (row for row in runs if row["score"] == "dense")
+    levels = sorted({row["kept"] for row in runs if "kept" in row}, reverse=True)
+    texts = {name.partition(" ")[0]: value for name, value in SETTINGS.items()}
+    head = {"levels": " | ".join(f"{level:.0%} of the parameters" for level in levels), "rules": "---|" * len(levels)}
+    text = INTRODUCTION.format(
+        **texts, token=SETTINGS["of a token"], params=dense["parameters"], dense=dense["test"], **head
+    )
+    for score in dict.fromkeys(row["score"] for row in runs if "kept" in row):
+        of = [[row["test"] for row in runs if row["score"] == score and row.get("kept") == each] for each in levels]
+        text += f"| {score} | {' | '.join(spread(values) for values in of)} |\n"
+    return text
+
+
+def main() -> None:
+    """Runs what is missing, then writes the page."""
+    options = parser(__doc__ or "", "docs/benchmarks/experts.json")
+    options.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "bayesprune-experts")
+    options.add_argument(
+        "--before", action="store_true", help="the default alone, under the name of what it was before"
+    )
+    args = options.parse_args()
+    torch.set_num_threads(1)
+    runs = read(args.out, SETTINGS)
+
+    def done(**key: Any) -> dict[str, Any] | None:
+        return next((row for row in runs if key.items() <= row.items()), None)
+
+    def add(row: dict[str, Any]) -> None:
+        runs.append(row)
+        write(args.out, SETTINGS, runs)
+        print(row, flush=True)
+
+    if not args.table:
+        settings = Settings(steps=SETTINGS["steps"], calibration=SETTINGS["stories"])
+        bench = Benchmark(Path(args.data_dir), args.out, [], settings)
+        model = trained(bench, args.work)
+        if not done(score="dense"):
+            number = sum(p.numel() for p in model.parameters())
+            add({"score": "dense", "test": bench.perplexity(model, bench.test), "parameters": number})
+        default = "what it was before" if args.before else DEFAULT
+        for seed in args.seeds:
+            for kept in LEVELS:
+                sizes = (done(score=default, kept=kept, seed=seed) or {}).get("sizes")
+                for score in (default, *(() if args.before else CONTROLS)):
+                    if done(score=score, kept=kept, seed=seed):
+                        continue
+                    target = f"params={kept}" if score == default else sizes
+                    importance = None if score == default else CONTROLS[score]()
+                    small, report = cut(bench, model, target, importance, seed)
+                    sizes = report.sizes if score == default else sizes
+                    row = {"score": score, "kept": kept, "seed": seed, "how": report.how, "sizes": report.sizes}
+                    add(row | {"test": bench.perplexity(small, bench.test)})
+    args.out.with_suffix(".md").write_text(markdown(runs), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
