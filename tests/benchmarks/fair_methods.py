@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import torch_pruning as tp
 from attentive import resnet_channels
 from fair_tasks import Task, mean_loss
+from scales import of_labels, scale_costs
 from torch import Tensor, nn
 from torch_pruning.dependency import Group
 
@@ -200,7 +201,14 @@ def unit_snr(net: Net, model: nn.Module, option: str) -> Importance:
 
 def scale_snr(net: Net, model: nn.Module, option: str) -> Importance:
     """The squared SNR of a factor on a channel: what it costs when nothing makes up for it."""
-    return bp.prune.ScaleSNRImportance(model, net.batches)
+    if option == "logit metric":
+        return bp.prune.ScaleSNRImportance(model, net.batches)
+    groups = find_groups(model, net.task.example).groups
+    scores: Scores = {group.name: torch.empty(group.num_channels, dtype=torch.double) for group in groups}
+    for group, costs in zip(groups, scale_costs(model, groups, net.batches, of_labels), strict=True):
+        for unit, cost in zip(group.units, costs.tolist(), strict=True):
+            scores[group.name][list(unit)] = cost
+    return ByName(model, scores)
 
 
 def _normalizer(option: str) -> Any:
@@ -219,7 +227,9 @@ SCORES = {
     "random": Score(random),
     ATTENTIVE: Score(attentive, ("share 0.9", "share 0.5")),
     "unit SNR": Score(unit_snr, ("logit metric", "sampled labels"), KRONECKER, is_control=False),
-    "scale SNR": Score(scale_snr, needs=frozenset(f"draw {n}" for n in range(4)), is_control=False),
+    "scale SNR": Score(
+        scale_snr, ("logit metric", "sampled labels"), frozenset(f"draw {n}" for n in range(4)), is_control=False
+    ),
     "Laplace SNR": Score(laplace, POWERS, GRADIENTS, is_control=False),
     "README's way": Score(snr, POWERS, phase="per_channel", is_control=False),
     "README's training, without its stds": Score(without_stds, REDUCTIONS, phase="per_channel"),

@@ -27,7 +27,7 @@ from bayesprune.laplace.calibration import predictions
 from bayesprune.prune.graph.group import ChannelGroup, cut_parameters, num_stacked
 from bayesprune.prune.graph.prunable_layers import is_frozen
 from bayesprune.prune.scores.channels import Criterion
-from bayesprune.prune.scores.unit_snr import Readers, readers_in
+from bayesprune.prune.scores.unit_snr import Readers, readers_in, readers_of
 
 _DRAWS = 64  # of signs, over all batches
 
@@ -74,9 +74,10 @@ class ScaleSNRImportance(Criterion):
         batches = list(with_examples(model, data, num_batches))
         if not batches:
             raise ValueError("data has no batch; expected an iterable of input batches.")
-        weights = {layer: weight for layer in model.modules() if (weight := _reading_weight(layer)) is not None}
+        named = dict(model.named_modules())
+        weights = {name: weight for name, layer in named.items() if (weight := _reading_weight(layer)) is not None}
         num_examples, num_draws = 0, math.ceil(_DRAWS / len(batches))
-        rows: dict[nn.Module, list[Tensor]] = {layer: [] for layer in weights}
+        rows: dict[str, list[Tensor]] = {name: [] for name in weights}
         with torch.enable_grad(), eval_mode(model), requires_grad(model, True), same_random_numbers(model):
             for batch in progress_bar(batches, "Silence units", "batch"):
                 inputs = split(model, batch)
@@ -87,18 +88,19 @@ class ScaleSNRImportance(Criterion):
                     gradients = torch.autograd.grad(
                         logits, list(weights.values()), signs, retain_graph=True, materialize_grads=True
                     )
-                    for (layer, weight), gradient in zip(weights.items(), gradients, strict=True):
-                        sums = kind_of(layer).sums((weight * gradient).detach(), "in")
-                        rows[layer].append(sums.double().cpu() / math.sqrt(num_draws))
-        self._shapes = {layer: weight.shape for layer, weight in weights.items()}
-        self._factors = {layer: torch.stack(of_layer) / math.sqrt(num_examples) for layer, of_layer in rows.items()}
+                    for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
+                        sums = kind_of(named[name]).sums((weight * gradient).detach(), "in")
+                        rows[name].append(sums.double().cpu() / math.sqrt(num_draws))
+        self._names = {id(layer): name for name, layer in named.items()}
+        self._shapes = {name: weight.shape for name, weight in weights.items()}
+        self._factors = {name: torch.stack(of_layer) / math.sqrt(num_examples) for name, of_layer in rows.items()}
 
     @torch.no_grad()
     def scores(self, group: Group) -> Tensor | None:
         """Scores (C,) of the root channels of a dependency group, each a unit by itself; None where none is known."""
         if any(is_frozen(item.dep.layer) for item in group):
             return None
-        return self._scores(readers_in(group), [(root,) for root in group[0].root_idxs])
+        return self._scores(readers_in(group, self._names), [(root,) for root in group[0].root_idxs])
 
     @torch.no_grad()
     def of_group(self, group: ChannelGroup) -> Tensor | None:
@@ -108,15 +110,16 @@ class ScaleSNRImportance(Criterion):
         """
         if any(is_frozen(member.layer) for member in group.members):
             return None
-        readers = {m.layer: m.positions for m in group.members if m.axis[1] == "in" and isinstance(m.layer, nn.Module)}
         if not group.num_experts:
-            return self._scores(readers, group.units)
-        found = self._scores(readers, [(root,) for root in range(group.num_channels)])
+            return self._scores(readers_of(group), group.units)
+        found = self._scores(readers_of(group), [(root,) for root in range(group.num_channels)])
         return None if found is None else group.num_experts * found
 
     def _scores(self, readers: Readers, units: Sequence[Sequence[int]]) -> Tensor | None:
         parts = [
-            self._by_unit(layer, positions, units) for layer, positions in readers.items() if layer in self._factors
+            self._by_unit(name, layer, positions, units)
+            for (name, layer), positions in readers.items()
+            if name in self._factors
         ]
         if not parts:
             return None
@@ -127,14 +130,14 @@ class ScaleSNRImportance(Criterion):
         return scores
 
     def _by_unit(
-        self, layer: nn.Module, positions: Mapping[int, Sequence[int]], units: Sequence[Sequence[int]]
+        self, name: str, layer: nn.Module, positions: Mapping[int, Sequence[int]], units: Sequence[Sequence[int]]
     ) -> Tensor:
         """The derivatives with respect to a factor on what this layer reads of each unit, (draws, U)."""
-        factors, now = self._factors[layer], _reading_weight(layer)
-        if now is None or now.shape != self._shapes[layer]:
+        factors, now = self._factors[name], _reading_weight(layer)
+        if now is None or now.shape != self._shapes[name]:
             raise ValueError(
-                f"a {type(layer).__name__} has a weight of {None if now is None else tuple(now.shape)}, and had one of "
-                f"{tuple(self._shapes[layer])}: the model was cut since. Make another ScaleSNRImportance."
+                f"{name} has a weight of {None if now is None else tuple(now.shape)}, and had one of "
+                f"{tuple(self._shapes[name])}: the model was cut since. Make another ScaleSNRImportance."
             )
         places = [
             (place, number) for number, unit in enumerate(units) for root in unit for place in positions.get(root, ())

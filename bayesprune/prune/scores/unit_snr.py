@@ -26,8 +26,8 @@ from bayesprune.layers import VariationalLayer
 from bayesprune.prune.graph.group import ChannelGroup
 from bayesprune.prune.scores.channels import Criterion
 
-Readers = Mapping[nn.Module, Mapping[int, Sequence[int]]]
-"""Positions along the inputs of each layer that reads units, by root channel."""
+Readers = Mapping[tuple[str, nn.Module], Mapping[int, Sequence[int]]]
+"""Positions along the inputs of each layer that reads units, by root channel; layers with their names."""
 
 _DENSE = 0.8  # share of a matrix that is left, below which it is copied without the rest
 _DAMPING = 0.01  # of A, as a fraction of its mean diagonal; conditioning takes the same
@@ -65,19 +65,18 @@ class UnitSNRImportance(Criterion):
     @torch.no_grad()
     def scores(self, group: Group) -> Tensor | None:
         """Scores (C,) of the root channels of a dependency group, each a unit by itself; None where none is known."""
-        return self._scores(readers_in(group), [(root,) for root in group[0].root_idxs])
+        return self._scores(readers_in(group, self._names), [(root,) for root in group[0].root_idxs])
 
     @torch.no_grad()
     def of_group(self, group: ChannelGroup) -> Tensor | None:
         """Scores (C,) of the root channels of a group of units; those of a unit are equal."""
-        readers = {m.layer: m.positions for m in group.members if m.axis[1] == "in" and isinstance(m.layer, nn.Module)}
-        return self._scores(readers, group.units)
+        return self._scores(readers_of(group), group.units)
 
     def _scores(self, readers: Readers, units: Sequence[Sequence[int]]) -> Tensor | None:
         systems = [
             system
-            for layer, positions in readers.items()
-            if isinstance(layer, VariationalLayer) and (name := self._names.get(id(layer), "")) in self._posterior
+            for (name, layer), positions in readers.items()
+            if isinstance(layer, VariationalLayer) and name in self._posterior
             for system in _systems(
                 _checked_factors(name, layer, self._posterior[name]),
                 [removed_columns(layer, [p for root in unit for p in positions.get(root, ())]) for unit in units],
@@ -93,13 +92,19 @@ class UnitSNRImportance(Criterion):
         return scores
 
 
-def readers_in(group: Group) -> Readers:
-    """The layers that read the channels of a dependency group of torch-pruning."""
-    readers: dict[nn.Module, dict[int, list[int]]] = {}
+def readers_of(group: ChannelGroup) -> Readers:
+    """The layers that read the units of a group; a copy of a model has the names of the model."""
+    members = [m for m in group.members if m.axis[1] == "in"]
+    return {(m.axis[0], m.layer): m.positions for m in members if isinstance(m.layer, nn.Module)}
+
+
+def readers_in(group: Group, names: Mapping[int, str]) -> Readers:
+    """The layers that read the channels of a dependency group of torch-pruning, by the names of modules by id."""
+    readers: dict[tuple[str, nn.Module], dict[int, list[int]]] = {}
     for item in group:
         layer, root_idxs = item.dep.layer, item.root_idxs
         if item.dep.handler.__name__ == "prune_in_channels" and root_idxs is not None and None not in root_idxs:
-            positions = readers.setdefault(layer, {})
+            positions = readers.setdefault((names.get(id(layer), ""), layer), {})
             for root, position in zip(root_idxs, item.idxs, strict=True):
                 positions.setdefault(root, []).append(position)
     return readers

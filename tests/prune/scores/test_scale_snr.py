@@ -37,10 +37,13 @@ def test_the_score_is_what_silence_changes_of_logits_that_read_the_units(groups,
         bp.to_variational(net)
     x = torch.randn(512, 3, 3, 3) * torch.rand(512, 1, 1, 1).exp()
     (group,) = find_groups(net, x[:1]).groups
-    scored = unit_scores(ScaleSNRImportance(net, x.split(2)), group)
+    importance = ScaleSNRImportance(net, x.split(2))
+    scored = unit_scores(importance, group)
     assert scored is not None
     expected = changes_of_logits(net, x, group.name, group.units)
     assert scored.scores == pytest.approx(expected, rel=0.4)
+    (of_copy,) = find_groups(copy.deepcopy(net), x[:1]).groups
+    assert unit_scores(importance, of_copy).scores == scored.scores
     assert sum(scored.scores) == pytest.approx(sum(expected), rel=0.1)
 
 
