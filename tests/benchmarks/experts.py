@@ -57,7 +57,7 @@ call from {stories} stories of the training text, drawn anew for each seed, and 
 of the text, mean ± standard deviation over the seeds; lower is better.
 
 Nothing makes up for hidden units of experts. "The default" takes for their cost how far the logits move when a unit is
-silent, to second order (`silencing_costs`), and unit SNR for heads. The controls keep as many units and heads of each
+silent, to second order (`ScaleSNRImportance`), and unit SNR for heads. The controls keep as many units and heads of each
 layer as it, and the layers around the experts are fitted alike. "What it was before" ranked the units of experts by
 their means alone, scaled to the median cost of the heads.
 
