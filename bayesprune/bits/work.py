@@ -27,7 +27,8 @@ from bayesprune.laplace.calibration import Loss, own_loss
 from bayesprune.laplace.compensation import ROWS_PER_COLUMN, refit
 from bayesprune.laplace.matrices import definite, from_matrix, is_matrix_product, to_matrix
 from bayesprune.laplace.regression import Moments
-from bayesprune.laplace.sequence import Site, fit_in_sequence, fittable_layers, sites_of
+from bayesprune.laplace.sequence import fit_in_sequence
+from bayesprune.laplace.sites import Site, fittable_layers, sites_of
 from bayesprune.layers import Posterior, VariationalLayer, variational_layers
 from bayesprune.storage.coding import CODED, encoded
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesprune.foundation.batches import with_examples
+from bayesprune.foundation.kinds import kind_of
 from bayesprune.foundation.model import restored_on_error
 from bayesprune.foundation.sharding import check_whole
 from bayesprune.laplace.kronecker import variational_layer
@@ -34,7 +35,8 @@ from bayesprune.laplace.matrices import (
     to_matrix,
 )
 from bayesprune.laplace.regression import DAMPINGS, Moments, best_damping, ridge
-from bayesprune.laplace.sequence import Site, fit_in_sequence, fittable_layers, sites_of
+from bayesprune.laplace.sequence import fit_in_sequence
+from bayesprune.laplace.sites import Site, fittable_experts, fittable_layers, sites_of
 from bayesprune.layers import VariationalLayer
 
 ROWS_PER_COLUMN = 32
@@ -54,9 +56,11 @@ def compensate(
     """Moves weights to make up for input channels that are about to go; in place, without training.
 
     The weights of those channels become zero, in layers of any kind, and every linear layer and convolution from the
-    first layer that loses some is fitted to the dense model's outputs, see the module's text. Transposed convolutions,
-    stacked experts, and layers that are frozen, tied, not variational, inside `nn.MultiheadAttention`, with gates on
-    their weights, or of more than 8,192 inputs times taps, stay as they are, without those channels.
+    first layer that loses some is fitted to the dense model's outputs, see the module's text. So are the matrices with
+    which stacked experts read their hidden units, each by the tokens that the dense model's router sends to its expert.
+    Transposed convolutions, experts that lost single weights, and layers that are frozen, tied, not variational, inside
+    `nn.MultiheadAttention`, with gates on their weights, or of more than 8,192 inputs times taps, stay as they are,
+    without those channels.
 
     Cost: some three forwards over the data, which wait behind each layer until it is fitted and take 4 GiB of memory at
     most meanwhile; layers whose activations take more cost forwards of their own up to them. For each layer some
@@ -102,7 +106,7 @@ def compensate(
     keeps = {name: _kept_columns(model.get_submodule(name), lost) for name, lost in removed.items() if lost}
     for layer, lost in ((model.get_submodule(name), removed[name]) for name in keeps):
         input_weight(layer).copy_(silenced(layer, lost))
-    layers = fittable_layers(dense)
+    layers = fittable_layers(dense) | fittable_experts(dense)
     sites = sites_of(dense, batches, layers, rows_per_column=ROWS_PER_COLUMN, keeps=keeps)
 
     def fit(site: Site, moments: tuple[Moments, Moments]) -> Tensor | None:
@@ -114,8 +118,8 @@ def compensate(
 
 
 def _kept_columns(layer: nn.Module, lost: Sequence[int]) -> Tensor | None:
-    """Which columns (G, C) of a matrix product are kept without these input channels; None for other layers."""
-    if not isinstance(layer, VariationalLayer) or not is_matrix_product(layer):
+    """Which columns (G, C) are kept without these input channels; None for layers that are not fitted."""
+    if not isinstance(layer, VariationalLayer) or not (is_matrix_product(layer) or kind_of(layer).num_stacked):
         return None
     return ~removed_columns(layer, list(lost))
 
@@ -151,8 +155,8 @@ def refit(
         damping: See `compensate`.
     """
     layer, stock = variational_layer(model, site.name), variational_layer(dense, site.name)
-    weight = layer.get_parameter("weight")
-    start = to_matrix(stock, stock.get_parameter("weight").detach()).double()
+    weight = input_weight(layer)
+    start = to_matrix(stock, input_weight(stock).detach()).double()
     stays = torch.ones(start.shape, dtype=torch.bool, device=start.device)
     if kept is not None:
         stays &= kept.to(stays.device)

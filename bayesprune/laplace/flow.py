@@ -44,7 +44,8 @@ class LayerCall:
         layer: The layer.
         inputs: What went in.
         output: What came out.
-        again: Runs the layer once more on the same arguments, while a walk halts behind it.
+        again: Runs the layer once more on the same arguments, while a walk halts behind it; given another layer and its
+            input, runs that one on them and the other arguments.
         addend: What its output was added to, of the output's shape; None where it was added to nothing, or went
             elsewhere as well before that.
         gain: By what its output was multiplied on the way there, of a shape that broadcasts; None for 1.
@@ -58,7 +59,7 @@ class LayerCall:
     layer: VariationalLayer
     inputs: Tensor
     output: Tensor
-    again: Callable[[], Tensor]
+    again: Callable[..., Tensor]
     addend: Tensor | None = None
     gain: Tensor | None = None
     norm: nn.Module | None = None
@@ -119,7 +120,16 @@ def watched(layers: Mapping[str, VariationalLayer]) -> Iterator[None]:
             if (watch := _WATCH.get()) is None or not isinstance(output, Tensor):
                 return None
             inputs = args[0] if args else next(iter(kwargs.values()))
-            again = partial(_under, present_autocast(output.device), partial(layer.forward, *args, **kwargs))
+            autocast = present_autocast(output.device)
+
+            def again(other: VariationalLayer = layer, x: Tensor = inputs) -> Tensor:
+                with autocast():
+                    return (
+                        other.forward(x, *args[1:], **kwargs)
+                        if args
+                        else other.forward(**{**kwargs, next(iter(kwargs)): x})
+                    )
+
             return watch.meet(LayerCall(name, layer, inputs, output, again))
 
         return meet
@@ -367,7 +377,7 @@ def _of_batch_norm(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     return dict(zip(_BATCH_NORM, args, strict=False)) | kwargs
 
 
-def _lost(name: str) -> Tensor:
+def _lost(name: str, *_: Any) -> Tensor:
     raise AssertionError(f"the call of {name} kept no arguments")
 
 

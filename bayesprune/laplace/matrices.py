@@ -1,6 +1,7 @@
 """A layer as a matrix product: y = W a for the rows a that its weight meets, one row for each position.
 
-A convolution meets a patch of its input at each position (Grosse & Martens, 2016). Shapes: N examples, T positions,
+A convolution meets a patch of its input at each position (Grosse & Martens, 2016). Of stacked experts it is the last
+matrices that are meant, a group each. Shapes: N examples, T positions,
 G groups of a grouped convolution (1 elsewhere), R rows (outputs of a group), C columns (inputs of a group times taps).
 """
 
@@ -35,7 +36,7 @@ def to_matrix(layer: VariationalLayer, weight: Tensor) -> Tensor:
 
 def from_matrix(layer: VariationalLayer, matrix: Tensor) -> Tensor:
     """The opposite of `to_matrix`."""
-    return kind_of(layer).from_matrices(matrix, layer.get_parameter("weight").shape)
+    return kind_of(layer).from_matrices(matrix, input_weight(layer).shape)
 
 
 def input_rows(layer: VariationalLayer, inputs: Tensor, num_examples: int, chosen: Tensor | None = None) -> Tensor:
@@ -64,6 +65,28 @@ def input_rows(layer: VariationalLayer, inputs: Tensor, num_examples: int, chose
         chosen = None
     rows = patches.reshape(num_examples, -1, layer.groups, columns)
     return rows if chosen is None else rows[:, chosen]
+
+
+def expert_rows(layer: VariationalLayer, output: Tensor, positions: Tensor) -> Tensor:
+    """What the last matrix of each stacked expert met at these positions, (n, E, C), n being R at most.
+
+    It is multiplied by what the router gives the expert there, zero where that is nothing. However the experts compute,
+    it is the gradient of an output of each position with respect to a row of its own of every matrix. Of more positions
+    than R those that share a row are added with random signs, always the same.
+
+    Args:
+        layer: The experts.
+        output: What they put out, (..., R), with its graph.
+        positions: Numbers of positions, counted through the leading dimensions of the output.
+    """
+    width = output.shape[-1]
+    signs = 2.0 * torch.randint(2, (len(positions),), generator=torch.Generator().manual_seed(len(positions))) - 1
+    cotangent = torch.zeros_like(output).reshape(-1, width)
+    cotangent[positions.to(output.device), torch.arange(len(positions), device=output.device) % width] = signs.to(
+        output
+    )
+    (gradient,) = torch.autograd.grad(output, input_weight(layer), cotangent.view_as(output), retain_graph=True)
+    return to_matrix(layer, gradient)[:, : len(positions)].transpose(0, 1)
 
 
 def output_rows(layer: VariationalLayer, outputs: Tensor, num_examples: int, chosen: Tensor | None = None) -> Tensor:
@@ -95,9 +118,9 @@ def drawn_positions(num_positions: int, number: int, counted: Tensor | None = No
 
 def removed_columns(layer: VariationalLayer, channels: list[int]) -> Tensor:
     """A mask of the columns, (G, C), that belong to these input channels of the layer."""
-    weight = layer.get_parameter("weight")
-    groups, _, columns = to_matrix(layer, weight).shape
-    num_inputs, _ = kind_of(layer).sizes(weight.shape)
+    weight, kind = input_weight(layer), kind_of(layer)
+    groups, _, columns = kind.matrices(weight).shape
+    num_inputs = kind.sizes(weight.shape)[0] * (groups if kind.num_stacked else 1)
     removed = torch.zeros(num_inputs, dtype=torch.bool)
     removed[channels] = True
     taps = columns * groups // num_inputs

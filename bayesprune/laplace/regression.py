@@ -51,6 +51,14 @@ class Moments:
         if sum(len(x) for x, _ in self._waiting) >= inputs.shape[2]:
             self.finish()
 
+    def add_group(self, group: int, inputs: Tensor, targets: Tensor) -> None:
+        """Adds positions (n, C) and (n, R) that one group alone meets; `number` stays as it is."""
+        with without_autocast(inputs.device):
+            self.xx[group] += inputs.mT @ inputs
+            self.yx[group] += targets.mT @ inputs
+        self.x[group] += inputs.sum(0, dtype=torch.double)
+        self.y[group] += targets.sum(0, dtype=torch.double)
+
     def finish(self) -> None:
         """Adds what waits."""
         if self._waiting:

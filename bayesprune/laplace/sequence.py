@@ -6,8 +6,7 @@ weights.
 """
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -17,65 +16,28 @@ from torch import Tensor, nn
 
 from bayesprune.foundation.batches import Batch, split
 from bayesprune.foundation.kinds import kind_of
-from bayesprune.foundation.model import eval_mode
+from bayesprune.foundation.model import eval_mode, requires_grad
 from bayesprune.foundation.progress import progress_bar
 from bayesprune.laplace.calibration import check_sums, counted_positions
 from bayesprune.laplace.flow import LayerCall, Walk, layer_calls, watched
 from bayesprune.laplace.kronecker import variational_layer
 from bayesprune.laplace.matrices import (
     drawn_positions,
+    expert_rows,
     input_rows,
     input_weight,
-    is_matrix_product,
     output_rows,
     to_matrix,
 )
 from bayesprune.laplace.regression import Moments
-from bayesprune.layers import VariationalLayer, variational_layers
-from bayesprune.layers.drawn import DrawnLayer
+from bayesprune.laplace.sites import Site, num_positions
 
-MAX_COLUMNS = 8192
-"""Inputs times taps above which a layer stays as it is."""
 _MAX_HELD = 4 * 2**30  # bytes that forwards over all batches hold while they wait for a layer
 _LIVE = 3  # times the input and output of a layer are alive in a forward, at most as a rule
 _MAX_PASSES = 64  # over the data from the start; layers share one where there are more
 _PLENTY = 16  # positions for each that is drawn, from where a quarter of the examples is enough
 _SMALLEST_GAIN = 1e-2  # relative to a layer's largest: outputs that are multiplied by less correct no stream
 _MAX_MOMENTS = 2**30  # bytes of moments that one pass over the data collects
-
-
-@dataclass
-class Site:
-    """A layer to fit.
-
-    Attributes:
-        name: Its name.
-        source: A number for its input: layers with the same one are fitted together.
-        norm: The batch norm that takes up its shift.
-        num_bytes: Of its largest input and output, for one batch.
-        num_positions: At which an example meets it in a run, and that count.
-        num_rows: Positions in all at which a regression looks.
-        num_drawn: How many of an example's positions these are, of as many examples as there are.
-        columns: Which columns some row keeps.
-        num_calls: How often it runs in a forward.
-        num_sums: How often its output is added to a stream.
-    """
-
-    name: str
-    source: int
-    norm: str | None
-    num_bytes: int
-    num_positions: int
-    num_rows: int
-    num_drawn: int
-    columns: Tensor
-    num_calls: int = 0
-    num_sums: int = 0
-
-    @property
-    def is_at_sum(self) -> bool:
-        """Whether it is fitted where its output is added to a stream."""
-        return self.num_sums == self.num_calls
 
 
 @dataclass
@@ -91,67 +53,6 @@ class _Step:
     sites: dict[str, Site]
     num_batches: int
     is_held: bool
-
-
-def fittable_layers(dense: nn.Module) -> dict[str, VariationalLayer]:
-    """Linear layers and convolutions that train, with a weight of their own alone and no gates on it, by name."""
-    holders = Counter(id(p) for module in dense.modules() for p in module._parameters.values())
-    return {
-        name: layer
-        for name, layer in variational_layers(dense)
-        if not isinstance(layer, DrawnLayer)
-        and is_matrix_product(layer)
-        and holders[id(layer.weight)] == 1
-        and layer.get_parameter("weight").requires_grad
-        and layer.posterior_hook is None
-        and _num_columns(layer) <= MAX_COLUMNS
-    }
-
-
-def _num_columns(layer: VariationalLayer) -> int:
-    return to_matrix(layer, layer.get_parameter("weight")).shape[2]
-
-
-def sites_of(
-    dense: nn.Module,
-    batches: Sequence[Any],
-    layers: Mapping[str, VariationalLayer],
-    *,
-    rows_per_column: int,
-    keeps: Mapping[str, Tensor | None] | None = None,
-) -> list[Site]:
-    """These layers in the order in which a forward runs them first.
-
-    Args:
-        dense: The model as it was.
-        batches: On its device; a forward of the first says what there is.
-        layers: Layers that `fittable_layers` has.
-        rows_per_column: At how many positions in all a layer is looked at, for each of its columns.
-        keeps: Which columns (G, C) of a layer are kept, by name; None where the layer is not fitted itself. Layers
-            before the first of these are left out.
-    """
-    names = {id(module): name for name, module in dense.named_modules()}
-    inputs = split(dense, batches[0])
-    num_examples = inputs.num_examples
-    sites: dict[str, Site] = {}
-    behind = [input_weight(dense.get_submodule(name)) for name in keeps or ()]
-    for call in layer_calls(dense, batches[0], layers, with_values=False, behind=behind):
-        norm = None if call.norm is None else names[id(call.norm)]
-        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (call.inputs, call.output))
-        num_rows = rows_per_column * _num_columns(call.layer)
-        drawn = math.ceil(num_rows / (len(batches) * num_examples))
-        positions = _num_positions(call, num_examples)
-        if (counted := counted_positions(inputs, positions)) is not None:
-            positions = int(counted.sum()) // num_examples
-        keep = None if keeps is None else keeps.get(call.name)
-        columns = torch.arange(_num_columns(call.layer)) if keep is None else keep.any(0).nonzero()[:, 0]
-        fresh = Site(call.name, call.source, norm, num_bytes, positions, num_rows, drawn, columns)
-        site = sites.setdefault(call.name, fresh)
-        site.num_calls += 1
-        site.num_sums += call.addend is not None
-        site.norm = norm if site.norm == norm else None
-        site.num_bytes = max(site.num_bytes, num_bytes)
-    return list(sites.values())
 
 
 Fit = Callable[[Site, tuple[Moments, Moments]], Tensor | None]
@@ -239,13 +140,51 @@ def _add(
     num_batches: int,
 ) -> None:
     """Adds a run of a layer to its moments."""
-    x, y, counted = _regression_rows(call, stock, site, inputs, num_batches)
     if site.name not in found:
-        sizes = (x.shape[2], y.shape[3], x.shape[3])
-        found[site.name] = Moments(*sizes, x.device), Moments(*sizes, x.device)
+        weight = input_weight(stock.layer)
+        groups, rows, _ = to_matrix(stock.layer, weight).shape
+        sizes = (groups, rows, len(site.columns))
+        found[site.name] = Moments(*sizes, weight.device), Moments(*sizes, weight.device)
+    if kind_of(call.layer).num_stacked:
+        _add_experts(found[site.name], site, (call, stock), inputs, is_check, num_batches)
+        return
+    x, y, counted = _regression_rows(call, stock, site, inputs, num_batches)
     for moments, part in zip(found[site.name], (~is_check, is_check), strict=True):
         rows = part.to(x.device)[:, None] & counted
         moments.add(x[rows], y[rows])
+
+
+def _add_experts(
+    found: tuple[Moments, Moments],
+    site: Site,
+    calls: tuple[LayerCall, LayerCall],
+    batch: Batch,
+    is_check: Tensor,
+    num_batches: int,
+) -> None:
+    """Adds a run of experts, each at the positions that the dense model's router sends to it.
+
+    Where there are more positions than rows are asked for, each row is a sum of some of them with random signs.
+    """
+    call, stock = calls
+    width = num_positions(call, batch.num_examples)
+    counted = counted_positions(batch, width)
+    counted = torch.ones(batch.num_examples, width, dtype=torch.bool) if counted is None else counted.cpu()
+    matrices = to_matrix(stock.layer, input_weight(stock.layer).detach())
+    num_rows = matrices.shape[1]  # that one gradient gives
+    with torch.enable_grad(), requires_grad(call.layer, True), requires_grad(stock.layer, True):
+        outputs = stock.again(call.layer, call.inputs), stock.again()
+    for moments, part in zip(found, (~is_check, is_check), strict=True):
+        positions = (part[:, None] & counted).flatten().nonzero()[:, 0]
+        moments.number += len(positions)
+        wanted = min(len(positions), math.ceil(site.num_rows * float(part.float().mean()) / num_batches))
+        order = torch.randperm(len(positions), generator=torch.Generator().manual_seed(len(positions)))
+        for some in positions[order].chunk(max(1, math.ceil(wanted / num_rows))):
+            now, before = (_wide(expert_rows(each.layer, y, some)) for each, y in zip(calls, outputs, strict=True))
+            for expert, matrix in enumerate(matrices):
+                h = before[:, expert]
+                met = h.any(1)
+                moments.add_group(expert, now[met, expert][:, site.columns], h[met] @ matrix.mT.to(h))
 
 
 def _finish(name: str, moments: tuple[Moments, Moments]) -> None:
@@ -343,22 +282,18 @@ def _regression_rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs that stay (N, T, G, C), y + (s - s~) / g, (N, T, G, R), and which count (N, T), at drawn positions."""
     num_examples = batch.num_examples
-    num_positions = _num_positions(call, num_examples)
-    counted = counted_positions(batch, num_positions)
-    chosen = drawn_positions(num_positions, max(1, math.ceil(site.num_rows / (num_batches * num_examples))), counted)
+    width = num_positions(call, num_examples)
+    counted = counted_positions(batch, width)
+    chosen = drawn_positions(width, max(1, math.ceil(site.num_rows / (num_batches * num_examples))), counted)
     x = input_rows(call.layer, _wide(call.inputs), num_examples, chosen)
     y = output_rows(call.layer, _wide(stock.output), num_examples, chosen)
     for stream, sign in ((_stream(stock), 1), (_stream(call), -1)):
         if stream is not None:
             y = y + sign * output_rows(call.layer, _wide(stream), num_examples, chosen)
     if counted is None:
-        counted = torch.ones(num_examples, num_positions, dtype=torch.bool)
+        counted = torch.ones(num_examples, width, dtype=torch.bool)
     counted = counted if chosen is None else counted[:, chosen.to(counted.device)]
     return x[..., site.columns.to(x.device)], y, counted.to(x.device)
-
-
-def _num_positions(call: LayerCall, num_examples: int) -> int:
-    return call.output.numel() // (num_examples * call.output.shape[kind_of(call.layer).feature_dim])
 
 
 def _wide(values: Tensor) -> Tensor:

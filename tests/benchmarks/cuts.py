@@ -26,7 +26,8 @@ import bayesprune as bp
 from bayesprune.laplace.compensation import refit
 from bayesprune.laplace.matrices import damped
 from bayesprune.laplace.regression import Moments
-from bayesprune.laplace.sequence import Site, fit_in_sequence, fittable_layers, sites_of
+from bayesprune.laplace.sequence import fit_in_sequence
+from bayesprune.laplace.sites import Site, fittable_layers, sites_of
 from bayesprune.prune.weights import one_shot
 
 BLOCK, DAMPING, ROWS = 128, 0.01, 128

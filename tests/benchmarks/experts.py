@@ -1,10 +1,10 @@
-"""A Llama whose neurons became four experts, and lose units: which units cost least where nothing makes up for them.
+"""A Llama whose neurons became four experts, and lose units: which units cost least.
 
 The trained Llama of `tinystories.py` gets four copies of the neurons of each layer as experts, a little noise on each,
 and a router that sends a token to two of them (sparse upcycling: Komatsuzaki et al., 2022, arXiv:2212.05055); it is
 trained on for some hundred steps. Then `prune_channels` cuts it at once, from stories of the training text, and nothing
-is trained. The controls keep as many units of each group as the default, and have the same compensation of the layers
-around the experts. The last 10 % of the text is reported.
+is trained. The controls keep as many units of each group as the default, and have the same compensation. The last 10 %
+of the text is reported.
 
     python tests/benchmarks/experts.py --data-dir DATA
     python tests/benchmarks/experts.py --table
@@ -56,10 +56,10 @@ noise, trained on for {steps} steps of 8 stories ({params:,} parameters, perplex
 call from {stories} stories of the training text, drawn anew for each seed, and not trained. Perplexity on the last 10 %
 of the text, mean ± standard deviation over the seeds; lower is better.
 
-Nothing makes up for hidden units of experts. "The default" takes for their cost how far the logits move when a unit is
-silent, to second order (`ScaleSNRImportance`), and unit SNR for heads. The controls keep as many units and heads of each
-layer as it, and the layers around the experts are fitted alike. "What it was before" ranked the units of experts by
-their means alone, scaled to the median cost of the heads.
+"The default" takes for the cost of a hidden unit how far the logits move when it is silent, to second order
+(`ScaleSNRImportance`), and unit SNR for heads. The controls keep as many units and heads of each layer as it, and what
+stays is fitted alike, inside the experts (`laplace.compensate`), too. "What it was before" ranked the units of experts
+by their means alone, scaled to the median cost of the heads, and fitted nothing inside them.
 
 | ranked by | {levels} |
 |---|{rules}

@@ -16,9 +16,9 @@ import bayesprune as bp
 from bayesprune.foundation.model import eval_mode
 from bayesprune.laplace import compensate
 from bayesprune.laplace.flow import Walk, layer_calls, watched
-from bayesprune.laplace.matrices import drawn_positions
+from bayesprune.laplace.matrices import drawn_positions, expert_rows, input_weight, silenced
 from bayesprune.layers import variational_layers
-from tests.mixtures import HIDDEN, Mixture
+from tests.mixtures import ARRANGEMENTS, EXPERTS, HIDDEN, WIDTH, Mixture
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -355,19 +355,85 @@ def test_layers_behind_one_that_cannot_be_fitted_make_up_for_what_it_lost(name):
     assert error(fitted, dense, x) < 0.8 * error(silenced, dense, x)
 
 
-@pytest.mark.parametrize("is_variational", [True, False])
-@pytest.mark.parametrize("transposed", [True, False])
-def test_layers_behind_experts_make_up_for_units_that_they_lost(transposed, is_variational):
-    torch.manual_seed(0)
-    net = Mixture(fused=True, transposed=transposed, interleaved=False).eval()
-    dense = bp.to_variational(net, filter_fn=lambda _, name: is_variational or name != "experts")
-    model, x = copy.deepcopy(dense), normal(128, 4)
-    compensate(model, [x], {"experts": [1, HIDDEN + 2]})
-    expected = dense.experts.down_proj.detach().clone()
-    units = expected if transposed else expected.mT
-    units[0, 1] = units[1, 2] = 0
-    assert torch.equal(model.experts.down_proj, expected)
-    assert torch.equal(model.router.weight, dense.router.weight)
+def of_dense_router(dense: Mixture, experts: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    x = dense.first(x).tanh()
+    return experts(x, dense.router(x).softmax(-1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS, ids=str)
+def test_experts_make_up_for_units_that_they_lost(arrangement):
+    dense = bp.to_variational(arrangement.build())
+    model, silent, x = copy.deepcopy(dense), copy.deepcopy(dense), normal(256, 4)
+    lost = [1, 3, HIDDEN + 2, HIDDEN + 4, 2 * HIDDEN + 5, 2 * HIDDEN + 7]
+    input_weight(silent.experts).copy_(silenced(silent.experts, lost))
+    compensate(model, x.split(128), {"experts": lost})
+    before, now, whole = (of_dense_router(dense, net.experts, x) for net in (silent, model, dense))
+    assert F.mse_loss(now, whole) < 0.05 * F.mse_loss(before, whole)
+    assert torch.equal(model.experts.down_proj, silenced(model.experts, lost))
+    changed = {name for name, value in dense.named_parameters() if not torch.equal(model.get_parameter(name), value)}
+    assert changed == {"experts.down_proj", "last.weight", "last.bias"}
+
+
+@torch.no_grad()
+def test_an_expert_is_fitted_to_the_tokens_that_reach_it_by_how_much_they_count():
+    """As the weighted least squares fit of each expert by itself."""
+    net = ARRANGEMENTS[-1].build()
+    dense = bp.to_variational(net, filter_fn=lambda _, name: name == "experts")
+    model, x = copy.deepcopy(dense), normal(256, 4)
+    compensate(model, [x], {"experts": [1, HIDDEN + 2, 2 * HIDDEN + 5]}, damping=0)
+    rows = dense.first(x).tanh()
+    weights = dense.router(rows).softmax(-1)
+    for expert, lost in enumerate((1, 2, 5)):
+        hidden = weights[:, expert, None] * F.relu(F.linear(rows, dense.experts.up_proj[expert]))
+        matrix = dense.experts.down_proj[expert]
+        kept = [unit for unit in range(HIDDEN) if unit != lost and hidden[:, unit].any()]
+        expected = torch.linalg.lstsq(hidden[:, kept], hidden @ matrix.mT).solution.mT
+        mixed = copy.deepcopy(matrix).zero_()
+        mixed[:, kept] = expected
+        fits = (model.experts.down_proj[expert], mixed)
+        error, best = (float(F.mse_loss(hidden @ fit.mT, hidden @ matrix.mT)) for fit in fits)
+        assert error == pytest.approx(best, rel=0.02, abs=1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS, ids=str)
+def test_rows_of_experts_are_their_hidden_units_times_what_the_router_gives_them(arrangement):
+    net = bp.to_variational(arrangement.build())
+    units: list[torch.Tensor] = []
+    with torch.enable_grad():
+        output = of_dense_router(net, net.experts, normal(9, 4))
+    for expert in range(EXPERTS):
+        alone = copy.deepcopy(net.experts)
+        if arrangement.options.get("bias"):
+            alone.down_proj_bias.zero_()
+        for unit in range(HIDDEN):  # the first output is this unit
+            input_weight(alone).zero_()
+            column = (expert, unit, 0) if arrangement.options["transposed"] else (expert, 0, unit)
+            input_weight(alone)[column] = 1
+            units.append(of_dense_router(net, alone, normal(9, 4))[:, 0])
+    expected = torch.stack(units, 1).view(9, EXPERTS, HIDDEN)
+    few = expert_rows(net.experts, output, torch.tensor([2, 5, 7]))
+    assert torch.allclose(few.abs(), expected[[2, 5, 7]].abs(), atol=1e-6)
+    many = expert_rows(net.experts, output, torch.arange(9))
+    signs = [sign * few.new_ones(1) for sign in (1, -1)]
+    for row in range(3):  # 9 positions on 6 rows
+        sums = [a * expected[row] + b * expected[row + WIDTH] for a in signs for b in signs]
+        assert any(torch.allclose(many[row], one, atol=1e-5) for one in sums)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["not variational", "frozen", "single weights gone"])
+def test_experts_that_cannot_be_fitted_lose_their_units_alone(case):
+    net = ARRANGEMENTS[0].build()
+    if case == "frozen":
+        net.experts.down_proj.requires_grad_(False)
+    dense = bp.to_variational(net, filter_fn=lambda _, name: case != "not variational" or name != "experts")
+    if case == "single weights gone":
+        bp.prune_weights(dense, "weights=0.9")
+    model = copy.deepcopy(dense)
+    compensate(model, [normal(128, 4)], {"experts": [1, HIDDEN + 2]})
+    assert torch.equal(model.experts.down_proj, silenced(dense.experts, [1, HIDDEN + 2]))
     assert not torch.equal(model.last.weight, dense.last.weight)
 
 

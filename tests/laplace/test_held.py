@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bayesprune as bp
 from bayesprune.laplace import calibration, kronecker
-from bayesprune.laplace.sequence import fittable_layers, sites_of
+from bayesprune.laplace.sites import fittable_layers, sites_of
 
 NUM_LAYERS = 12
 

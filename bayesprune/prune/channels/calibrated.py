@@ -92,7 +92,7 @@ class Calibration:
 def unit_costs(
     model: nn.Module, groups: Sequence[ChannelGroup], posterior: KroneckerPosterior, calibration: Calibration
 ) -> tuple[dict[ChannelGroup, Scored | None], list[str]]:
-    """Each group's units with what they cost, and the names of the groups for whose units nothing makes up.
+    """Each group's units with what they cost, and the names of the groups that no layer of the posterior reads.
 
     The cost is the unit SNR. Where no reader of a group is in the posterior, as of the hidden units of experts, it is
     the scale SNR.

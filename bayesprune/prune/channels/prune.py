@@ -155,9 +155,9 @@ def prune_channels(
     else:
         ranks = importance
     score = _rms_snr if what == "snr" else partial(unit_scores, ranks)
-    uncompensated: list[str] = []
+    unread: list[str] = []
     if calibration is not None and is_calibrated:
-        found, uncompensated = unit_costs(dense, structure.groups, logit_posterior(dense, calibration), calibration)
+        found, unread = unit_costs(dense, structure.groups, logit_posterior(dense, calibration), calibration)
     else:
         with scored_once():
             found = {group: score(group) for group in structure.groups}
@@ -209,7 +209,7 @@ def prune_channels(
             importance,
             calibration,
             _divided(tilt, uniform=uniform, is_given=sizes is not None),
-            uncompensated,
+            unread,
             is_calibrated=is_calibrated,
             compensates=compensates,
         ),
@@ -241,7 +241,7 @@ def _how(
     importance: Importance | None,
     calibration: Calibration | None,
     divided: str,
-    uncompensated: Collection[str],
+    unread: Collection[str],
     *,
     is_calibrated: bool,
     compensates: bool,
@@ -249,8 +249,8 @@ def _how(
     """One line on what decided and what made up for it."""
     default = UnitSNRImportance if is_calibrated else SNRImportance
     name = default.__name__ if importance is None else type(importance).__name__
-    if uncompensated:
-        name += f" ({first_names(uncompensated)} by ScaleSNRImportance, since nothing makes up for them)"
+    if unread:
+        name += f" ({first_names(unread)} by ScaleSNRImportance, since no layer of the posterior reads them)"
     parts = [f"channels ranked by {name}", divided]
     if compensates and calibration is not None:
         parts.append(f"weights fitted to the dense model on {calibration.num_examples:,} examples")

@@ -30,7 +30,8 @@ from bayesprune.foundation.text import as_text
 from bayesprune.laplace.compensation import ROWS_PER_COLUMN, refit
 from bayesprune.laplace.matrices import definite
 from bayesprune.laplace.regression import Moments, ridge
-from bayesprune.laplace.sequence import Site, dense_moments, fit_in_sequence, fittable_layers, sites_of
+from bayesprune.laplace.sequence import dense_moments, fit_in_sequence
+from bayesprune.laplace.sites import Site, fittable_layers, sites_of
 from bayesprune.layers import VariationalLayer
 from bayesprune.layers.shuffled import ShuffledConv2d
 from bayesprune.prune.graph.find import find_groups

@@ -31,7 +31,8 @@ from bayesprune.laplace.calibration import as_predictions, total_divergence, unm
 from bayesprune.laplace.compensation import Choose, refit
 from bayesprune.laplace.matrices import from_matrix, is_matrix_product, to_matrix
 from bayesprune.laplace.regression import Moments, best_support
-from bayesprune.laplace.sequence import MAX_COLUMNS, Site, dense_moments, fit_in_sequence, fittable_layers, sites_of
+from bayesprune.laplace.sequence import dense_moments, fit_in_sequence
+from bayesprune.laplace.sites import MAX_COLUMNS, Site, fittable_layers, sites_of
 from bayesprune.layers import Posterior, holders_of, removable_weights
 from bayesprune.prune.batch_norm import measured_norms, recalibrate_if_better
 from bayesprune.prune.graph.removal import snapshot

@@ -1,5 +1,6 @@
 """Mixtures of experts of transformers: posteriors, hidden units that leave, MACs, both ways back from the disk."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 
 import bayesprune as bp
 from bayesprune.foundation.macs import macs_by_module
+from bayesprune.laplace import compensate
+from bayesprune.laplace.matrices import input_weight, silenced
 from bayesprune.layers.experts import VariationalExperts
 
 transformers = pytest.importorskip("transformers")
@@ -91,3 +94,30 @@ def test_a_router_that_is_a_linear_layer_of_several_outputs_hides_no_experts():
     torch.nn.init.normal_(model.model.layers[0].feed_forward.experts.down_proj)
     report = bp.prune_channels(bp.to_variational(model), TOKENS, target="macs=0.7")
     assert report.removed["model.layers.0.feed_forward.experts"]
+
+
+@torch.no_grad()
+@mixtures
+def test_experts_make_up_for_units_that_they_lost_whatever_a_mask_hides(name):
+    dense = bp.to_variational(mixture(name))
+    tokens = torch.randint(3, 64, (8, 16), generator=torch.Generator().manual_seed(0))
+    lost = [unit for expert in range(4) for unit in range(32 * expert, 32 * expert + 8)]
+    experts, units = "model.layers.0.mlp.experts", {}
+    mask = (torch.arange(16) < 12).long().expand(8, 16)
+    for key, batch in {
+        "alone": {"input_ids": tokens[:, :12]},
+        "padded": {"input_ids": tokens, "attention_mask": mask},
+        "padded otherwise": {"input_ids": tokens.where(mask.bool(), 9), "attention_mask": mask},
+    }.items():
+        model = copy.deepcopy(dense)
+        compensate(model, [batch], {experts: lost})
+        units[key] = model.get_submodule(experts).down_proj
+        if key == "alone":
+            silent = copy.deepcopy(dense)
+            down = silent.get_submodule(experts)
+            input_weight(down).copy_(silenced(down, lost))
+            before, now = (((net(**batch).logits - dense(**batch).logits) ** 2).mean() for net in (silent, model))
+            assert now < 0.7 * before
+    assert not torch.equal(units["alone"], input_weight(dense.get_submodule(experts)))
+    assert torch.allclose(units["padded"], units["alone"], atol=1e-4)
+    assert torch.allclose(units["padded"], units["padded otherwise"], atol=1e-4)

@@ -54,7 +54,7 @@ def test_channels_that_no_posterior_reads_take_part_in_the_cut():
     report = bp.prune_channels(net, data[0][:2], "macs=0.4", data=data)
     assert all(8 < kept < 32 for kept in report.sizes.values())
     assert report.how.startswith(
-        "channels ranked by UnitSNRImportance (2 by ScaleSNRImportance, since nothing makes up for them);"
+        "channels ranked by UnitSNRImportance (2 by ScaleSNRImportance, since no layer of the posterior reads them);"
     )
 
 

@@ -1,0 +1,139 @@
+"""Layers to fit, in the order in which a forward runs them, and how much of the data each looks at."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bayesprune.foundation.batches import split
+from bayesprune.foundation.kinds import kind_of
+from bayesprune.laplace.calibration import counted_positions
+from bayesprune.laplace.flow import LayerCall, layer_calls
+from bayesprune.laplace.matrices import input_weight, is_matrix_product, to_matrix
+from bayesprune.layers import VariationalLayer, variational_layers
+from bayesprune.layers.drawn import DrawnLayer
+
+MAX_COLUMNS = 8192
+"""Inputs times taps above which a layer stays as it is."""
+EXPERT_ROWS_PER_COLUMN = 16
+"""Rows of each expert's regression for each of its columns; a row holds several positions."""
+
+
+@dataclass
+class Site:
+    """A layer to fit.
+
+    Attributes:
+        name: Its name.
+        source: A number for its input: layers with the same one are fitted together.
+        norm: The batch norm that takes up its shift.
+        num_bytes: Of its largest input and output, for one batch.
+        num_positions: At which an example meets it in a run, and that count.
+        num_rows: Positions in all at which a regression looks.
+        num_drawn: How many of an example's positions these are, of as many examples as there are.
+        columns: Which columns some row keeps.
+        num_calls: How often it runs in a forward.
+        num_sums: How often its output is added to a stream.
+    """
+
+    name: str
+    source: int
+    norm: str | None
+    num_bytes: int
+    num_positions: int
+    num_rows: int
+    num_drawn: int
+    columns: Tensor
+    num_calls: int = 0
+    num_sums: int = 0
+
+    @property
+    def is_at_sum(self) -> bool:
+        """Whether it is fitted where its output is added to a stream."""
+        return self.num_sums == self.num_calls
+
+
+def fittable_layers(dense: nn.Module) -> dict[str, VariationalLayer]:
+    """Linear layers and convolutions that train, with a weight of their own alone and no gates on it, by name."""
+    holders = Counter(id(p) for module in dense.modules() for p in module._parameters.values())
+    return {
+        name: layer
+        for name, layer in variational_layers(dense)
+        if not isinstance(layer, DrawnLayer)
+        and is_matrix_product(layer)
+        and holders[id(layer.weight)] == 1
+        and layer.get_parameter("weight").requires_grad
+        and layer.posterior_hook is None
+        and _num_columns(layer) <= MAX_COLUMNS
+    }
+
+
+def fittable_experts(dense: nn.Module) -> dict[str, VariationalLayer]:
+    """Stacked experts whose last matrices train, are theirs alone, and have no gates and no single zeros, by name."""
+    holders = Counter(id(p) for module in dense.modules() for p in module._parameters.values())
+    return {
+        name: layer
+        for name, layer in variational_layers(dense)
+        if kind_of(layer).num_stacked
+        and holders[id(input_weight(layer))] == 1
+        and input_weight(layer).requires_grad
+        and layer.posterior_hook is None
+        and not layer.masked_names()
+        and _num_columns(layer) <= MAX_COLUMNS
+    }
+
+
+def _num_columns(layer: VariationalLayer) -> int:
+    return to_matrix(layer, input_weight(layer)).shape[2]
+
+
+def sites_of(
+    dense: nn.Module,
+    batches: Sequence[Any],
+    layers: Mapping[str, VariationalLayer],
+    *,
+    rows_per_column: int,
+    keeps: Mapping[str, Tensor | None] | None = None,
+) -> list[Site]:
+    """These layers in the order in which a forward runs them first.
+
+    Args:
+        dense: The model as it was.
+        batches: On its device; a forward of the first says what there is.
+        layers: Layers that `fittable_layers` has, or `fittable_experts`.
+        rows_per_column: At how many positions in all a layer is looked at, for each of its columns.
+        keeps: Which columns (G, C) of a layer are kept, by name; None where the layer is not fitted itself. Layers
+            before the first of these are left out.
+    """
+    names = {id(module): name for name, module in dense.named_modules()}
+    inputs = split(dense, batches[0])
+    num_examples = inputs.num_examples
+    sites: dict[str, Site] = {}
+    behind = [input_weight(dense.get_submodule(name)) for name in keeps or ()]
+    for call in layer_calls(dense, batches[0], layers, with_values=False, behind=behind):
+        norm = None if call.norm is None else names[id(call.norm)]
+        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (call.inputs, call.output))
+        is_stacked = kind_of(call.layer).num_stacked > 0
+        num_rows = (EXPERT_ROWS_PER_COLUMN if is_stacked else rows_per_column) * _num_columns(call.layer)
+        drawn = math.ceil(num_rows / (len(batches) * num_examples))
+        positions = num_positions(call, num_examples)
+        if (counted := counted_positions(inputs, positions)) is not None:
+            positions = int(counted.sum()) // num_examples
+        keep = None if keeps is None else keeps.get(call.name)
+        columns = torch.arange(_num_columns(call.layer)) if keep is None else keep.any(0).nonzero()[:, 0]
+        fresh = Site(call.name, call.source, norm, num_bytes, positions, num_rows, drawn, columns)
+        site = sites.setdefault(call.name, fresh)
+        site.num_calls += 1
+        site.num_sums += call.addend is not None and not is_stacked
+        site.norm = norm if site.norm == norm else None
+        site.num_bytes = max(site.num_bytes, num_bytes)
+    return list(sites.values())
+
+
+def num_positions(call: LayerCall, num_examples: int) -> int:
+    """At how many positions each example meets the layer in this run."""
+    return call.output.numel() // (num_examples * call.output.shape[kind_of(call.layer).feature_dim])
