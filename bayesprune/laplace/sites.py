@@ -128,7 +128,7 @@ def sites_of(
         fresh = Site(call.name, call.source, norm, num_bytes, positions, num_rows, drawn, columns)
         site = sites.setdefault(call.name, fresh)
         site.num_calls += 1
-        site.num_sums += call.addend is not None and not is_stacked
+        site.num_sums += call.addend is not None
         site.norm = norm if site.norm == norm else None
         site.num_bytes = max(site.num_bytes, num_bytes)
     return list(sites.values())
