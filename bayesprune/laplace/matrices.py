@@ -82,9 +82,8 @@ def expert_rows(layer: VariationalLayer, output: Tensor, positions: Tensor) -> T
     width = output.shape[-1]
     signs = 2.0 * torch.randint(2, (len(positions),), generator=torch.Generator().manual_seed(len(positions))) - 1
     cotangent = torch.zeros_like(output).reshape(-1, width)
-    cotangent[positions.to(output.device), torch.arange(len(positions), device=output.device) % width] = signs.to(
-        output
-    )
+    rows = torch.arange(len(positions), device=output.device) % width
+    cotangent[positions.to(output.device), rows] = signs.to(output)
     (gradient,) = torch.autograd.grad(output, input_weight(layer), cotangent.view_as(output), retain_graph=True)
     return to_matrix(layer, gradient)[:, : len(positions)].transpose(0, 1)
 

@@ -176,6 +176,8 @@ def _add_experts(
         outputs = stock.again(call.layer, call.inputs), stock.again()
     for moments, part in zip(found, (~is_check, is_check), strict=True):
         positions = (part[:, None] & counted).flatten().nonzero()[:, 0]
+        if not len(positions):
+            continue
         moments.number += len(positions)
         wanted = min(len(positions), math.ceil(site.num_rows * float(part.float().mean()) / num_batches))
         order = torch.randperm(len(positions), generator=torch.Generator().manual_seed(len(positions)))

@@ -46,22 +46,24 @@ SCALES = {
 AGAIN = "the same increases, one half of the images against the other"
 INTRODUCTION = """# CIFAR-10, channels removed one by one
 
-    python tests/benchmarks/leave_one_out.py --data-dir DATA [--float32]
+    python tests/benchmarks/leave_one_out.py --data-dir DATA --float32 --plain
 
 Written from `leave_one_out.json`. The trained ResNet-20, fine-tuned for {budget} steps as in [the criterion beside
 its controls](criterion.md); each of its {channels} inner channels is silenced alone, and two things are measured on
 {images:,} held-out training images: by how much the loss rises, and how far the predictions move (KL divergence from
 those of the whole network). Spearman's rank correlation of the scores with both, mean ± standard deviation over the
 seeds: over all channels, and inside layers (mean over the {layers} layers). "ours" reads its stds off the training's
-gradients, "ours, variational" and "SNR^2 at temperature 10" score networks that were trained with noise, whose
-increases are their own. Rows about Kronecker factors read 1,024 training images: "unit SNR" is what removing a
-channel costs once the others have made up for it, "Kronecker cost" and "scale SNR" what it costs when nothing does,
-which is what is measured here: the one by the factors of the layer that reads it, the other by the derivatives of the
-logits with respect to a factor on its activations (`ScaleSNRImportance`, and example by example). The metric is that of
-the logits, or the Fisher information, the latter exact or by one sampled label for each image. "{again}" says how
-much of a measurement is chance: a score that knew the truth could reach about the square root of it. **The loss on so
-few images is noise**, since labels decide its sign; the divergence less so. The file says which rows were trained in
-float32.
+gradients; without `--plain` networks that were trained with noise are scored, too, whose increases are their own. Rows
+about units and Kronecker factors read 1,024 training images: "unit SNR" is what removing a channel costs once the
+others have made up for it, "Kronecker cost" and "scale SNR" what it costs when nothing does, which is what is measured
+here: the one by the factors of the layer that reads it, the other by the derivatives of the logits with respect to a
+factor on its activations (`ScaleSNRImportance`, and example by example). The metric is that of the logits, or the
+Fisher information, the latter exact or by one sampled label for each image. "{again}" says how much of a measurement is
+chance: a score that knew the truth could reach about the square root of it. The loss is noisier than the divergence,
+since labels decide its sign.
+
+What foretells one removal best does not keep most when many channels leave and the rest makes up for them: there unit
+SNR and magnitude are ahead of scale SNR ([the fair comparison](fair.md)).
 
 | score | divergence: all channels | inside layers | loss: all channels | inside layers |
 |---|---|---|---|---|
