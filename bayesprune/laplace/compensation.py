@@ -64,8 +64,8 @@ def compensate(
 
     Cost: some three forwards over the data, which wait behind each layer until it is fitted and take 4 GiB of memory at
     most meanwhile; layers whose activations take more cost forwards of their own up to them. For each layer some
-    C^3 + R C^2 multiplications for C inputs (times taps) and R outputs. Experts cost two gradients of their matrices for
-    each R of 16 C rows, one pair at least for each batch, and of E of them 16 E C (C + R) bytes.
+    C^3 + R C^2 multiplications for C inputs (times taps) and R outputs. E experts cost two gradients of their matrices
+    for each R of 16 C rows, one pair at least for each batch, and 16 E C (C + R) bytes.
 
     Args:
         model: A variational model, uncut; evaluated at its means.
