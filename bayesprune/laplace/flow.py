@@ -123,12 +123,9 @@ def watched(layers: Mapping[str, VariationalLayer]) -> Iterator[None]:
             autocast = present_autocast(output.device)
 
             def again(other: VariationalLayer = layer, x: Tensor = inputs) -> Tensor:
+                given = ((x, *args[1:]), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): x})
                 with autocast():
-                    return (
-                        other.forward(x, *args[1:], **kwargs)
-                        if args
-                        else other.forward(**{**kwargs, next(iter(kwargs)): x})
-                    )
+                    return other.forward(*given[0], **given[1])
 
             return watch.meet(LayerCall(name, layer, inputs, output, again))
 
