@@ -129,8 +129,12 @@ def output_metric(model: nn.Module, batch: Any) -> Tensor:
     """
     found = split(model, batch)
     logits = predictions(model, found)
-    signs = torch.randint(0, 2, logits.shape, device=logits.device).to(logits) * 2 - 1
-    return (signs * logits).sum() / found.num_examples
+    return (random_signs(logits) * logits).sum() / found.num_examples
+
+
+def random_signs(values: Tensor) -> Tensor:
+    """A sign for each of the values, by torch's global generator."""
+    return torch.randint(0, 2, values.shape, device=values.device).to(values) * 2 - 1
 
 
 def predictions(model: nn.Module, batch: Batch) -> Tensor:

@@ -181,7 +181,7 @@ def _add_experts(
         moments.number += len(positions)
         wanted = min(len(positions), math.ceil(site.num_rows * float(part.float().mean()) / num_batches))
         order = torch.randperm(len(positions), generator=torch.Generator().manual_seed(len(positions)))
-        for some in positions[order].chunk(max(1, math.ceil(wanted / num_rows))):
+        for some in positions[order].chunk(math.ceil(wanted / num_rows)):
             now, before = (_wide(expert_rows(each.layer, y, some)) for each, y in zip(calls, outputs, strict=True))
             for expert, matrix in enumerate(matrices):
                 h = before[:, expert]

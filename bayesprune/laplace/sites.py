@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,30 +59,24 @@ class Site:
 
 def fittable_layers(dense: nn.Module) -> dict[str, VariationalLayer]:
     """Linear layers and convolutions that train, with a weight of their own alone and no gates on it, by name."""
-    holders = Counter(id(p) for module in dense.modules() for p in module._parameters.values())
-    return {
-        name: layer
-        for name, layer in variational_layers(dense)
-        if not isinstance(layer, DrawnLayer)
-        and is_matrix_product(layer)
-        and holders[id(layer.weight)] == 1
-        and layer.get_parameter("weight").requires_grad
-        and layer.posterior_hook is None
-        and _num_columns(layer) <= MAX_COLUMNS
-    }
+    return _fittable(dense, lambda layer: is_matrix_product(layer) and not isinstance(layer, DrawnLayer))
 
 
 def fittable_experts(dense: nn.Module) -> dict[str, VariationalLayer]:
     """Stacked experts whose last matrices train, are theirs alone, and have no gates and no single zeros, by name."""
+    return _fittable(dense, lambda layer: kind_of(layer).num_stacked > 0 and not layer.masked_names())
+
+
+def _fittable(dense: nn.Module, is_wanted: Callable[[VariationalLayer], bool]) -> dict[str, VariationalLayer]:
+    """Layers of this sort whose weight trains, is theirs alone, has no gates, and is not too wide."""
     holders = Counter(id(p) for module in dense.modules() for p in module._parameters.values())
     return {
         name: layer
         for name, layer in variational_layers(dense)
-        if kind_of(layer).num_stacked
+        if is_wanted(layer)
         and holders[id(input_weight(layer))] == 1
         and input_weight(layer).requires_grad
         and layer.posterior_hook is None
-        and not layer.masked_names()
         and _num_columns(layer) <= MAX_COLUMNS
     }
 

@@ -23,7 +23,7 @@ from bayesprune.foundation.kinds import kind_of
 from bayesprune.foundation.model import eval_mode, requires_grad, same_random_numbers
 from bayesprune.foundation.progress import progress_bar
 from bayesprune.foundation.sharding import check_whole
-from bayesprune.laplace.calibration import predictions
+from bayesprune.laplace.calibration import predictions, random_signs
 from bayesprune.prune.graph.group import ChannelGroup, cut_parameters, num_stacked
 from bayesprune.prune.graph.prunable_layers import is_frozen
 from bayesprune.prune.scores.channels import Criterion
@@ -84,9 +84,8 @@ class ScaleSNRImportance(Criterion):
                 num_examples += inputs.num_examples
                 logits = predictions(model, inputs)
                 for _ in range(num_draws):
-                    signs = torch.randint(0, 2, logits.shape, device=logits.device).to(logits) * 2 - 1
                     gradients = torch.autograd.grad(
-                        logits, list(weights.values()), signs, retain_graph=True, materialize_grads=True
+                        logits, list(weights.values()), random_signs(logits), retain_graph=True, materialize_grads=True
                     )
                     for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
                         sums = kind_of(named[name]).sums((weight * gradient).detach(), "in")
