@@ -26,10 +26,10 @@ class VariationalExperts(DrawnLayer):
 
     @property
     def layer_kind(self) -> LayerKind:
-        """The layout of their weights, whose first dimension numbers the experts."""
+        """The layout of their weights."""
         stack = stack_of(self)
         assert stack is not None, "it was when it was converted, and every expert loses as much"
-        return LayerKind("experts", output_dim=stack.out_dim, input_dim=stack.in_dim, num_stacked=self.num_stacked)
+        return stack.kind
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         return _rebuild, (self.stock_type,), self.__dict__.copy()

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from bayesprune.foundation.kinds import LayerKind
+
 # Names of the parameters of experts by what they do. In a fused one the gate and the values of all units stand one
 # behind the other, or those of each unit side by side.
 _FUSED, _GATES, _VALUES, _DOWN = "gate_up_proj", "gate_proj", "up_proj", "down_proj"
@@ -45,6 +47,11 @@ class Stack:
     def in_dim(self) -> int:
         """Dimension of a weight that numbers inputs."""
         return 3 - self.out_dim
+
+    @property
+    def kind(self) -> LayerKind:
+        """The layout of their weights, whose first dimension numbers the experts."""
+        return LayerKind("experts", output_dim=self.out_dim, input_dim=self.in_dim, num_stacked=1)
 
     def cut_parameters(self, module: nn.Module, side: str) -> list[tuple[str, int]]:
         """Name and dimension of the parameters with an entry for each unit: where they are put out, or taken in."""

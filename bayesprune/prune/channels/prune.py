@@ -49,6 +49,7 @@ from bayesprune.prune.graph.removal import (
 )
 from bayesprune.prune.scores.channels import (
     GRADIENTS,
+    Criterion,
     Importance,
     Scored,
     SNRImportance,
@@ -302,7 +303,8 @@ def _no_score(model: nn.Module, importance: Importance | None, what: str) -> str
     """Why a group that could be cut has no score."""
     if importance is None or isinstance(importance, SNRImportance) or target_kind(importance):
         return f"nothing in its group has a score (no {'gate' if what == 'inclusion' else 'variational layer'})"
-    hint = "" if has_gradients(model.modules()) else f"; the weights have no gradients. {GRADIENTS}"
+    needs_gradients = not isinstance(importance, Criterion) and not has_gradients(model.modules())
+    hint = f"; the weights have no gradients. {GRADIENTS}" if needs_gradients else ""
     return f"{type(importance).__name__} gives its group no score{hint}"
 
 

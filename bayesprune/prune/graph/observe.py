@@ -6,7 +6,7 @@ tensors, checkpoints or reversible layers, is no other model for that, so nothin
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from importlib.metadata import version
@@ -32,6 +32,7 @@ from bayesprune.foundation.model import (
     tensors_in,
     without_cache,
 )
+from bayesprune.layers.stacks import stack_of
 from bayesprune.prune.graph.prunable_layers import is_linear, is_root
 from bayesprune.prune.graph.trace import Call, Made, Trace, trace
 
@@ -39,7 +40,7 @@ _LOGGER = logging.getLogger(__name__)
 _ERRORS = (AssertionError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 Key = tuple[str, int]
-"""A layer and the number of its call; "" and a number for an output of the model."""
+"""A layer and the number of its call; "" and a number for what the model, or experts in it, put out."""
 
 
 class Observed:
@@ -54,8 +55,8 @@ class Observed:
         macs: MACs by the innermost module that ran the operation.
         calls: Beginnings and ends of calls, in their order.
         ends: The outputs of the model.
-        reads: What every layer with channels of its own making read, call by call, and the outputs, as far as they are
-            real numbers.
+        reads: What every layer with channels of its own making read, call by call, and the outputs of experts and the
+            model, as far as they are real numbers.
         buffers: Names of buffers, by the parameters that stand for them in the graph.
 
     Raises:
@@ -94,7 +95,7 @@ class Observed:
         self._sees_everything = sees_everything
         self.calls: list[Call] = []
         self.reads: dict[Key, Tensor] = {}
-        model, layers = self.model, {name: m for name, m in self.model.named_modules() if is_root(m)}
+        model = self.model
         with ExitStack() as stack:
             for context in (torch.enable_grad(), eval_mode(model), requires_grad(model, True), without_cache(model)):
                 stack.enter_context(context)
@@ -102,7 +103,7 @@ class Observed:
                 stack.enter_context(context)
             macs = stack.enter_context(counting_macs(model))
             stack.enter_context(self._recording())
-            see = stack.enter_context(reading(layers, self._keep))
+            see = stack.enter_context(reading(model, self._keep))
             self.buffers: dict[nn.Parameter, str] = {}
             if sees_everything:
                 stack.enter_context(saved_tensors_hooks(_forgotten, _forgotten))
@@ -148,15 +149,17 @@ class Observed:
 
 
 See = Callable[[Key, Tensor], Tensor | None]
-"""Called with what a layer reads, or the model puts out; what it returns is read in its place."""
+"""Called with what a layer reads, or what is put out; what it returns is read in its place."""
 
 
 @contextmanager
-def reading(layers: Mapping[str, nn.Module], see: See) -> Iterator[Callable[[str, Any], Tensor | None]]:
+def reading(model: nn.Module, see: See) -> Iterator[Callable[[str, Any], Tensor | None]]:
     """Inside, `see` is shown what layers read, as far as they are real numbers; yields how to show it more.
 
+    Of stacked experts, which read their channels themselves, it is shown what they put out.
+
     Args:
-        layers: Those watched, by name.
+        model: That has the layers.
         see: What is done with each tensor, before anything writes into it.
     """
     counts: Counter[str] = Counter()
@@ -174,10 +177,16 @@ def reading(layers: Mapping[str, nn.Module], see: See) -> Iterator[Callable[[str
             return (other, *args[1:]), kwargs
         return None
 
+    def put_out(_: nn.Module, __: Any, output: Any) -> None:
+        for tensor in tensors_in(output):
+            show("", tensor)
+
     handles = [
         layer.register_forward_pre_hook(lambda _, args, kwargs, name=name: read(name, args, kwargs), with_kwargs=True)
-        for name, layer in layers.items()
+        for name, layer in model.named_modules()
+        if is_root(layer)
     ]
+    handles += [module.register_forward_hook(put_out) for module in model.modules() if stack_of(module) is not None]
     try:
         yield show
     finally:

@@ -306,7 +306,7 @@ class _Experiment:
                 errors[key] = _by_channel(self.layers.get(key[0]), tensor - expected)
             return _jittered(tensor) if jitter and key[0] else None
 
-        with reading(self.layers, compare) as show:
+        with reading(self.model, compare) as show:
             for tensor in tensors_in(steady_forward(self.model, self.example_inputs)):
                 show("", tensor)
         return errors
@@ -319,7 +319,7 @@ def _reads(model: nn.Module, example_inputs: Any) -> dict[Key, Tensor]:
     def keep(key: Key, tensor: Tensor) -> None:
         seen[key] = tensor.clone()  # what reads it may write into it
 
-    with reading({name: module for name, module in model.named_modules() if is_root(module)}, keep) as show:
+    with reading(model, keep) as show:
         for tensor in tensors_in(steady_forward(model, example_inputs)):
             show("", tensor)
     return seen

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch_pruning.dependency import Group
 
 from bayesprune.foundation.batches import split, with_examples
-from bayesprune.foundation.kinds import kind_of
+from bayesprune.foundation.kinds import LayerKind, kind_of
 from bayesprune.foundation.model import eval_mode, requires_grad, same_random_numbers
 from bayesprune.foundation.progress import progress_bar
 from bayesprune.foundation.sharding import check_whole
 from bayesprune.laplace.calibration import predictions, random_signs
-from bayesprune.prune.graph.group import ChannelGroup, cut_parameters, num_stacked
+from bayesprune.layers.stacks import stack_of
+from bayesprune.prune.graph.group import ChannelGroup, cut_parameters
 from bayesprune.prune.graph.prunable_layers import is_frozen
 from bayesprune.prune.scores.channels import Criterion
 from bayesprune.prune.scores.unit_snr import Readers, readers_in, readers_of
@@ -88,7 +89,7 @@ class ScaleSNRImportance(Criterion):
                         logits, list(weights.values()), random_signs(logits), retain_graph=True, materialize_grads=True
                     )
                     for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
-                        sums = kind_of(named[name]).sums((weight * gradient).detach(), "in")
+                        sums = _kind(named[name]).sums((weight * gradient).detach(), "in")
                         rows[name].append(sums.double().cpu() / math.sqrt(num_draws))
         self._names = {id(layer): name for name, layer in named.items()}
         self._shapes = {name: weight.shape for name, weight in weights.items()}
@@ -145,10 +146,16 @@ class ScaleSNRImportance(Criterion):
         return factors.new_zeros(len(factors), len(units)).index_add_(1, numbers, factors[:, columns])
 
 
+def _kind(layer: nn.Module) -> LayerKind:
+    """The layout of the weight that reads a layer's inputs, of experts without posteriors too."""
+    stack = stack_of(layer)
+    return kind_of(layer) if stack is None else stack.kind
+
+
 def _reading_weight(layer: nn.Module) -> nn.Parameter | None:
     """The weight whose rows or columns read a layer's inputs; None of what is no matrix product."""
-    if not kind_of(layer).is_matrix:
+    if not _kind(layer).is_matrix:
         return None
     name, _ = cut_parameters(layer, "in")[0]
     weight = layer._parameters.get(name)
-    return weight if weight is not None and weight.dim() > 1 + num_stacked(layer) else None
+    return weight if weight is not None and weight.dim() > 1 + _kind(layer).num_stacked else None

@@ -80,6 +80,18 @@ def test_an_arrangement_that_the_module_does_not_tell_is_found_by_experiment():
     assert out["no_gate"].positions[0] == [0]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@arrangements
+def test_experts_beside_a_large_stream_are_checked_by_what_they_put_out(arrangement, dtype):
+    """In half precision the stream's rounding is as large as all that they add to it."""
+    model = arrangement.build()
+    model.experts.down_proj.data *= 0.02
+    if arrangement.options.get("bias"):
+        model.experts.down_proj_bias.data.zero_()
+    structure = find_groups(model.to(dtype), X.to(dtype), granularity=("mlp",))
+    assert "experts" in {group.name for group in structure.groups}, structure.left_whole
+
+
 def test_an_unknown_arrangement_stays_whole_with_the_reason():
     model = bp.to_variational(ARRANGEMENTS[0].build())
     experts = model.experts

@@ -10,6 +10,7 @@ from torch import nn
 import bayesprune as bp
 from bayesprune.prune import ScaleSNRImportance
 from bayesprune.prune.graph.find import find_groups
+from bayesprune.prune.graph.removal import snapshot
 from bayesprune.prune.graph.trials import silence
 from bayesprune.prune.scores.channels import unit_scores
 from tests.mixtures import ARRANGEMENTS, EXPERTS, HIDDEN
@@ -17,13 +18,15 @@ from tests.mixtures import ARRANGEMENTS, EXPERTS, HIDDEN
 
 def changes_of_logits(model: nn.Module, x: torch.Tensor, name: str, units: list[tuple[int, ...]]) -> list[float]:
     """Half the mean squared change of the logits when each of these units of a group reads as zero."""
+    (group,) = (group for group in find_groups(model, x[:1]).groups if group.name == name)
     found = []
-    for unit in units:
-        without = copy.deepcopy(model)
-        (group,) = (group for group in find_groups(without, x[:1]).groups if group.name == name)
-        silence(without, group, [unit])
-        with torch.no_grad():
-            found.append(0.5 * float((without(x) - model(x)).square().sum(1).mean()))
+    with torch.no_grad():
+        logits = model(x)
+        for unit in units:
+            undo = snapshot(model)
+            silence(model, group, [unit])
+            found.append(0.5 * float((model(x) - logits).square().sum(1).mean()))
+            undo()
     return found
 
 
@@ -47,9 +50,13 @@ def test_the_score_is_what_silence_changes_of_logits_that_read_the_units(groups,
     assert sum(scored.scores) == pytest.approx(sum(expected), rel=0.1)
 
 
-def test_units_of_experts_cost_the_sum_of_their_channels():
+@pytest.mark.parametrize("has_posteriors", [False, True], ids=["stock", "variational"])
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS, ids=str)
+def test_units_of_experts_cost_the_sum_of_their_channels(arrangement, has_posteriors):
     torch.manual_seed(0)
-    model = bp.to_variational(ARRANGEMENTS[0].build()).eval()
+    model = arrangement.build()
+    if has_posteriors:
+        bp.to_variational(model).eval()
     x = torch.randn(256, 4)
     (group,) = (group for group in find_groups(model, x[:1], granularity=("mlp",)).groups if group.num_experts)
     scored = unit_scores(ScaleSNRImportance(model, x.split(1)), group)
