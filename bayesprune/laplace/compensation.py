@@ -27,7 +27,6 @@ from bayesprune.foundation.sharding import check_whole
 from bayesprune.laplace.kronecker import variational_layer
 from bayesprune.laplace.matrices import (
     definite,
-    from_matrix,
     input_weight,
     is_matrix_product,
     removed_columns,
@@ -58,7 +57,7 @@ def compensate(
     The weights of those channels become zero, in layers of any kind, and every linear layer and convolution from the
     first layer that loses some is fitted to the dense model's outputs, see the module's text. So are the matrices with
     which stacked experts read their hidden units, each by the tokens that the dense model's router sends to its expert.
-    Transposed convolutions, experts that lost single weights, and layers that are frozen, tied, not variational, inside
+    Transposed convolutions, and layers that are frozen, tied, not variational, inside
     `nn.MultiheadAttention`, with gates on their weights, or of more than 8,192 inputs times taps, stay as they are,
     without those channels.
 
@@ -143,12 +142,12 @@ def refit(
     settle: Settle | None = None,
     damping: float | None = None,
 ) -> Tensor | None:
-    """Moves a layer's weights, and the shift; returns what the mean of a batch norm has become smaller by.
+    """Moves a matrix, and the shift of its layer; returns what the mean of a batch norm has become smaller by.
 
     Args:
         model: What is changed. Weights that a mask has removed stay zero.
         dense: The model as it was.
-        site: The layer.
+        site: The matrix.
         moments: Of three quarters of the examples, and of the last quarter.
         kept: Which weights may stay, of a shape that broadcasts to (G, R, C); None is all.
         choose: Says which of them do; None keeps them.
@@ -156,13 +155,13 @@ def refit(
         damping: See `compensate`.
     """
     layer, stock = variational_layer(model, site.name), variational_layer(dense, site.name)
-    weight = input_weight(layer)
-    start = to_matrix(stock, input_weight(stock).detach()).double()
+    weight = layer.get_parameter(site.parameter)
+    start = to_matrix(stock, stock.get_parameter(site.parameter).detach()).double()
     stays = torch.ones(start.shape, dtype=torch.bool, device=start.device)
     if kept is not None:
         stays &= kept.to(stays.device)
     whole = torch.zeros_like(start)
-    if (mask := layer.mask("weight", whole=True)) is not None:
+    if (mask := layer.mask(site.parameter, whole=True)) is not None:
         stays &= to_matrix(layer, mask)
     start, stays = start[..., site.columns], stays[..., site.columns]
     bias = layer._parameters.get("bias")
@@ -182,7 +181,7 @@ def refit(
     if settle is not None:
         found = settle(found, xx)
     whole[..., site.columns] = found
-    weight.copy_(from_matrix(layer, whole.to(weight.dtype)))
+    weight.copy_(kind_of(layer).from_matrices(whole.to(weight.dtype), weight.shape))
     shift = ((total.y - (found @ total.x[:, :, None])[..., 0]) / total.number).flatten()
     if bias is not None and bias.requires_grad:
         bias.copy_(shift)

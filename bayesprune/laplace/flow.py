@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar, copy_context
-from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from typing import Any
@@ -26,6 +25,7 @@ from bayesprune.foundation.batches import device_of, split
 from bayesprune.foundation.device import present_autocast
 from bayesprune.foundation.kinds import kind_of
 from bayesprune.foundation.model import eval_mode
+from bayesprune.laplace.calls import Again, LayerCall
 from bayesprune.layers import VariationalLayer
 
 _IN_PLACE = ("add_", "__iadd__")
@@ -33,50 +33,6 @@ _ADDS = ("add", "__add__", "__radd__", *_IN_PLACE)
 _PRODUCTS = ("mul", "__mul__", "__rmul__")
 _SAME = ("dropout", "contiguous", "to", "clone")
 _BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-
-
-@dataclass(eq=False)
-class LayerCall:
-    """One run of a layer.
-
-    Attributes:
-        name: The layer's name.
-        layer: The layer.
-        inputs: What went in.
-        output: What came out.
-        again: Runs the layer once more on the same arguments, while a walk halts behind it; given another layer and its
-            input, runs that one on them and the other arguments.
-        addend: What its output was added to, of the output's shape; None where it was added to nothing, or went
-            elsewhere as well before that.
-        gain: By what its output was multiplied on the way there, of a shape that broadcasts; None for 1.
-        norm: The batch norm in evaluation mode that its output went into, and into nothing else; None where the norm
-            ran on other layers' outputs as well.
-        source: A number that calls with the same input share.
-        num_uses: How many functions took its output.
-    """
-
-    name: str
-    layer: VariationalLayer
-    inputs: Tensor
-    output: Tensor
-    again: Callable[..., Tensor]
-    addend: Tensor | None = None
-    gain: Tensor | None = None
-    norm: nn.Module | None = None
-    source: int = 0
-    num_uses: int = 0
-
-    def copy_values(self) -> None:
-        """Keeps its tensors as they are now, whatever the forward writes into them."""
-        with torch._C.DisableTorchFunction():  # this is no use of them
-            self.inputs, self.output = self.inputs.clone(), self.output.clone()
-        self.again = partial(_lost, self.name)
-
-    def lose_values(self) -> None:
-        """Keeps shapes and dtypes of its tensors alone."""
-        self.inputs, self.output = self.inputs.to("meta"), self.output.to("meta")
-        self.addend = None if self.addend is None else self.addend.to("meta")
-        self.gain, self.again = None, partial(_lost, self.name)
 
 
 @torch.no_grad()
@@ -120,13 +76,7 @@ def watched(layers: Mapping[str, VariationalLayer]) -> Iterator[None]:
             if (watch := _WATCH.get()) is None or not isinstance(output, Tensor):
                 return None
             inputs = args[0] if args else next(iter(kwargs.values()))
-            autocast = present_autocast(output.device)
-
-            def again(other: VariationalLayer = layer, x: Tensor = inputs) -> Tensor:
-                given = ((x, *args[1:]), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): x})
-                with autocast():
-                    return other.forward(*given[0], **given[1])
-
+            again = Again(layer, args, kwargs, present_autocast(output.device))
             return watch.meet(LayerCall(name, layer, inputs, output, again))
 
         return meet
@@ -164,10 +114,17 @@ class Walk:
         self._thread = threading.Thread(target=run, name="bayesprune-walk", daemon=True)
         self._thread.start()
 
-    def advance(self, name: str) -> LayerCall | None:
-        """Advances to the next run of the layer of this name; None where the forward ends without one."""
+    def advance(self, name: str, *, stay: bool = False) -> LayerCall | None:
+        """Advances to the next run of the layer of this name; None where the forward ends without one.
+
+        Args:
+            name: The layer's.
+            stay: Whether the run that it halted behind last will do.
+        """
         if self.is_over:
             return None
+        if stay and self._call is not None and self._call.name == name:
+            return self._call
         self._wanted, self._call = name, None
         self._go.release()
         self._halted.acquire()
@@ -187,7 +144,7 @@ class Walk:
         if call.addend is None:
             self._watch.replacement = output
             return
-        change = output - call.output
+        change, call.output = output - call.output, output
         if shift is not None:
             change += shift.to(change).view(-1, *[1] * (change.dim() - 2))
         self._watch.summand.add_(change if call.gain is None else change * call.gain)
@@ -372,10 +329,6 @@ def _under(autocast: Callable[[], torch.autocast], run: Callable[[], Any]) -> An
 
 def _of_batch_norm(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     return dict(zip(_BATCH_NORM, args, strict=False)) | kwargs
-
-
-def _lost(name: str, *_: Any) -> Tensor:
-    raise AssertionError(f"the call of {name} kept no arguments")
 
 
 _WATCH: ContextVar[_Watch | None] = ContextVar("bayesprune_watch", default=None)

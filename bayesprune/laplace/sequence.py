@@ -1,8 +1,8 @@
-"""Layers fitted one after the other, in the order of the forward, while forwards over all batches wait behind each.
+"""Matrices fitted one after the other, in the order of the forward, while forwards over all batches wait behind each.
 
 `fit_in_sequence` runs the model that is being changed and the dense one side by side (`laplace.flow`), gives the
-moments of what each layer is given and should give to a function that fits it, and lets the forwards go on with the new
-weights.
+moments of what each matrix is given and should give to a function that fits it, and lets the forwards go on with the
+new weights. The matrices of experts are fitted while the forwards wait behind their layer.
 """
 
 import math
@@ -19,18 +19,19 @@ from bayesprune.foundation.kinds import kind_of
 from bayesprune.foundation.model import eval_mode, requires_grad
 from bayesprune.foundation.progress import progress_bar
 from bayesprune.laplace.calibration import check_sums, counted_positions
-from bayesprune.laplace.flow import LayerCall, Walk, layer_calls, watched
+from bayesprune.laplace.calls import LayerCall
+from bayesprune.laplace.flow import Walk, layer_calls, watched
 from bayesprune.laplace.kronecker import variational_layer
 from bayesprune.laplace.matrices import (
     drawn_positions,
     expert_rows,
     input_rows,
-    input_weight,
     output_rows,
     to_matrix,
 )
 from bayesprune.laplace.regression import Moments
-from bayesprune.laplace.sites import Site, num_positions
+from bayesprune.laplace.sites import Site, matrices_of, num_positions
+from bayesprune.layers import VariationalLayer
 
 _MAX_HELD = 4 * 2**30  # bytes that forwards over all batches hold while they wait for a layer
 _LIVE = 3  # times the input and output of a layer are alive in a forward, at most as a rule
@@ -42,10 +43,10 @@ _MAX_MOMENTS = 2**30  # bytes of moments that one pass over the data collects
 
 @dataclass
 class _Step:
-    """Layers that are fitted together.
+    """Matrices that are fitted together.
 
     Attributes:
-        sites: Them, by name.
+        sites: Them, by their names.
         num_batches: How many batches fit them.
         is_held: Whether the forwards of both models wait for them, and go on.
     """
@@ -54,9 +55,14 @@ class _Step:
     num_batches: int
     is_held: bool
 
+    def by_layer(self) -> Iterator[tuple[str, list[Site]]]:
+        """Layers with their matrices."""
+        for name in dict.fromkeys(site.name for site in self.sites.values()):
+            yield name, [site for site in self.sites.values() if site.name == name]
+
 
 Fit = Callable[[Site, tuple[Moments, Moments]], Tensor | None]
-"""Moves the weights of a layer; returns by what the mean of the batch norm behind it became smaller, (R,), or None."""
+"""Moves a matrix; returns by what the mean of the batch norm behind it became smaller, (R,), or None."""
 
 
 def fit_in_sequence(
@@ -69,7 +75,7 @@ def fit_in_sequence(
     progress: bool | None = False,
     title: str = "Compensate",
 ) -> None:
-    """Fits each layer to what the dense model computes, from what the layers before it give now.
+    """Fits each matrix to what the dense model computes, from what those before it give now.
 
     A layer that does not meet what it meets in the dense model, as behind a router, is left out.
 
@@ -77,8 +83,8 @@ def fit_in_sequence(
         model: What is changed, layer by layer.
         dense: The model as it was, of the same structure.
         batches: On the models' device.
-        sites: The layers, see `sites_of`.
-        fit: Called with a layer and its moments, of three quarters of the examples and of the last quarter.
+        sites: The matrices, see `sites_of`.
+        fit: Called with a matrix and its moments, of three quarters of the examples and of the last quarter.
         progress: Show a progress bar; None shows it on a terminal.
         title: What the bar says.
     """
@@ -95,23 +101,25 @@ def fit_in_sequence(
 def dense_moments(
     dense: nn.Module, batches: Sequence[Any], sites: Sequence[Site]
 ) -> Iterator[tuple[Site, tuple[Moments, Moments]]]:
-    """Each layer with the moments of what it is given in the dense model, and of what it gives there.
+    """Each matrix with the moments of what it is given in the dense model, and of what it gives there.
 
-    One pass over the data serves as many layers as 1 GiB of moments holds.
+    One pass over the data serves as many as 1 GiB of moments holds.
     """
     for some in _chunks(dense, sites):
         layers = {site.name: variational_layer(dense, site.name) for site in some}
-        by_name = {site.name: site for site in some}
         found: dict[str, tuple[Moments, Moments]] = {}
         seen = 0
         for batch in batches:
             inputs = split(dense, batch)
             is_check = torch.arange(seen, seen := seen + inputs.num_examples) % 4 == 3
             for call in layer_calls(dense, batch, layers):
-                _add(found, by_name[call.name], call, call, inputs, is_check, len(batches))
-        for name, moments in found.items():
-            _finish(name, moments)
-            yield by_name[name], moments
+                for site in some:
+                    if site.name == call.name:
+                        _add(found, site, call, call, inputs, is_check, len(batches))
+        for site in some:
+            if site.weight in found:
+                _finish(site.name, found[site.weight])
+                yield site, found[site.weight]
 
 
 def _chunks(dense: nn.Module, sites: Sequence[Site]) -> Iterator[list[Site]]:
@@ -119,7 +127,7 @@ def _chunks(dense: nn.Module, sites: Sequence[Site]) -> Iterator[list[Site]]:
     total = 0
     for site in sites:
         layer = variational_layer(dense, site.name)
-        groups, rows, columns = to_matrix(layer, layer.get_parameter("weight")).shape
+        groups, rows, columns = to_matrix(layer, layer.get_parameter(site.parameter)).shape
         size = 2 * 8 * groups * columns * (rows + columns) + site.num_bytes
         if some and total + size > _MAX_MOMENTS:
             yield some
@@ -139,17 +147,17 @@ def _add(
     is_check: Tensor,
     num_batches: int,
 ) -> None:
-    """Adds a run of a layer to its moments."""
-    if site.name not in found:
-        weight = input_weight(stock.layer)
+    """Adds a run of a layer to the moments of a matrix."""
+    if site.weight not in found:
+        weight = stock.layer.get_parameter(site.parameter)
         groups, rows, _ = to_matrix(stock.layer, weight).shape
         sizes = (groups, rows, len(site.columns))
-        found[site.name] = Moments(*sizes, weight.device), Moments(*sizes, weight.device)
+        found[site.weight] = Moments(*sizes, weight.device), Moments(*sizes, weight.device)
     if kind_of(call.layer).num_stacked:
-        _add_experts(found[site.name], site, (call, stock), inputs, is_check, num_batches)
+        _add_experts(found[site.weight], site, (call, stock), inputs, is_check, num_batches)
         return
     x, y, counted = _regression_rows(call, stock, site, inputs, num_batches)
-    for moments, part in zip(found[site.name], (~is_check, is_check), strict=True):
+    for moments, part in zip(found[site.weight], (~is_check, is_check), strict=True):
         rows = part.to(x.device)[:, None] & counted
         moments.add(x[rows], y[rows])
 
@@ -164,29 +172,37 @@ def _add_experts(
 ) -> None:
     """Adds a run of experts, each at the positions that the dense model's router sends to it.
 
-    Where there are more positions than rows are asked for, each row is a sum of some of them with random signs.
+    Where there are more positions than rows are asked for, each row of hidden units is a sum of some with random signs.
     """
     call, stock = calls
     width = num_positions(call, batch.num_examples)
     counted = counted_positions(batch, width)
     counted = torch.ones(batch.num_examples, width, dtype=torch.bool) if counted is None else counted.cpu()
-    matrices = to_matrix(stock.layer, input_weight(stock.layer).detach())
-    num_rows = matrices.shape[1]  # that one gradient gives
+    matrices = to_matrix(stock.layer, stock.layer.get_parameter(site.parameter).detach())
+    is_first = _is_first(site, stock.layer)
+    size = stock.output.shape[-1]  # rows that one gradient gives
+    num_rows = site.num_rows * (len(matrices) if is_first else 1)
     with torch.enable_grad(), requires_grad(call.layer, True), requires_grad(stock.layer, True):
-        outputs = stock.again(call.layer, call.inputs), stock.again()
+        before = stock.again()
+        now = before if is_first else stock.again(call.layer, call.inputs)
     for moments, part in zip(found, (~is_check, is_check), strict=True):
         positions = (part[:, None] & counted).flatten().nonzero()[:, 0]
         if not len(positions):
             continue
-        moments.number += len(positions)
-        wanted = min(len(positions), math.ceil(site.num_rows * float(part.float().mean()) / num_batches))
+        wanted = min(len(positions), math.ceil(num_rows * float(part.float().mean()) / num_batches))
         order = torch.randperm(len(positions), generator=torch.Generator().manual_seed(len(positions)))
-        for some in positions[order].chunk(math.ceil(wanted / num_rows)):
-            now, before = (_wide(expert_rows(each.layer, y, some)) for each, y in zip(calls, outputs, strict=True))
+        positions = positions[order[:wanted] if is_first else order]
+        moments.number += len(positions)
+        for some in positions.chunk(math.ceil(wanted / size)):
+            hidden = _wide(expert_rows(stock.layer, before, some))
+            if is_first:
+                x, y = (_wide(each.inputs.flatten(0, -2)[some.to(hidden.device), None]) for each in calls)
+                x, y = (rows.expand(-1, len(matrices), -1) for rows in (x, y))
+            else:
+                x, y = _wide(expert_rows(call.layer, now, some)), hidden
             for expert, matrix in enumerate(matrices):
-                h = before[:, expert]
-                met = h.any(1)
-                moments.add_group(expert, now[met, expert][:, site.columns], h[met] @ matrix.mT.to(h))
+                met = hidden[:, expert].any(1)
+                moments.add_group(expert, x[met, expert][:, site.columns], y[met, expert] @ matrix.mT.to(y))
 
 
 def _finish(name: str, moments: tuple[Moments, Moments]) -> None:
@@ -207,10 +223,10 @@ def _steps(sites: Sequence[Site], num_batches: int) -> list[_Step]:
         number = math.ceil(num_batches / 4) if is_plenty else num_batches
         last = steps[-1] if steps and not steps[-1].is_held and not is_held else None
         if last and (len(last.sites) < most or next(iter(last.sites.values())).source == site.source):
-            last.sites[site.name] = site
+            last.sites[site.weight] = site
             last.num_batches = max(last.num_batches, number)
         else:
-            steps.append(_Step({site.name: site}, number, is_held))
+            steps.append(_Step({site.weight: site}, number, is_held))
     return steps
 
 
@@ -223,9 +239,9 @@ class _Forwards:
         self._pairs: dict[int, tuple[Walk, Walk]] = {}
 
     def moments(self, step: _Step) -> dict[str, tuple[Moments, Moments]]:
-        """Of each layer of a step, the moments of three quarters of the examples, and of the last quarter.
+        """Of each matrix of a step, the moments of three quarters of the examples, and of the last quarter.
 
-        A layer is missing where it does not meet what it meets in the dense model, as behind a router.
+        A matrix is missing where it does not meet what it meets in the dense model, as behind a router.
         """
         found: dict[str, tuple[Moments, Moments]] = {}
         misfits: set[str] = set()
@@ -234,20 +250,21 @@ class _Forwards:
             inputs = split(self._model, batch)
             num_examples = inputs.num_examples
             is_check = torch.arange(seen, seen := seen + num_examples) % 4 == 3
-            for site in step.sites.values():
-                for _ in range(site.num_calls):
-                    call, stock = (walk.advance(site.name) for walk in self._pair(number))
-                    if not call or not stock or not _is_alike(call, stock, num_examples):
-                        misfits.add(site.name)
-                    else:
-                        _add(found, site, call, stock, inputs, is_check, step.num_batches)
+            for name, sites in step.by_layer():
+                for _ in range(sites[0].num_calls):
+                    call, stock = (walk.advance(name, stay=step.is_held) for walk in self._pair(number))
+                    for site in sites:
+                        if not call or not stock or not _is_alike(call, stock, site, num_examples):
+                            misfits.add(site.weight)
+                        else:
+                            _add(found, site, call, stock, inputs, is_check, step.num_batches)
             if not step.is_held:
                 self._close(number)
         if not step.is_held:
             self.close()
         fitting = {name: moments for name, moments in found.items() if name not in misfits}
         for name, moments in fitting.items():
-            _finish(name, moments)
+            _finish(step.sites[name].name, moments)
         return fitting
 
     def change(self, shift: Tensor | None) -> None:
@@ -273,10 +290,20 @@ class _Forwards:
             walk.close()
 
 
-def _is_alike(call: LayerCall, stock: LayerCall, num_examples: int) -> bool:
-    """Whether the layer meets as many positions of each example as in the dense model, one at least."""
+def _is_alike(call: LayerCall, stock: LayerCall, site: Site, num_examples: int) -> bool:
+    """Whether the layer meets as many positions of each example as in the dense model, one at least.
+
+    The first matrices of experts are given their inputs row by row, one for each position.
+    """
     shape = call.output.shape
+    if _is_first(site, call.layer) and call.inputs.shape[:-1].numel() != shape[:-1].numel():
+        return False
     return shape == stock.output.shape and shape.numel() > 0 and shape[0] % num_examples == 0
+
+
+def _is_first(site: Site, layer: VariationalLayer) -> bool:
+    """Whether this is a matrix that puts out the hidden units of experts."""
+    return site.parameter != matrices_of(layer)[-1]
 
 
 def _regression_rows(

@@ -1,4 +1,4 @@
-"""Layers to fit, in the order in which a forward runs them, and how much of the data each looks at."""
+"""Matrices to fit, in the order in which a forward runs their layers, and how much of the data each looks at."""
 
 import math
 from collections import Counter
@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from bayesprune.foundation.batches import split
 from bayesprune.foundation.kinds import kind_of
 from bayesprune.laplace.calibration import counted_positions
-from bayesprune.laplace.flow import LayerCall, layer_calls
+from bayesprune.laplace.calls import LayerCall
+from bayesprune.laplace.flow import layer_calls
 from bayesprune.laplace.matrices import input_weight, is_matrix_product, to_matrix
 from bayesprune.layers import VariationalLayer, variational_layers
 from bayesprune.layers.drawn import DrawnLayer
+from bayesprune.layers.stacks import stack_of
 
 MAX_COLUMNS = 8192
 """Inputs times taps above which a layer stays as it is."""
@@ -25,11 +27,12 @@ EXPERT_ROWS_PER_COLUMN = 16
 
 @dataclass
 class Site:
-    """A layer to fit.
+    """A matrix to fit; of experts, one for each.
 
     Attributes:
-        name: Its name.
-        source: A number for its input: layers with the same one are fitted together.
+        name: The name of its layer.
+        parameter: Its own in the layer.
+        source: A number for its input: those with the same one are fitted together.
         norm: The batch norm that takes up its shift.
         num_bytes: Of its largest input and output, for one batch.
         num_positions: At which an example meets it in a run, and that count.
@@ -41,6 +44,7 @@ class Site:
     """
 
     name: str
+    parameter: str
     source: int
     norm: str | None
     num_bytes: int
@@ -50,6 +54,11 @@ class Site:
     columns: Tensor
     num_calls: int = 0
     num_sums: int = 0
+
+    @property
+    def weight(self) -> str:
+        """The name of the matrix in the model."""
+        return f"{self.name}.{self.parameter}".lstrip(".")
 
     @property
     def is_at_sum(self) -> bool:
@@ -62,27 +71,43 @@ def fittable_layers(dense: nn.Module) -> dict[str, VariationalLayer]:
     return _fittable(dense, lambda layer: is_matrix_product(layer) and not isinstance(layer, DrawnLayer))
 
 
-def fittable_experts(dense: nn.Module) -> dict[str, VariationalLayer]:
-    """Stacked experts whose last matrices train, are theirs alone, and have no gates and no single zeros, by name."""
-    return _fittable(dense, lambda layer: kind_of(layer).num_stacked > 0 and not layer.masked_names())
+def fittable_experts(dense: nn.Module, *, all_matrices: bool = False) -> dict[str, VariationalLayer]:
+    """Stacked experts whose last matrices, or all, train, are theirs alone, and have no gates, by name."""
+    return _fittable(dense, lambda layer: kind_of(layer).num_stacked > 0, all_matrices=all_matrices)
 
 
-def _fittable(dense: nn.Module, is_wanted: Callable[[VariationalLayer], bool]) -> dict[str, VariationalLayer]:
-    """Layers of this sort whose weight trains, is theirs alone, has no gates, and is not too wide."""
+def _fittable(
+    dense: nn.Module, is_wanted: Callable[[VariationalLayer], bool], *, all_matrices: bool = False
+) -> dict[str, VariationalLayer]:
+    """Layers of this sort whose weights train, are theirs alone, have no gates, and are not too wide."""
     holders = Counter(id(p) for module in dense.modules() for p in module._parameters.values())
     return {
         name: layer
         for name, layer in variational_layers(dense)
         if is_wanted(layer)
-        and holders[id(input_weight(layer))] == 1
-        and input_weight(layer).requires_grad
         and layer.posterior_hook is None
-        and _num_columns(layer) <= MAX_COLUMNS
+        and all(
+            holders[id(weight := layer.get_parameter(parameter))] == 1
+            and weight.requires_grad
+            and to_matrix(layer, weight).shape[2] <= MAX_COLUMNS
+            for parameter in matrices_of(layer, all_matrices=all_matrices)
+        )
     }
 
 
-def _num_columns(layer: VariationalLayer) -> int:
-    return to_matrix(layer, input_weight(layer)).shape[2]
+def matrices_of(layer: VariationalLayer, *, all_matrices: bool = True) -> list[str]:
+    """Names of the parameters that hold a layer's matrices, in the order in which they run.
+
+    Args:
+        layer: A linear layer, a convolution or experts.
+        all_matrices: False leaves the last of experts alone, which reads their hidden units.
+    """
+    stack = stack_of(layer)
+    if stack is None:
+        return ["weight"]
+    (last, _), *_ = stack.cut_parameters(layer, "in")
+    others = [name for name, _ in stack.cut_parameters(layer, "out") if layer.is_weight(name)]
+    return [*(others if all_matrices else ()), last]
 
 
 def sites_of(
@@ -92,8 +117,9 @@ def sites_of(
     *,
     rows_per_column: int,
     keeps: Mapping[str, Tensor | None] | None = None,
+    all_matrices: bool = False,
 ) -> list[Site]:
-    """These layers in the order in which a forward runs them first.
+    """The matrices of these layers, in the order in which a forward runs the layers first.
 
     Args:
         dense: The model as it was.
@@ -102,6 +128,7 @@ def sites_of(
         rows_per_column: At how many positions in all a layer is looked at, for each of its columns.
         keeps: Which columns (G, C) of a layer are kept, by name; None where the layer is not fitted itself. Layers
             before the first of these are left out.
+        all_matrices: Whether the first matrices of experts are fitted, too.
     """
     names = {id(module): name for name, module in dense.named_modules()}
     inputs = split(dense, batches[0])
@@ -111,20 +138,25 @@ def sites_of(
     for call in layer_calls(dense, batches[0], layers, with_values=False, behind=behind):
         norm = None if call.norm is None else names[id(call.norm)]
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (call.inputs, call.output))
-        is_stacked = kind_of(call.layer).num_stacked > 0
-        num_rows = (EXPERT_ROWS_PER_COLUMN if is_stacked else rows_per_column) * _num_columns(call.layer)
-        drawn = math.ceil(num_rows / (len(batches) * num_examples))
         positions = num_positions(call, num_examples)
         if (counted := counted_positions(inputs, positions)) is not None:
             positions = int(counted.sum()) // num_examples
-        keep = None if keeps is None else keeps.get(call.name)
-        columns = torch.arange(_num_columns(call.layer)) if keep is None else keep.any(0).nonzero()[:, 0]
-        fresh = Site(call.name, call.source, norm, num_bytes, positions, num_rows, drawn, columns)
-        site = sites.setdefault(call.name, fresh)
-        site.num_calls += 1
-        site.num_sums += call.addend is not None
-        site.norm = norm if site.norm == norm else None
-        site.num_bytes = max(site.num_bytes, num_bytes)
+        is_stacked = kind_of(call.layer).num_stacked > 0
+        parameters = matrices_of(call.layer, all_matrices=all_matrices)
+        for parameter in parameters:
+            num_columns = to_matrix(call.layer, call.layer.get_parameter(parameter)).shape[2]
+            num_rows = (EXPERT_ROWS_PER_COLUMN if is_stacked else rows_per_column) * num_columns
+            drawn = math.ceil(num_rows / (len(batches) * num_examples))
+            keep = keeps.get(call.name) if keeps and parameter == parameters[-1] else None
+            columns = torch.arange(num_columns) if keep is None else keep.any(0).nonzero()[:, 0]
+            reads_hidden = len(parameters) > 1 and parameter == parameters[-1]
+            source = -1 - len(sites) if reads_hidden else call.source
+            fresh = Site(call.name, parameter, source, norm, num_bytes, positions, num_rows, drawn, columns)
+            site = sites.setdefault(fresh.weight, fresh)
+            site.num_calls += 1
+            site.num_sums += call.addend is not None
+            site.norm = norm if site.norm == norm else None
+            site.num_bytes = max(site.num_bytes, num_bytes)
     return list(sites.values())
 
 

@@ -1,4 +1,4 @@
-"""Weights of linear layers cut from calibration data alone, layer by layer in the order of the forward: ours, controls.
+"""Weights of linear layers and experts cut from calibration data alone, layer by layer: ours, and controls.
 
 The controls are written from the papers' formulas.
 
@@ -23,11 +23,12 @@ import torch
 from torch import Tensor, nn
 
 import bayesprune as bp
+from bayesprune.foundation.kinds import kind_of
 from bayesprune.laplace.compensation import refit
-from bayesprune.laplace.matrices import damped
+from bayesprune.laplace.matrices import damped, to_matrix
 from bayesprune.laplace.regression import Moments
 from bayesprune.laplace.sequence import fit_in_sequence
-from bayesprune.laplace.sites import Site, fittable_layers, sites_of
+from bayesprune.laplace.sites import Site, fittable_experts, fittable_layers, sites_of
 from bayesprune.prune.weights import one_shot
 
 BLOCK, DAMPING, ROWS = 128, 0.01, 128
@@ -114,7 +115,7 @@ def ours(model: nn.Module, batches: list[Any], target: Target, *, divided: bool)
     """Removes weights in place; returns what share each layer lost."""
     scope = "global" if divided else "layer"
     report = bp.prune_one_shot(model, batches, target.pattern or f"weights={1 - target.sparsity}", scope=scope)
-    return {row.name.removesuffix(".weight"): 1 - row.kept / row.total for row in report.rows}
+    return {row.name: 1 - row.kept / row.total for row in report.rows}
 
 
 @torch.no_grad()
@@ -123,25 +124,29 @@ def control(
 ) -> None:
     """Removes weights of a variational model in place, in each layer the target's sparsity or its share."""
     reference, masks = copy.deepcopy(model), dict[str, Tensor]()
-    layers = fittable_layers(reference)
+    layers = fittable_layers(reference) | fittable_experts(reference, all_matrices=True)
+    sites = sites_of(reference, batches, layers, rows_per_column=ROWS, all_matrices=True)
 
     def fit(site: Site, moments: tuple[Moments, Moments]) -> Tensor | None:
-        of_layer = Target(sparsity=shares[site.name]) if shares else target
-        total = moments[0] + moments[1]
-        second = total.xx[0] / total.number
+        of_matrix = Target(sparsity=shares[site.weight]) if shares else target
+        total, layer = moments[0] + moments[1], layers[site.name]
+        weight = model.get_parameter(site.weight)
 
-        def choose(mean: Tensor, _: Tensor) -> Tensor:
-            masks[site.name] = CONTROLS[how.mask](mean[0], second, of_layer)[1]
-            return masks[site.name][None]
+        def cut(matrices: Tensor) -> Tensor:
+            pairs = zip(matrices, total.xx / total.number, strict=True)
+            found = [CONTROLS[how.mask](matrix, second, of_matrix) for matrix, second in pairs]
+            keep = torch.stack([keep for _, keep in found])
+            masks[site.weight] = kind_of(layer).from_matrices(keep, weight.shape).contiguous()
+            return keep if how.fitted else torch.stack([cut for cut, _ in found])
 
         if how.fitted:
-            return refit(model, reference, site, moments, choose=choose, damping=DAMPING)
-        weight = model.get_parameter(f"{site.name}.weight")
-        found, masks[site.name] = CONTROLS[how.mask](weight.double(), second, of_layer)
-        weight.copy_(found)
+            return refit(model, reference, site, moments, choose=lambda mean, _: cut(mean), damping=DAMPING)
+        matrices = cut(to_matrix(layer, weight).double())
+        weight.copy_(kind_of(layer).from_matrices(matrices, weight.shape))
         return None
 
-    fit_in_sequence(model, reference, batches, sites_of(reference, batches, layers, rows_per_column=ROWS), fit)
+    fit_in_sequence(model, reference, batches, sites, fit)
     for name, mask in masks.items():
-        layer: Any = model.get_submodule(name)
-        layer.set_mask("weight", mask)
+        layer_name, _, parameter = name.rpartition(".")
+        layer: Any = model.get_submodule(layer_name)
+        layer.set_mask(parameter, mask)

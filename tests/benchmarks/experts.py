@@ -1,16 +1,19 @@
-"""A Llama whose neurons became four experts, and lose units: which units cost least.
+"""A Llama whose neurons became four experts, and lose units, or single weights: which of them cost least.
 
 The trained Llama of `tinystories.py` gets four copies of the neurons of each layer as experts, a little noise on each,
 and a router that sends a token to two of them (sparse upcycling: Komatsuzaki et al., 2022, arXiv:2212.05055); it is
 trained on for some hundred steps. Then `prune_channels` cuts it at once, from stories of the training text, and nothing
 is trained. The controls keep as many units of each group as the default, and have the same compensation. The last 10 %
-of the text is reported.
+of the text is reported. With `--weights` it is half of the single weights that go, by `prune_one_shot` and by the
+controls of `cuts.py`.
 
     python tests/benchmarks/experts.py --data-dir DATA
+    python tests/benchmarks/experts.py --data-dir DATA --weights
     python tests/benchmarks/experts.py --table
 """
 
 import copy
+import itertools
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +22,8 @@ from typing import Any
 import torch
 import torch_pruning as tp
 from common import keep, parser, read, spread, write
-from tinystories import Benchmark, Settings
+from cuts import Cut, control, ours
+from tinystories import OUR_CUT, TARGETS, Benchmark, Settings, in_layers
 from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -45,12 +49,21 @@ CONTROLS: dict[str, Callable[[], Any]] = {
     "Taylor": Taylor,
     "random": tp.importance.RandomImportance,
 }
+CUTS = {
+    "`prune_one_shot`": OUR_CUT,
+    "SparseGPT's masks, fitted and divided as ours": Cut("sparsegpt", fitted=True, divided=True),
+    "magnitude, fitted and divided as ours": Cut("magnitude", fitted=True, divided=True),
+    "SparseGPT": Cut("sparsegpt"),
+    "Wanda": Cut("wanda"),
+    "magnitude, per layer": Cut("magnitude"),
+}
 INTRODUCTION = """# TinyStories, a mixture of experts
 
     python tests/benchmarks/experts.py --data-dir DATA
+    python tests/benchmarks/experts.py --data-dir DATA --weights
     python tests/benchmarks/experts.py --table
 
-The second command writes this page from `experts.json`. The Llama of [TinyStories](tinystories.md) with {experts}
+The last command writes this page from `experts.json`. The Llama of [TinyStories](tinystories.md) with {experts}
 experts in place of the neurons of each of its 2 layers, of which a token takes {token}: copies of its neurons with
 noise, trained on for {steps} steps of 8 stories ({params:,} parameters, perplexity {dense:.2f}). Then it is cut in one
 call from {stories} stories of the training text, drawn anew for each seed, and not trained. Perplexity on the last 10 %
@@ -62,6 +75,17 @@ stays is fitted alike, inside the experts (`laplace.compensate`), too. "What it 
 by their means alone, scaled to the median cost of the heads, and fitted nothing inside them.
 
 | ranked by | {levels} |
+|---|{rules}
+"""
+WEIGHTS = """
+## Single weights
+
+All weights of the layers but embeddings and the output can go, those of the experts, nine tenths of them, included.
+Controls have the second moments of the tokens that an expert is given, each expert by itself. What is "divided as ours"
+has the shares of each matrix that `prune_one_shot` found; in 2:4 every matrix loses half. In brackets: how many seeds,
+where it is not three.
+
+| perplexity | {targets} |
 |---|{rules}
 """
 
@@ -113,6 +137,19 @@ def cut(bench: Benchmark, model: nn.Module, target: Any, importance: Any, seed: 
     return model, report
 
 
+def thinned(
+    bench: Benchmark, model: nn.Module, how: Cut, target: str, seed: int, shares: dict[str, float] | None
+) -> tuple[nn.Module, dict[str, float] | None]:
+    """The model without some of its single weights, and what share each matrix lost by ours."""
+    torch.manual_seed(seed)
+    model = bp.to_variational(copy.deepcopy(model), filter_fn=in_layers, estimator="mean").eval()
+    if how == OUR_CUT:
+        return model, ours(model, bench.calibration(seed), TARGETS[target], divided=how.divided)
+    has_shares = how.divided and TARGETS[target].sparsity is not None  # in a pattern all lose alike
+    control(model, bench.calibration(seed), how, TARGETS[target], shares if has_shares else None)
+    return model, None
+
+
 def markdown(runs: list[dict[str, Any]]) -> str:
     """The page."""
     (dense,) = (row for row in runs if row["score"] == "dense")
@@ -125,6 +162,15 @@ def markdown(runs: list[dict[str, Any]]) -> str:
     for score in dict.fromkeys(row["score"] for row in runs if "kept" in row):
         of = [[row["test"] for row in runs if row["score"] == score and row.get("kept") == each] for each in levels]
         text += f"| {score} | {' | '.join(spread(values) for values in of)} |\n"
+    thin = [row for row in runs if "weights" in row]
+    targets = list(dict.fromkeys(row["weights"] for row in thin))
+    text += WEIGHTS.format(targets=" | ".join(targets), rules="---|" * len(targets)) if thin else ""
+    for score in (name for name in CUTS if any(row["score"] == name for row in thin)):
+        cells = []
+        for target in targets:
+            values = [row["test"] for row in thin if row["score"] == score and row["weights"] == target]
+            cells.append(spread(values) + (f" ({len(values)})" if 0 < len(values) < 3 else ""))
+        text += f"| {score} | {' | '.join(cells)} |\n"
     return text
 
 
@@ -135,6 +181,7 @@ def main() -> None:
     options.add_argument(
         "--before", action="store_true", help="the default alone, under the name of what it was before"
     )
+    options.add_argument("--weights", nargs="*", choices=TARGETS, help="single weights in place of units, and targets")
     args = options.parse_args()
     torch.set_num_threads(1)
     runs = read(args.out, SETTINGS)
@@ -155,7 +202,14 @@ def main() -> None:
             number = sum(p.numel() for p in model.parameters())
             add({"score": "dense", "test": bench.perplexity(model, bench.test), "parameters": number})
         default = "what it was before" if args.before else DEFAULT
-        for seed in args.seeds:
+        for seed, target in itertools.product(args.seeds, args.weights or TARGETS if args.weights is not None else ()):
+            for score, how in CUTS.items():
+                shares = (done(score=next(iter(CUTS)), weights=target, seed=seed) or {}).get("shares")
+                if not done(score=score, weights=target, seed=seed):
+                    thin, shares = thinned(bench, model, how, target, seed, shares)
+                    row = {"score": score, "weights": target, "seed": seed, "shares": shares}
+                    add(row | {"test": bench.perplexity(thin, bench.test)})
+        for seed in args.seeds if args.weights is None else ():
             for kept in LEVELS:
                 sizes = (done(score=default, kept=kept, seed=seed) or {}).get("sizes")
                 for score in (default, *(() if args.before else CONTROLS)):

@@ -423,14 +423,25 @@ def test_rows_of_experts_are_their_hidden_units_times_what_the_router_gives_them
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", ["not variational", "frozen", "single weights gone"])
+def test_single_weights_that_experts_lost_stay_zero():
+    dense = bp.to_variational(ARRANGEMENTS[0].build())
+    bp.prune_weights(dense, "weights=0.9")
+    model, silent, x = copy.deepcopy(dense), copy.deepcopy(dense), normal(256, 4)
+    lost = [1, HIDDEN + 2, 2 * HIDDEN + 5]
+    input_weight(silent.experts).copy_(silenced(silent.experts, lost))
+    compensate(model, [x], {"experts": lost})
+    before, now, whole = (of_dense_router(dense, net.experts, x) for net in (silent, model, dense))
+    assert F.mse_loss(now, whole) < 0.1 * F.mse_loss(before, whole)
+    assert not model.experts.down_proj[~dense.experts.mask("down_proj")].any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["not variational", "frozen"])
 def test_experts_that_cannot_be_fitted_lose_their_units_alone(case):
     net = ARRANGEMENTS[0].build()
     if case == "frozen":
         net.experts.down_proj.requires_grad_(False)
     dense = bp.to_variational(net, filter_fn=lambda _, name: case != "not variational" or name != "experts")
-    if case == "single weights gone":
-        bp.prune_weights(dense, "weights=0.9")
     model = copy.deepcopy(dense)
     compensate(model, [normal(128, 4)], {"experts": [1, HIDDEN + 2]})
     assert torch.equal(model.experts.down_proj, silenced(dense.experts, [1, HIDDEN + 2]))

@@ -16,12 +16,14 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bayesprune.foundation.batches import device_of, logits_of, on_device, split, with_examples
+from bayesprune.foundation.kinds import kind_of
 from bayesprune.foundation.model import eval_mode, restore_values, restored_on_error, undone_on_error
 from bayesprune.foundation.numbers import as_number
 from bayesprune.foundation.progress import progress_bar
@@ -29,10 +31,11 @@ from bayesprune.foundation.sharding import check_whole
 from bayesprune.foundation.target import PATTERN, Target
 from bayesprune.laplace.calibration import as_predictions, total_divergence, unmasked
 from bayesprune.laplace.compensation import Choose, refit
-from bayesprune.laplace.matrices import from_matrix, is_matrix_product, to_matrix
+from bayesprune.laplace.kronecker import variational_layer
+from bayesprune.laplace.matrices import is_matrix_product, to_matrix
 from bayesprune.laplace.regression import Moments, best_support
 from bayesprune.laplace.sequence import dense_moments, fit_in_sequence
-from bayesprune.laplace.sites import MAX_COLUMNS, Site, fittable_layers, sites_of
+from bayesprune.laplace.sites import MAX_COLUMNS, Site, fittable_experts, fittable_layers, sites_of
 from bayesprune.layers import Posterior, holders_of, removable_weights
 from bayesprune.prune.batch_norm import measured_norms, recalibrate_if_better
 from bayesprune.prune.graph.removal import snapshot
@@ -66,7 +69,7 @@ def prune_one_shot(
     damping: float = 0.01,
     num_batches: int | None = None,
 ) -> WeightReport:
-    """Removes single weights of linear layers and convolutions and moves the others to make up for it, in place.
+    """Removes single weights of linear layers, convolutions and experts and moves the others to make up, in place.
 
     From calibration data alone, forward passes only, no labels. Biases move too; stds stay as they are. What was
     removed before stays removed and counts, so that it can be called again, in training as well. Batch norm is measured
@@ -120,30 +123,26 @@ def prune_one_shot(
         raise ValueError("data has no batch; expected an iterable of input batches.")
     if scope not in ("global", "layer"):
         raise ValueError(f'scope is {scope!r}; expected "global" or "layer".')
-    names = {posterior.name: posterior.name.rpartition(".")[0] for posterior in posteriors}
-    cut = {names[name]: rules[name] for name, note in notes.items() if not note}
+    cut = {name: rules[name] for name, note in notes.items() if not note}
     reference, keeps = copy.deepcopy(model), dict[str, Tensor]()
-    layers = fittable_layers(reference)
-    sites = sites_of(reference, batches, {name: layers[name] for name in cut}, rows_per_column=_ROWS_PER_COLUMN)
+    layers = {(name := weight.rpartition(".")[0]): variational_layer(reference, name) for weight in cut}
+    sites = sites_of(reference, batches, layers, rows_per_column=_ROWS_PER_COLUMN, all_matrices=True)
+    sites = [site for site in sites if site.weight in cut]
     with restored_on_error(model, reference), undone_on_error(snapshot(model)):
         if sites and isinstance(goal, Target) and not pattern and scope == "global" and 0 < goal.value < 1:
             cut = _divided(model, reference, cut, sites, batches, goal.removed, loss, damping)
 
         def fit(site: Site, moments: tuple[Moments, Moments]) -> Tensor | None:
-            choose = _choice(cut[site.name], keeps)
+            choose = _choice(cut[site.weight], keeps)
             shift = refit(model, reference, site, moments, choose=choose, damping=damping)
-            kept = keeps[site.name]
-            _LOGGER.info("prune_one_shot: %s keeps %d of %d", site.name, kept.sum(), kept.numel())
+            kept = keeps[site.weight]
+            _LOGGER.info("prune_one_shot: %s keeps %d of %d", site.weight, kept.sum(), kept.numel())
             return shift
 
         fit_in_sequence(model, reference, batches, sites, fit, progress=None, title="Prune in one shot")
-        ran = {site.name for site in sites}
-        notes |= {
-            name: notes[name] or (_MISFIT if layer in ran else _DID_NOT_RUN)
-            for name, layer in names.items()
-            if layer not in keeps
-        }
-        report = set_masks(model, posteriors, [keeps.get(names[its.name]) for its in posteriors], list(notes.values()))
+        ran = {site.weight for site in sites}
+        notes |= {name: notes[name] or (_MISFIT if name in ran else _DID_NOT_RUN) for name in rules.keys() - keeps}
+        report = set_masks(model, posteriors, [keeps.get(its.name) for its in posteriors], list(notes.values()))
         _measure_norms(model, reference, batches)
     _LOGGER.info("prune_one_shot: %s", report.summary())
     return report
@@ -189,11 +188,11 @@ def _divided(
         for site, moments in dense_moments(reference, batches, sites):
             found = []
             for share in levels(sparsity):
-                choose = _choice(replace(rules[site.name], share=share), {})
+                choose = _choice(replace(rules[site.weight], share=share), {})
                 refit(model, reference, site, moments, choose=choose, damping=damping)
                 found.append(as_number(measure(model), "loss") - base)
             restore_values(model, reference, *(name for name in (site.name, site.norm) if name is not None))
-            costs[site.name] = (found[0], found[1])
+            costs[site.weight] = (found[0], found[1])
             bar.update()
         bar.close()
     if not all(math.isfinite(cost) for pair in costs.values() for cost in pair):
@@ -226,20 +225,20 @@ def _measure_norms(model: nn.Module, reference: nn.Module, batches: Sequence[Any
 
 
 def _mask(rule: _Rule) -> Tensor | None:
-    return rule.posterior.layer.mask("weight", whole=True)
+    return rule.posterior.layer.mask(rule.posterior.parameter, whole=True)
 
 
 def _choice(rule: _Rule, keeps: dict[str, Tensor]) -> Choose:
     """The choice of a rule by alternating directions; what it keeps, of the weight's shape, goes into `keeps`."""
-    layer = rule.posterior.layer
+    layer, shape = rule.posterior.layer, rule.posterior.mean.shape
+    from_matrices = partial(kind_of(layer).from_matrices, shape=shape)
 
     def choose(mean: Tensor, precision: Tensor) -> Tensor:
         def select(scores: Tensor, way: float) -> Tensor:
-            return to_matrix(layer, rule.keep(from_matrix(layer, scores), way)).to(scores.device)
+            return to_matrix(layer, rule.keep(from_matrices(scores), way)).to(scores.device)
 
         kept = best_support(mean, precision, select)
-        name = rule.posterior.name.rpartition(".")[0]
-        keeps[name] = from_matrix(layer, kept).contiguous().to(rule.posterior.mean.device)
+        keeps[rule.posterior.name] = from_matrices(kept).contiguous().to(rule.posterior.mean.device)
         return kept
 
     return choose
@@ -247,17 +246,19 @@ def _choice(rule: _Rule, keeps: dict[str, Tensor]) -> Choose:
 
 def _notes(model: nn.Module, rules: Mapping[str, _Rule]) -> dict[str, str]:
     """Why a weight is left as it is, by its name; nothing where it is not."""
-    holders, layers = holders_of(model), fittable_layers(model)
+    holders, layers = holders_of(model), fittable_layers(model) | fittable_experts(model, all_matrices=True)
     notes = {}
     for name, rule in rules.items():
-        if not is_matrix_product(rule.posterior.layer) or rule.posterior.parameter != "weight":
-            notes[name] = "neither a linear layer nor a convolution: prune_weights takes it"
+        is_expert = kind_of(rule.posterior.layer).num_stacked > 0
+        if not is_expert and (not is_matrix_product(rule.posterior.layer) or rule.posterior.parameter != "weight"):
+            notes[name] = "neither a linear layer, a convolution nor experts: prune_weights takes it"
         elif len(holders[id(rule.posterior.mean)]) > 1:
             notes[name] = "the weight of several layers: prune_weights takes it"
         elif rule.posterior.layer.posterior_hook is not None:
             notes[name] = "gates decide on its weights: call gates.close first"
         elif name.rpartition(".")[0] not in layers:
-            notes[name] = f"more than {MAX_COLUMNS:,} inputs times taps: prune_weights takes it"
+            others = ", or another matrix of its experts that is frozen, shared or too wide" if is_expert else ""
+            notes[name] = f"more than {MAX_COLUMNS:,} inputs times taps{others}: prune_weights takes it"
         elif rule.pattern is None and not rule.share:
             notes[name] = "all of it is kept"
         else:

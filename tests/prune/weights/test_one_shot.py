@@ -146,7 +146,7 @@ def test_what_is_not_named_or_cannot_go_is_left_as_it_is_and_said_so():
     assert notes["odd.weight"] == "6 inputs are not a multiple of 4"
     assert notes["unused.weight"] == "did not run on the data"
     assert "several layers" in notes["last.weight"]
-    assert "neither a linear layer nor a convolution" in notes["upwards.weight"]
+    assert "neither a linear layer, a convolution nor experts" in notes["upwards.weight"]
     after = model.state_dict()
     changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
     assert changed == {"first.weight", "first.bias"}
@@ -160,7 +160,7 @@ def test_a_model_without_layers_for_it_is_left_as_it_is_and_said_so(scope):
     model = bp.to_variational(nn.ConvTranspose1d(4, 4, 1))
     report = bp.prune_one_shot(model, [torch.randn(8, 4, 2)], "weights=0.5", scope=scope)
     assert [(row.kept, row.note) for row in report.rows] == [
-        (16, "neither a linear layer nor a convolution: prune_weights takes it")
+        (16, "neither a linear layer, a convolution nor experts: prune_weights takes it")
     ]
 
 
