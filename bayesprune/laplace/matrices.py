@@ -146,11 +146,15 @@ def silenced(layer: nn.Module, channels: Sequence[int]) -> Tensor:
 
 
 def damped(matrix: Tensor, damping: float) -> Tensor:
-    """Matrices (..., C, C) with a fraction of their mean diagonal added to it; the identity where that is zero."""
-    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
-    mean = diagonal.mean(-1, keepdim=True)
+    """Matrices (..., C, C) with a fraction of their mean diagonal added to it.
+
+    Where that is zero, the mean of all matrices is added, whole, or one: nothing was seen, and all columns are alike.
+    """
+    mean = matrix.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+    usual = mean.mean()
+    unseen = torch.where(usual > 0, usual, 1.0) * float(damping > 0)
     found = matrix.clone()
-    found.diagonal(dim1=-2, dim2=-1).add_(torch.where(mean > 0, damping * mean, float(damping > 0)))
+    found.diagonal(dim1=-2, dim2=-1).add_(torch.where(mean > 0, damping * mean, unseen))
     return found
 
 

@@ -71,20 +71,22 @@ def prune_one_shot(
 ) -> WeightReport:
     """Removes single weights of linear layers, convolutions and experts and moves the others to make up, in place.
 
-    From calibration data alone, forward passes only, no labels. Biases move too; stds stay as they are. What was
-    removed before stays removed and counts, so that it can be called again, in training as well. Batch norm is measured
-    anew at the end where that brings the outputs closer to what they were.
+    From calibration data alone, without labels or training. Biases move too, those of experts apart; stds stay as they
+    are. Each stacked expert is fitted to the tokens that the model's router sends to it. What was removed before stays
+    removed and counts, so that it can be called again, in training as well. Batch norm is measured anew at the end
+    where that brings the outputs closer to what they were.
 
     Cost: some three forwards over the data, see `laplace.compensate`, and for a layer of R outputs and C inputs (times
     taps) some 20 R C^2 + 3 C^3 multiplications and what `conditional_mean` takes. With a fraction and the scope
     "global" these products three times, and two forwards more of up to 256 examples for each layer. Memory: a copy of
-    the model, 4 GiB of activations at most, and for the largest layer 50 C^2 + 30 R C bytes.
+    the model, 4 GiB of activations at most, and for the largest layer 50 C^2 + 30 R C bytes. A matrix of E experts
+    costs as much as E layers, and a gradient of the experts for each R of its positions.
 
     Args:
         model: A variational model; it need not be trained as one.
         data: Batches, with labels or without; a few hundred examples. Positions that an `attention_mask` excludes do
             not count. More positions than a layer has inputs, or the damping decides in some directions; of 128 for
-            each input the others are passed over.
+            each input the others are passed over, for experts of 16 times as many as there are experts.
         target: "weights=0.5", the fraction of the weights of those layers that is kept, or "2:4", as for
             `prune_weights`; or fractions to keep by name of layer or parameter, where what has no name is left as it
             is.

@@ -88,7 +88,7 @@ def test_both_matrices_are_least_squares_over_the_rows_that_the_router_sends_to_
 
 
 @torch.no_grad()
-def test_an_expert_that_no_row_reaches_keeps_the_values_of_the_weights_that_stay():
+def test_an_expert_that_no_row_reaches_loses_its_smallest_weights_and_keeps_the_others_as_they_are():
     dense = top_one()
     dense.router.bias[1] = -100.0
     cut = copy.deepcopy(dense)
@@ -96,6 +96,8 @@ def test_an_expert_that_no_row_reaches_keeps_the_values_of_the_weights_that_stay
     for name in ("up_proj", "down_proj"):
         found, before = (net.experts.get_parameter(name)[1] for net in (cut, dense))
         assert torch.allclose(found[found != 0], before[found != 0])
+        assert 0.3 < (found == 0).double().mean() < 0.7
+        assert before[found == 0].abs().max() < before[found != 0].abs().min()
         assert not torch.allclose(
             cut.experts.get_parameter(name)[0],
             dense.experts.get_parameter(name)[0] * (cut.experts.get_parameter(name)[0] != 0),
