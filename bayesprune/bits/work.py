@@ -28,7 +28,7 @@ from bayesprune.laplace.compensation import ROWS_PER_COLUMN, refit
 from bayesprune.laplace.matrices import definite, from_matrix, is_matrix_product, to_matrix
 from bayesprune.laplace.regression import Moments
 from bayesprune.laplace.sequence import fit_in_sequence
-from bayesprune.laplace.sites import Site, fittable_layers, sites_of
+from bayesprune.laplace.sites import Site, fittable_experts, fittable_layers, sites_of
 from bayesprune.layers import Posterior, VariationalLayer, variational_layers
 from bayesprune.storage.coding import CODED, encoded
 
@@ -87,8 +87,9 @@ class Work:
         self._dense, self._sites = model, list[Site]()
         if batches and compensate is True:
             self._dense = copy.deepcopy(model)
-            layers = fittable_layers(self._dense)
-            self._sites = sites_of(self._dense, batches, layers, rows_per_column=ROWS_PER_COLUMN)
+            layers = fittable_layers(self._dense) | fittable_experts(self._dense, all_matrices=True)
+            options = {"rows_per_column": ROWS_PER_COLUMN, "all_matrices": True}
+            self._sites = sites_of(self._dense, batches, layers, **options)
 
     @property
     def is_sequential(self) -> bool:
@@ -187,8 +188,8 @@ class Work:
         return {each.name for each, _ in parts}
 
     def _fit_and_round(self, site: Site, moments: tuple[Moments, Moments]) -> Tensor | None:
-        """Fits and rounds a layer; returns what the mean of the norm behind it has become smaller by, or None."""
-        weight, bias = (self._by_name.get(_joined(site.name, parameter)) for parameter in ("weight", "bias"))
+        """Fits and rounds a matrix; returns what the mean of the norm behind it has become smaller by, or None."""
+        weight, bias = (self._by_name.get(name) for name in (site.weight, _joined(site.name, "bias")))
         if weight is None or weight.posterior is None or (grid := self.grids[weight.name]) is None:
             return None
         its = None if bias is None else self.grids[bias.name]

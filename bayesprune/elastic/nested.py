@@ -31,10 +31,10 @@ from bayesprune.prune.batch_norm import recalibrate_if_better
 from bayesprune.prune.channels import plan
 from bayesprune.prune.channels.calibrated import Calibration, logit_posterior, searched_tilt, tilted, unit_costs
 from bayesprune.prune.graph.find import groups_in
-from bayesprune.prune.graph.group import GRANULARITY, ChannelGroup
+from bayesprune.prune.graph.group import GRANULARITY, ChannelGroup, by_channel
 from bayesprune.prune.graph.observe import Observed
 from bayesprune.prune.graph.prunable_layers import Layers, layer_names
-from bayesprune.prune.scores.channels import Criterion, Scored, unit_scores
+from bayesprune.prune.scores.channels import Criterion, unit_scores
 from bayesprune.prune.scores.weights import snr
 from bayesprune.prune.weights.prune import Score
 from bayesprune.storage.levels import KINDS, Level, gathered
@@ -183,14 +183,15 @@ class _Cutter:
             found, _ = unit_costs(self._start, groups, self._posterior, calibration)
         scored = [its for its in found.values() if its is not None]
         if calibration is None or not calibration.has_predictions:
-            return _Ranked({its.group.name: _by_channel(its, its.scores) for its in scored})
+            return _Ranked({its.group.name: by_channel(its.group.units, its.scores) for its in scored})
         costs = plan.cost_model(self._start, tuple(its.group for its in scored), observed.macs)
         middle = sorted(goals, key=lambda goal: goal.value)[len(goals) // 2]
         saved = costs.saved(middle.kind)
         choose = _choice(costs, middle)
         tilt = searched_tilt(self._start, scored, saved, choose, calibration)
         scores = tilted(scored, saved, tilt)
-        return _Ranked({its.group.name: _by_channel(its, each) for its, each in zip(scored, scores, strict=True)})
+        pairs = zip(scored, scores, strict=True)
+        return _Ranked({its.group.name: by_channel(its.group.units, each) for its, each in pairs})
 
 
 @dataclass(frozen=True)
@@ -202,13 +203,6 @@ class _Ranked(Criterion):
     def of_group(self, group: ChannelGroup) -> Tensor | None:
         """Scores (C,) of the root channels; None where none is known."""
         return self.by_name.get(group.name)
-
-
-def _by_channel(scored: Scored, scores: Sequence[float]) -> Tensor:
-    found = torch.zeros(scored.group.num_channels, dtype=torch.double)
-    for unit, score in zip(scored.group.units, scores, strict=True):
-        found[list(unit)] = score
-    return found
 
 
 def _choice(costs: plan.CostModel, goal: Target) -> Callable[[list[list[float]]], list[int]]:

@@ -22,7 +22,7 @@ from bayesprune.foundation.target import Target
 from bayesprune.layers import Posterior, removable_weights
 from bayesprune.prune.channels import plan
 from bayesprune.prune.graph.find import groups_in
-from bayesprune.prune.graph.group import GRANULARITY, ChannelGroup
+from bayesprune.prune.graph.group import GRANULARITY, ChannelGroup, by_channel
 from bayesprune.prune.graph.observe import Observed
 from bayesprune.prune.graph.prunable_layers import Layers
 from bayesprune.prune.graph.removal import snapshot
@@ -178,10 +178,7 @@ def _unit_costs(
         finally:
             undo()
         removed.append(count)
-    found = torch.empty(group.num_channels, dtype=torch.double)
-    for unit, cost in zip(order, slopes(removed, increases, len(order)), strict=True):
-        found[list(unit)] = cost
-    return found
+    return by_channel(order, slopes(removed, increases, len(order)).tolist())
 
 
 def _weight_costs(

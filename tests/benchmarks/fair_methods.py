@@ -25,7 +25,7 @@ from bayesprune.prune import MeasuredImportance
 from bayesprune.prune.channels import plan
 from bayesprune.prune.channels.calibrated import best_tilt, depth_factors
 from bayesprune.prune.graph.find import find_groups
-from bayesprune.prune.graph.group import ChannelGroup
+from bayesprune.prune.graph.group import ChannelGroup, by_channel
 from bayesprune.prune.scores.channels import Importance
 
 MEASURED_IMAGES = 256
@@ -204,11 +204,9 @@ def scale_snr(net: Net, model: nn.Module, option: str) -> Importance:
     if option == "logit metric":
         return bp.prune.ScaleSNRImportance(model, net.batches)
     groups = find_groups(model, net.task.example).groups
-    scores: Scores = {group.name: torch.empty(group.num_channels, dtype=torch.double) for group in groups}
-    for group, costs in zip(groups, scale_costs(model, groups, net.batches, of_labels), strict=True):
-        for unit, cost in zip(group.units, costs.tolist(), strict=True):
-            scores[group.name][list(unit)] = cost
-    return ByName(model, scores)
+    costs = scale_costs(model, groups, net.batches, of_labels)
+    pairs = zip(groups, costs, strict=True)
+    return ByName(model, {group.name: by_channel(group.units, each.tolist()) for group, each in pairs})
 
 
 def _normalizer(option: str) -> Any:

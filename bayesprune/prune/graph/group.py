@@ -133,6 +133,12 @@ def axis_size(graph: tp.DependencyGraph, dependency: Dependency) -> int | None:
     return (graph.get_in_channels if side(dependency) == "in" else graph.get_out_channels)(dependency.target)
 
 
+def by_channel(units: Iterable[Sequence[int]], costs: Iterable[float]) -> Tensor:
+    """The cost of each channel's unit, (C,), of units that have all C root channels."""
+    found = {channel: cost for unit, cost in zip(units, costs, strict=True) for channel in unit}
+    return torch.tensor([found[channel] for channel in sorted(found)], dtype=torch.double)
+
+
 def cut_parameters(layer: nn.Module, side: str) -> list[tuple[str, int]]:
     """Name and dimension of the parameters of a layer that its side cuts."""
     if (stack := stack_of(layer)) is not None:

@@ -25,7 +25,7 @@ from bayesprune.foundation.progress import progress_bar
 from bayesprune.foundation.sharding import check_whole
 from bayesprune.laplace.calibration import predictions, random_signs
 from bayesprune.layers.stacks import stack_of
-from bayesprune.prune.graph.group import ChannelGroup, cut_parameters
+from bayesprune.prune.graph.group import ChannelGroup, by_channel, cut_parameters
 from bayesprune.prune.graph.prunable_layers import is_frozen
 from bayesprune.prune.scores.channels import Criterion
 from bayesprune.prune.scores.unit_snr import Readers, readers_in, readers_of
@@ -123,11 +123,7 @@ class ScaleSNRImportance(Criterion):
         ]
         if not parts:
             return None
-        costs = 0.5 * torch.stack(parts).sum(0).square().sum(0)
-        scores = torch.empty(sum(map(len, units)), dtype=torch.double)
-        for unit, cost in zip(units, costs, strict=True):
-            scores[list(unit)] = cost
-        return scores
+        return by_channel(units, (0.5 * torch.stack(parts).sum(0).square().sum(0)).tolist())
 
     def _by_unit(
         self, name: str, layer: nn.Module, positions: Mapping[int, Sequence[int]], units: Sequence[Sequence[int]]

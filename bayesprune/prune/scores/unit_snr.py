@@ -23,7 +23,7 @@ from torch_pruning.dependency import Group
 from bayesprune.laplace import KroneckerFactors, KroneckerPosterior
 from bayesprune.laplace.matrices import definite, removed_columns, to_matrix
 from bayesprune.layers import VariationalLayer
-from bayesprune.prune.graph.group import ChannelGroup
+from bayesprune.prune.graph.group import ChannelGroup, by_channel
 from bayesprune.prune.scores.channels import Criterion
 
 Readers = Mapping[tuple[str, nn.Module], Mapping[int, Sequence[int]]]
@@ -84,12 +84,10 @@ class UnitSNRImportance(Criterion):
         ]
         if not systems:
             return None
-        scores = torch.empty(sum(map(len, units)), dtype=torch.double)
-        highest = 0.0
+        costs, highest = [0.0] * len(units), 0.0
         for unit, cost in removal_costs(systems, len(units)):
-            highest = max(highest, cost)
-            scores[list(units[unit])] = highest
-        return scores
+            costs[unit] = highest = max(highest, cost)
+        return by_channel(units, costs)
 
 
 def readers_of(group: ChannelGroup) -> Readers:
