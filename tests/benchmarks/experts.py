@@ -1,14 +1,13 @@
-"""A Llama whose neurons became four experts, and lose units, or single weights: which of them cost least.
+"""A Llama whose neurons became four experts, and lose units, single weights or bits: which of them cost least.
 
 The trained Llama of `tinystories.py` gets four copies of the neurons of each layer as experts, a little noise on each,
 and a router that sends a token to two of them (sparse upcycling: Komatsuzaki et al., 2022, arXiv:2212.05055); it is
 trained on for some hundred steps. Then `prune_channels` cuts it at once, from stories of the training text, and nothing
 is trained. The controls keep as many units of each group as the default, and have the same compensation. The last 10 %
-of the text is reported. With `--weights` it is half of the single weights that go, by `prune_one_shot` and by the
-controls of `cuts.py`.
+of the text is reported. Or half of the single weights go, by `prune_one_shot` and by the controls of `cuts.py`; or
+weights are rounded, by `quantize`.
 
     python tests/benchmarks/experts.py --data-dir DATA
-    python tests/benchmarks/experts.py --data-dir DATA --weights
     python tests/benchmarks/experts.py --table
 """
 
@@ -16,6 +15,7 @@ import copy
 import itertools
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +60,9 @@ CUTS = {
 INTRODUCTION = """# TinyStories, a mixture of experts
 
     python tests/benchmarks/experts.py --data-dir DATA
-    python tests/benchmarks/experts.py --data-dir DATA --weights
     python tests/benchmarks/experts.py --table
 
-The last command writes this page from `experts.json`. The Llama of [TinyStories](tinystories.md) with {experts}
+The second command writes this page from `experts.json`. The Llama of [TinyStories](tinystories.md) with {experts}
 experts in place of the neurons of each of its 2 layers, of which a token takes {token}: copies of its neurons with
 noise, trained on for {steps} steps of 8 stories ({params:,} parameters, perplexity {dense:.2f}). Then it is cut in one
 call from {stories} stories of the training text, drawn anew for each seed, and not trained. Perplexity on the last 10 %
@@ -80,7 +79,7 @@ by their means alone, scaled to the median cost of the heads, and fitted nothing
 WEIGHTS = """
 ## Single weights
 
-All weights of the layers but embeddings and the output can go, those of the experts, nine tenths of them, included.
+All weights of the layers but embeddings and the output can go, those of the experts, 92 % of them, included.
 Controls have the second moments of the tokens that an expert is given, each expert by itself. What is "divided as ours"
 has the shares of each matrix that `prune_one_shot` found; in 2:4 every matrix loses half. In brackets: how many seeds,
 where it is not three.
@@ -137,6 +136,26 @@ def cut(bench: Benchmark, model: nn.Module, target: Any, importance: Any, seed: 
     return model, report
 
 
+BITS = """
+## Bits
+
+Every matrix of those layers has one step and a fixed width (`bp.quantize(model, stories, bits={{"model.layers": 3}})`),
+fitted layer by layer, the matrices of experts included, or rounded to the nearest.
+
+| perplexity | {widths} |
+|---|{rules}
+"""
+WIDTHS = (3, 4)
+ROUNDINGS: dict[str, Any] = {"layer by layer, fitted": True, "to the nearest": False}
+
+
+def rounded(bench: Benchmark, model: nn.Module, width: int, compensate: Any, seed: int) -> nn.Module:
+    """The model with weights of its layers of this width."""
+    model = bp.to_variational(copy.deepcopy(model), filter_fn=in_layers, estimator="mean").eval()
+    bp.quantize(model, bench.calibration(seed), bits={"model.layers": width}, compensate=compensate)
+    return model
+
+
 def thinned(
     bench: Benchmark, model: nn.Module, how: Cut, target: str, seed: int, shares: dict[str, float] | None
 ) -> tuple[nn.Module, dict[str, float] | None]:
@@ -171,57 +190,97 @@ def markdown(runs: list[dict[str, Any]]) -> str:
             values = [row["test"] for row in thin if row["score"] == score and row["weights"] == target]
             cells.append(spread(values) + (f" ({len(values)})" if 0 < len(values) < 3 else ""))
         text += f"| {score} | {' | '.join(cells)} |\n"
+    coarse = [row for row in runs if "width" in row]
+    heads = {"widths": " | ".join(f"{width} bits" for width in WIDTHS), "rules": "---|" * len(WIDTHS)}
+    text += BITS.format(**heads) if coarse else ""
+    for score in ROUNDINGS if coarse else ():
+        of = [[row["test"] for row in coarse if row["score"] == score and row["width"] == width] for width in WIDTHS]
+        text += f"| {score} | {' | '.join(spread(values) for values in of)} |\n"
     return text
+
+
+@dataclass
+class Rows:
+    """Finished runs, each written at once.
+
+    Attributes:
+        out: The file.
+        runs: What it holds.
+    """
+
+    out: Path
+    runs: list[dict[str, Any]]
+
+    def done(self, **key: Any) -> dict[str, Any] | None:
+        """The run with these entries."""
+        return next((row for row in self.runs if key.items() <= row.items()), None)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Writes a run down."""
+        self.runs.append(row)
+        write(self.out, SETTINGS, self.runs)
+        print(row, flush=True)
+
+
+def run_units(bench: Benchmark, model: nn.Module, rows: Rows, seeds: list[int], default: str) -> None:
+    """Hidden units and heads; the default alone, where it has another name."""
+    for seed, kept in itertools.product(seeds, LEVELS):
+        sizes = (rows.done(score=default, kept=kept, seed=seed) or {}).get("sizes")
+        for score in (default, *(CONTROLS if default == DEFAULT else ())):
+            if rows.done(score=score, kept=kept, seed=seed):
+                continue
+            target = f"params={kept}" if score == default else sizes
+            importance = None if score == default else CONTROLS[score]()
+            small, report = cut(bench, model, target, importance, seed)
+            sizes = report.sizes if score == default else sizes
+            row = {"score": score, "kept": kept, "seed": seed, "how": report.how, "sizes": report.sizes}
+            rows.add(row | {"test": bench.perplexity(small, bench.test)})
+
+
+def run_weights(bench: Benchmark, model: nn.Module, rows: Rows, seeds: list[int]) -> None:
+    """Single weights."""
+    first = next(iter(CUTS))
+    for seed, target, (score, how) in itertools.product(seeds, TARGETS, CUTS.items()):
+        shares = (rows.done(score=first, weights=target, seed=seed) or {}).get("shares")
+        if not rows.done(score=score, weights=target, seed=seed):
+            thin, shares = thinned(bench, model, how, target, seed, shares)
+            row = {"score": score, "weights": target, "seed": seed, "shares": shares}
+            rows.add(row | {"test": bench.perplexity(thin, bench.test)})
+
+
+def run_bits(bench: Benchmark, model: nn.Module, rows: Rows, seeds: list[int]) -> None:
+    """Rounded weights."""
+    for seed, width, (score, compensate) in itertools.product(seeds, WIDTHS, ROUNDINGS.items()):
+        if not rows.done(score=score, width=width, seed=seed):
+            coarse = rounded(bench, model, width, compensate, seed)
+            row = {"score": score, "width": width, "seed": seed}
+            rows.add(row | {"test": bench.perplexity(coarse, bench.test)})
 
 
 def main() -> None:
     """Runs what is missing, then writes the page."""
     options = parser(__doc__ or "", "docs/benchmarks/experts.json")
     options.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "bayesprune-experts")
-    options.add_argument(
-        "--before", action="store_true", help="the default alone, under the name of what it was before"
-    )
-    options.add_argument("--weights", nargs="*", choices=TARGETS, help="single weights in place of units, and targets")
+    options.add_argument("--only", choices=("units", "weights", "bits"), help="what of the three is run")
+    options.add_argument("--before", action="store_true", help="units by the default, named as what it was before")
     args = options.parse_args()
     torch.set_num_threads(1)
-    runs = read(args.out, SETTINGS)
-
-    def done(**key: Any) -> dict[str, Any] | None:
-        return next((row for row in runs if key.items() <= row.items()), None)
-
-    def add(row: dict[str, Any]) -> None:
-        runs.append(row)
-        write(args.out, SETTINGS, runs)
-        print(row, flush=True)
-
+    rows = Rows(args.out, read(args.out, SETTINGS))
     if not args.table:
         settings = Settings(steps=SETTINGS["steps"], calibration=SETTINGS["stories"])
         bench = Benchmark(Path(args.data_dir), args.out, [], settings)
         model = trained(bench, args.work)
-        if not done(score="dense"):
+        if not rows.done(score="dense"):
             number = sum(p.numel() for p in model.parameters())
-            add({"score": "dense", "test": bench.perplexity(model, bench.test), "parameters": number})
-        default = "what it was before" if args.before else DEFAULT
-        for seed, target in itertools.product(args.seeds, args.weights or TARGETS if args.weights is not None else ()):
-            for score, how in CUTS.items():
-                shares = (done(score=next(iter(CUTS)), weights=target, seed=seed) or {}).get("shares")
-                if not done(score=score, weights=target, seed=seed):
-                    thin, shares = thinned(bench, model, how, target, seed, shares)
-                    row = {"score": score, "weights": target, "seed": seed, "shares": shares}
-                    add(row | {"test": bench.perplexity(thin, bench.test)})
-        for seed in args.seeds if args.weights is None else ():
-            for kept in LEVELS:
-                sizes = (done(score=default, kept=kept, seed=seed) or {}).get("sizes")
-                for score in (default, *(() if args.before else CONTROLS)):
-                    if done(score=score, kept=kept, seed=seed):
-                        continue
-                    target = f"params={kept}" if score == default else sizes
-                    importance = None if score == default else CONTROLS[score]()
-                    small, report = cut(bench, model, target, importance, seed)
-                    sizes = report.sizes if score == default else sizes
-                    row = {"score": score, "kept": kept, "seed": seed, "how": report.how, "sizes": report.sizes}
-                    add(row | {"test": bench.perplexity(small, bench.test)})
-    args.out.with_suffix(".md").write_text(markdown(runs), encoding="utf-8")
+            rows.add({"score": "dense", "test": bench.perplexity(model, bench.test), "parameters": number})
+        parts = ("units",) if args.before else (args.only,) if args.only else ("units", "weights", "bits")
+        if "units" in parts:
+            run_units(bench, model, rows, args.seeds, "what it was before" if args.before else DEFAULT)
+        if "weights" in parts:
+            run_weights(bench, model, rows, args.seeds)
+        if "bits" in parts:
+            run_bits(bench, model, rows, args.seeds)
+    args.out.with_suffix(".md").write_text(markdown(rows.runs), encoding="utf-8")
 
 
 if __name__ == "__main__":
