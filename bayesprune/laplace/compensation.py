@@ -57,9 +57,8 @@ def compensate(
     The weights of those channels become zero, in layers of any kind, and every linear layer and convolution from the
     first layer that loses some is fitted to the dense model's outputs, see the module's text. So are the matrices with
     which stacked experts read their hidden units, each by the tokens that the dense model's router sends to its expert.
-    Transposed convolutions, and layers that are frozen, tied, not variational, inside
-    `nn.MultiheadAttention`, with gates on their weights, or of more than 8,192 inputs times taps, stay as they are,
-    without those channels.
+    Transposed convolutions, and layers that are frozen, tied, not variational, inside `nn.MultiheadAttention`, with
+    gates on their weights, or of more than 8,192 inputs times taps, stay as they are, without those channels.
 
     Cost: some three forwards over the data, which wait behind each layer until it is fitted and take 4 GiB of memory at
     most meanwhile; layers whose activations take more cost forwards of their own up to them. For each layer some

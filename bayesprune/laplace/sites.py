@@ -33,7 +33,7 @@ class Site:
         name: The name of its layer.
         parameter: Its own in the layer.
         source: A number for its input: those with the same one are fitted together.
-        norm: The batch norm that takes up its shift.
+        norm: The batch norm that takes up its shift; none does of experts, of which each meets its own positions.
         num_bytes: Of its largest input and output, for one batch.
         num_positions: At which an example meets it in a run, and that count.
         num_rows: Positions in all at which a regression looks.
@@ -136,12 +136,12 @@ def sites_of(
     sites: dict[str, Site] = {}
     behind = [input_weight(dense.get_submodule(name)) for name in keeps or ()]
     for call in layer_calls(dense, batches[0], layers, with_values=False, behind=behind):
-        norm = None if call.norm is None else names[id(call.norm)]
+        is_stacked = kind_of(call.layer).num_stacked > 0
+        norm = None if call.norm is None or is_stacked else names[id(call.norm)]
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (call.inputs, call.output))
         positions = num_positions(call, num_examples)
         if (counted := counted_positions(inputs, positions)) is not None:
             positions = int(counted.sum()) // num_examples
-        is_stacked = kind_of(call.layer).num_stacked > 0
         parameters = matrices_of(call.layer, all_matrices=all_matrices)
         for parameter in parameters:
             num_columns = to_matrix(call.layer, call.layer.get_parameter(parameter)).shape[2]

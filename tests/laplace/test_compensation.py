@@ -423,6 +423,27 @@ def test_rows_of_experts_are_their_hidden_units_times_what_the_router_gives_them
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("cut", ["units", "weights"])
+def test_a_batch_norm_behind_experts_takes_no_shift_of_theirs(cut):
+    class Normed(Mixture):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.first(x).tanh()
+            return self.last(self.experts(x, self.router(x).softmax(-1)))
+
+    torch.manual_seed(0)
+    net = Normed(**ARRANGEMENTS[0].options)
+    net.last = nn.Sequential(nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, 5))
+    dense = bp.to_variational(net.eval(), filter_fn=lambda _, name: name == "experts")
+    model, x = copy.deepcopy(dense), normal(256, 4)
+    if cut == "units":
+        compensate(model, [x], {"experts": [1, HIDDEN + 2]})
+    else:
+        bp.prune_one_shot(model, [x], "weights=0.5", scope="layer")
+    assert not torch.equal(model.experts.down_proj, dense.experts.down_proj)
+    assert torch.isfinite(model(x)).all()
+
+
+@torch.no_grad()
 def test_single_weights_that_experts_lost_stay_zero():
     dense = bp.to_variational(ARRANGEMENTS[0].build())
     bp.prune_weights(dense, "weights=0.9")
