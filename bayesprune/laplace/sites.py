@@ -31,7 +31,7 @@ class Site:
 
     Attributes:
         name: The name of its layer.
-        parameter: Its own in the layer.
+        parameter: Its own name in that layer.
         source: A number for its input: those with the same one are fitted together.
         norm: The batch norm that takes up its shift; none does of experts, of which each meets its own positions.
         num_bytes: Of its largest input and output, for one batch.

@@ -85,8 +85,8 @@ def prune_one_shot(
     Args:
         model: A variational model; it need not be trained as one.
         data: Batches, with labels or without; a few hundred examples. Positions that an `attention_mask` excludes do
-            not count. More positions than a layer has inputs, or the damping decides in some directions; of 128 for
-            each input the others are passed over, for experts of 16 times as many as there are experts.
+            not count. More positions than a layer has inputs, or the damping decides in some directions. No more than
+            128 for each input are looked at; of experts, 16 for each input and each expert.
         target: "weights=0.5", the fraction of the weights of those layers that is kept, or "2:4", as for
             `prune_weights`; or fractions to keep by name of layer or parameter, where what has no name is left as it
             is.

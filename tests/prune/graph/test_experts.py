@@ -114,6 +114,13 @@ def test_kept_units_are_a_multiple_of_what_the_kernels_read_at_once():
         assert cut.experts.intermediate_size % 4 == 0
 
 
+def test_a_posterior_score_without_a_value_says_nothing_of_gradients():
+    model = bp.to_variational(ARRANGEMENTS[0].build())
+    importance = bp.prune.UnitSNRImportance(model, bp.laplace.fit_kronecker(model, [X]))
+    with pytest.raises(InfeasibleTargetError, match=r"experts \(0\.9231, UnitSNRImportance gives its group no score\)"):
+        bp.prune_channels(model, X, target="macs=0.99", importance=importance)
+
+
 def test_round_to_holds_for_each_expert():
     model = bp.to_variational(ARRANGEMENTS[0].build())
     bp.prune_channels(model, X, target="macs=0.9", granularity=("mlp",), round_to=8)
