@@ -66,6 +66,12 @@ class Mixture(nn.Module):
         return self.last(x + self.experts(x, self.router(x).softmax(-1)))
 
 
+def of_dense_router(dense: Mixture, experts: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """What experts give for the rows, and by the router, of the dense model."""
+    x = dense.first(x).tanh()
+    return experts(x, dense.router(x).softmax(-1))
+
+
 @dataclass(frozen=True)
 class Arrangement:
     """A way in which experts are held, by name."""

@@ -88,8 +88,7 @@ class Work:
         if batches and compensate is True:
             self._dense = copy.deepcopy(model)
             layers = fittable_layers(self._dense) | fittable_experts(self._dense, all_matrices=True)
-            options = {"rows_per_column": ROWS_PER_COLUMN, "all_matrices": True}
-            self._sites = sites_of(self._dense, batches, layers, **options)
+            self._sites = sites_of(self._dense, batches, layers, rows_per_column=ROWS_PER_COLUMN, all_matrices=True)
 
     @property
     def is_sequential(self) -> bool:

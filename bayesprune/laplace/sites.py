@@ -147,10 +147,10 @@ def sites_of(
             num_columns = to_matrix(call.layer, call.layer.get_parameter(parameter)).shape[2]
             num_rows = (EXPERT_ROWS_PER_COLUMN if is_stacked else rows_per_column) * num_columns
             drawn = math.ceil(num_rows / (len(batches) * num_examples))
-            keep = keeps.get(call.name) if keeps and parameter == parameters[-1] else None
+            is_last = parameter == parameters[-1]
+            keep = keeps.get(call.name) if keeps and is_last else None
             columns = torch.arange(num_columns) if keep is None else keep.any(0).nonzero()[:, 0]
-            reads_hidden = len(parameters) > 1 and parameter == parameters[-1]
-            source = -1 - len(sites) if reads_hidden else call.source
+            source = -1 - len(sites) if is_last and len(parameters) > 1 else call.source  # it reads hidden units
             fresh = Site(call.name, parameter, source, norm, num_bytes, positions, num_rows, drawn, columns)
             site = sites.setdefault(fresh.weight, fresh)
             site.num_calls += 1

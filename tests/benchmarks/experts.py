@@ -87,6 +87,17 @@ where it is not three.
 | perplexity | {targets} |
 |---|{rules}
 """
+BITS = """
+## Bits
+
+Every matrix of those layers has one step and a fixed width (`bp.quantize(model, stories, bits={{"model.layers": 3}})`),
+fitted layer by layer, the matrices of experts included, or rounded to the nearest.
+
+| perplexity | {widths} |
+|---|{rules}
+"""
+WIDTHS = (3, 4)
+ROUNDINGS: dict[str, Any] = {"layer by layer, fitted": True, "to the nearest": False}
 
 
 def upcycled(llama: Any, *, seed: int) -> MixtralForCausalLM:
@@ -134,19 +145,6 @@ def cut(bench: Benchmark, model: nn.Module, target: Any, importance: Any, seed: 
             model(**batch).loss.backward()
     report = bp.prune_channels(model, example, target, granularity=granularity, importance=importance, data=data)
     return model, report
-
-
-BITS = """
-## Bits
-
-Every matrix of those layers has one step and a fixed width (`bp.quantize(model, stories, bits={{"model.layers": 3}})`),
-fitted layer by layer, the matrices of experts included, or rounded to the nearest.
-
-| perplexity | {widths} |
-|---|{rules}
-"""
-WIDTHS = (3, 4)
-ROUNDINGS: dict[str, Any] = {"layer by layer, fitted": True, "to the nearest": False}
 
 
 def rounded(bench: Benchmark, model: nn.Module, width: int, compensate: Any, seed: int) -> nn.Module:

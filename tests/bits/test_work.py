@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import bayesprune as bp
 from bayesprune.laplace import KroneckerPosterior, compensation, kronecker
 from bayesprune.layers import named_posteriors
-from tests.mixtures import ARRANGEMENTS
+from tests.mixtures import ARRANGEMENTS, of_dense_router
 
 pytest.importorskip("constriction")
 
@@ -208,13 +208,11 @@ def test_inputs_that_are_constant_are_no_obstacle(compensate):
 def test_matrices_of_experts_make_up_for_their_rounding(arrangement):
     dense = bp.to_variational(arrangement.build(), filter_fn=lambda _, name: name == "experts")
     x = torch.randn(256, 4, generator=torch.Generator().manual_seed(0))
-    rows = dense.first(x).tanh()
-    to_experts = dense.router(rows).softmax(-1)
     losses = []
     for compensate in (False, True):
         rounded = copy.deepcopy(dense)
         bp.quantize(rounded, x.split(64), bits={"experts": 3}, compensate=compensate)
-        moved = rounded.experts(rows, to_experts) - dense.experts(rows, to_experts)
+        moved = of_dense_router(dense, rounded.experts, x) - of_dense_router(dense, dense.experts, x)
         losses.append(float(moved.square().mean()))
         assert rounded.experts.down_proj.unique().numel() <= 2**3
     assert losses[1] < 0.7 * losses[0]

@@ -18,7 +18,7 @@ from bayesprune.laplace import compensate
 from bayesprune.laplace.flow import Walk, layer_calls, watched
 from bayesprune.laplace.matrices import drawn_positions, expert_rows, input_weight, silenced
 from bayesprune.layers import variational_layers
-from tests.mixtures import ARRANGEMENTS, EXPERTS, HIDDEN, WIDTH, Mixture
+from tests.mixtures import ARRANGEMENTS, EXPERTS, HIDDEN, WIDTH, Mixture, of_dense_router
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -353,11 +353,6 @@ def test_layers_behind_one_that_cannot_be_fitted_make_up_for_what_it_lost(name):
     torch.testing.assert_close(fitted[2](hidden), silenced[2](silenced[1](silenced[0](x))))
     assert all(torch.equal(p, q) for p, q in zip(fitted[0].parameters(), dense[0].parameters(), strict=True))
     assert error(fitted, dense, x) < 0.8 * error(silenced, dense, x)
-
-
-def of_dense_router(dense: Mixture, experts: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    x = dense.first(x).tanh()
-    return experts(x, dense.router(x).softmax(-1))
 
 
 @torch.no_grad()
